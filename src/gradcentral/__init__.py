@@ -1,0 +1,45 @@
+"""Gradient Centralization for PyTorch: one line on any optimizer, right for every layer, honest about its effect.
+
+    handle = gradcentral.centralize(optimizer, model)
+
+Yong, Huang, Hua, Zhang: Gradient Centralization: A New Optimization Technique for Deep Neural Networks, ECCV 2020.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gradcentral.centralize import Handle, centralize, centralize_gradients
+from gradcentral.layout import Entry, LeaveAlone, WeightLayout, register_layout, weight_layout
+from gradcentral.projection import center, projection_matrix, share
+from gradcentral.vectors import WeightVectors
+
+if TYPE_CHECKING:
+    from gradcentral.experiment import compare
+
+__all__ = [
+    "Entry",
+    "Handle",
+    "LeaveAlone",
+    "WeightLayout",
+    "WeightVectors",
+    "center",
+    "centralize",
+    "centralize_gradients",
+    "compare",
+    "projection_matrix",
+    "register_layout",
+    "share",
+    "weight_layout",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # The core imports torch alone; what needs an extra is imported when it is asked for.
+    if name == "compare":
+        from gradcentral.experiment import compare
+
+        return compare
+    raise AttributeError(f"module 'gradcentral' has no attribute {name!r}")

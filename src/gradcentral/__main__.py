@@ -1,0 +1,18 @@
+"""``gradcentral`` and ``python -m gradcentral``."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; without its extra installed, say in one line how to get it."""
+    try:
+        from gradcentral.cli import run
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] == "gradcentral":
+            raise
+        sys.exit(f"gradcentral: the command line needs {error.name}: pip install 'gradcentral[experiments]'")
+    run()
+
+
+if __name__ == "__main__":
+    main()

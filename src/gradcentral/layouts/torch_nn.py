@@ -1,0 +1,123 @@
+"""The layers of torch.nn, and what wraps their weights: parametrizations, weight_norm, spectral_norm, pruning.
+
+Each layout is checked numerically by the paper's theorem in the tests.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from gradcentral.layouts.rules import Decision, LeaveAlone, Rule, Table
+from gradcentral.vectors import WeightVectors
+
+__all__ = ["CONVOLUTIONS", "TABLE", "unwrap"]
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (_ConvNd,)
+
+
+def _rows(ndim: int) -> Rule:
+    """[out, in, …]: a weight vector runs over everything but the first axis."""
+
+    def rule(module: nn.Module, tensor: Tensor) -> Decision:
+        if tensor.ndim != ndim:
+            return _odd_shape(module, tensor, f"{ndim} axes")
+        return WeightVectors(span=tuple(range(1, ndim)))
+
+    return rule
+
+
+def _convolution(module: nn.Module, tensor: Tensor) -> Decision:
+    """[out, in/groups, k…]: a filter, with any number of groups."""
+    assert isinstance(module, _ConvNd)
+    ndim = 2 + len(module.kernel_size)
+    if tensor.ndim != ndim:
+        return _odd_shape(module, tensor, f"{ndim} axes")
+    return WeightVectors(span=tuple(range(1, ndim)))
+
+
+def _transposed_convolution(module: nn.Module, tensor: Tensor) -> Decision:
+    """[in, out/groups, k…]: output channel (group, o) is fed by the input channels of its own group only."""
+    assert isinstance(module, _ConvNd)
+    groups, ndim = module.groups, 2 + len(module.kernel_size)
+    if tensor.ndim != ndim or tensor.shape[0] % groups:
+        return _odd_shape(module, tensor, f"{ndim} axes, the first a multiple of groups={groups}")
+    if groups == 1:
+        return WeightVectors(span=(0, *range(2, ndim)))
+    channels_in, channels_out, *taps = tensor.shape
+    view = (groups, channels_in // groups, channels_out, *taps)
+    return WeightVectors(span=(1, *range(3, ndim + 1)), view=view)
+
+
+def _odd_shape(module: nn.Module, tensor: Tensor, expected: str) -> LeaveAlone:
+    shape = tuple(tensor.shape)
+    return LeaveAlone(f"shape {shape} is not what {type(module).__name__} has ({expected})", unknown=True)
+
+
+_BIAS = LeaveAlone("bias")
+_NORM: dict[str, Rule] = {"weight": LeaveAlone("gain of a normalization"), "bias": _BIAS}
+_LOOKUP: dict[str, Rule] = {"weight": LeaveAlone("lookup table: a row is one token's vector, not a unit's weights")}
+
+TABLE: Table = {
+    nn.Linear: {"weight": _rows(2), "bias": _BIAS},
+    nn.Bilinear: {"weight": _rows(3), "bias": _BIAS},
+    _ConvNd: {"weight": _convolution, "bias": _BIAS},
+    _ConvTransposeNd: {"weight": _transposed_convolution, "bias": _BIAS},
+    RNNBase: {"weight_*": _rows(2), "bias_*": _BIAS},
+    RNNCellBase: {"weight_*": _rows(2), "bias_*": _BIAS},
+    nn.MultiheadAttention: {
+        "in_proj_weight": _rows(2),
+        "[qkv]_proj_weight": _rows(2),
+        "in_proj_bias": _BIAS,
+        "bias_[kv]": LeaveAlone("an extra key or value token"),
+    },
+    nn.Embedding: _LOOKUP,
+    nn.EmbeddingBag: _LOOKUP,
+    nn.LayerNorm: _NORM,
+    nn.RMSNorm: _NORM,
+    nn.GroupNorm: _NORM,
+    _NormBase: _NORM,
+    nn.PReLU: {"weight": LeaveAlone("slope of an activation")},
+}
+
+
+def unwrap(module: nn.Module, name: str) -> tuple[str, LeaveAlone | None] | None:
+    """For a parameter that stands for another (``weight_v``, ``weight_orig``): the tensor's name in its module.
+
+    Returns:
+        The name whose rule applies, and the reason to leave the parameter alone nevertheless; None if the
+        parameter stands for itself.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            if name == f"{hook.name}_g":
+                return hook.name, LeaveAlone("magnitude of weight_norm")
+            if name == f"{hook.name}_v":
+                return hook.name, None
+        elif isinstance(hook, SpectralNorm) and name == f"{hook.name}_orig":
+            return hook.name, None
+        elif isinstance(hook, BasePruningMethod) and name == f"{hook._tensor_name}_orig":
+            # Its weight vector is the unmasked entries, which no view of the tensor describes.
+            return hook._tensor_name, LeaveAlone("pruned: the mean would run over masked entries too")
+    return None
+
+
+def unwrap_parametrization(parametrizations_of: ParametrizationList, name: str) -> LeaveAlone | None:
+    """Reason to leave alone ``original…`` of a parametrized tensor; None where the tensor's own rule applies."""
+    kinds = [type(step).__name__ for step in parametrizations_of]
+    if len(kinds) == 1:
+        step = parametrizations_of[0]
+        if isinstance(step, parametrizations._WeightNorm):
+            return None if name == "original1" else LeaveAlone("magnitude of weight_norm")
+        if isinstance(step, parametrizations._SpectralNorm):
+            return None
+        if isinstance(step, parametrizations._Orthogonal):
+            return LeaveAlone("orthogonal: the weight is no linear function of the parameter")
+    return LeaveAlone(f"parametrized by {', '.join(kinds)}", unknown=True)
