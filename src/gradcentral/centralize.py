@@ -97,8 +97,7 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
         >>> model(torch.randn(8, 4)).square().sum().backward()
         >>> gradcentral.centralize_gradients(model)
     """
-    remembered = model is not None and layout is None
-    layout = _remembered_layout(model) if remembered else _layout(model, layout)
+    layout = _remembered_layout(model) if model is not None and layout is None else _layout(model, layout)
     if not layout and not layout.pending:
         raise ValueError(f"nothing to center: {layout.summary()}")
     _center_gradients(layout, list(layout.items()))

@@ -1,0 +1,316 @@
+"""Every layer of torch.nn: which weight vectors it has, and the paper's theorem as the proof."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from gradcentral import WeightLayout, WeightVectors, centralize, weight_layout
+
+Double = Callable[[nn.Module], nn.Module]
+
+
+def _old_style(wrap: Callable[..., nn.Module], module: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():  # torch deprecates the functions, not the models that were made with them
+        warnings.simplefilter("ignore", FutureWarning)
+        return wrap(module)
+
+
+CENTERED: list[tuple[str, Callable[[], nn.Module], dict[str, tuple[int, int]]]] = [
+    # layer, {parameter: (count, fan-in)}
+    ("Linear", lambda: nn.Linear(4, 3), {"weight": (3, 4)}),
+    ("Bilinear", lambda: nn.Bilinear(4, 5, 3), {"weight": (3, 20)}),
+    ("Conv1d", lambda: nn.Conv1d(4, 6, 3), {"weight": (6, 12)}),
+    ("Conv2d grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), {"weight": (6, 18)}),
+    ("Conv2d depthwise", lambda: nn.Conv2d(4, 4, 3, groups=4), {"weight": (4, 9)}),
+    ("Conv3d", lambda: nn.Conv3d(2, 3, 2), {"weight": (3, 16)}),
+    ("ConvTranspose1d", lambda: nn.ConvTranspose1d(4, 6, 3), {"weight": (6, 12)}),
+    ("ConvTranspose2d", lambda: nn.ConvTranspose2d(4, 6, 3), {"weight": (6, 36)}),
+    ("ConvTranspose2d grouped", lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), {"weight": (6, 18)}),
+    ("ConvTranspose3d", lambda: nn.ConvTranspose3d(2, 3, 2), {"weight": (3, 16)}),
+    (
+        "LSTM",
+        lambda: nn.LSTM(4, 6, 2, bidirectional=True, proj_size=3),
+        {
+            f"weight_{kind}_l{layer}{direction}": shape
+            for layer in (0, 1)
+            for direction in ("", "_reverse")
+            for kind, shape in (("ih", (24, 4 if layer == 0 else 6)), ("hh", (24, 3)), ("hr", (3, 6)))
+        },
+    ),
+    ("GRU", lambda: nn.GRU(4, 5), {"weight_ih_l0": (15, 4), "weight_hh_l0": (15, 5)}),
+    ("RNN", lambda: nn.RNN(4, 5), {"weight_ih_l0": (5, 4), "weight_hh_l0": (5, 5)}),
+    ("LSTMCell", lambda: nn.LSTMCell(4, 5), {"weight_ih": (20, 4), "weight_hh": (20, 5)}),
+    ("MultiheadAttention", lambda: nn.MultiheadAttention(4, 2), {"in_proj_weight": (12, 4), "out_proj.weight": (4, 4)}),
+    (
+        "MultiheadAttention, own k and v",
+        lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=5, add_bias_kv=True),
+        {"q_proj_weight": (4, 4), "k_proj_weight": (4, 3), "v_proj_weight": (4, 5), "out_proj.weight": (4, 4)},
+    ),
+    (
+        "AdaptiveLogSoftmax",
+        lambda: nn.AdaptiveLogSoftmaxWithLoss(4, 9, [3]),
+        {"head.weight": (4, 4), "tail.0.0.weight": (1, 4)},
+    ),
+    ("a subclass", lambda: type("Mine", (nn.Linear,), {})(4, 3), {"weight": (3, 4)}),
+    (
+        "weight_norm",
+        lambda: parametrizations.weight_norm(nn.Linear(4, 3)),
+        {"parametrizations.weight.original1": (3, 4)},
+    ),
+    ("weight_norm, old style", lambda: _old_style(nn.utils.weight_norm, nn.Conv1d(4, 3, 5)), {"weight_v": (3, 20)}),
+    (
+        "spectral_norm of a grouped transposed convolution",
+        lambda: parametrizations.spectral_norm(nn.ConvTranspose2d(4, 6, 3, groups=2)),
+        {"parametrizations.weight.original": (6, 18)},
+    ),
+    ("spectral_norm, old style", lambda: _old_style(nn.utils.spectral_norm, nn.Linear(4, 3)), {"weight_orig": (3, 4)}),
+]
+
+
+@pytest.mark.parametrize(("make", "expected"), [c[1:] for c in CENTERED], ids=[c[0] for c in CENTERED])
+def test_weight_vectors_of(make: Callable[[], nn.Module], expected: dict[str, tuple[int, int]]) -> None:
+    layout = weight_layout(make())
+    found = {e.name: (e.vectors.count, e.vectors.fan_in) for e in layout.entries if e.vectors is not None}
+    assert found == expected
+    assert not layout.unknown
+
+
+LEFT_ALONE: list[tuple[str, Callable[[], nn.Module], str, str]] = [
+    ("Embedding", lambda: nn.Embedding(9, 4), "weight", "lookup"),
+    ("EmbeddingBag", lambda: nn.EmbeddingBag(9, 4), "weight", "lookup"),
+    ("LayerNorm", lambda: nn.LayerNorm((3, 4)), "weight", "normalization"),
+    ("RMSNorm", lambda: nn.RMSNorm((3, 4)), "weight", "normalization"),
+    ("BatchNorm", lambda: nn.BatchNorm2d(3), "weight", "normalization"),
+    ("GroupNorm", lambda: nn.GroupNorm(1, 3), "weight", "normalization"),
+    ("InstanceNorm", lambda: nn.InstanceNorm1d(3, affine=True), "weight", "normalization"),
+    ("PReLU", lambda: nn.PReLU(3), "weight", "activation"),
+    ("bias", lambda: nn.Conv2d(3, 4, 3), "bias", "bias"),
+    ("bias_k", lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True), "bias_k", "token"),
+    ("fan-in 1 Linear", lambda: nn.Linear(1, 4), "weight", "fan-in 1"),
+    ("fan-in 1 depthwise", lambda: nn.Conv2d(3, 3, 1, groups=3), "weight", "fan-in 1"),
+    ("fan-in 1 transposed", lambda: nn.ConvTranspose2d(3, 6, 1, groups=3), "weight", "fan-in 1"),
+    (
+        "weight_norm g",
+        lambda: parametrizations.weight_norm(nn.Linear(4, 3)),
+        "parametrizations.weight.original0",
+        "magn",
+    ),
+    ("old weight_norm g", lambda: _old_style(nn.utils.weight_norm, nn.Linear(4, 3)), "weight_g", "magnitude"),
+    ("orthogonal", lambda: parametrizations.orthogonal(nn.Linear(4, 3)), "parametrizations.weight.original", "orthog"),
+    ("pruned", lambda: prune.l1_unstructured(nn.Linear(4, 3), "weight", 2), "weight_orig", "pruned"),
+    ("ParameterList", lambda: nn.ParameterList([torch.zeros(3, 4)]), "0", "no rule for ParameterList.0"),
+]
+
+
+@pytest.mark.parametrize(("make", "name", "reason"), [c[1:] for c in LEFT_ALONE], ids=[c[0] for c in LEFT_ALONE])
+def test_left_alone(make: Callable[[], nn.Module], name: str, reason: str) -> None:
+    layout = weight_layout(make())
+    assert reason in layout.skipped[name]
+    assert name not in layout
+    with pytest.raises(KeyError, match="left alone"):
+        layout[name]
+
+
+def test_quantization_aware_layers_inherit() -> None:
+    qat = pytest.importorskip("torch.ao.nn.qat")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.ao.quantization import get_default_qat_qconfig
+
+        config = get_default_qat_qconfig("fbgemm")
+    assert weight_layout(qat.Linear(4, 3, qconfig=config))["weight"].fan_in == 4
+    assert weight_layout(qat.Conv2d(4, 3, 3, qconfig=config))["weight"].fan_in == 36
+
+
+def test_two_parametrizations_are_unknown() -> None:
+    layer = parametrizations.spectral_norm(parametrizations.spectral_norm(nn.Linear(4, 3)))
+    assert [e.reason for e in weight_layout(layer).unknown] == ["parametrized by _SpectralNorm, _SpectralNorm"]
+
+
+def test_a_weight_of_unexpected_shape_is_unknown() -> None:
+    layer = nn.Linear(4, 3)
+    layer.weight = nn.Parameter(torch.zeros(12))
+    assert "shape (12,) is not what Linear has" in weight_layout(layer).unknown[0].reason
+
+
+# The theorem (section 4.2 of the paper): after any number of GC steps, adding γ to every input of a unit changes its
+# output by γ·1ᵀw⁰. So the trained layer on shifted inputs equals the trained layer whose bias has γ·1ᵀw⁰ added.
+
+GAMMA = 0.7
+
+
+def _train(layer: nn.Module, loss: Callable[[nn.Module], Tensor], layout: WeightLayout | None = None) -> None:
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05, momentum=0.9)
+    centralize(optimizer, None if layout else layer, layout=layout)
+    for _ in range(5):
+        optimizer.zero_grad()
+        torch.autograd.backward(loss(layer))
+        optimizer.step()
+
+
+def _shape_rule(layer: nn.Module) -> WeightLayout:
+    return WeightLayout.from_shapes(p for p in layer.parameters() if p.ndim > 1)
+
+
+def _interior(output: Tensor, margin: int = 2) -> Tensor:
+    """Positions that every tap of a transposed convolution of size 3 reaches."""
+    return output[:, :, margin:-margin, margin:-margin]
+
+
+def _error(
+    layer: nn.Module,
+    before: nn.Module,
+    weight: str,
+    size: tuple[int, ...],
+    axes: tuple[int, ...],
+    view: tuple[int, ...] | None = None,
+) -> float:
+    """Largest violation of the theorem for a layer that is linear in its one input."""
+    x = torch.randn(*size, dtype=torch.float64)
+    w0 = before.get_parameter(weight).detach()
+    sums = (w0 if view is None else w0.reshape(view)).sum(axes).flatten()
+    change = layer(x + GAMMA) - layer(x)
+    if isinstance(layer, nn.ConvTranspose2d):
+        change = _interior(change)
+    if change.ndim > 2:
+        change = change.movedim(1, -1)
+    return float((change - GAMMA * sums).detach().abs().max())
+
+
+THEOREM: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], tuple[int, ...], tuple[int, ...] | None, bool]] = [
+    # layer, input size, axes that Σw⁰ runs over, of which view, is the shape rule right?
+    ("Linear", lambda: nn.Linear(6, 4), (8, 6), (1,), None, True),
+    ("Conv2d", lambda: nn.Conv2d(3, 4, 3), (2, 3, 7, 7), (1, 2, 3), None, True),
+    ("Conv2d grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 7, 7), (1, 2, 3), None, True),
+    ("ConvTranspose2d", lambda: nn.ConvTranspose2d(3, 4, 3), (2, 3, 7, 7), (0, 2, 3), None, False),
+    (
+        "ConvTranspose2d grouped",
+        lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
+        (2, 4, 7, 7),
+        (1, 3, 4),
+        (2, 2, 3, 3, 3),
+        False,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "axes", "view", "shape_rule_right"), [c[1:] for c in THEOREM], ids=[c[0] for c in THEOREM]
+)
+def test_theorem_holds_for_layers_linear_in_their_input(
+    make: Callable[[], nn.Module],
+    size: tuple[int, ...],
+    axes: tuple[int, ...],
+    view: tuple[int, ...] | None,
+    shape_rule_right: bool,
+) -> None:
+    x = torch.randn(*size, dtype=torch.float64) + 0.5
+
+    def loss(layer: nn.Module) -> Tensor:
+        output: Tensor = layer(x)
+        return output.tanh().square().mean() * 10
+
+    before = make().double()
+    layer = copy.deepcopy(before)
+    _train(layer, loss)
+    assert not torch.equal(layer.get_parameter("weight"), before.get_parameter("weight"))
+    assert _error(layer, before, "weight", size, axes, view) < 1e-12
+
+    by_shape = copy.deepcopy(before)
+    _train(by_shape, loss, _shape_rule(by_shape))
+    violated = _error(by_shape, before, "weight", size, axes, view) > 1e-4
+    assert violated is not shape_rule_right
+
+
+def test_theorem_fails_for_grouped_transposed_convolutions_without_splitting_groups() -> None:
+    """The rule (0, 2, 3), right for one group, means over filters of several groups when there are more."""
+    before = nn.ConvTranspose2d(4, 6, 3, groups=2).double()
+    layer = copy.deepcopy(before)
+    layout = weight_layout(layer, overrides={"weight": WeightVectors((0, 2, 3))})
+    _train(layer, lambda m: m(torch.ones(1, 4, 5, 5, dtype=torch.float64)).tanh().square().sum(), layout)
+    assert _error(layer, before, "weight", (2, 4, 7, 7), (1, 3, 4), (2, 2, 3, 3, 3)) > 1e-4
+
+
+def _with_bias_added(layer: nn.Module, bias: str, sums: Tensor) -> nn.Module:
+    shifted = copy.deepcopy(layer)
+    with torch.no_grad():
+        shifted.get_parameter(bias).add_(GAMMA * sums)
+    return shifted
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_theorem_holds_for_recurrent_layers(kind: Callable[[int, int], nn.RNNBase]) -> None:
+    before = kind(5, 4).double()
+    layer = copy.deepcopy(before)
+    x = torch.randn(6, 3, 5, dtype=torch.float64) + 0.5
+    _train(layer, lambda m: m(x)[0].square().sum())
+    shifted = _with_bias_added(layer, "bias_ih_l0", before.get_parameter("weight_ih_l0").sum(1))
+    torch.testing.assert_close(layer(x + GAMMA)[0], shifted(x)[0], rtol=0, atol=1e-12)
+
+    # The hidden state feeds weight_hh: one step from a shifted state.
+    x, h = x[:1], torch.randn(1, 3, 4, dtype=torch.float64)
+    shifted = _with_bias_added(layer, "bias_hh_l0", before.get_parameter("weight_hh_l0").sum(1))
+
+    def state(hidden: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return (hidden, torch.zeros_like(hidden)) if kind is nn.LSTM else hidden
+
+    if kind is nn.GRU:  # its output mixes in the hidden state itself, (1 − z)·n + z·h
+        gates = [
+            nn.functional.linear(hidden, m.get_parameter("weight_hh_l0"), m.get_parameter("bias_hh_l0"))
+            for m, hidden in ((layer, h + GAMMA), (shifted, h))
+        ]
+        torch.testing.assert_close(gates[0], gates[1], rtol=0, atol=1e-12)
+    else:
+        torch.testing.assert_close(layer(x, state(h + GAMMA))[0], shifted(x, state(h))[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("own_dims", [False, True])
+def test_theorem_holds_for_multihead_attention(own_dims: bool) -> None:
+    dims = {"kdim": 3, "vdim": 5} if own_dims else {}
+    before = nn.MultiheadAttention(4, 2, **dims).double()
+    layer = copy.deepcopy(before)
+    q, k, v = (
+        torch.randn(6, 2, size, dtype=torch.float64) + 0.5 for size in (4, dims.get("kdim", 4), dims.get("vdim", 4))
+    )
+    _train(layer, lambda m: m(q, k, v)[0].square().sum())
+    names = ["q_proj_weight", "k_proj_weight", "v_proj_weight"] if own_dims else ["in_proj_weight"]
+    sums = torch.cat([before.get_parameter(name).sum(1) for name in names])
+    shifted = _with_bias_added(layer, "in_proj_bias", sums)
+    with torch.no_grad():
+        out_sums = before.get_parameter("out_proj.weight").sum(1)
+    torch.testing.assert_close(layer(q + GAMMA, k + GAMMA, v + GAMMA)[0], shifted(q, k, v)[0], rtol=0, atol=1e-12)
+    z = torch.randn(3, 4, dtype=torch.float64)
+    change = layer.out_proj(z + GAMMA) - layer.out_proj(z)
+    torch.testing.assert_close(change, (GAMMA * out_sums).expand(3, 4), rtol=0, atol=1e-12)
+
+
+def test_theorem_holds_for_bilinear_in_the_products() -> None:
+    before = nn.Bilinear(3, 4, 2).double()
+    layer = copy.deepcopy(before)
+    x1, x2 = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
+    _train(layer, lambda m: m(x1, x2).square().sum())
+    products = torch.einsum("bi,bj->bij", x1, x2)
+    w = layer.get_parameter("weight")
+    change = torch.einsum("bij,oij->bo", products + GAMMA, w) - torch.einsum("bij,oij->bo", products, w)
+    torch.testing.assert_close(
+        change, (GAMMA * before.get_parameter("weight").sum((1, 2))).expand(8, 2), rtol=0, atol=1e-12
+    )
+
+
+def test_strided_transposed_convolution_keeps_only_the_sum_over_phases() -> None:
+    """A documented limit: with stride 2, one output pixel sees a quarter of the filter; the four together see all."""
+    before = nn.ConvTranspose2d(3, 2, 4, stride=2).double()
+    layer = copy.deepcopy(before)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    _train(layer, lambda m: m(x + 0.5).tanh().square().sum())
+    change = (layer(x + GAMMA) - layer(x))[:, :, 4:-4, 4:-4]
+    phases = change.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).sum((3, 5))
+    expected = GAMMA * before.get_parameter("weight").sum((0, 2, 3))
+    torch.testing.assert_close(phases, expected[None, :, None, None].expand_as(phases), rtol=0, atol=1e-12)

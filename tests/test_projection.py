@@ -1,0 +1,177 @@
+"""Φ and P by name: the statements of section 3 of the paper, over random shapes, dtypes and strides."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradcentral import WeightVectors, center, projection_matrix, share
+from gradcentral.projection import center_, unit_means
+from tests.strategies import COMPLEX, FLOATING, Case, cases
+
+DOUBLE = (torch.float64,)
+
+
+def _close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("fan_in", [1, 2, 9, 64])
+def test_projection_matrix_is_symmetric_idempotent_and_kills_e(fan_in: int) -> None:
+    P = projection_matrix(fan_in, dtype=torch.float64)
+    e = torch.full((fan_in,), 1 / math.sqrt(fan_in), dtype=torch.float64)
+    _close(P, torch.eye(fan_in, dtype=torch.float64) - torch.outer(e, e))
+    _close(P @ P, P)
+    _close(P.T, P)
+    _close(e @ P, torch.zeros_like(e))
+
+
+def test_projection_matrix_refuses_an_empty_weight_vector() -> None:
+    with pytest.raises(ValueError, match="fan_in must be at least 1"):
+        projection_matrix(0)
+
+
+@given(fan_in=st.integers(1, 30), units=st.integers(1, 5))
+def test_center_is_multiplication_by_P(fan_in: int, units: int) -> None:
+    g = torch.randn(units, fan_in, dtype=torch.float64)
+    _close(center(g, WeightVectors((1,))), g @ projection_matrix(fan_in, dtype=torch.float64))
+    _close(center(g.T, WeightVectors((0,))), projection_matrix(fan_in, dtype=torch.float64) @ g.T)
+
+
+@given(case=cases(DOUBLE + COMPLEX[:1]))
+def test_center_is_idempotent(case: Case) -> None:
+    once = center(case.tensor, case.vectors)
+    _close(center(once, case.vectors), once)
+
+
+@given(case=cases(DOUBLE), scale=st.floats(-3, 3))
+def test_center_is_linear(case: Case, scale: float) -> None:
+    other = torch.randn_like(case.tensor)
+    combined = center(case.tensor + scale * other, case.vectors)
+    _close(combined, center(case.tensor, case.vectors) + scale * center(other, case.vectors))
+
+
+@given(case=cases(DOUBLE))
+def test_center_is_self_adjoint(case: Case) -> None:
+    other = torch.randn_like(case.tensor)
+    left = (center(case.tensor, case.vectors) * other).sum()
+    _close(left, (case.tensor * center(other, case.vectors)).sum(), atol=1e-10)
+
+
+@given(case=cases(DOUBLE + COMPLEX[:1]))
+def test_centered_weight_vectors_have_zero_mean(case: Case) -> None:
+    means = unit_means(center(case.tensor, case.vectors), case.vectors)
+    _close(means, torch.zeros_like(means))
+
+
+@given(case=cases(DOUBLE + COMPLEX[:1]))
+def test_center_never_grows_the_norm(case: Case) -> None:
+    assert center(case.tensor, case.vectors).norm() <= case.tensor.norm() * (1 + 1e-12)
+
+
+@given(units=st.integers(1, 6), fan_in=st.integers(1, 9), seed=st.integers(0, 100))
+def test_center_commutes_with_permuting_units(units: int, fan_in: int, seed: int) -> None:
+    g = torch.randn(units, fan_in)
+    order = torch.randperm(units, generator=torch.Generator().manual_seed(seed))
+    rows = WeightVectors((1,))
+    assert torch.equal(center(g[order], rows), center(g, rows)[order])
+
+
+@given(case=cases(FLOATING + COMPLEX))
+def test_center_is_float64_rounded_to_the_dtype(case: Case) -> None:
+    tensor, vectors = case
+    wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+    centered = center(tensor, vectors)
+    assert centered.dtype == tensor.dtype
+    assert centered.shape == tensor.shape
+    rounding = torch.finfo(tensor.dtype).eps * float(tensor.abs().max())
+    _close(centered.to(wide.dtype), center(wide, vectors), atol=2 * rounding)
+
+
+@given(case=cases(FLOATING + COMPLEX, expanded=False))
+def test_center_in_place_equals_center(case: Case) -> None:
+    expected = center(case.tensor, case.vectors)
+    strides, storage = case.tensor.stride(), case.tensor.data_ptr()
+    result = center_(case.tensor, case.vectors)
+    assert result is case.tensor
+    assert (result.stride(), result.data_ptr()) == (strides, storage)
+    assert torch.equal(result, expected)
+
+
+def test_center_in_place_works_where_the_view_must_merge_axes() -> None:
+    columns = torch.randn(4, 6).T
+    merged = WeightVectors((1,), view=(2, 12))
+    expected = center(columns, merged)
+    assert torch.equal(center_(columns, merged), expected)
+
+
+def test_center_in_place_refuses_shared_memory() -> None:
+    with pytest.raises(RuntimeError, match="single memory location"):
+        center_(torch.ones(1, 3).expand(2, 3), WeightVectors((1,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_means_do_not_overflow_or_stagnate(dtype: torch.dtype) -> None:
+    # 100 × 4096 overflows a float16 sum, and a bfloat16 sum stands still at 256 times its terms.
+    g = torch.full((1, 4096), 100.0, dtype=dtype)
+    assert torch.equal(center(g, WeightVectors((1,))), torch.zeros_like(g))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_inf_stay_in_their_weight_vector(bad: float) -> None:
+    g = torch.randn(3, 5)
+    clean = center(g, WeightVectors((1,)))
+    g[1, 2] = bad
+    centered = center(g, WeightVectors((1,)))
+    assert torch.equal(centered[[0, 2]], clean[[0, 2]])
+    assert not centered[1].isfinite().any()
+
+
+def test_center_is_differentiable_and_its_derivative_is_P() -> None:
+    vectors = WeightVectors((1, 3), view=(2, 2, 3, 2))
+    g = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: center(t, vectors), (g,))
+    assert torch.autograd.gradgradcheck(lambda t: center(t, vectors).pow(3), (g,))
+
+
+@given(case=cases(DOUBLE))
+def test_share_is_the_lost_energy(case: Case) -> None:
+    kept = center(case.tensor, case.vectors).square().sum() / case.tensor.square().sum()
+    _close(share(case.tensor, case.vectors), 1 - kept)
+
+
+@given(case=cases(DOUBLE))
+def test_energy_splits_as_theorem_1_says(case: Case) -> None:
+    """‖Φ(g)‖² = ‖g‖² − ‖eᵀg‖², the core of theorem 1, for each weight vector."""
+    vectors = case.vectors.for_shape(case.tensor.shape)
+    rows = case.tensor.reshape(vectors.dims)
+    energy = rows.square().sum(vectors.span)
+    along_e = vectors.fan_in * rows.mean(vectors.span).square()
+    centered = center(case.tensor, vectors).reshape(vectors.dims).square().sum(vectors.span)
+    _close(centered, energy - along_e, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [([[1.0, 1.0, 1.0]], 1.0), ([[1.0, -1.0]], 0.0), ([[0.0, 0.0]], 0.0), ([[3.0, 1.0]], 0.8)],
+)
+def test_share_of_known_gradients(rows: list[list[float]], expected: float) -> None:
+    assert share(torch.tensor(rows), WeightVectors((1,))).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error", "message"),
+    [
+        (torch.zeros(2, 2, dtype=torch.int64), TypeError, "dtype torch.int64"),
+        (torch.eye(2).to_sparse(), ValueError, "sparse"),
+        (torch.zeros(3), ValueError, "out of range"),
+    ],
+)
+def test_what_cannot_be_centered_is_refused(tensor: torch.Tensor, error: type[Exception], message: str) -> None:
+    for operation in (center, center_, share):
+        with pytest.raises(error, match=message):
+            operation(tensor, WeightVectors((1,)))
