@@ -1,0 +1,108 @@
+"""The command line: parse, call, print. One small function a command."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gradcentral.experiment import ExperimentError, TaskError
+from gradcentral.experiment import compare as compare_task
+
+__all__ = ["run"]
+
+app = typer.Typer(
+    help="Gradient Centralization: does it help?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"gradcentral {metadata.version('gradcentral')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Gradient Centralization: does it help?"""
+
+
+@app.command()
+def compare(
+    task: Annotated[
+        str, typer.Argument(help="A Python file that defines `task`, or digits, digits-batchnorm, digits-vit.")
+    ] = "digits",
+    seeds: Annotated[str, typer.Option(help="How many seeds, or which: 5 means 0,1,2,3,4.")] = "5",
+    epochs: Annotated[int | None, typer.Option(help="Instead of the task's own.")] = None,
+    arms: Annotated[str, typer.Option(help="Of none, gradient and update; none must be there.")] = (
+        "none,gradient,update"
+    ),
+    optimizers: Annotated[str | None, typer.Option(help="Of the task's; by default all of them.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Worker processes; by default one a CPU core, and 1 on an accelerator.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to train, as torch names it.")] = "cpu",
+    amp: Annotated[bool, typer.Option("--amp", help="Train in mixed precision.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; by default runs/ and the task's name.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Use the finished runs in the folder, or move them aside.")
+    ] = True,
+) -> None:
+    """Train with and without GC, same seeds, same data order, and say whether it helped."""
+    comparison = compare_task(
+        task,
+        seeds=_seeds(seeds),
+        epochs=epochs,
+        arms=_names(arms),
+        optimizers=None if optimizers is None else _names(optimizers),
+        jobs=jobs,
+        device=device,
+        amp=amp,
+        out=out,
+        resume=resume,
+    )
+    console = Console(highlight=False)
+    console.print()
+    console.print(comparison)
+    console.print(f"\nReport: {comparison.report}", soft_wrap=True)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seeds(text: str) -> int | list[int]:
+    try:
+        return [int(seed) for seed in _names(text)] if "," in text else int(text)
+    except ValueError:
+        raise TaskError(f"seeds: give a number such as 5, or a list such as 0,3,7, not {text!r}") from None
+
+
+def run() -> None:
+    """Run the command line; what the user can mend is one line on stderr and exit code 2."""
+    try:
+        status = app(standalone_mode=False)
+    except ExperimentError as error:
+        _end(" ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        _end("interrupted; the finished runs are kept, the same command goes on from there", 130)
+    sys.exit(status)
+
+
+def _end(message: str, code: int) -> None:
+    print(f"gradcentral: {message}", file=sys.stderr)
+    sys.exit(code)

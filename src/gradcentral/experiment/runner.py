@@ -1,0 +1,120 @@
+"""Many runs: in this process, or spread over worker processes by joblib."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradcentral.experiment.errors import ArmError, ExperimentError, RunError, optional
+from gradcentral.experiment.loading import Address, TaskReference, describe, follow_address, where
+from gradcentral.experiment.randomness import isolated
+from gradcentral.experiment.records import Key, Run
+from gradcentral.experiment.task import CustomTask
+from gradcentral.experiment.training import Settings, follow, train
+
+__all__ = ["default_jobs", "run_all"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that raised, in a form that any process can read."""
+
+    kind: type[ExperimentError]
+    message: str
+    trace: str
+
+
+def run_all(
+    reference: TaskReference, keys: Sequence[Key], settings: Settings | None, *, jobs: int, progress: Path
+) -> Iterator[Run]:
+    """Run them all and yield each as it finishes, in no particular order.
+
+    Args:
+        reference: the task.
+        keys: what to run.
+        settings: how to train; None for a `CustomTask`.
+        jobs: worker processes, each with one torch thread; 1 runs in this process, with its threads.
+        progress: an existing file, to which one line an epoch is added; runs end when it is taken away.
+
+    Raises:
+        RunError: the task raised in a run; the traceback is in ``error.txt`` beside ``progress``.
+        ArmError: a run did not do what its arm says.
+    """
+    if jobs == 1:
+        with isolated():
+            for key in keys:
+                yield _unwrap(_run(reference, key, settings, progress), progress.parent)
+        return
+    joblib = optional("joblib")
+    with tempfile.TemporaryDirectory(prefix="gradcentral-") as folder:
+        portable = reference.portable(Path(folder))
+        parallel = joblib.Parallel(n_jobs=jobs, backend="loky", return_as="generator_unordered", batch_size=1)
+        work = joblib.delayed(_run_in_worker)
+        try:
+            with (
+                joblib.parallel_config(backend="loky", inner_max_num_threads=1),
+                closing(parallel(work(portable, key, settings, progress) for key in keys)) as outcomes,
+            ):
+                for outcome in outcomes:
+                    yield _unwrap(outcome, progress.parent)
+        except RuntimeError as error:  # loky's TerminatedWorkerError is one
+            raise RunError(
+                f"a worker process died ({describe(error)}); with fewer jobs= each has more memory"
+            ) from error
+
+
+def default_jobs(device: str, runs: int) -> int:
+    """The CPU's cores, at most one a run; 1 on an accelerator, whose runs would only compete."""
+    if torch.device(device).type != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, runs))
+
+
+def _run_in_worker(address: Address, key: Key, settings: Settings | None, progress: Path) -> Run | Failure:
+    torch.set_num_threads(1)
+    try:
+        reference = follow_address(address)
+    except ExperimentError as error:
+        return Failure(type(error), str(error), traceback.format_exc())
+    return _run(reference, key, settings, progress)
+
+
+def _run(reference: TaskReference, key: Key, settings: Settings | None, progress: Path) -> Run | Failure:
+    def on_epoch(record: dict[str, Any]) -> None:
+        line = json.dumps([*key, record["epoch"], record["test_metric"]]) + "\n"
+        # Not created anew: where it is gone the comparison has ended, and this run is nobody's.
+        file = os.open(progress, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(file, line.encode())
+        finally:
+            os.close(file)
+
+    try:
+        task = reference.task
+        if isinstance(task, CustomTask):
+            return follow(task, key, on_epoch)
+        assert settings is not None
+        return train(task, key, settings, on_epoch)
+    except Exception as error:
+        kind = type(error) if isinstance(error, ExperimentError) else RunError
+        place = "" if isinstance(error, ExperimentError) else f" ({where(error, reference.source)})"
+        return Failure(kind, f"run {key}: {describe(error)}{place}", traceback.format_exc())
+
+
+def _unwrap(outcome: Run | Failure, folder: Path) -> Run:
+    if isinstance(outcome, Run):
+        return outcome
+    path = folder / "error.txt"
+    path.write_text(outcome.trace, encoding="utf-8")
+    hint = "" if outcome.kind is ArmError else f"; the traceback is in {path}"
+    raise outcome.kind(outcome.message + hint)

@@ -1,0 +1,179 @@
+"""What is trained: a `Task` that a user writes in a file of their own, or a `CustomTask` around their trainer."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+
+from gradcentral.experiment.errors import TaskError
+
+__all__ = ["CustomTask", "Task", "name_of"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to train with and without Gradient Centralization.
+
+    Args:
+        name: what to call it; also the name of its output folder.
+        model: builds a fresh model. It is called once a run, under that run's seed.
+        train: training examples, as ``(input, target)`` pairs.
+        test: test examples, likewise; never trained on.
+        loss: ``loss(output, target)`` -> scalar tensor, the mean over the batch.
+        metric: ``metric(output, target)`` -> number, the mean over the batch. Its name is the callable's.
+        optimizers: by name, ``factory(parameters)`` -> a plain ``torch.optim.Optimizer``, without GC.
+        batch_size: examples a step. Evaluation takes four times as many at once.
+        epochs: passes over the training examples.
+        schedule: ``schedule(optimizer, steps)`` -> ``LRScheduler``, stepped once a batch; ``steps`` is their total.
+        higher_is_better: whether a larger metric is the better one.
+
+    Raises:
+        TaskError: a field is not usable; the message names it.
+
+    Examples:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> x = torch.randn(64, 3)
+        >>> task = Task(
+        ...     name="line",
+        ...     model=lambda: torch.nn.Linear(3, 2),
+        ...     train=TensorDataset(x[:32], x[:32, :2]),
+        ...     test=TensorDataset(x[32:], x[32:, :2]),
+        ...     loss=torch.nn.functional.mse_loss,
+        ...     metric=torch.nn.functional.l1_loss,
+        ...     optimizers={"sgd": lambda params: torch.optim.SGD(params, lr=0.1)},
+        ...     higher_is_better=False,
+        ... )
+        >>> task.metric_name
+        'l1_loss'
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    train: Dataset[Any]
+    test: Dataset[Any]
+    loss: Callable[[Any, Any], Tensor]
+    metric: Callable[[Any, Any], Tensor | float]
+    optimizers: Mapping[str, Callable[[Iterable[nn.Parameter]], Optimizer]]
+    batch_size: int = 32
+    epochs: int = 10
+    schedule: Callable[[Optimizer, int], LRScheduler] | None = None
+    higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        if isinstance(self.model, nn.Module):
+            raise TaskError(
+                "model: give a function that builds a fresh model, not a model "
+                f"(every run starts anew), for example model=lambda: {type(self.model).__name__}(...)"
+            )
+        for field in ("model", "loss", "metric"):
+            _check_callable(field, getattr(self, field))
+        for field in ("train", "test"):
+            _check_dataset(field, getattr(self, field))
+        if not isinstance(self.optimizers, Mapping) or not self.optimizers:
+            raise TaskError("optimizers: give at least one, as {'sgd': lambda params: torch.optim.SGD(params, lr=0.1)}")
+        for name, factory in self.optimizers.items():
+            # The names are typed on the command line, separated by commas.
+            if not isinstance(name, str) or not re.fullmatch(r"[^\s,]+", name):
+                raise TaskError(f"optimizers: {name!r} is no name; use a string without spaces and commas")
+            if isinstance(factory, Optimizer):
+                raise TaskError(
+                    f"optimizers[{name!r}]: give a function of the parameters, not an optimizer, "
+                    f"for example lambda params: torch.optim.{type(factory).__name__}(params, ...)"
+                )
+            _check_callable(f"optimizers[{name!r}]", factory)
+        for field in ("batch_size", "epochs"):
+            check_count(field, getattr(self, field))
+        if self.schedule is not None:
+            _check_callable("schedule", self.schedule)
+        _check_flag("higher_is_better", self.higher_is_better)
+
+    @property
+    def metric_name(self) -> str:
+        """The metric's name: its callable's."""
+        return name_of(self.metric)
+
+
+@dataclass(frozen=True)
+class CustomTask:
+    """A trainer of one's own: it is told the seed and the arm, and reports every epoch.
+
+    The comparison can't look inside such a trainer: pairing (same initial weights, same data order for one seed) and
+    attaching GC for the arm are the trainer's own duty.
+
+    Args:
+        name: what to call it; also the name of its output folder.
+        run: ``run(seed, arm)`` -> one mapping an epoch, with the numbers ``train_loss`` and ``test_metric``, and
+            ``test_loss`` and ``train_metric`` where it has them. A generator lets the display follow it. ``arm`` is
+            ``"none"``, ``"gradient"`` or ``"update"``: the ``placement`` to pass to `gradcentral.centralize`.
+        metric_name: what ``test_metric`` is.
+        higher_is_better: whether a larger metric is the better one.
+
+    Raises:
+        TaskError: a field is not usable; the message names it.
+
+    Examples:
+        >>> def run(seed, arm):
+        ...     yield {"train_loss": 0.5, "test_metric": 0.9}
+        >>> CustomTask("mine", run).metric_name
+        'metric'
+    """
+
+    name: str
+    run: Callable[[int, str], Iterable[Mapping[str, float]]]
+    metric_name: str = "metric"
+    higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        _check_callable("run", self.run)
+        if not isinstance(self.metric_name, str) or not self.metric_name:
+            raise TaskError(f"metric_name: give a string, not {self.metric_name!r}")
+        _check_flag("higher_is_better", self.higher_is_better)
+
+
+def name_of(function: object) -> str:
+    """A callable's name: its own, that of the function a ``partial`` wraps, or that of its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def check_count(field: str, value: object) -> None:
+    """A positive whole number, or an error that names the field."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise TaskError(f"{field}: give a whole number of at least 1, not {value!r}")
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+-]*", name):
+        raise TaskError(f"name: {name!r} can't name a folder; use letters, digits, '-', '_', '.', '+' and spaces")
+
+
+def _check_callable(field: str, value: object) -> None:
+    if not callable(value):
+        raise TaskError(f"{field}: give a function, not {value!r}")
+
+
+def _check_flag(field: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TaskError(f"{field}: give True or False, not {value!r}")
+
+
+def _check_dataset(field: str, value: Any) -> None:
+    if not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+        raise TaskError(
+            f"{field}: a {type(value).__name__} has no length and index; give a map-style Dataset "
+            "of (input, target) pairs, such as TensorDataset(inputs, targets)"
+        )
+    if len(value) == 0:
+        raise TaskError(f"{field}: the dataset is empty")

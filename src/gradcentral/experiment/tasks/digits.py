@@ -1,0 +1,40 @@
+"""``digits``: a four-layer ReLU CNN without normalization. Where GC has most to do: every input has a mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gradcentral.experiment.task import Task
+from gradcentral.experiment.tasks._digits import accuracy, digits
+
+__all__ = ["task"]
+
+
+def cnn() -> nn.Module:
+    """Three convolutions and a linear layer, ``[n, 1, 8, 8]`` to ``[n, 10]``."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 2 * 2, 10),
+    )
+
+
+train, test = digits()
+task = Task(
+    name="digits",
+    model=cnn,
+    train=train,
+    test=test,
+    loss=nn.functional.cross_entropy,
+    metric=accuracy,
+    optimizers={
+        "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+        "adamw": lambda params: torch.optim.AdamW(params, lr=1e-3),
+    },
+)
