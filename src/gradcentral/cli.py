@@ -16,7 +16,7 @@ from gradcentral.experiment import compare as compare_task
 __all__ = ["run"]
 
 app = typer.Typer(
-    help="Gradient Centralization: does it help?",
+    help="Gradient Centralization, measured.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,7 +36,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Gradient Centralization: does it help?"""
+    """Gradient Centralization, measured."""
 
 
 @app.command()

@@ -84,7 +84,7 @@ def compare(
         missing = [key for key in keys if key not in store.runs]
         with (
             _progress_file(store.folder) as file,
-            Display(keys, before, settings and settings.epochs, _metric(loaded), file, progress) as display,
+            Display(keys, before, settings.epochs if settings else None, loaded.metric_name, file, progress) as display,
         ):
             pairs = _Pairs(before)
             count = jobs if jobs is not None else default_jobs(device, len(missing))
@@ -95,7 +95,7 @@ def compare(
                     display.finished(run)
         comparison = Comparison(
             task=loaded.name,
-            metric=_metric(loaded),
+            metric=loaded.metric_name,
             higher_is_better=loaded.higher_is_better,
             arms=arms,
             optimizers=optimizers,
@@ -185,10 +185,6 @@ def _settings(task: Task | CustomTask, epochs: int | None, device: str, amp: boo
         check_count("epochs", epochs)
     check_device(device, amp)
     return Settings(task.epochs if epochs is None else epochs, device, amp)
-
-
-def _metric(task: Task | CustomTask) -> str:
-    return task.metric_name
 
 
 @contextmanager

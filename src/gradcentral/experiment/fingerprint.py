@@ -97,7 +97,7 @@ def _of_dataset(dataset: Any) -> str:
 
 def _of_optimizer(optimizer: Optimizer) -> str:
     groups = [
-        ", ".join(f"{name}={value}" for name, value in group.items() if name != "params")
+        ", ".join(f"{name}={value}" for name, value in group.items() if name != "params" and value not in (None, False))
         for group in optimizer.param_groups
     ]
     return f"{type(optimizer).__name__}({' | '.join(groups)})"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gradcentral.experiment.errors import ExperimentError, TaskError
+from gradcentral.experiment.errors import ExperimentError, TaskError, optional
 from gradcentral.experiment.task import CustomTask, Task, name_of
 
 __all__ = ["BUILT_IN", "TaskReference", "describe", "follow_address", "load_task", "refer_to", "where"]
@@ -54,10 +54,8 @@ class TaskReference:
         """An address that other processes of this machine can follow: a value is written to a file in ``folder``."""
         if self.address.kind != "value":
             return self.address
-        import cloudpickle
-
         try:
-            content = cloudpickle.dumps(self.task)
+            content: bytes = optional("cloudpickle").dumps(self.task)
         except (TypeError, AttributeError, pickle.PicklingError) as error:
             raise TaskError(
                 f"task {self.task.name!r} can't be sent to worker processes ({describe(error)}): "

@@ -1,5 +1,58 @@
+"""Writes ``summary.csv``, the figures as PNG and the self-contained ``report.html`` of a comparison."""
+
+from __future__ import annotations
+
+import base64
+from importlib import resources
+from typing import Any
+
+from gradcentral.experiment.checks import NONE
+from gradcentral.experiment.errors import optional
+from gradcentral.experiment.plots import DARK, LIGHT, Theme, curves, differences, to_png, to_svg
 from gradcentral.experiment.results import Comparison
+
+__all__ = ["write_report"]
 
 
 def write_report(comparison: Comparison) -> None:
-    (comparison.out / "summary.csv").write_text(comparison.to_csv(), encoding="utf-8")
+    """Write everything a person reads into the comparison's folder, over what an earlier call wrote."""
+    comparison.out.joinpath("summary.csv").write_text(comparison.to_csv(), encoding="utf-8")
+    figures = {}
+    for name in _DRAW:
+        comparison.out.joinpath(f"{name}.png").write_bytes(to_png(_draw(name, comparison, LIGHT)))
+        figures[name] = {
+            scheme: base64.b64encode(to_svg(_draw(name, comparison, theme))).decode()
+            for scheme, theme in (("light", LIGHT), ("dark", DARK))
+        }
+    environment = optional("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = resources.files("gradcentral.experiment").joinpath("report.html.jinja2").read_text(encoding="utf-8")
+    html = environment.from_string(template).render(
+        comparison=comparison,
+        figures=figures,
+        none=NONE,
+        columns=comparison.columns(),
+        environments=_environments(comparison),
+        seconds=sum(run.seconds for run in comparison.records),
+        diverged=[run for run in comparison.records if run.diverged_at is not None],
+    )
+    comparison.report.write_text(html, encoding="utf-8")
+
+
+_DRAW = {
+    "differences": lambda comparison, theme: differences(comparison, theme),
+    "training_loss": lambda comparison, theme: curves(comparison, "train_loss", "training loss", theme),
+    "test_metric": lambda comparison, theme: curves(comparison, "test_metric", f"test {comparison.metric}", theme),
+}
+
+
+def _draw(name: str, comparison: Comparison, theme: Theme) -> Any:
+    return _DRAW[name](comparison, theme)
+
+
+def _environments(comparison: Comparison) -> dict[str, str]:
+    """Versions and device; several where runs of different days were made by different ones."""
+    names = dict.fromkeys(name for run in comparison.records for name in run.environment)
+    return {
+        name: ", ".join(dict.fromkeys(run.environment[name] for run in comparison.records if name in run.environment))
+        for name in names
+    }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,9 +52,9 @@ class Row:
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "test {metric}": lambda row: spread(row.test_metric),
     "final training loss": lambda row: spread(row.train_loss),
-    "epochs to none's final training loss": lambda row: _epochs(row.epochs_to_baseline),
+    "epochs to none's final loss": lambda row: _epochs(row.epochs_to_baseline),
     "generalization gap": lambda row: spread(row.gap),
-    "share of gradient energy GC removes": lambda row: spread(row.share),
+    "share removed": lambda row: f"{mean_std(row.share)[0]:.0%}" if row.share else NOTHING,
 }
 
 
@@ -187,23 +189,25 @@ class Comparison:
         parts: list[Any] = []
         for optimizer in self.optimizers:
             table = table_of.Table(
-                title=f"{self.task}, {optimizer}: mean ± std of {len(self.seeds)} runs", title_justify="left"
+                title=f"{self.task}, {optimizer}: mean ± std of {len(self.seeds)} runs",
+                title_justify="left",
+                title_style="bold",
+                box=optional("rich.box").SIMPLE_HEAD,
+                pad_edge=False,
+                padding=(0, 1, 0, 0),
             )
             table.add_column("arm")
             for title in self.columns():
-                table.add_column(title, justify="right")
+                table.add_column(textwrap.fill(title, 14), justify="right")
             for row in self.table(optimizer):
-                label = row.arm if not row.diverged else f"{row.arm} ({row.diverged} of {row.runs} diverged)"
+                label = row.arm if not row.diverged else f"{row.arm}, {row.diverged} of {row.runs} diverged"
                 table.add_row(label, *(cell(row) for cell in self.columns().values()))
-            parts += [
-                table,
-                *(
-                    text.Text(f"  {verdict.arm}: {verdict.sentence}")
-                    for verdict in self.verdicts
-                    if verdict.optimizer == optimizer
-                ),
-                "",
-            ]
+            parts.append(table)
+            for verdict in self.verdicts:
+                if verdict.optimizer == optimizer:
+                    line = text.Text.assemble((f"{verdict.arm}: ", "bold"), verdict.sentence)
+                    parts.append(optional("rich.padding").Padding(line, (0, 0, 0, 2)))
+            parts.append("")
         return console.Group(*parts[:-1])
 
     def __str__(self) -> str:
@@ -216,21 +220,23 @@ NOTHING = "–"
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, as many digits as the deviation gives meaning to.
+    """Mean ± standard deviation, with the digits that the deviation gives meaning to: one, or two from 10 to 29.
 
-    >>> spread([0.95, 0.96, 0.97]), spread([0.5]), spread([])
-    ('0.960 ± 0.010', '0.5', '–')
+    >>> spread([0.95, 0.96, 0.97]), spread([0.93, 0.96, 0.99]), spread([0.5]), spread([])
+    ('0.960 ± 0.010', '0.96 ± 0.03', '0.5', '–')
     """
     if not values:
         return NOTHING
     mean, std = mean_std(values)
     if std is None:
         return f"{mean:.4g}"
-    size = std if std > 0 else abs(mean) / 100
-    if size > 0 and not 1e-5 < size < 1e5:
-        return f"{mean:.2e} ± {std:.1e}"
-    places = 3 if size == 0 else next(places for places in range(7) if size >= 9.5 * 0.1 ** (places + 1))
-    return f"{mean:.{places}f} ± {std:.{places}f}"
+    if std < 1e-9 * abs(mean) or std == 0:
+        return f"{mean:.4g} ± 0"
+    exponent = math.floor(math.log10(std))
+    places = -exponent + (std / 10**exponent < 2.95)
+    if not -4 <= places <= 6 or abs(mean) >= 1e7:
+        return f"{mean:.2e} ± {std:.0e}"
+    return f"{mean:.{max(0, places)}f} ± {std:.{max(0, places)}f}"
 
 
 def _epochs(values: Sequence[int | None]) -> str:
@@ -241,7 +247,7 @@ def _epochs(values: Sequence[int | None]) -> str:
         return "never"
     never = len(values) - len(reached)
     mean, std = mean_std(reached)
-    return f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}") + (f" ({never} never)" if never else "")
+    return f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}") + (f", {never} never" if never else "")
 
 
 def _present(values: Any) -> list[float]:

@@ -25,11 +25,11 @@ class Paired:
     Attributes:
         differences: of the pairs in which neither run diverged.
         mean: of the differences; None without any.
-        interval: simultaneous 95 % confidence interval of the mean for all arms; None where the differences have
+        interval: simultaneous 95% confidence interval of the mean for all arms; None where the differences have
             no spread to judge by (fewer than two of them, or all equal).
         p: two-sided p-value, corrected for the number of arms; None as for the interval. The interval excludes
             zero exactly when it is below 0.05.
-        detectable: the smallest true difference that so many pairs with this spread would probably (80 %) show.
+        detectable: the smallest true difference that so many pairs with this spread would probably (80%) show.
         arms: how many arms are compared with the baseline.
         diverged: runs of the arm that diverged.
         baseline_diverged: runs of the baseline that diverged.
@@ -120,7 +120,7 @@ def judge(
     Examples:
         >>> evidence = paired([0.90, 0.92, 0.91, 0.90], [0.93, 0.94, 0.95, 0.93])
         >>> judge(evidence, optimizer="sgd", arm="gradient", metric="accuracy", higher_is_better=True).sentence
-        'better: accuracy higher by 0.030, 95 % interval +0.017 to +0.043, p = 0.005, 4 pairs.'
+        'better: accuracy higher by 0.030, 95% interval +0.017 to +0.043, p = 0.005, 4 pairs.'
     """
     outcome = _outcome(evidence, higher_is_better)
     parts = [_claim(evidence, outcome, metric)]
@@ -170,11 +170,11 @@ def _claim(evidence: Paired, outcome: Outcome, metric: str) -> str:
     low, high = evidence.interval
     places = _places((high - low) / 2)
     simultaneous = f" (simultaneous for {evidence.arms} arms)" if evidence.arms > 1 else ""
-    interval = f"95 % interval {low:+.{places}f} to {high:+.{places}f}{simultaneous}, p = {_p(evidence.p)}, {pairs}"
+    interval = f"95% interval {low:+.{places}f} to {high:+.{places}f}{simultaneous}, p = {_p(evidence.p)}, {pairs}"
     if not _excludes_zero(evidence):
         return (
             f"no clear change: {metric} {evidence.mean:+.{places}f}, {interval}; "
-            f"a true difference of {evidence.detectable:.{places}f} would probably have shown (power 80 %)."
+            f"a true difference of {evidence.detectable:.{places}f} would probably have shown (power 80%)."
         )
     direction = "higher" if evidence.mean > 0 else "lower"
     claim = f"{metric} {direction} by {abs(evidence.mean):.{places}f}, {interval}."
@@ -208,7 +208,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def interval_of_mean(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean with the ends of its 95 % confidence interval, for plots; one value is its own interval."""
+    """Mean with the ends of its 95% confidence interval, for plots; one value is its own interval."""
     mean, std = mean_std(values)
     if std is None:
         return mean, mean, mean

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -135,7 +134,7 @@ def fresh_model(task: Task, seed: int) -> nn.Module:
     model = task.model()
     if not isinstance(model, nn.Module):
         raise TaskError(f"model: the factory must return an nn.Module, not {type(model).__name__}")
-    if any(isinstance(parameter, UninitializedTensorMixin) for parameter in model.parameters()):
+    if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
         inputs, _ = _pair(next(iter(DataLoader(task.train, task.batch_size))))
         with torch.no_grad():
             model.eval()(inputs)
@@ -229,7 +228,7 @@ class _Trainer:
         with self._autocast():
             loss = self._loss(self.model(_move(inputs, self.device)), _move(targets, self.device))
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         if shares is not None:
             self.arm.watch()

@@ -34,7 +34,7 @@ task = Task(
     loss=nn.functional.cross_entropy,
     metric=accuracy,
     optimizers={
-        "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+        "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=5e-4),
         "adamw": lambda params: torch.optim.AdamW(params, lr=1e-3),
     },
 )

@@ -1,0 +1,188 @@
+"""The figures of a report, in light and in dark."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from gradcentral.experiment.checks import NONE
+from gradcentral.experiment.errors import optional
+from gradcentral.experiment.results import Comparison
+from gradcentral.experiment.statistics import interval_of_mean
+
+__all__ = ["DARK", "LIGHT", "Theme", "curves", "differences", "to_png", "to_svg"]
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colors of a figure. Those of the arms are Okabe and Ito's, which color-blind people can tell apart."""
+
+    background: str
+    text: str
+    faint: str
+    arms: dict[str, str]
+
+
+LIGHT = Theme("#ffffff", "#1f2328", "#d8dce1", {NONE: "#6b7280", "gradient": "#0072b2", "update": "#d55e00"})
+DARK = Theme("#14171c", "#e4e7eb", "#3a404a", {NONE: "#a3abb8", "gradient": "#56b4e9", "update": "#ef8a3c"})
+
+# Line styles too, for print in gray.
+STYLES = {NONE: "--", "gradient": "-", "update": "-."}
+
+
+def curves(comparison: Comparison, name: str, label: str, theme: Theme) -> Any:
+    """One panel an optimizer: a number by epoch, mean and 95% interval over the seeds, a line an arm.
+
+    Args:
+        comparison: the runs.
+        name: ``train_loss`` or ``test_metric``.
+        label: of the vertical axis.
+        theme: colors.
+    """
+    count = len(comparison.optimizers)
+    with _style(theme):
+        figure, axes = _pyplot().subplots(
+            1, count, figsize=(1 + 4.4 * count, 3.5), squeeze=False, sharey=True, layout="constrained"
+        )
+        late: list[float] = []
+        for axis, optimizer in zip(axes[0], comparison.optimizers, strict=True):
+            for arm in comparison.arms:
+                points = _by_epoch(comparison, optimizer, arm, name)
+                if not points:
+                    continue
+                epochs, means, lows, highs = zip(*points, strict=True)
+                late += means[len(means) // 3 :]
+                color = theme.arms[arm]
+                axis.plot(epochs, means, STYLES[arm], color=color, lw=1.8, label=arm, marker="o", ms=2.5)
+                axis.fill_between(epochs, lows, highs, color=color, alpha=0.16, lw=0)
+            axis.set_title(optimizer, loc="left", fontweight="bold")
+            axis.set_xlabel("epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.margins(x=0.02)
+        axes[0][0].set_ylabel(label)
+        if name == "train_loss" and late and min(late) > 0:
+            axes[0][0].set_yscale("log")
+        elif late:
+            _show_late_epochs(axes[0][0], late)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside upper right", ncols=len(handles), frameon=False)
+        return figure
+
+
+def differences(comparison: Comparison, theme: Theme) -> Any:
+    """Paired differences arm − none of the final test metric: a dot a seed, the mean and its interval."""
+    rows = [(v.optimizer, v.arm, v.evidence) for v in comparison.verdicts]
+    with _style(theme):
+        figure, axis = _pyplot().subplots(figsize=(9.8, 1.3 + 0.52 * len(rows)), layout="constrained")
+        axis.axvline(0, color=theme.text, lw=1, zorder=1)
+        for at, (_, arm, evidence) in enumerate(rows):
+            y, color, n = -at, theme.arms[arm], len(evidence.differences)
+            offsets = [0.26 * (i / (n - 1) - 0.5) if n > 1 else 0.0 for i in range(n)]
+            axis.plot(
+                evidence.differences, [y - 0.17 + o / 2 for o in offsets], "o", color=color, ms=4, alpha=0.55, mew=0
+            )
+            if evidence.interval is not None:
+                axis.plot(evidence.interval, [y + 0.14] * 2, color=color, lw=2.6, solid_capstyle="butt")
+            if evidence.mean is not None:
+                axis.plot(evidence.mean, y + 0.14, "D", color=color, ms=6.5, mec=theme.background, mew=1)
+            else:
+                axis.text(0, y, "  no pair finished", va="center", color=theme.text)
+        axis.set_yticks(
+            [-at for at in range(len(rows))], [f"{optimizer}, {arm}" for optimizer, arm, _ in rows], fontsize=10
+        )
+        axis.set_ylim(0.55 - len(rows), 0.5)
+        axis.grid(visible=False, axis="y")
+        axis.tick_params(axis="y", length=0)
+        better = "→ better" if comparison.higher_is_better else "← better"
+        axis.set_xlabel(f"difference in test {comparison.metric}, arm − none    {better}")
+        low, high = axis.get_xlim()
+        reach = max(abs(low), abs(high))
+        if low > 0 or high < 0 or reach > 8 * min(abs(low), abs(high)):
+            axis.set_xlim(min(low, -0.12 * reach), max(high, 0.12 * reach))
+        return figure
+
+
+def to_png(figure: Any) -> bytes:
+    """The figure at 200 dots an inch; closes it."""
+    return _save(figure, format="png", dpi=200)
+
+
+def to_svg(figure: Any) -> bytes:
+    """The figure as vectors, letters included; closes it."""
+    return _save(figure, format="svg", metadata={"Date": None})
+
+
+def _save(figure: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, facecolor=figure.get_facecolor(), **options)
+    _pyplot().close(figure)
+    return file.getvalue()
+
+
+def _by_epoch(comparison: Comparison, optimizer: str, arm: str, name: str) -> list[tuple[int, float, float, float]]:
+    """(epoch, mean, low, high) over the runs that did not diverge; on a log axis all three are geometric."""
+    runs = [run for run in comparison.runs(optimizer, arm) if run.diverged_at is None]
+    points = []
+    for epoch in range(max((len(run.epochs) for run in runs), default=0)):
+        values = [
+            float(v) for run in runs if epoch < len(run.epochs) and (v := run.epochs[epoch].get(name)) is not None
+        ]
+        if not values:
+            continue
+        if name == "train_loss" and min(values) > 0:
+            # Losses spread by factors; an interval around the plain mean could reach below zero.
+            logs = interval_of_mean([math.log(value) for value in values])
+            mean, low, high = (math.exp(min(x, 700)) for x in logs)
+        else:
+            mean, low, high = interval_of_mean(values)
+        points.append((epoch + 1, mean, low, high))
+    return points
+
+
+def _show_late_epochs(axis: Any, means: list[float]) -> None:
+    """The first epochs' steep part, or the wide interval of few runs, would flatten what is to be compared."""
+    reach = (max(means) - min(means)) or abs(means[0]) or 1.0
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, min(means) - 0.3 * reach), min(high, max(means) + 0.3 * reach))
+
+
+@contextmanager
+def _style(theme: Theme) -> Iterator[None]:
+    pyplot = _pyplot()
+    with pyplot.rc_context(
+        {
+            "figure.facecolor": theme.background,
+            "axes.facecolor": theme.background,
+            "text.color": theme.text,
+            "axes.labelcolor": theme.text,
+            "axes.edgecolor": theme.faint,
+            "xtick.color": theme.text,
+            "ytick.color": theme.text,
+            "axes.grid": True,
+            "grid.color": theme.faint,
+            "grid.linewidth": 0.6,
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.spines.left": False,
+            "xtick.major.size": 3,
+            "ytick.major.size": 0,
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "font.family": ["DejaVu Sans"],
+            "svg.hashsalt": "gradcentral",
+        }
+    ):
+        yield
+
+
+def _pyplot() -> Any:
+    matplotlib = optional("matplotlib")
+    if "matplotlib.pyplot" not in __import__("sys").modules:
+        matplotlib.use("agg")  # no window, and no display needed
+    return optional("matplotlib.pyplot")

@@ -1,0 +1,75 @@
+"""``digits-vit``: a tiny pre-LayerNorm transformer. LayerNorm leaves GC little to remove."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gradcentral.experiment.task import Task
+from gradcentral.experiment.tasks._digits import accuracy, digits
+
+__all__ = ["task"]
+
+WIDTH, HEADS, DEPTH, PATCH, PATCHES = 32, 4, 2, 2, 16
+
+
+class Block(nn.Module):
+    """Attention and a perceptron, each on normalized input and added to what it read; ``[n, 16, 32]`` to the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.norm2 = nn.LayerNorm(WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One block."""
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class VisionTransformer(nn.Module):
+    """Patches of 2×2 pixels, two blocks, the mean over patches: ``[n, 1, 8, 8]`` to ``[n, 10]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Linear(PATCH * PATCH, WIDTH)
+        self.position = nn.Embedding(PATCHES, WIDTH)
+        self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        # Pixels around zero, as everyone feeds a transformer.
+        patches = nn.functional.unfold((images - 0.5) / 0.5, PATCH, stride=PATCH).mT
+        x = self.blocks(self.patch(patches) + self.position.weight)
+        logits: Tensor = self.head(self.norm(x).mean(1))
+        return logits
+
+
+def warm_up_then_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """A tenth of the steps up, the rest down to zero: a transformer's usual schedule."""
+    warm = max(1, steps // 10)
+    up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / warm, total_iters=warm)
+    down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps - warm))
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], milestones=[warm])
+
+
+train, test = digits()
+task = Task(
+    name="digits-vit",
+    model=VisionTransformer,
+    train=train,
+    test=test,
+    loss=nn.functional.cross_entropy,
+    metric=accuracy,
+    optimizers={
+        "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=5e-4),
+        "adamw": lambda params: torch.optim.AdamW(params, lr=3e-3),
+    },
+    schedule=warm_up_then_cosine,
+)
