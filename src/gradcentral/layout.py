@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 
-from gradcentral.layouts import torch_nn
+from gradcentral.layouts import table, torch_nn
+from gradcentral.layouts.entry import Entry
+from gradcentral.layouts.lookup import find_rule, is_convolution
 from gradcentral.layouts.rules import (
     Decision,
     LeaveAlone,
     Rule,
     apply_rule,
     check_rule,
-    find_rule,
     register_layout,
 )
+from gradcentral.layouts.suggest import suggestion
 from gradcentral.vectors import WeightVectors
 
 __all__ = ["Entry", "LeaveAlone", "WeightLayout", "register_layout", "weight_layout"]
@@ -31,24 +33,6 @@ Selector: TypeAlias = "str | Tensor | nn.Module"
 
 _ONLY = ("all", "conv")
 _LAZY = "lazy: its shape is known after the first forward"
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """What a layout says of one parameter."""
-
-    name: str
-    parameter: Tensor
-    vectors: WeightVectors | None
-    """The weight vectors, or None where the parameter is left alone."""
-    origin: str
-    """The rule that decided, as ``Class.parameter``."""
-    reason: str = ""
-    """Why the parameter is left alone; empty where it is centered."""
-    unknown: bool = False
-    """Left alone because nobody has decided about it: it deserves a look."""
-    aliases: tuple[str, ...] = ()
-    """Further names of a tied parameter."""
 
 
 class WeightLayout(Mapping[Tensor, WeightVectors]):
@@ -70,6 +54,13 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         self._by_parameter = {entry.parameter: entry for entry in self.entries}
         self._by_name = {name: entry for entry in self.entries for name in (entry.name, *entry.aliases)}
         self._centered = {entry.parameter: entry.vectors for entry in self.entries if entry.vectors is not None}
+
+    def __getstate__(self) -> tuple[Entry, ...]:
+        # A copy goes with copied parameters, and the model it was made for is not theirs: it can't be refreshed.
+        return self.entries
+
+    def __setstate__(self, entries: tuple[Entry, ...]) -> None:
+        self.__init__(entries)  # type: ignore[misc]
 
     @classmethod
     def from_shapes(
@@ -157,25 +148,39 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
             self._set(self._recipe.entries(model))
 
     def __str__(self) -> str:
-        """A table: parameter, shape, weight vectors (count × fan-in and the axes), rule or reason."""
-        rows = [("parameter", "shape", "weight vectors", "decided by")]
-        rows += [_row(entry) for entry in self.entries]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [
-            "  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3])) for row in rows
-        ]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", self.summary()])
+        """A table: parameter, shape, weight vectors (count × fan-in and the axes), rule or reason.
+
+        Layers that repeat share a row; `table` can list each of them.
+        """
+        return self.table()
 
     __repr__ = __str__
 
+    def table(self, *, every: bool = False) -> str:
+        """The layout as text.
+
+        Args:
+            every: one row for every parameter, also where layers repeat.
+        """
+        parts = [table.render(self.entries, every=every), self.summary()]
+        if self.suggestions:
+            lines = "\n".join(f"  {line}" for line in self.suggestions)
+            parts.append(f"To decide about the unknown, paste and edit:\n{lines}")
+        return "\n\n".join(parts)
+
+    @property
+    def suggestions(self) -> tuple[str, ...]:
+        """One line of code to paste for each kind of parameter that is left alone as unknown."""
+        return tuple(dict.fromkeys(entry.suggestion for entry in self.unknown if entry.suggestion))
+
     def summary(self) -> str:
         """One line: how much of the model is centered."""
-        known = [entry for entry in self.entries if not is_lazy(entry.parameter)]
-        elements = sum(entry.parameter.numel() for entry in known)
-        centered = sum(parameter.numel() for parameter in self)
-        percent = f" ({centered / elements:.1%} of the elements)" if elements else ""
+        line = _share_centered(self.entries, "parameters are centered")
+        trained = [entry for entry in self.entries if entry.parameter.requires_grad]
+        if len(trained) < len(self.entries):
+            line += f"; of those that train, {_share_centered(trained, '')}"
         note = f"; {len(self.unknown)} left alone as unknown: have a look" if self.unknown else ""
-        return f"{len(self)} of {len(self.entries)} parameters are centered{percent}{note}"
+        return line + note
 
 
 def weight_layout(
@@ -277,7 +282,7 @@ class _Recipe:
         aliases = tuple(dict.fromkeys(site.name for site in sites[1:]))
 
         def entry(decided: Decision, origin: str) -> Entry:
-            return _entry(first.name, first.tensor, decided, origin, aliases)
+            return _entry(first.name, first.tensor, decided, origin, aliases, first)
 
         if (common := _common_reason(first.tensor)) is not None:
             return entry(common, "")
@@ -336,12 +341,23 @@ def _owner(
     while isinstance(module, (nn.ParameterList, nn.ParameterDict)) and path:
         path, _, last = path.rpartition(".")
         module, name = paths[path], f"{last}.{name}"
-    standing_for = torch_nn.unwrap(module, name)
-    return (module, *standing_for) if standing_for else (module, name, None)
+    if (standing_for := torch_nn.unwrap(module, name)) is not None:
+        return (module, *standing_for)
+    return (*(_speaking_for(path, name, paths) or (module, name)), None)
+
+
+def _speaking_for(path: str, name: str, paths: dict[str, nn.Module]) -> tuple[nn.Module, str] | None:
+    """The module around a layer, or around its ModuleList or ModuleDict, if it has a rule for the layer's parameter."""
+    while path:
+        path, _, last = path.rpartition(".")
+        module, name = paths[path], f"{last}.{name}"
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            return (module, name) if find_rule(module, name) else None
+    return None
 
 
 def _decide(site: _Site, only: str) -> tuple[Decision, str]:
-    found = find_rule(site.owner, site.local_name, torch_nn.TABLE)
+    found = find_rule(site.owner, site.local_name)
     if found is None:
         if site.tensor.ndim <= 1:
             return LeaveAlone("one-dimensional"), ""
@@ -354,7 +370,7 @@ def _decide(site: _Site, only: str) -> tuple[Decision, str]:
         decided = apply_rule(rule, site.owner, site.tensor)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{site.name}: the rule for {origin}: {error}") from error
-    if only == "conv" and isinstance(decided, WeightVectors) and not isinstance(site.owner, torch_nn.CONVOLUTIONS):
+    if only == "conv" and isinstance(decided, WeightVectors) and not is_convolution(site.owner):
         return LeaveAlone('no convolution (only="conv")'), origin
     return decided, origin
 
@@ -397,10 +413,26 @@ def _class_name(module: nn.Module) -> str:
     return str(type_before_parametrizations(module).__name__)
 
 
-def _entry(name: str, tensor: Tensor, decided: Decision, origin: str, aliases: tuple[str, ...] = ()) -> Entry:
+def _entry(
+    name: str,
+    tensor: Tensor,
+    decided: Decision,
+    origin: str,
+    aliases: tuple[str, ...] = (),
+    site: _Site | None = None,
+) -> Entry:
     if isinstance(decided, LeaveAlone):
-        return Entry(name, tensor, None, origin, decided.reason, decided.unknown, aliases)
+        suggested = suggestion(name, site.owner, site.local_name, tensor) if decided.unknown and site else ""
+        return Entry(name, tensor, None, origin, decided.reason, decided.unknown, aliases, suggested)
     return Entry(name, tensor, decided, origin, aliases=aliases)
+
+
+def _share_centered(entries: Sequence[Entry], what: str) -> str:
+    centered = [entry for entry in entries if entry.vectors is not None]
+    counted = sum(entry.parameter.numel() for entry in entries if not is_lazy(entry.parameter))
+    elements = sum(entry.parameter.numel() for entry in centered)
+    percent = f" ({elements / counted:.1%} of the elements)" if counted else ""
+    return " ".join(f"{len(centered)} of {len(entries)} {what}".split()) + percent
 
 
 def _named(
@@ -419,13 +451,3 @@ def _named(
             raise TypeError(
                 f"params must hold tensors, (name, tensor) pairs or param groups, not {type(item).__name__}"
             )
-
-
-def _row(entry: Entry) -> tuple[str, str, str, str]:
-    shape = "?" if is_lazy(entry.parameter) else "×".join(map(str, entry.parameter.shape))
-    if entry.vectors is None:
-        return entry.name, shape, "–", entry.reason
-    vectors = entry.vectors
-    of_view = f" of {'×'.join(map(str, vectors.view))}" if vectors.view else ""
-    axes = ", ".join(map(str, vectors.span))
-    return entry.name, shape, f"{vectors.count} × {vectors.fan_in} over {axes}{of_view}", entry.origin

@@ -1,4 +1,4 @@
-"""What a rule is, the rules that users register, and how the rule for a parameter is found."""
+"""What a rule is, how it is applied, and the two ways in which users give rules for layers of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from torch import Tensor, nn
 
 from gradcentral.vectors import WeightVectors
 
-__all__ = ["Decision", "LeaveAlone", "Rule", "Table", "find_rule", "register_layout"]
+__all__ = [
+    "Decision",
+    "LeaveAlone",
+    "LibraryTable",
+    "Rule",
+    "Rules",
+    "Table",
+    "apply_rule",
+    "check_rule",
+    "matching_rule",
+    "register_layout",
+]
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,13 @@ class LeaveAlone:
 
 Decision: TypeAlias = "WeightVectors | LeaveAlone"
 Rule: TypeAlias = "Decision | Callable[[nn.Module, Tensor], Decision | None] | None"
-Table: TypeAlias = "Mapping[type[nn.Module], Mapping[str, Rule]]"
+Rules: TypeAlias = "Mapping[str, Rule]"
+"""{parameter name or pattern: rule} of one class; the first pattern that matches decides."""
+Table: TypeAlias = "Mapping[type[nn.Module], Rules]"
+LibraryTable: TypeAlias = "Mapping[str, Rules]"
+"""{pattern of a class's path inside its library: rules}, so that the library need not be imported."""
+
+CLASS_ATTRIBUTE = "weight_vectors"
 
 _registered: dict[type[nn.Module], dict[str, Rule]] = {}
 
@@ -37,10 +54,14 @@ _registered: dict[type[nn.Module], dict[str, Rule]] = {}
 def register_layout(cls: type[nn.Module], name: str, rule: Rule) -> None:
     """Teach gradcentral which elements of a layer's parameter make one weight vector.
 
+    For a class of your own, an attribute of the class says the same, and gradcentral need not be imported before
+    the layer is used: ``weight_vectors = {"weight": WeightVectors(span=(0,))}``. A registered rule beats it.
+
     Args:
         cls: the layer's class; the rule holds for its subclasses too, unless they have one of their own.
-        name: the parameter's attribute name, or a pattern such as ``"experts.*"`` (as in `fnmatch`) that also
-            names the items of a ParameterList.
+        name: the parameter's attribute name, or a pattern (as in `fnmatch`, matched piece by piece between the
+            dots). A name with dots reaches into the items of a ParameterList (``"experts.*"``) and into direct
+            submodules (``"proj.weight"``, ``"blocks.*.weight"`` for a ModuleList), whose own rules it beats.
         rule: a `WeightVectors`; or `LeaveAlone` (or None) for a parameter that is not to be centered; or a
             function ``rule(module, tensor)`` that returns one of these.
 
@@ -65,6 +86,21 @@ def register_layout(cls: type[nn.Module], name: str, rule: Rule) -> None:
     _registered.setdefault(cls, {})[name] = rule
 
 
+def registered_rules(cls: type) -> Rules:
+    """What `register_layout` was told about this very class."""
+    return _registered.get(cls, {})
+
+
+def declared_rules(cls: type) -> Rules:
+    """What the class itself declares in its attribute ``weight_vectors``."""
+    declared = cls.__dict__.get(CLASS_ATTRIBUTE)
+    if not isinstance(declared, Mapping):  # somebody else's attribute of the same name
+        return {}
+    for name, rule in declared.items():
+        check_rule(rule, f"{cls.__name__}.{CLASS_ATTRIBUTE}[{name!r}]")
+    return declared
+
+
 def check_rule(rule: object, what: str) -> None:
     """Refuse what is no rule, naming it."""
     if not (rule is None or isinstance(rule, (WeightVectors, LeaveAlone)) or callable(rule)):
@@ -73,15 +109,14 @@ def check_rule(rule: object, what: str) -> None:
         )
 
 
-def find_rule(module: nn.Module, name: str, table: Table) -> tuple[Rule, str] | None:
-    """The rule for a module's parameter and where it stands, walking the bases from the class itself upwards."""
-    for cls in type(module).__mro__:
-        for origin, rules in (("registered", _registered), ("", table)):
-            for pattern, rule in rules.get(cls, {}).items():
-                if fnmatchcase(name, pattern):
-                    where = f"{type(module).__name__}.{name}"
-                    return rule, f"{origin} {where}".strip()
-    return None
+def matching_rule(rules: Rules, name: str) -> tuple[bool, Rule]:
+    """Whether one of the rules is for this parameter, and which (None is a rule too)."""
+    pieces = name.split(".")
+    for pattern, rule in rules.items():
+        patterns = pattern.split(".")
+        if len(patterns) == len(pieces) and all(map(fnmatchcase, pieces, patterns)):
+            return True, rule
+    return False, None
 
 
 def apply_rule(rule: Rule, module: nn.Module, tensor: Tensor) -> Decision:

@@ -15,23 +15,14 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from gradcentral.layouts.rules import Decision, LeaveAlone, Rule, Table
+from gradcentral.layouts.reasons import BIAS, LOOKUP, NORM_GAIN
+from gradcentral.layouts.rules import Decision, LeaveAlone, Rules, Table
+from gradcentral.layouts.shapes import unexpected_shape, weights
 from gradcentral.vectors import WeightVectors
 
-__all__ = ["CONVOLUTIONS", "TABLE", "unwrap"]
+__all__ = ["CONVOLUTIONS", "TABLE", "unwrap", "unwrap_parametrization"]
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (_ConvNd,)
-
-
-def _rows(ndim: int) -> Rule:
-    """[out, in, …]: a weight vector runs over everything but the first axis."""
-
-    def rule(module: nn.Module, tensor: Tensor) -> Decision:
-        if tensor.ndim != ndim:
-            return _odd_shape(module, tensor, f"{ndim} axes")
-        return WeightVectors(span=tuple(range(1, ndim)))
-
-    return rule
 
 
 def _convolution(module: nn.Module, tensor: Tensor) -> Decision:
@@ -39,7 +30,7 @@ def _convolution(module: nn.Module, tensor: Tensor) -> Decision:
     assert isinstance(module, _ConvNd)
     ndim = 2 + len(module.kernel_size)
     if tensor.ndim != ndim:
-        return _odd_shape(module, tensor, f"{ndim} axes")
+        return unexpected_shape(module, tensor, f"{ndim} axes")
     return WeightVectors(span=tuple(range(1, ndim)))
 
 
@@ -48,7 +39,7 @@ def _transposed_convolution(module: nn.Module, tensor: Tensor) -> Decision:
     assert isinstance(module, _ConvNd)
     groups, ndim = module.groups, 2 + len(module.kernel_size)
     if tensor.ndim != ndim or tensor.shape[0] % groups:
-        return _odd_shape(module, tensor, f"{ndim} axes, the first a multiple of groups={groups}")
+        return unexpected_shape(module, tensor, f"{ndim} axes, the first a multiple of groups={groups}")
     if groups == 1:
         return WeightVectors(span=(0, *range(2, ndim)))
     channels_in, channels_out, *taps = tensor.shape
@@ -56,26 +47,20 @@ def _transposed_convolution(module: nn.Module, tensor: Tensor) -> Decision:
     return WeightVectors(span=(1, *range(3, ndim + 1)), view=view)
 
 
-def _odd_shape(module: nn.Module, tensor: Tensor, expected: str) -> LeaveAlone:
-    shape = tuple(tensor.shape)
-    return LeaveAlone(f"shape {shape} is not what {type(module).__name__} has ({expected})", unknown=True)
-
-
-_BIAS = LeaveAlone("bias")
-_NORM: dict[str, Rule] = {"weight": LeaveAlone("gain of a normalization"), "bias": _BIAS}
-_LOOKUP: dict[str, Rule] = {"weight": LeaveAlone("lookup table: a row is one token's vector, not a unit's weights")}
+_NORM: Rules = {"weight": NORM_GAIN, "bias": BIAS}
+_LOOKUP: Rules = {"weight": LOOKUP}
 
 TABLE: Table = {
-    nn.Linear: {"weight": _rows(2), "bias": _BIAS},
-    nn.Bilinear: {"weight": _rows(3), "bias": _BIAS},
-    _ConvNd: {"weight": _convolution, "bias": _BIAS},
-    _ConvTransposeNd: {"weight": _transposed_convolution, "bias": _BIAS},
-    RNNBase: {"weight_*": _rows(2), "bias_*": _BIAS},
-    RNNCellBase: {"weight_*": _rows(2), "bias_*": _BIAS},
+    nn.Linear: {"weight": weights("o i"), "bias": BIAS},
+    nn.Bilinear: {"weight": weights("o i i"), "bias": BIAS},
+    _ConvNd: {"weight": _convolution, "bias": BIAS},
+    _ConvTransposeNd: {"weight": _transposed_convolution, "bias": BIAS},
+    RNNBase: {"weight_*": weights("o i"), "bias_*": BIAS},
+    RNNCellBase: {"weight_*": weights("o i"), "bias_*": BIAS},
     nn.MultiheadAttention: {
-        "in_proj_weight": _rows(2),
-        "[qkv]_proj_weight": _rows(2),
-        "in_proj_bias": _BIAS,
+        "in_proj_weight": weights("o i"),
+        "[qkv]_proj_weight": weights("o i"),
+        "in_proj_bias": BIAS,
         "bias_[kv]": LeaveAlone("an extra key or value token"),
     },
     nn.Embedding: _LOOKUP,
