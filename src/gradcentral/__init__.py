@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradcentral.centralize import Handle, centralize, centralize_gradients
 from gradcentral.layout import Entry, LeaveAlone, WeightLayout, register_layout, weight_layout
+from gradcentral.optim import SGD, Adam, AdamW
 from gradcentral.projection import center, projection_matrix, share
 from gradcentral.vectors import WeightVectors
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from gradcentral.experiment import compare
 
 __all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
     "Entry",
     "Handle",
     "LeaveAlone",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradcentral.kernels import Centering, Means, Pair
 from gradcentral.layout import WeightLayout, weight_layout
-from gradcentral.projection import center, center_, subtract_means_, unit_means
+from gradcentral.projection import center
+from gradcentral.targets import PLACEMENTS, Targets, check_placement, refuse_sparse
 from gradcentral.vectors import WeightVectors
 
 __all__ = ["PLACEMENTS", "Handle", "attached", "centralize", "centralize_gradients"]
-
-PLACEMENTS = ("gradient", "update")
 
 _Hook = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -69,12 +68,13 @@ def centralize(
         >>> bool(model.weight.grad.mean(1).abs().max() < 1e-6)
         True
     """
-    _check_placement(placement)
+    check_placement(placement)
     optimizer = _with_hooks(optimizer)
+    if isinstance(getattr(optimizer, "layout", None), WeightLayout):
+        raise ValueError(f"gradcentral.{type(optimizer).__name__} centers already: give it the placement you want")
     layout = _layout(model, layout)
     handle = Handle(layout, placement)
-    targets = _targets(optimizer, handle)
-    _refuse_nothing_to_center(optimizer, layout, targets)
+    targets = handle._targets.first(optimizer)
     if (present := _same_as_attached(optimizer, handle, targets)) is not None:
         return present
     handle._attach(optimizer)
@@ -100,7 +100,7 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
     layout = _remembered_layout(model) if model is not None and layout is None else _layout(model, layout)
     if not layout and not layout.pending:
         raise ValueError(f"nothing to center: {layout.summary()}")
-    _center_gradients(layout, list(layout.items()))
+    _center_gradients(layout, list(layout.items()), Centering())
 
 
 class Handle:
@@ -116,16 +116,17 @@ class Handle:
         self.placement = placement
         self._paused = 0
         self._hooks: list[Any] = []
-        # Means of the weight vectors before the step under way, for placement "update".
-        self._means: list[tuple[Tensor, WeightVectors, Tensor]] = []
-        self._strangers: set[Tensor] = set()
+        self._targets = Targets(layout)
+        self._centering = Centering()
+        # The weights and the means of their vectors before the step under way, for placement "update".
+        self._before: tuple[list[Pair], Means] | None = None
 
     def remove(self) -> None:
         """End it: the optimizer is plain again. Calling it twice is harmless."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._means.clear()
+        self._before = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -146,44 +147,47 @@ class Handle:
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Hook | None:
-        self._means.clear()
+        self._before = None
         if self._paused:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if self.placement == "update":
-            targets = _targets(optimizer, self)
+            targets = self._targets.of(optimizer)
             if closure is not None and self.layout.pending:
                 raise RuntimeError(
                     "lazy parameters get their values inside this step's closure, so that there is no weight to keep "
                     "the mean of: run one forward of the model before the first step"
                 )
             with torch.no_grad():
-                self._means = [(w, vectors, unit_means(w, vectors)) for w, vectors in targets]
+                self._before = targets, self._centering.means(targets)
             return None
         if closure is not None:
             # torch gives (optimizer, *arguments of step); the closure is the first of them.
-            return (args[0], self._centering(optimizer, closure), *args[2:]), {
+            return (args[0], self._centered(optimizer, closure), *args[2:]), {
                 name: value for name, value in kwargs.items() if name != "closure"
             }
-        _center_gradients(self.layout, _targets(optimizer, self))
+        self._center_gradients(optimizer)
         return None
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # w ← w_new − (mean(w_new) − mean(w_old)) is w_old + Φ(Δw), without a copy of w_old.
-        with torch.no_grad():
-            for w, vectors, old_means in self._means:
-                subtract_means_(w, unit_means(w, vectors) - old_means, vectors)
-        self._means.clear()
+        if self._before is not None:
+            with torch.no_grad():
+                self._centering.restore_(*self._before)
+        self._before = None
 
-    def _centering(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _centered(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         # The gradients appear inside step(), each time it calls the closure.
         @functools.wraps(closure)
         def centered_closure() -> Any:
             loss = closure()
-            _center_gradients(self.layout, _targets(optimizer, self))
+            self._center_gradients(optimizer)
             return loss
 
         return centered_closure
+
+    def _center_gradients(self, optimizer: Optimizer) -> None:
+        _center_gradients(self.layout, self._targets.of(optimizer), self._centering)
 
 
 def attached(optimizer: Optimizer) -> list[Handle]:
@@ -193,41 +197,19 @@ def attached(optimizer: Optimizer) -> list[Handle]:
     return [owner for owner in owners if isinstance(owner, Handle)]
 
 
-def _targets(optimizer: Optimizer, handle: Handle) -> list[tuple[Tensor, WeightVectors]]:
-    """The optimizer's parameters that are centered, with their weight vectors, as they are now."""
-    layout = handle.layout
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    new = [p for p in parameters if not layout.knows(p) and p not in handle._strangers]
-    if new or layout.pending:
-        layout.refresh()
-        strangers = [p for p in new if not layout.knows(p)]
-        handle._strangers.update(strangers)
-        if strangers and handle._hooks:
-            shapes = ", ".join(str(tuple(p.shape)) for p in strangers)
-            warnings.warn(
-                f"the optimizer got parameters that are not the model's, of shape {shapes}: they are left alone; "
-                "call gradcentral.centralize on the optimizer with their model too",
-                stacklevel=3,
-            )
-    return [(p, layout[p]) for p in parameters if p in layout]
-
-
-def _center_gradients(layout: WeightLayout, targets: list[tuple[Tensor, WeightVectors]]) -> None:
+def _center_gradients(layout: WeightLayout, targets: list[Pair], centering: Centering) -> None:
     with torch.no_grad():
+        pairs = []
         for parameter, vectors in targets:
             gradient = parameter.grad
             if gradient is None:
                 continue
-            if gradient.layout != torch.strided:
-                name = layout.names[parameter]
-                raise ValueError(
-                    f"{name} has a sparse gradient, and centering would fill its zeros: leave it alone with "
-                    f"layout=weight_layout(model, exclude=[{name!r}]), or make the gradient dense (sparse=False)"
-                )
+            refuse_sparse(gradient, parameter, layout)
             if _is_expanded(gradient):
                 parameter.grad = center(gradient, vectors)
             else:
-                center_(gradient, vectors)
+                pairs.append((gradient, vectors))
+        centering.center_(pairs)
 
 
 def _is_expanded(tensor: Tensor) -> bool:
@@ -262,11 +244,6 @@ def _remembered_layout(model: nn.Module) -> WeightLayout:
     return layout
 
 
-def _check_placement(placement: str) -> None:
-    if placement not in PLACEMENTS:
-        raise ValueError(f"placement must be {' or '.join(map(repr, PLACEMENTS))}, not {placement!r}")
-
-
 def _with_hooks(optimizer: Optimizer) -> Optimizer:
     """The optimizer itself, or the one that a wrapper such as accelerate's AcceleratedOptimizer steps."""
     inner: Any = optimizer
@@ -277,29 +254,13 @@ def _with_hooks(optimizer: Optimizer) -> Optimizer:
     return inner
 
 
-def _refuse_nothing_to_center(
-    optimizer: Optimizer, layout: WeightLayout, targets: list[tuple[Tensor, WeightVectors]]
-) -> None:
-    if targets or layout.pending:
-        return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(layout.knows(p) for p in parameters):
-        raise ValueError(
-            "none of the model's parameters is in the optimizer: give the model whose parameters it was made with "
-            "(make the optimizer after moving, wrapping or sharding the model)"
-        )
-    held = {layout.names[p] for p in parameters if layout.knows(p)}
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in layout.skipped.items() if name in held)
-    raise ValueError(f"nothing is left to center in this optimizer ({reasons})")
-
-
 def _same_as_attached(
     optimizer: Optimizer, handle: Handle, targets: list[tuple[Tensor, WeightVectors]]
 ) -> Handle | None:
     """The handle that does just this already; raises where one does something else to the same parameters."""
     wanted = dict(targets)
     for other in attached(optimizer):
-        present = dict(_targets(optimizer, other))
+        present = dict(other._targets.of(optimizer))
         if wanted and wanted == present and other.placement == handle.placement:
             return other
         for parameter in wanted:

@@ -1,0 +1,80 @@
+/* What the kernels share: one parameter of a step, the coefficients of a rule, and the work list. */
+#ifndef GRADCENTRAL_KERNELS_H
+#define GRADCENTRAL_KERNELS_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stddef.h>
+#include <string.h>
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+/* The same source for AVX-512, AVX2 and the baseline; the loader picks one when the library is loaded. */
+#if defined(GRADCENTRAL_CLONES)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+/* Names of their own for each dtype and rule: sum_f32, step_piece_adam_bf16. */
+#define JOIN2_(a, b) a##_##b
+#define JOIN2(a, b) JOIN2_(a, b)
+#define JOIN3(a, b, c) JOIN2(a, JOIN2(b, c))
+
+enum { PLAIN = 0, GRADIENT = 1, UPDATE = 2 };                  /* where a parameter is centered */
+
+/* Update rules, and types of all of a parameter's tensors: macros, for the preprocessor compares them. */
+#define SGD 0
+#define MOMENTUM 1
+#define ADAM 2
+#define AMSGRAD 3
+#define F32 0
+#define F64 1
+#define BF16 2
+
+/* Widest slice of columns that is summed at once: its sums and means are the kernels' only buffers. */
+enum { PANEL = 1024 };
+
+/*
+ * One parameter, in memory order: element (g, i, u, j) of group × a × unit × b lies at ((g·a + i)·unit + u)·b + j,
+ * and (g, u) names an output unit, whose weight vector runs over i and j. Rows are (n, fan-in, 1, 1).
+ */
+typedef struct {
+    int64_t group, a, unit, b;
+    int32_t placement;
+    int32_t first;               /* MOMENTUM: the buffer is new and starts as the direction itself */
+    int32_t step_is_f64;         /* Adam: the type of the step counter, f32 or f64 */
+    int32_t reserved;
+    /* Filled in at each step, from the table of pointers that comes with it. */
+    void *w, *g, *m, *v, *x;     /* weight, gradient, momentum, squares, largest squares (as the rule needs) */
+    double step_size;            /* Adam: η / (1 − β₁ᵗ) */
+    double root_correction;      /* Adam: 1 / √(1 − β₂ᵗ) */
+} Item;
+
+/* How many pointers an item has in that table: w, g, m, v, x and Adam's step counter. */
+enum { POINTERS = 6 };
+
+/* A range of an item's elements (PLAIN), rows, or panels: what one thread does at a stretch. */
+typedef struct {
+    int64_t item, begin, end;
+} Piece;
+
+typedef struct {
+    double lr, l2, decay;        /* η, λ of g + λw, and the decoupled decay per step, η·λ */
+    double momentum, keep;       /* μ, and 1 − dampening */
+    double nesterov;             /* 0 or 1 */
+    double beta1, beta2, epsilon;
+    double scale;                /* of the gradient: −1 to maximize, 1/grad_scale to unscale */
+} Rule;
+
+#endif

@@ -1,0 +1,282 @@
+"""The C kernels through ctypes: what they can serve, the cached layout of the work, and the calls.
+
+A plan keeps shapes, strides and the division of the work, which change rarely and are compared at every call.
+Pointers are never kept: every call reads them anew from the tensors it is given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from array import array
+from collections.abc import Sequence
+from ctypes import POINTER, c_double, c_int32, c_int64, c_void_p
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradcentral.vectors import Loop, WeightVectors
+
+__all__ = ["CenteringPlan", "Rule", "StepPlan", "alike", "loop_of", "same_objects", "unavailable"]
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+PLACEMENTS = {None: 0, "gradient": 1, "update": 2}
+SGD, MOMENTUM, ADAM, AMSGRAD = range(4)
+_CENTER, _MEANS, _RESTORE = range(3)
+_POINTERS = 6
+
+
+class _Item(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("group", "a", "unit", "b")),
+        *((name, c_int32) for name in ("placement", "first", "step_is_f64", "reserved")),
+        *((name, c_void_p) for name in ("w", "g", "m", "v", "x")),
+        *((name, c_double) for name in ("step_size", "root_correction")),
+    )
+
+
+class _Piece(ctypes.Structure):
+    _fields_ = tuple((name, c_int64) for name in ("item", "begin", "end"))
+
+
+class Rule(ctypes.Structure):
+    """The coefficients of an update rule, as in kernels.h."""
+
+    _fields_ = tuple(
+        (name, c_double)
+        for name in ("lr", "l2", "decay", "momentum", "keep", "nesterov", "beta1", "beta2", "epsilon", "scale")
+    )
+
+
+def _load() -> tuple[Any, str]:
+    """The library, or why there is none."""
+    found = sorted(Path(__file__).parent.glob("_native.*"))
+    if not found:
+        return None, "not built: no C compiler was found when gradcentral was installed"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        sizes = [library.gradcentral_sizes(which) for which in range(3)]
+    except (OSError, AttributeError) as error:
+        return None, f"{found[0].name} does not load: {error}"
+    if sizes != [ctypes.sizeof(kind) for kind in (_Item, _Piece, Rule)]:
+        return None, f"{found[0].name} is of another version: install gradcentral again"
+    work: list[Any] = [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int32]
+    library.gradcentral_plan.restype = c_int64
+    library.gradcentral_plan.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_void_p, POINTER(c_int64)]
+    library.gradcentral_step.restype = None
+    library.gradcentral_step.argtypes = [*work, c_int32, POINTER(Rule), c_int32]
+    library.gradcentral_center.restype = None
+    library.gradcentral_center.argtypes = [*work, c_int32, c_void_p, c_void_p, c_int32]
+    return library, ""
+
+
+_library, unavailable = _load()
+if unavailable == "" and os.environ.get("GRADCENTRAL_KERNELS") == "reference":
+    unavailable = "GRADCENTRAL_KERNELS=reference"
+
+
+def has_openmp() -> bool:
+    """Whether the library was built to run on several threads."""
+    return bool(_library is not None and _library.gradcentral_has_openmp())
+
+
+def loop_of(tensor: Tensor, vectors: WeightVectors | None) -> Loop | None:
+    """The loop over a tensor that the kernels can serve, or None: a plain dense CPU tensor of a type they know.
+
+    Without vectors every element is one of its own.
+    """
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype not in DTYPES:
+        return None
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_neg():
+        return None
+    if vectors is None:
+        whole = WeightVectors(tuple(range(max(tensor.ndim, 1))), shape=tuple(tensor.shape) or (1,))
+        return None if whole.loop(tensor.stride() or (1,)) is None else Loop(tensor.numel(), 1, 1, 1)
+    return vectors.for_shape(tensor.shape).loop(tensor.stride())
+
+
+def alike(parameter: Tensor, tensor: Tensor) -> bool:
+    """Whether a gradient or state tensor lies in memory as its parameter does, so that one loop serves both."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.dtype == parameter.dtype
+        and tensor.device == parameter.device
+        and tensor.shape == parameter.shape
+        and not tensor.is_neg()
+        and all(
+            size == 1 or one == other
+            for size, one, other in zip(tensor.shape, tensor.stride(), parameter.stride(), strict=True)
+        )
+    )
+
+
+def is_number(tensor: object) -> bool:
+    """Whether this is one real number in memory, as torch keeps its step counters."""
+    return (
+        type(tensor) is Tensor
+        and tensor.numel() == 1
+        and tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.float64)
+    )
+
+
+def plan_pieces(loops: Sequence[tuple[Loop, int]], dtype: int) -> tuple[Any, Any, Any, int]:
+    """Items with these loops and placements, and how the work on them is divided: (items, pieces, batches, count)."""
+    items = (_Item * len(loops))()
+    for item, (loop, placement) in zip(items, loops, strict=True):
+        item.group, item.a, item.unit, item.b = loop
+        item.placement = placement
+    n_batches = c_int64()
+    n_pieces = _library.gradcentral_plan(items, len(loops), dtype, None, None, ctypes.byref(n_batches))
+    pieces, batches = (_Piece * n_pieces)(), (c_int64 * (n_batches.value + 1))()
+    _library.gradcentral_plan(items, len(loops), dtype, pieces, batches, ctypes.byref(n_batches))
+    return items, pieces, batches, n_batches.value
+
+
+_dtype = attrgetter("dtype")
+
+
+class _Form(NamedTuple):
+    """What a plan depends on; pointers are no part of it."""
+
+    shapes: list[Any]
+    strides: list[Any]
+    dtypes: list[Any]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> _Form:
+        return cls([*map(Tensor.size, tensors)], [*map(Tensor.stride, tensors)], [*map(_dtype, tensors)])
+
+
+def _pointers(columns: Sequence[Sequence[Tensor] | None]) -> array[int]:
+    """The table of pointers: one row of `_POINTERS` an item, zero where its rule has no such tensor."""
+    length = next(len(column) for column in columns if column is not None)
+    table = array("Q", bytes(8 * _POINTERS * length))
+    for position, column in enumerate(columns):
+        if column is not None:
+            table[position::_POINTERS] = array("Q", map(Tensor.data_ptr, column))
+    return table
+
+
+class StepPlan:
+    """One fused step of parameters that share their dtype and rule.
+
+    Args:
+        kind: SGD, MOMENTUM, ADAM or AMSGRAD.
+        params, grads: the parameters and their gradients.
+        states: columns of state tensors in the order momentum, squares, largest squares, step; None where the rule
+            has none.
+        loops: for each parameter its loop and its placement (one of `PLACEMENTS`' values).
+    """
+
+    def __init__(
+        self,
+        kind: int,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: Sequence[list[Tensor] | None],
+        loops: list[tuple[Loop, int]],
+    ) -> None:
+        self.kind = kind
+        self.params = params
+        self.states = states
+        self._dtype = DTYPES[params[0].dtype]
+        self._param_form, self._grad_form = _Form.of(params), _Form.of(grads)
+        self._items, self._pieces, self._batches, self._n_batches = plan_pieces(loops, self._dtype)
+        steps = states[3]
+        for position, item in enumerate(self._items):
+            item.step_is_f64 = steps is not None and steps[position].dtype == torch.float64
+
+    def fits(self, grads: list[Tensor], states: Sequence[list[Tensor] | None]) -> bool:
+        """Whether parameters, gradients and states have the form they had when it was planned."""
+        return (
+            all(
+                (new is None and old is None) or (new is not None and old is not None and same_objects(new, old))
+                for new, old in zip(states, self.states, strict=True)
+            )
+            and _Form.of(grads) == self._grad_form
+            and _Form.of(self.params) == self._param_form
+        )
+
+    def run(self, grads: list[Tensor], rule: Rule, new: list[bool]) -> None:
+        """Take the step. ``new``: for each parameter, whether its momentum buffer is; empty where none is."""
+        for item, first in zip(self._items, new, strict=False):
+            item.first = first
+        table = _pointers((self.params, grads, *self.states))
+        _library.gradcentral_step(
+            self._items,
+            len(self._items),
+            table.buffer_info()[0],
+            self._pieces,
+            self._batches,
+            self._n_batches,
+            self._dtype,
+            self.kind,
+            ctypes.byref(rule),
+            torch.get_num_threads(),
+        )
+        for item, _ in zip(self._items, new, strict=False):
+            item.first = 0
+        torch.autograd.graph.increment_version(self.params)
+
+
+class CenteringPlan:
+    """Φ, means and their restoration for many tensors of one dtype in one call."""
+
+    def __init__(self, tensors: list[Tensor], vectors: list[WeightVectors], loops: list[Loop]) -> None:
+        self.vectors = vectors
+        self._dtype = DTYPES[tensors[0].dtype]
+        self._form = _Form.of(tensors)
+        self._items, self._pieces, self._batches, self._n_batches = plan_pieces(
+            [(loop, PLACEMENTS["gradient"]) for loop in loops], self._dtype
+        )
+        counts = [loop.group * loop.unit for loop in loops]
+        self._total = sum(counts)
+        self._first_mean = array("q", [sum(counts[:position]) for position in range(len(counts))])
+
+    def fits(self, tensors: list[Tensor], vectors: list[WeightVectors]) -> bool:
+        """Whether these have the form that was planned."""
+        return same_objects(vectors, self.vectors) and _Form.of(tensors) == self._form
+
+    def center_(self, tensors: list[Tensor]) -> None:
+        """Center each tensor in place."""
+        self._run(tensors, _CENTER, None)
+
+    def means(self, tensors: list[Tensor]) -> Tensor:
+        """The mean of every weight vector of every tensor, in double, one after another."""
+        means = torch.empty(self._total, dtype=torch.float64)
+        self._run(tensors, _MEANS, means)
+        return means
+
+    def restore_(self, tensors: list[Tensor], means: Tensor) -> None:
+        """Give every weight vector the mean that `means` found, by shifting it."""
+        if means.numel() != self._total:
+            raise RuntimeError("the parameters changed their shapes during the step: their old means can't be restored")
+        self._run(tensors, _RESTORE, means)
+
+    def _run(self, tensors: list[Tensor], what: int, means: Tensor | None) -> None:
+        table = _pointers((tensors, None, None, None, None, None))
+        _library.gradcentral_center(
+            self._items,
+            len(self._items),
+            table.buffer_info()[0],
+            self._pieces,
+            self._batches,
+            self._n_batches,
+            self._dtype,
+            what,
+            None if means is None else means.data_ptr(),
+            None if means is None else self._first_mean.buffer_info()[0],
+            torch.get_num_threads(),
+        )
+        if what != _MEANS:
+            torch.autograd.graph.increment_version(tensors)
+
+
+def same_objects(new: Sequence[object], old: Sequence[object]) -> bool:
+    """Whether two sequences hold the very same objects."""
+    return len(new) == len(old) and all(one is other for one, other in zip(new, old, strict=True))

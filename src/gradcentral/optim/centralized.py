@@ -1,0 +1,269 @@
+"""What the optimizers share: the layout, and the choice between the fused step and torch's own."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradcentral.kernels import native
+from gradcentral.layout import WeightLayout, weight_layout
+from gradcentral.projection import center, subtract_means_, unit_means
+from gradcentral.targets import Targets, check_placement, refuse_sparse
+from gradcentral.vectors import Loop, WeightVectors
+
+__all__ = ["Centralized", "States"]
+
+States = tuple[list[Tensor] | None, list[Tensor] | None, list[Tensor] | None, list[Tensor] | None]
+"""Momentum, squares, largest squares and step counters of some parameters, as far as the rule has them."""
+
+
+class _GroupPlan(NamedTuple):
+    """How a parameter group is stepped, as long as these of its parameters have gradients."""
+
+    params: list[Tensor]
+    plans: list[native.StepPlan]
+    kind: int
+
+
+class Centralized(Optimizer):
+    """Base of `SGD`, `Adam` and `AdamW`: torch's optimizer of that name, centering inside the step.
+
+    Args:
+        params: a ``torch.nn.Module`` (all its parameters), or what torch takes: parameters, named parameters, groups.
+        *args, **kwargs: torch's own arguments. ``foreach=``, ``fused=False``, ``differentiable=True`` and
+            ``capturable=True`` ask for an implementation of torch's own, and get it, fed with centered gradients.
+        model: decides the layout when ``params`` is not the model itself.
+        layout: use this layout instead (see `gradcentral.weight_layout`).
+        placement: ``"gradient"`` or ``"update"`` (see `gradcentral.centralize`).
+
+    ``p.grad`` is left as autograd left it. Dense CPU parameters of f32, f64 or bf16 take the fused kernels, those that
+    are not centered too; everything else takes torch's own step.
+
+    Without a model and a layout the weight vectors are guessed from shapes (`WeightLayout.from_shapes`), with one
+    warning.
+
+    Raises:
+        ValueError: an unknown placement; both model and layout; the model has no parameter in the optimizer; nothing
+            is left to center.
+    """
+
+    _torchs_own: type[Optimizer]
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        *args: Any,
+        model: nn.Module | None = None,
+        layout: WeightLayout | None = None,
+        placement: str = "gradient",
+        **kwargs: Any,
+    ) -> None:
+        check_placement(placement)
+        if isinstance(params, nn.Module):
+            if model is not None and model is not params:
+                raise ValueError("give the model once: as the first argument or as model=")
+            model = params
+            params = model.parameters()
+        if model is not None and layout is not None:
+            raise ValueError("give model or layout, not both: weight_layout(model, …) makes a layout of your own")
+        self._plans: dict[int, _GroupPlan] = {}
+        super().__init__(params, *args, **kwargs)
+        self.placement = placement
+        self._by_shape = model is None and layout is None
+        if layout is None:
+            layout = self._shape_layout() if model is None else weight_layout(model)
+        self.layout = layout
+        self._targets = Targets(layout)
+        self._targets.first(self)
+
+    def _shape_layout(self) -> WeightLayout:
+        warnings.warn(
+            f"gradcentral.{type(self).__name__} was given no model: it takes every parameter of two axes or more for "
+            "rows of weights, which is wrong for embeddings and transposed layers; give model=, or "
+            "layout=WeightLayout.from_shapes(params) if this is meant",
+            stacklevel=3,
+        )
+        return WeightLayout.from_shapes(self.param_groups)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show torch's arguments, and ours behind them, in help() and in editors."""
+        super().__init_subclass__(**kwargs)
+        torchs_own = next((base for base in cls.__mro__ if base.__module__.startswith("torch.optim.")), Optimizer)
+        if torchs_own is Optimizer:
+            return
+        cls._torchs_own = torchs_own
+        ours = inspect.signature(Centralized.__init__).parameters
+        signature = inspect.signature(torchs_own.__init__)  # type: ignore[misc]
+        torchs = [parameter for name, parameter in signature.parameters.items() if name != "self"]
+        extra = [ours[name] for name in ("model", "layout", "placement")]
+        cls.__signature__ = signature.replace(parameters=[*torchs, *extra])  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps three attributes only; a copy that lost its layout would stop centering in silence.
+        own = ("placement", "layout", "_by_shape")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
+        self._targets = Targets(self.layout)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch. Layers that the model has got since are looked up in it."""
+        super().add_param_group(param_group)
+        if getattr(self, "_by_shape", False):
+            self.layout = WeightLayout.from_shapes(self.param_groups)
+            self._targets = Targets(self.layout)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, as torch's, with Gradient Centralization. Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        targets = dict(self._targets.of(self))
+        served: set[Tensor] = set()
+        if not native.unavailable and not torch.compiler.is_compiling():
+            if _must_skip(self):
+                return loss
+            with torch.no_grad():
+                for index, group in enumerate(self.param_groups):
+                    if _may_fuse(group):
+                        served.update(self._fused_step(index, group, targets))
+        rest = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p not in served]
+        if rest:
+            self._torchs_step(served, [(p, targets[p]) for p in rest if p in targets])
+        return loss
+
+    # What a subclass says of its rule.
+
+    def _kind(self, group: dict[str, Any]) -> int:
+        """The kernel for a group's options."""
+        raise NotImplementedError
+
+    def _rule(self, group: dict[str, Any]) -> native.Rule:
+        """The kernel's coefficients for a group's options."""
+        raise NotImplementedError
+
+    def _new(self, group: dict[str, Any], params: list[Tensor]) -> set[Tensor]:
+        """The parameters whose first step is unlike the others: their momentum buffer starts as the direction."""
+        return set()
+
+    def _states(self, group: dict[str, Any], params: list[Tensor]) -> States:
+        """The parameters' state tensors, made as torch makes them where there are none."""
+        raise NotImplementedError
+
+    # The two ways to step.
+
+    def _fused_step(self, index: int, group: dict[str, Any], targets: dict[Tensor, WeightVectors]) -> list[Tensor]:
+        """Step what the native kernels can serve, and return it."""
+        params = [p for p in group["params"] if p.grad is not None]
+        kind, new = self._kind(group), self._new(group, params)
+        planned = self._plans.get(index)
+        work = None
+        if planned is not None and planned.kind == kind and native.same_objects(params, planned.params):
+            work = self._work(group, planned)
+        if work is None:
+            planned = self._plans[index] = self._plan(kind, group, params, targets)
+            work = self._work(group, planned)
+            assert work is not None, "a plan fits the tensors it was made for"
+        rule = self._rule(group)
+        rule.scale = (-1.0 if group["maximize"] else 1.0) / _grad_scale(self)
+        served: list[Tensor] = []
+        for plan, grads in work:
+            plan.run(grads, rule, [p in new for p in plan.params] if new else [])
+            served += plan.params
+        return served
+
+    def _work(self, group: dict[str, Any], planned: _GroupPlan) -> list[tuple[native.StepPlan, list[Tensor]]] | None:
+        """Each of a group's plans with the gradients of now, or None where one no longer fits."""
+        work = []
+        for plan in planned.plans:
+            grads = [cast("Tensor", p.grad) for p in plan.params]
+            if not plan.fits(grads, self._states(group, plan.params)):
+                return None
+            work.append((plan, grads))
+        return work
+
+    def _plan(
+        self, kind: int, group: dict[str, Any], params: list[Tensor], targets: dict[Tensor, WeightVectors]
+    ) -> _GroupPlan:
+        """Divide a group among plans, one for each dtype; what no plan takes is left to torch's own step."""
+        candidates: dict[torch.dtype, list[tuple[Tensor, tuple[Loop, int]]]] = {}
+        for p in params:
+            vectors = targets.get(p)
+            loop = native.loop_of(p, vectors)
+            if loop is not None and native.alike(p, cast("Tensor", p.grad)) and self._states_serve(group, p):
+                placement = native.PLACEMENTS[None if vectors is None else self.placement]
+                candidates.setdefault(p.dtype, []).append((p, (loop, placement)))
+        plans = []
+        for chosen in candidates.values():
+            own = [p for p, _ in chosen]
+            grads = [cast("Tensor", p.grad) for p in own]
+            plans.append(native.StepPlan(kind, own, grads, self._states(group, own), [loop for _, loop in chosen]))
+        return _GroupPlan(params, plans, kind)
+
+    def _states_serve(self, group: dict[str, Any], p: Tensor) -> bool:
+        *buffers, steps = self._states(group, [p])
+        step_serves = steps is None or native.is_number(steps[0])
+        return step_serves and all(column is None or native.alike(p, column[0]) for column in buffers)
+
+    def _torchs_step(self, served: set[Tensor], targets: list[tuple[Tensor, WeightVectors]]) -> None:
+        """The reference path: torch's own step for what is not served yet, fed with centered gradients."""
+        gradients = {p: p.grad for p in served}
+        kept: list[tuple[Tensor, WeightVectors, Tensor]] = []
+        with torch.set_grad_enabled(bool(self.defaults.get("differentiable", False))):
+            try:
+                for p in served:
+                    p.grad = None
+                for p, vectors in targets:
+                    if self.placement == "update":
+                        kept.append((p, vectors, unit_means(p, vectors)))
+                        continue
+                    gradient = cast("Tensor", p.grad)
+                    refuse_sparse(gradient, p, self.layout)
+                    gradients[p] = gradient
+                    p.grad = center(gradient, vectors)
+                _plain_step(self._torchs_own)(self)
+            finally:
+                for p, gradient_or_none in gradients.items():
+                    p.grad = gradient_or_none
+            for p, vectors, means in kept:
+                subtract_means_(p, unit_means(p, vectors) - means, vectors)
+
+
+def _may_fuse(group: dict[str, Any]) -> bool:
+    """Whether nothing in a group's options asks for an implementation of torch's own."""
+    return (
+        group["foreach"] is None
+        and group["fused"] is not False
+        and not group["differentiable"]
+        and not group.get("capturable", False)
+        and not any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
+    )
+
+
+def _must_skip(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler found an infinite gradient (it tells fused optimizers so, instead of not calling them)."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf.item())
+
+
+def _grad_scale(optimizer: Optimizer) -> float:
+    """What a GradScaler left for a fused optimizer to divide the gradients by."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+def _plain_step(torchs_own: type[Optimizer]) -> Callable[[Optimizer], Any]:
+    """torch's step without the hooks that torch wraps around it: our step has run them already."""
+    step: Any = torchs_own.step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return cast("Callable[[Optimizer], Any]", step)
