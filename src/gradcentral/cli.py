@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -94,15 +94,23 @@ def _seeds(text: str) -> int | list[int]:
 
 def run() -> None:
     """Run the command line; what the user can mend is one line on stderr and exit code 2."""
+    interrupted = "interrupted; the finished runs are kept, the same command goes on from there"
     try:
         status = app(standalone_mode=False)
     except ExperimentError as error:
-        _end(" ".join(str(error).split()), 2)
-    except KeyboardInterrupt:
-        _end("interrupted; the finished runs are kept, the same command goes on from there", 130)
+        _end(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _end(interrupted, 130)
+    except Exception as error:
+        # The errors of typer's parser; where their class lives has changed with its versions.
+        if not hasattr(error, "format_message"):
+            raise
+        _end(f"{error.format_message()} (gradcentral --help)", 2)
+    if status == 130:  # newer versions of typer turn the interrupt into this
+        _end(interrupted, 130)
     sys.exit(status)
 
 
-def _end(message: str, code: int) -> None:
-    print(f"gradcentral: {message}", file=sys.stderr)
+def _end(message: str, code: int) -> NoReturn:
+    print(f"gradcentral: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

@@ -228,5 +228,7 @@ def _command(
     words = ["gradcentral", "compare", source]
     for name, value in options.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if name == "seeds" and len(seeds) == 1 and count is None:
+            text += ","  # which seed, not how many
         words += [f"--{name}"] if value is True else [f"--{name}", text]
     return shlex.join(words)

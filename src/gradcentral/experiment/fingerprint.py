@@ -97,7 +97,11 @@ def _of_dataset(dataset: Any) -> str:
 
 def _of_optimizer(optimizer: Optimizer) -> str:
     groups = [
-        ", ".join(f"{name}={value}" for name, value in group.items() if name != "params" and value not in (None, False))
+        ", ".join(f"{name}={value}" for name, value in group.items() if name != "params" and _is_set(value))
         for group in optimizer.param_groups
     ]
     return f"{type(optimizer).__name__}({' | '.join(groups)})"
+
+
+def _is_set(value: object) -> bool:
+    return value is not None and value is not False

@@ -98,7 +98,8 @@ def _refer_by_name(source: str | Path) -> TaskReference:
     if path.suffix != ".py" and not path.exists():
         raise TaskError(f"there is no task {str(source)!r}: give a Python file, or one of {', '.join(BUILT_IN)}")
     path = path.resolve()
-    return TaskReference(_load_file(path), Address("file", str(path), _version(path)))
+    address = Address("file", str(path), _version(path))
+    return TaskReference(_load_file(path), address)
 
 
 @functools.cache

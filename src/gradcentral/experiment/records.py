@@ -55,6 +55,11 @@ class Run:
     weights: str | None
     environment: dict[str, str]
 
+    def __post_init__(self) -> None:
+        # JSON knows no NaN; a run in memory equals the one read back.
+        object.__setattr__(self, "epochs", _finite(self.epochs))
+        object.__setattr__(self, "train_metric", _finite(self.train_metric))
+
     @property
     def key(self) -> Key:
         """Its name."""
@@ -69,7 +74,7 @@ class Run:
 
     def to_line(self) -> str:
         """The run as one line of JSON."""
-        return json.dumps(_finite(asdict(self)), allow_nan=False)
+        return json.dumps(asdict(self), allow_nan=False)
 
     @classmethod
     def from_line(cls, line: str) -> Run:
@@ -160,8 +165,9 @@ class Store:
             if before.get(name, now) != now
         ]
         if changed:
+            more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ResultsError(
-                f"{self.folder}: the runs there are of another task. Changed: {'; '.join(changed)}. "
+                f"{self.folder}: the runs there are of another task. Changed: {'; '.join(changed[:3])}{more}. "
                 "Give another --out to keep both, or --no-resume to move them aside"
             )
         return {**before, **fingerprint}
@@ -185,7 +191,7 @@ class Store:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
+    """The value with None for every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -192,7 +192,8 @@ class Comparison:
                 title=f"{self.task}, {optimizer}: mean ± std of {len(self.seeds)} runs",
                 title_justify="left",
                 title_style="bold",
-                box=optional("rich.box").SIMPLE_HEAD,
+                header_style="dim",
+                box=None,
                 pad_edge=False,
                 padding=(0, 1, 0, 0),
             )

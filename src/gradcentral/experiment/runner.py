@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,7 @@ def run_all(
         try:
             with (
                 joblib.parallel_config(backend="loky", inner_max_num_threads=1),
-                closing(parallel(work(portable, key, settings, progress) for key in keys)) as outcomes,
+                _cancelled_quietly(parallel(work(portable, key, settings, progress) for key in keys)) as outcomes,
             ):
                 for outcome in outcomes:
                     yield _unwrap(outcome, progress.parent)
@@ -80,6 +82,17 @@ def default_jobs(device: str, runs: int) -> int:
     return max(1, min(cores, runs))
 
 
+@contextmanager
+def _cancelled_quietly(outcomes: Generator[Run | Failure, None, None]) -> Iterator[Iterator[Run | Failure]]:
+    """End the workers with the block; joblib would warn that runs under way are lost, but then they should be."""
+    try:
+        yield outcomes
+    finally:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "[0-9]+ tasks", UserWarning)
+            outcomes.close()
+
+
 def _run_in_worker(address: Address, key: Key, settings: Settings | None, progress: Path) -> Run | Failure:
     torch.set_num_threads(1)
     try:
@@ -91,7 +104,8 @@ def _run_in_worker(address: Address, key: Key, settings: Settings | None, progre
 
 def _run(reference: TaskReference, key: Key, settings: Settings | None, progress: Path) -> Run | Failure:
     def on_epoch(record: dict[str, Any]) -> None:
-        line = json.dumps([*key, record["epoch"], record["test_metric"]]) + "\n"
+        metric = record["test_metric"] if math.isfinite(record["test_metric"]) else None
+        line = json.dumps([*key, record["epoch"], metric]) + "\n"
         # Not created anew: where it is gone the comparison has ended, and this run is nobody's.
         file = os.open(progress, os.O_WRONLY | os.O_APPEND)
         try:

@@ -120,7 +120,7 @@ def judge(
     Examples:
         >>> evidence = paired([0.90, 0.92, 0.91, 0.90], [0.93, 0.94, 0.95, 0.93])
         >>> judge(evidence, optimizer="sgd", arm="gradient", metric="accuracy", higher_is_better=True).sentence
-        'better: accuracy higher by 0.030, 95% interval +0.017 to +0.043, p = 0.005, 4 pairs.'
+        'better: accuracy higher by 0.030, 95% interval +0.017 to +0.043, p = 0.0052, 4 pairs.'
     """
     outcome = _outcome(evidence, higher_is_better)
     parts = [_claim(evidence, outcome, metric)]

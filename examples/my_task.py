@@ -1,0 +1,54 @@
+"""A task of your own: wine from its chemistry, with a small sigmoid network.
+
+gradcentral compare examples/my_task.py --seeds 10
+"""
+
+import torch
+from sklearn.datasets import load_wine
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from gradcentral.experiment import Task
+
+
+def datasets() -> tuple[TensorDataset, TensorDataset]:
+    """178 wines, 13 measurements each, of three growers; the split is the same for every seed."""
+    measurements, growers = load_wine(return_X_y=True)
+    x, y = torch.tensor(measurements, dtype=torch.float32), torch.tensor(growers)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    train, test = order[:100], order[100:]
+    x = (x - x[train].mean(0)) / x[train].std(0)
+    return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
+
+
+def model() -> nn.Module:
+    """A sigmoid's output is never negative, so that the next layer's gradient has a large mean."""
+    return nn.Sequential(
+        nn.Linear(13, 32),
+        nn.Sigmoid(),
+        nn.Linear(32, 32),
+        nn.Sigmoid(),
+        nn.Linear(32, 3),
+    )
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    """Part of the batch that is right."""
+    return (output.argmax(-1) == target).float().mean()
+
+
+train, test = datasets()
+task = Task(
+    name="wine",
+    model=model,
+    train=train,
+    test=test,
+    loss=nn.functional.cross_entropy,
+    metric=accuracy,
+    optimizers={
+        "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        "adam": lambda params: torch.optim.Adam(params, lr=1e-2),
+    },
+    batch_size=20,
+    epochs=20,
+)

@@ -1,0 +1,443 @@
+"""The whole way: paired runs, resuming, refusals, and what a run can end in."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import TensorDataset
+
+import gradcentral
+from gradcentral.experiment import ArmError, Comparison, CustomTask, ResultsError, RunError, Task, TaskError
+from gradcentral.experiment import compare as compare_loudly
+from gradcentral.experiment.records import RESULTS, Run, Store
+
+compare = functools.partial(compare_loudly, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have tests of their own, and take a second each."""
+    monkeypatch.setattr("gradcentral.experiment.report.write_report", lambda comparison: None)
+
+
+def numbers(result: Comparison) -> list[Any]:
+    return [(run.key, run.epochs, run.train_metric, run.weights) for run in result.records]
+
+
+def test_runs_of_one_seed_are_paired_and_those_of_two_are_not(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    optimizers = {
+        "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
+        "adam": lambda params: torch.optim.Adam(params, lr=0.01),
+    }
+    result = compare(tiny(optimizers=optimizers), seeds=2, jobs=1, out=tmp_path)
+    assert len(result.records) == 2 * 2 * 3
+    by_seed = {
+        seed: {(run.weights, *(epoch["data"] for epoch in run.epochs)) for run in result.records if run.seed == seed}
+        for seed in (0, 1)
+    }
+    assert all(len(starts) == 1 for starts in by_seed.values())
+    assert by_seed[0] != by_seed[1]
+    # Every epoch has an order of its own, and the arms do differ in what they learn.
+    assert len({epoch["data"] for epoch in result.records[0].epochs}) == 2
+    assert len({run.final("test_metric") for run in result.records if run.optimizer == "adam" and run.seed == 0}) == 3
+
+
+def test_a_run_is_the_same_again_here_and_in_a_worker(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    first = compare(tiny(), seeds=2, jobs=1, out=tmp_path / "one")
+    torch.rand(3)
+    assert numbers(compare(tiny(), seeds=2, jobs=1, out=tmp_path / "again")) == numbers(first)
+    assert numbers(compare(tiny(), seeds=2, jobs=2, out=tmp_path / "workers")) == numbers(first)
+
+
+def test_the_callers_random_numbers_are_left_alone(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    random.seed(5)
+    expected = (torch.rand(1).item(), random.random())
+    torch.manual_seed(5)
+    random.seed(5)
+    compare(tiny(), seeds=1, jobs=1, out=tmp_path)
+    assert (torch.rand(1).item(), random.random()) == expected
+
+
+def test_what_is_recorded(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    result = compare(tiny(), seeds=2, epochs=3, jobs=1, out=tmp_path)
+    run = result.runs("sgd", "gradient")[1]
+    assert run.seed == 1
+    assert [epoch["epoch"] for epoch in run.epochs] == [1, 2, 3]
+    assert all(0 < epoch["share"] < 1 and epoch["train_loss"] > 0 for epoch in run.epochs)
+    assert run.train_metric is not None
+    assert run.environment["torch"] == torch.__version__
+    assert [Run.from_line(line) for line in (tmp_path / RESULTS).read_text().splitlines()] == list(result.records)
+    row = result.row("sgd", "none")
+    assert all(epoch is not None and epoch <= 3 for epoch in row.epochs_to_baseline)
+    assert row.gap[1] == pytest.approx(
+        (result.runs("sgd", "none")[1].final("test_metric") or 0)
+        - (  # lower is better
+            result.runs("sgd", "none")[1].train_metric or 0
+        )
+    )
+    assert len(result.verdicts) == 2
+    assert "sgd: mean ± std of 2 runs" in str(result)
+    assert all(verdict.sentence.split(":")[0] in str(result) for verdict in result.verdicts)
+
+
+def test_more_seeds_arms_and_optimizers_extend(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    task = tiny(optimizers={"sgd": lambda p: torch.optim.SGD(p, lr=0.1), "adam": lambda p: torch.optim.Adam(p)})
+    compare(task, seeds=1, arms=["none", "gradient"], optimizers=["sgd"], jobs=1, out=tmp_path)
+    compare(task, seeds=2, jobs=1, out=tmp_path)
+    result = compare(task, seeds=[1], jobs=1, out=tmp_path)
+    assert [run.seed for run in result.records] == [1] * 6
+    lines = [Run.from_line(line).key for line in (tmp_path / RESULTS).read_text().splitlines()]
+    assert len(lines) == len(set(lines)) == 12
+
+
+def other_schedule(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    return torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=steps)
+
+
+def other_data() -> TensorDataset:
+    return TensorDataset(torch.rand(40, 6), torch.rand(40, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"batch_size": 8}, "batch_size (was 16, is 8)"),
+        ({"epochs": 3}, "epochs (was 2, is 3)"),
+        ({"train": other_data()}, "train (was 40 examples"),
+        ({"test": other_data()}, "test (was 20 examples"),
+        ({"model": lambda: nn.Linear(6, 2)}, "model (was Sequential of 74 parameters"),
+        (
+            {"optimizers": {"sgd": lambda p: torch.optim.SGD(p, lr=0.2)}},
+            "optimizers['sgd'] (was SGD(lr=0.1, momentum=0.9",
+        ),
+        ({"loss": nn.functional.l1_loss}, "loss (was mse_loss"),
+        ({"metric": lambda output, target: (output - target).abs().max()}, "metric (was mean_absolute_error"),
+        ({"schedule": other_schedule}, "schedule (was none"),
+        ({"higher_is_better": True}, "higher_is_better (was False, is True)"),
+        ({"name": "other"}, "task (was tiny, is other)"),
+    ],
+)
+def test_a_changed_task_is_refused_and_the_change_named(
+    tiny: Callable[..., Task], tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    compare(tiny(), seeds=1, jobs=1, arms=["none", "gradient"], out=tmp_path)
+    before = (tmp_path / RESULTS).read_bytes()
+    with pytest.raises(ResultsError) as caught:
+        compare(tiny(**change), seeds=1, jobs=1, out=tmp_path)
+    assert named in str(caught.value)
+    assert "another --out" in str(caught.value)
+    assert "--no-resume" in str(caught.value)
+    assert (tmp_path / RESULTS).read_bytes() == before
+
+
+def test_the_code_of_a_tasks_file_counts_and_its_comments_do_not(tmp_path: Path) -> None:
+    path, out = tmp_path / "mine.py", tmp_path / "out"
+    body = "def task(seed, arm):\n    yield {'train_loss': 0.1, 'test_metric': seed}\n"
+    path.write_text(body)
+    compare(path, seeds=1, jobs=1, out=out)
+    path.write_text("# A comment.\n" + body)
+    compare(path, seeds=2, jobs=1, out=out)
+    path.write_text(body.replace("0.1", "0.2"))
+    with pytest.raises(ResultsError, match="code of the task's file"):
+        compare(path, seeds=2, jobs=1, out=out)
+
+
+def test_no_resume_moves_aside_and_deletes_nothing(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    compare(tiny(), seeds=1, jobs=1, out=tmp_path)
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
+    result = compare(tiny(batch_size=8), seeds=1, jobs=1, out=tmp_path, resume=False)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "previous-1").iterdir()} == old
+    assert len(result.records) == len((tmp_path / RESULTS).read_text().splitlines()) == 3
+
+
+def test_a_torn_last_line_is_dropped_and_a_broken_one_before_is_named(
+    tiny: Callable[..., Task], tmp_path: Path
+) -> None:
+    first = compare(tiny(), seeds=1, jobs=1, out=tmp_path)
+    path = tmp_path / RESULTS
+    path.write_bytes(path.read_bytes()[:-20])
+    assert numbers(compare(tiny(), seeds=1, jobs=1, out=tmp_path)) == numbers(first)
+    assert len(path.read_text().splitlines()) == 3
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:50], lines[2]]) + "\n")
+    with pytest.raises(ResultsError, match=r"results\.jsonl, line 2: is not a run"):
+        compare(tiny(), seeds=1, jobs=1, out=tmp_path)
+
+
+KILLED = """
+import pathlib, time
+from gradcentral.experiment import CustomTask
+LOG = pathlib.Path(__file__).with_name("log")
+
+def run(seed, arm):
+    for epoch in range(3):
+        time.sleep(0.03)
+        yield {"train_loss": 1 / (epoch + 1), "test_metric": seed + len(arm)}
+    with LOG.open("a") as file:
+        file.write(f"{arm} {seed}\\n")
+
+task = CustomTask("killed", run)
+"""
+
+
+def test_killed_at_any_moment_nothing_finished_is_lost(tmp_path: Path) -> None:
+    path, out = tmp_path / "killed.py", tmp_path / "out"
+    path.write_text(KILLED)
+    code = f"from gradcentral.experiment import compare; compare({str(path)!r}, seeds=8, jobs=1, out={str(out)!r})"
+    results, kept = out / RESULTS, 0
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while lines(results) < kept + 3 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert kept + 3 <= lines(results) < 24
+        kept = lines(results)
+    with results.open("a") as file:
+        file.write('{"optimizer": "custom", "arm": "no')
+    result = compare(path, seeds=8, jobs=1, out=out)
+    assert len(result.records) == lines(results) == 24
+    done = Counter((tmp_path / "log").read_text().splitlines())
+    # A run may have ended just before its line was written, once a kill; it alone is repeated.
+    assert len(done) == 24
+    assert sum(done.values()) <= 24 + 2
+    assert not list(out.glob("progress-*"))
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_two_comparisons_do_not_write_to_one_folder(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    with Store(tmp_path), pytest.raises(ResultsError, match="another comparison is writing there"):
+        compare(tiny(), seeds=1, jobs=1, out=tmp_path)
+    compare(tiny(), seeds=1, jobs=1, out=tmp_path)
+
+
+def test_divergence_is_a_result(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    task = tiny(optimizers={"sgd": lambda p: torch.optim.SGD(p, lr=1e6)}, model=lambda: nn.Linear(6, 2), epochs=6)
+    result = compare(task, seeds=2, jobs=1, out=tmp_path)
+    assert all(run.diverged_at is not None for run in result.records)
+    assert all(run.final("test_metric") is None for run in result.records)
+    assert "2 of 2 runs diverged (none: 2), no pair finished" in result.verdicts[0].sentence
+    assert "2 of 2 diverged" in str(result)
+    for line in (tmp_path / RESULTS).read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert numbers(compare(task, seeds=2, jobs=1, out=tmp_path)) == numbers(result)
+
+
+def raising(output: torch.Tensor, target: torch.Tensor) -> float:
+    raise ValueError("no\nsuch class")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_exception_in_the_tasks_code_is_one_line(tiny: Callable[..., Task], tmp_path: Path, jobs: int) -> None:
+    with pytest.raises(RunError) as caught:
+        compare(tiny(metric=raising), seeds=2, jobs=jobs, out=tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "ValueError: no such class" in message
+    assert "seed " in message
+    assert f"{Path(__file__).name}, line {raising.__code__.co_firstlineno + 1}" in message
+    assert str(tmp_path / "error.txt") in message
+    assert "Traceback" in (tmp_path / "error.txt").read_text()
+
+
+def broken_data() -> TensorDataset:
+    return TensorDataset(torch.rand(4, 6), torch.rand(4, 2), torch.rand(4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": lambda: 3}, "model: the factory must return an nn.Module, not int"),
+        ({"model": lambda: nn.Linear(-1, 2)}, "model: RuntimeError"),
+        ({"optimizers": {"sgd": lambda p: 3}}, "optimizers['sgd']: the factory must return a torch.optim.Optimizer"),
+        ({"optimizers": {"lbfgs": torch.optim.LBFGS}}, "optimizers['lbfgs']: LBFGS needs a closure"),
+        ({"schedule": lambda optimizer, steps: None}, "schedule: must return a torch LRScheduler"),
+        ({"loss": lambda output, target: (output - target) ** 2}, "loss: must return a scalar tensor"),
+        ({"train": broken_data()}, "an example must be a pair (input, target), not 3 things"),
+    ],
+)
+def test_a_part_that_is_not_what_it_must_be(
+    tiny: Callable[..., Task], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TaskError) as caught:
+        compare(tiny(**change), seeds=1, jobs=1, out=tmp_path)
+    assert message in str(caught.value)
+
+
+def test_a_model_that_is_not_decided_by_the_seed_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    state = itertools.count()
+
+    def model() -> nn.Module:
+        torch.manual_seed(next(state))
+        return nn.Linear(6, 2)
+
+    with pytest.raises(TaskError, match="two calls under one seed gave different initial weights"):
+        compare(tiny(model=model), seeds=1, jobs=1, out=tmp_path)
+
+
+def test_runs_that_turn_out_not_to_be_paired_are_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    calls = itertools.count()
+
+    def model() -> nn.Module:
+        linear = nn.Linear(6, 2)
+        if next(calls) >= 3:  # after the two of the fingerprint and the first run
+            linear.bias.data += 1
+        return linear
+
+    with pytest.raises(ArmError, match=r"runs of seed 0 are not paired: .* different initial weights"):
+        compare(tiny(model=model), seeds=1, jobs=1, out=tmp_path)
+
+
+def test_an_optimizer_that_comes_centered_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    def centered(params: Any) -> torch.optim.Optimizer:
+        params = list(params)
+        optimizer = torch.optim.SGD(params, lr=0.1)
+        gradcentral.centralize(optimizer, layout=gradcentral.WeightLayout.from_shapes(params))
+        return optimizer
+
+    with pytest.raises(ArmError, match="run sgd, none, seed 0: the task's optimizer has GC attached already"):
+        compare(tiny(optimizers={"sgd": centered}), seeds=1, jobs=1, out=tmp_path)
+
+
+def test_the_schedule_steps_once_a_batch_over_the_total(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    seen: list[tuple[int, LRScheduler]] = []
+
+    def schedule(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+        seen.append((steps, torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=steps)))
+        return seen[-1][1]
+
+    compare(tiny(schedule=schedule), seeds=1, jobs=1, out=tmp_path)
+    runs = [(steps, scheduler) for steps, scheduler in seen if steps > 1]
+    assert len(runs) == 3
+    assert all(steps == 6 and scheduler.last_epoch == 6 for steps, scheduler in runs)  # 2 epochs of 3 batches
+
+
+def test_mixed_precision_on_the_cpu(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    seen = []
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        seen.append(output.dtype)
+        return nn.functional.mse_loss(output.float(), target)
+
+    compare(tiny(loss=loss), seeds=1, jobs=1, amp=True, out=tmp_path)
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_a_lazy_model_gets_its_shape_from_the_data(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    task = tiny(model=lambda: nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(2)))
+    assert len(compare(task, seeds=1, jobs=1, out=tmp_path).records) == 3
+
+
+def follow(seed: int, arm: str) -> Iterator[dict[str, float]]:
+    for epoch in range(1, 4):
+        yield {"train_loss": 1 / epoch, "test_metric": 0.5 + 0.1 * seed + (arm != "none") * 0.01 * (seed + 1)}
+
+
+def test_a_trainer_of_ones_own(tmp_path: Path) -> None:
+    result = compare(follow, seeds=4, jobs=1, out=tmp_path)
+    assert result.task == "follow"
+    assert not result.checked
+    assert [v.outcome for v in result.verdicts] == ["better", "better"] or result.verdicts[0].evidence.p is not None
+    assert result.verdicts[0].evidence.mean == pytest.approx(0.025)
+    for option in ({"epochs": 3}, {"device": "cuda"}, {"amp": True}, {"optimizers": ["sgd"]}):
+        with pytest.raises(TaskError, match=f"{next(iter(option))}: a CustomTask brings its own trainer"):
+            compare(follow, out=tmp_path, **option)
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        ([], "run: reported no epoch"),
+        ([3], "run: epoch 1 is a int"),
+        ([{"train_loss": 1}], "run: epoch 1 lacks 'test_metric'; it has 'train_loss'"),
+        ([{"train_loss": "low", "test_metric": 1}], "run: epoch 1 holds something that is no number"),
+    ],
+)
+def test_a_trainer_that_reports_nonsense(tmp_path: Path, report: list[Any], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        compare(CustomTask("mine", lambda seed, arm: report), jobs=1, out=tmp_path)
+
+
+def test_a_trainer_that_diverges(tmp_path: Path) -> None:
+    def run(seed: int, arm: str) -> Iterator[dict[str, float]]:
+        yield {"train_loss": 1.0, "test_metric": 1.0}
+        yield {"train_loss": float("nan") if arm == "update" else 0.5, "test_metric": 1.0}
+
+    result = compare(run, seeds=2, jobs=1, out=tmp_path)
+    assert [run.diverged_at for run in result.runs("custom", "update")] == [2, 2]
+    assert [verdict.outcome for verdict in result.verdicts] == ["no change", "diverges more often"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arms": ["gradient", "update"]}, "arms: 'none' must be among them"),
+        ({"arms": ["none"]}, "arms: 'none' alone is nothing to compare"),
+        ({"arms": ["none", "gc"]}, "arms: there is no 'gc'; there is none, gradient, update"),
+        ({"arms": "none"}, "arms: give a list of names"),
+        ({"arms": ["none", "update", "update"]}, "arms: name at least one, each once"),
+        ({"optimizers": ["lion"]}, "optimizers: there is no 'lion'; there is sgd"),
+        ({"optimizers": []}, "optimizers: name at least one"),
+        ({"seeds": 0}, "seeds: give a whole number of at least 1, not 0"),
+        ({"seeds": [1, 1]}, "seeds: give how many, or different whole numbers"),
+        ({"seeds": [-1]}, "seeds: give how many"),
+        ({"epochs": 0}, "epochs: give a whole number"),
+        ({"jobs": 0}, "jobs: give a whole number"),
+        ({"device": "gpu"}, "device: 'gpu' can't be used here; there is cpu"),
+    ],
+)
+def test_an_unusable_option_is_named(
+    tiny: Callable[..., Task], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TaskError) as caught:
+        compare(tiny(), out=tmp_path, **options)
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_can_not_be_written(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ResultsError, match="can't write there"):
+        compare(tiny(), jobs=1, out=tmp_path / "file" / "out")
+
+
+def test_without_a_terminal_a_run_is_a_plain_line(
+    tiny: Callable[..., Task], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare_loudly(tiny(), seeds=1, jobs=1, out=tmp_path)
+    shown = capsys.readouterr().out
+    assert "1/3  sgd, none, seed 0: mean_absolute_error 0." in shown
+    assert "\x1b" not in shown
+    compare_loudly(tiny(), seeds=1, jobs=1, out=tmp_path)
+    assert capsys.readouterr().out == "3 of 3 runs were finished before\n"
+
+
+def test_jobs_follow_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradcentral.experiment.runner import default_jobs
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    assert default_jobs("cpu", 30) == 6
+    assert default_jobs("cpu", 4) == 4
+    assert default_jobs("cuda:0", 30) == 1

@@ -1,0 +1,113 @@
+"""What a comparison leaves for a person to read."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gradcentral.experiment import Comparison, Task
+from gradcentral.experiment import compare as compare_loudly
+
+compare = functools.partial(compare_loudly, progress=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    def run(seed: int, arm: str) -> Iterator[dict[str, float]]:
+        gain = {"none": 0.0, "gradient": 0.02, "update": 0.0}[arm] * (1 + 0.1 * seed)
+        for epoch in (1, 2, 3):
+            loss = float("inf") if (arm, seed, epoch) == ("update", 2, 3) else 2.0**-epoch
+            yield {"train_loss": loss, "test_metric": 0.3 * epoch + gain + 0.001 * seed, "train_metric": 0.95}
+
+    return compare(run, seeds=5, jobs=1, out=tmp_path_factory.mktemp("report"))
+
+
+def test_it_needs_nothing_from_elsewhere(finished: Comparison) -> None:
+    html = finished.report.read_text()
+    resources = re.findall(r'(?:src|href|srcset)\s*=\s*"([^"]*)"|url\(([^)]*)\)|@import', html)
+    assert len(resources) == 6  # three figures, each in light and in dark
+    assert all(found[0].startswith("data:image/svg+xml;base64,") for found in resources)
+    assert "<script" not in html
+    assert not re.search(r"https?://", html)
+    assert str(finished.out) not in html
+
+
+def test_what_was_not_checked_is_not_claimed(finished: Comparison) -> None:
+    assert "was not checked" in finished.report.read_text()
+
+
+def test_the_verdict_comes_first(finished: Comparison) -> None:
+    html = finished.report.read_text()
+    places = [
+        html.index(text)
+        for text in (
+            "better: accuracy".replace("accuracy", "metric").capitalize(),
+            "<figure>",
+            "<table>",
+            "gradcentral.compare(task, seeds=5)",
+        )
+    ]
+    assert places == sorted(places)
+
+
+def test_diverged_runs_are_told(finished: Comparison) -> None:
+    html = finished.report.read_text()
+    assert "1 of 5 runs diverged (none: 0)" in html
+    assert "custom, update, seed 2 (epoch 3)" in html
+    assert "<td>1 of 5</td>" in html
+
+
+def test_summary_csv(finished: Comparison) -> None:
+    rows = list(csv.DictReader((finished.out / "summary.csv").read_text().splitlines()))
+    assert [row["arm"] for row in rows] == ["none", "gradient", "update"]
+    assert [row["diverged"] for row in rows] == ["0", "0", "1"]
+    assert float(rows[0]["test_metric_mean"]) == pytest.approx(0.902)
+    assert float(rows[0]["gap_mean"]) == pytest.approx(0.95 - 0.902)
+    assert float(rows[1]["difference"]) == pytest.approx(0.024)
+    assert float(rows[1]["low"]) < 0.024 < float(rows[1]["high"])
+    assert rows[1]["outcome"] == "better"
+    assert rows[0]["difference"] == rows[0]["outcome"] == ""
+
+
+@pytest.mark.parametrize("name", ["differences", "test_metric", "training_loss"])
+def test_figures_are_images_with_something_in_them(finished: Comparison, name: str) -> None:
+    from matplotlib import image
+
+    pixels = image.imread(finished.out / f"{name}.png")
+    assert pixels.shape[0] > 300
+    assert pixels.shape[1] > 600
+    assert pixels[..., :3].std() > 0.02
+
+
+def test_one_seed_is_enough_for_a_report(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    html = compare(tiny(), seeds=1, epochs=1, jobs=1, out=tmp_path).report.read_text()
+    assert "use more seeds" in html
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    from gradcentral.experiment import CustomTask
+
+    task = CustomTask("x", lambda seed, arm: [{"train_loss": 1, "test_metric": 1}], metric_name="<b>&")
+    html = compare(task, seeds=1, jobs=1, out=tmp_path).report.read_text()
+    assert "&lt;b&gt;&amp;" in html
+    assert "<b>" not in html
+
+
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        ({}, "gradcentral compare digits --seeds 1 --epochs 1 --optimizers sgd"),
+        (
+            {"arms": ["none", "update"], "seeds": [3]},
+            "gradcentral compare digits --seeds 3, --epochs 1 --arms none,update --optimizers sgd",
+        ),
+    ],
+)
+def test_the_command_repeats_it(tmp_path: Path, options: dict[str, object], command: str) -> None:
+    chosen = {"seeds": 1, "epochs": 1, "optimizers": ["sgd"], "jobs": 1, "out": tmp_path} | options
+    assert compare("digits", **chosen).command == command  # type: ignore[arg-type]

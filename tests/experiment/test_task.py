@@ -1,0 +1,124 @@
+"""What a task must be, and how one is loaded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+from gradcentral.experiment import CustomTask, Task, TaskError, load_task
+
+
+class Stream(IterableDataset[Any]):
+    """A dataset without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("name", "", "name: '' can't name a folder"),
+        ("name", "a/b", "name: 'a/b' can't name a folder"),
+        ("model", nn.Linear(1, 1), "model: give a function that builds a fresh model"),
+        ("model", 3, "model: give a function"),
+        ("loss", "mse", "loss: give a function"),
+        ("metric", None, "metric: give a function"),
+        ("train", Stream(), "train: a Stream has no length and index"),
+        ("test", TensorDataset(torch.empty(0), torch.empty(0)), "test: the dataset is empty"),
+        ("optimizers", {}, "optimizers: give at least one"),
+        ("optimizers", {"a,b": torch.optim.SGD}, "optimizers: 'a,b' is no name"),
+        ("optimizers", {"sgd": torch.optim.SGD([torch.ones(1)])}, "optimizers['sgd']: give a function"),
+        ("batch_size", 0, "batch_size: give a whole number of at least 1, not 0"),
+        ("epochs", 2.5, "epochs: give a whole number of at least 1, not 2.5"),
+        ("schedule", 1, "schedule: give a function"),
+        ("higher_is_better", "yes", "higher_is_better: give True or False"),
+    ],
+)
+def test_an_unusable_field_is_named(tiny: Callable[..., Task], field: str, value: Any, message: str) -> None:
+    with pytest.raises(TaskError) as caught:
+        tiny(**{field: value})
+    assert message in str(caught.value)
+
+
+def test_metric_name_sees_through_partial_and_classes(tiny: Callable[..., Task]) -> None:
+    class Score:
+        def __call__(self, output: object, target: object) -> float:
+            return 0.0
+
+    assert tiny(metric=functools.partial(nn.functional.l1_loss, reduction="mean")).metric_name == "l1_loss"
+    assert tiny(metric=Score()).metric_name == "Score"
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-batchnorm", "digits-vit"])
+def test_built_in_tasks(name: str) -> None:
+    task = load_task(name)
+    assert isinstance(task, Task)
+    assert task.name == name
+    assert set(task.optimizers) == {"sgd", "adamw"}
+    image, digit = task.train[0]
+    assert task.model()(image[None]).shape == (1, 10)
+    assert 0 <= digit < 10
+
+
+def test_digits_are_split_without_overlap_and_hold_every_digit() -> None:
+    task = load_task("digits")
+    assert isinstance(task, Task)
+    assert isinstance(task.train, TensorDataset)
+    assert isinstance(task.test, TensorDataset)
+    train, test = ({row.numpy().tobytes() for row in part.tensors[0]} for part in (task.train, task.test))
+    assert len(task.train) == 900
+    assert len(task.test) == 897
+    assert not train & test
+    assert all(part.tensors[1].bincount().min() > 60 for part in (task.train, task.test))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x = (\n", "line 1"),
+        ("\n\nopen('no_such_dataset.csv')\n", "line 3: FileNotFoundError"),
+        ("def f():\n    raise ValueError('two\\nlines')\n\nf()\n", "line 2: ValueError: two lines"),
+        ("import no_such_module_at_all\n", "line 1: ModuleNotFoundError"),
+        ("x = 1\n", "defines no `task`"),
+        ("task = 3\n", "`task` is a int"),
+        ("from gradcentral.experiment import CustomTask\ntask = CustomTask('', print)\n", "line 2: name: ''"),
+    ],
+)
+def test_an_unusable_file_is_one_line_that_says_where(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(content)
+    with pytest.raises(TaskError) as caught:
+        load_task(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_does_not_exist_is_named_with_what_does(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="'digit'.*digits, digits-batchnorm, digits-vit"):
+        load_task("digit")
+    with pytest.raises(TaskError, match=r"none\.py: there is no such file"):
+        load_task(tmp_path / "none.py")
+    with pytest.raises(TaskError, match="can't be read"):
+        load_task(tmp_path)
+
+
+def test_a_file_may_import_what_lies_beside_it_and_be_a_bare_function(tmp_path: Path) -> None:
+    (tmp_path / "beside_my_task.py").write_text("LOSS = 0.25\n")
+    path = tmp_path / "trainer.py"
+    path.write_text(
+        "def task(seed, arm):\n    import beside_my_task\n"
+        "    yield {'train_loss': beside_my_task.LOSS, 'test_metric': 1}\n"
+    )
+    task = load_task(path)
+    assert isinstance(task, CustomTask)
+    assert task.name == "trainer"
+    assert next(iter(task.run(0, "none")))["train_loss"] == 0.25

@@ -1,0 +1,16 @@
+"""Every example runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gradcentral.experiment import compare
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_my_task(tmp_path: Path) -> None:
+    result = compare(EXAMPLES / "my_task.py", seeds=2, epochs=3, jobs=1, out=tmp_path, progress=False)
+    assert result.task == "wine"
+    assert len(result.records) == 2 * 2 * 3
+    assert result.report.exists()
