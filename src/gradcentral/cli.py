@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from gradcentral import layout_report, weight_layout
 from gradcentral.experiment import ExperimentError, TaskError
 from gradcentral.experiment import compare as compare_task
 
@@ -79,6 +81,32 @@ def compare(
     console.print()
     console.print(comparison)
     console.print(f"\nReport: {comparison.report}", soft_wrap=True)
+
+
+@app.command()
+def layout(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="MODULE:NAME of a model or of what makes one (transformers:GPT2LMHeadModel), MODULE:EXPRESSION "
+            "(\"timm:create_model('resnet18')\"), or a task file.",
+        ),
+    ],
+    only: Annotated[str, typer.Option(help="all, or conv for the convolutions alone.")] = "all",
+    every: Annotated[bool, typer.Option("--every", help="A row for each parameter, also where layers repeat.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show which elements of each parameter make one weight vector, or why it is left alone."""
+    try:
+        built = layout_report.build_model(model)
+        found = weight_layout(built, only=only)
+    except ValueError as error:
+        raise TaskError(str(error)) from error
+    if as_json:
+        typer.echo(json.dumps(layout_report.as_json(built, found), indent=2, ensure_ascii=False))
+    else:
+        typer.echo(layout_report.as_text(built, found, every=every))
 
 
 def _names(text: str) -> list[str]:
