@@ -19,8 +19,8 @@ from gradcentral.layouts.entry import Entry
 
 __all__ = ["ModelError", "as_json", "as_text", "build_model", "points_to_look_at"]
 
-_FEW = 3
-"""At this fan-in and below, centering takes a third or more of a unit's freedom."""
+_FEW = 4
+"""At this fan-in and below, centering takes a quarter or more of a unit's freedom."""
 
 
 class ModelError(ValueError):

@@ -1,4 +1,4 @@
-"""A layout as a table of text, with one row for parameters that differ only in the number of their layer."""
+"""A layout as a table of text, with one row where layers repeat."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gradcentral.layouts.entry import Entry
 __all__ = ["compact_names", "render"]
 
 _HEADER = ("parameter", "shape", "weight vectors", "decided by")
+_RULE = 120
 
 
 class _Row(NamedTuple):
@@ -31,11 +32,12 @@ def render(entries: Sequence[Entry], *, every: bool = False) -> str:
     text = [
         "  ".join((*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3])) for line in lines
     ]
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+    rule = "-" * min(max(map(len, text)), _RULE)
+    return "\n".join([text[0], rule, *text[1:]])
 
 
 def compact_names(names: Iterable[str]) -> list[str]:
-    """The names, those that differ only in the number of a layer written as one.
+    """The names, those of layers that are alike written as one.
 
     Examples:
         >>> compact_names(["h.0.attn.bias", "h.1.attn.bias", "h.2.attn.bias", "ln.bias"])
@@ -65,26 +67,40 @@ def _cells(entry: Entry) -> tuple[str, str, str]:
 
 
 def _merged(rows: list[_Row]) -> list[_Row]:
-    """Merge rows that are alike but for one number in their names: the last number first, then the one before."""
+    """Write layers that are alike in all their rows as one: the innermost numbers first."""
     for position in reversed(range(max((len(row.pieces) for row in rows), default=0))):
-        groups: dict[object, list[_Row]] = {}
-        for row in rows:
-            if position < len(row.pieces) and row.pieces[position].isdigit():
-                others = (row.pieces[:position], row.pieces[position + 1 :])
-                key: object = (others, row.repeats, row.cells)
-            else:
-                key = id(row)
-            groups.setdefault(key, []).append(row)
-        rows = [_merge(group, position) for group in groups.values()]
+        rows = _merged_at(rows, position)
     return rows
 
 
-def _merge(group: list[_Row], position: int) -> _Row:
-    first = group[0]
-    if len(group) == 1:
-        return first
-    numbers = sorted(int(row.pieces[position]) for row in group)
-    consecutive = numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 2
-    span = f"{numbers[0]}..{numbers[-1]}" if consecutive else ",".join(map(str, numbers))
-    pieces = (*first.pieces[:position], f"{{{span}}}", *first.pieces[position + 1 :])
-    return _Row(pieces, first.repeats * len(group), first.cells)
+def _merged_at(rows: list[_Row], position: int) -> list[_Row]:
+    layers: dict[tuple[str, ...], list[_Row]] = {}
+    for row in rows:
+        if _is_numbered(row, position):
+            layers.setdefault(row.pieces[: position + 1], []).append(row)
+    alike: dict[object, list[tuple[str, ...]]] = {}
+    for layer, members in layers.items():
+        content = tuple((row.pieces[position + 1 :], row.repeats, row.cells) for row in members)
+        alike.setdefault((layer[:-1], content), []).append(layer)
+    groups = {group[0]: group for group in alike.values()}
+    merged = []
+    for row in rows:
+        if not _is_numbered(row, position):
+            merged.append(row)
+        elif (group := groups.get(row.pieces[: position + 1])) is not None:
+            label = _label([layer[-1] for layer in group])
+            pieces = (*row.pieces[:position], label, *row.pieces[position + 1 :])
+            merged.append(_Row(pieces, row.repeats * len(group), row.cells))
+    return merged
+
+
+def _is_numbered(row: _Row, position: int) -> bool:
+    return position < len(row.pieces) and row.pieces[position].isdigit()
+
+
+def _label(digits: list[str]) -> str:
+    if len(digits) == 1:
+        return digits[0]
+    numbers = sorted(map(int, digits))
+    consecutive = len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{{{numbers[0]}..{numbers[-1]}}}" if consecutive else f"{{{','.join(map(str, numbers))}}}"
