@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import gradcentral
 from gradcentral import centralize
 from gradcentral.experiment import ArmError
 from gradcentral.experiment.checks import ARMS, CheckedArm
@@ -90,8 +91,14 @@ def test_an_optimizer_that_comes_with_a_centering() -> None:
     model = network()
     optimizer = MAKERS["sgd"](model.parameters())
     centralize(optimizer, model)
-    with pytest.raises(ArmError, match="has GC attached already"):
+    with pytest.raises(ArmError, match="centers already"):
         CheckedArm("none", model, optimizer)
+
+
+def test_an_optimizer_that_centers_inside_its_step() -> None:
+    model = network()
+    with pytest.raises(ArmError, match="centers already"):
+        CheckedArm("none", model, gradcentral.SGD(model, lr=0.1))
 
 
 @pytest.mark.parametrize("arm", ["none", "update"])

@@ -317,7 +317,7 @@ def test_an_optimizer_that_comes_centered_is_refused(tiny: Callable[..., Task], 
         gradcentral.centralize(optimizer, layout=gradcentral.WeightLayout.from_shapes(params))
         return optimizer
 
-    with pytest.raises(ArmError, match="run sgd, none, seed 0: the task's optimizer has GC attached already"):
+    with pytest.raises(ArmError, match="run sgd, none, seed 0: the task's optimizer centers already"):
         compare(tiny(optimizers={"sgd": centered}), seeds=1, jobs=1, out=tmp_path)
 
 

@@ -74,8 +74,8 @@ def test_digits_are_split_without_overlap_and_hold_every_digit() -> None:
     assert isinstance(task.train, TensorDataset)
     assert isinstance(task.test, TensorDataset)
     train, test = ({row.numpy().tobytes() for row in part.tensors[0]} for part in (task.train, task.test))
-    assert len(task.train) == 900
-    assert len(task.test) == 897
+    assert len(task.train) == 896
+    assert len(task.test) == 901
     assert not train & test
     assert all(part.tensors[1].bincount().min() > 60 for part in (task.train, task.test))
 

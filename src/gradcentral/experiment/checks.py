@@ -34,13 +34,16 @@ class CheckedArm:
         optimizer: a plain one.
 
     Raises:
-        ArmError: the optimizer already has GC attached.
+        ArmError: the optimizer centers already.
         ValueError: nothing to center in this model (from `gradcentral.centralize`).
     """
 
     def __init__(self, arm: str, model: nn.Module, optimizer: Optimizer) -> None:
-        if attached(optimizer):
-            raise ArmError("the task's optimizer has GC attached already: give a plain one, the arms attach it")
+        own = any(cls.__module__.partition(".")[0] == "gradcentral" for cls in type(optimizer).__mro__)
+        if own or attached(optimizer):
+            raise ArmError(
+                "the task's optimizer centers already: give a plain one, such as torch.optim's; the arms add GC"
+            )
         self.arm = arm
         self._optimizer = optimizer
         self._names = {parameter: name for name, parameter in model.named_parameters()}

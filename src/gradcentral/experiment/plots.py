@@ -45,9 +45,8 @@ def curves(comparison: Comparison, name: str, label: str, theme: Theme) -> Any:
     """
     count = len(comparison.optimizers)
     with _style(theme):
-        figure, axes = _pyplot().subplots(
-            1, count, figsize=(1 + 4.4 * count, 3.5), squeeze=False, sharey=True, layout="constrained"
-        )
+        figure = _figure(1 + 4.4 * count, 3.5)
+        axes = figure.subplots(1, count, squeeze=False, sharey=True)
         late: list[float] = []
         for axis, optimizer in zip(axes[0], comparison.optimizers, strict=True):
             for arm in comparison.arms:
@@ -78,7 +77,8 @@ def differences(comparison: Comparison, theme: Theme) -> Any:
     """Paired differences arm − none of the final test metric: a dot a seed, the mean and its interval."""
     rows = [(v.optimizer, v.arm, v.evidence) for v in comparison.verdicts]
     with _style(theme):
-        figure, axis = _pyplot().subplots(figsize=(9.8, 1.3 + 0.52 * len(rows)), layout="constrained")
+        figure = _figure(9.8, 1.3 + 0.52 * len(rows))
+        axis = figure.subplots()
         axis.axvline(0, color=theme.text, lw=1, zorder=1)
         for at, (_, arm, evidence) in enumerate(rows):
             y, color, n = -at, theme.arms[arm], len(evidence.differences)
@@ -107,20 +107,20 @@ def differences(comparison: Comparison, theme: Theme) -> Any:
         return figure
 
 
-def to_png(figure: Any) -> bytes:
-    """The figure at 200 dots an inch; closes it."""
+def to_png(figure: Any, title: str) -> bytes:
+    """The figure at 200 dots an inch, with a title, as it may be shown on its own."""
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return _save(figure, format="png", dpi=200)
 
 
 def to_svg(figure: Any) -> bytes:
-    """The figure as vectors, letters included; closes it."""
+    """The figure as vectors, letters included."""
     return _save(figure, format="svg", metadata={"Date": None})
 
 
 def _save(figure: Any, **options: Any) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, facecolor=figure.get_facecolor(), **options)
-    _pyplot().close(figure)
     return file.getvalue()
 
 
@@ -153,8 +153,7 @@ def _show_late_epochs(axis: Any, means: list[float]) -> None:
 
 @contextmanager
 def _style(theme: Theme) -> Iterator[None]:
-    pyplot = _pyplot()
-    with pyplot.rc_context(
+    with optional("matplotlib").rc_context(
         {
             "figure.facecolor": theme.background,
             "axes.facecolor": theme.background,
@@ -172,6 +171,7 @@ def _style(theme: Theme) -> Iterator[None]:
             "axes.spines.left": False,
             "xtick.major.size": 3,
             "ytick.major.size": 0,
+            "ytick.minor.size": 0,
             "font.size": 10,
             "axes.titlesize": 11,
             "font.family": ["DejaVu Sans"],
@@ -181,8 +181,6 @@ def _style(theme: Theme) -> Iterator[None]:
         yield
 
 
-def _pyplot() -> Any:
-    matplotlib = optional("matplotlib")
-    if "matplotlib.pyplot" not in __import__("sys").modules:
-        matplotlib.use("agg")  # no window, and no display needed
-    return optional("matplotlib.pyplot")
+def _figure(width: float, height: float) -> Any:
+    """Without pyplot, whose windows and global state are the caller's."""
+    return optional("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 
 import torch
 
+from gradcentral.experiment.errors import optional
+
 __all__ = ["derive", "isolated", "seed_everything"]
 
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch on every device."""
-    import numpy as np
-
+    np = optional("numpy")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -33,8 +34,7 @@ def derive(seed: int, purpose: str) -> int:
 @contextmanager
 def isolated() -> Iterator[None]:
     """Put the generators of Python, NumPy and torch back afterwards."""
-    import numpy as np
-
+    np = optional("numpy")
     python, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
@@ -18,10 +19,10 @@ def write_report(comparison: Comparison) -> None:
     """Write everything a person reads into the comparison's folder, over what an earlier call wrote."""
     comparison.out.joinpath("summary.csv").write_text(comparison.to_csv(), encoding="utf-8")
     figures = {}
-    for name in _DRAW:
-        comparison.out.joinpath(f"{name}.png").write_bytes(to_png(_draw(name, comparison, LIGHT)))
-        figures[name] = {
-            scheme: base64.b64encode(to_svg(_draw(name, comparison, theme))).decode()
+    for name, (title, draw) in _figures(comparison).items():
+        comparison.out.joinpath(f"{name}.png").write_bytes(to_png(draw(LIGHT), f"{comparison.task}: {title}"))
+        figures[name] = {"title": title} | {
+            scheme: base64.b64encode(to_svg(draw(theme))).decode()
             for scheme, theme in (("light", LIGHT), ("dark", DARK))
         }
     environment = optional("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -38,15 +39,14 @@ def write_report(comparison: Comparison) -> None:
     comparison.report.write_text(html, encoding="utf-8")
 
 
-_DRAW = {
-    "differences": lambda comparison, theme: differences(comparison, theme),
-    "training_loss": lambda comparison, theme: curves(comparison, "train_loss", "training loss", theme),
-    "test_metric": lambda comparison, theme: curves(comparison, "test_metric", f"test {comparison.metric}", theme),
-}
-
-
-def _draw(name: str, comparison: Comparison, theme: Theme) -> Any:
-    return _DRAW[name](comparison, theme)
+def _figures(comparison: Comparison) -> dict[str, tuple[str, Callable[[Theme], Any]]]:
+    """Name -> (title, how to draw it)."""
+    metric = f"test {comparison.metric}"
+    return {
+        "differences": ("Paired differences", lambda theme: differences(comparison, theme)),
+        "test_metric": (metric.capitalize(), lambda theme: curves(comparison, "test_metric", metric, theme)),
+        "training_loss": ("Training loss", lambda theme: curves(comparison, "train_loss", "training loss", theme)),
+    }
 
 
 def _environments(comparison: Comparison) -> dict[str, str]:

@@ -199,7 +199,7 @@ class Comparison:
             )
             table.add_column("arm")
             for title in self.columns():
-                table.add_column(textwrap.fill(title, 14), justify="right")
+                table.add_column(textwrap.fill(title, 12, break_long_words=False), justify="right")
             for row in self.table(optimizer):
                 label = row.arm if not row.diverged else f"{row.arm}, {row.diverged} of {row.runs} diverged"
                 table.add_row(label, *(cell(row) for cell in self.columns().values()))

@@ -9,11 +9,12 @@ from torch.utils.data import TensorDataset
 
 __all__ = ["accuracy", "digits"]
 
-TRAIN_SIZE = 900
+# 28 batches of 32: a last one of four would upset BatchNorm, with and without GC.
+TRAIN_SIZE = 896
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """900 training and 897 test images ``[n, 1, 8, 8]`` between 0 and 1 with their digits, one split for all seeds."""
+    """896 training and 901 test images ``[n, 1, 8, 8]`` between 0 and 1 with their digits, one split for all seeds."""
     images, targets = load_digits(return_X_y=True)
     x = torch.as_tensor(images).float().reshape(-1, 1, 8, 8) / 16
     y = torch.as_tensor(targets)
