@@ -158,11 +158,11 @@ def _claim(evidence: Paired, outcome: Outcome, metric: str) -> str:
     if evidence.interval is None:
         places = _places(abs(evidence.mean) / 10)
         if n == 1:
-            return f"can't tell from 1 pair ({metric} {evidence.mean:+.{places}f}); use more seeds."
+            return f"can't tell from 1 pair ({metric} {_signed(evidence.mean, places)}); use more seeds."
         if not any(evidence.differences):
             return f"no change: {metric} is identical in all {pairs}."
         return (
-            f"can't tell: {metric} differs by the same {evidence.mean:+.{places}f} in all {pairs}, "
+            f"can't tell: {metric} differs by the same {_signed(evidence.mean, places)} in all {pairs}, "
             "which leaves no spread to judge by; use more seeds."
         )
     assert evidence.p is not None
@@ -170,10 +170,12 @@ def _claim(evidence: Paired, outcome: Outcome, metric: str) -> str:
     low, high = evidence.interval
     places = _places((high - low) / 2)
     simultaneous = f" (simultaneous for {evidence.arms} arms)" if evidence.arms > 1 else ""
-    interval = f"95% interval {low:+.{places}f} to {high:+.{places}f}{simultaneous}, p = {_p(evidence.p)}, {pairs}"
+    interval = (
+        f"95% interval {_signed(low, places)} to {_signed(high, places)}{simultaneous}, p = {_p(evidence.p)}, {pairs}"
+    )
     if not _excludes_zero(evidence):
         return (
-            f"no clear change: {metric} {evidence.mean:+.{places}f}, {interval}; "
+            f"no clear change: {metric} {_signed(evidence.mean, places)}, {interval}; "
             f"a true difference of {evidence.detectable:.{places}f} would probably have shown (power 80%)."
         )
     direction = "higher" if evidence.mean > 0 else "lower"
@@ -192,6 +194,15 @@ def _places(size: float) -> int:
     (3, 1, 0)
     """
     return min(12, max(0, 1 - math.floor(math.log10(size)))) if size > 0 else 0
+
+
+def _signed(value: float, places: int) -> str:
+    """With its sign, but no minus before zero.
+
+    >>> _signed(0.012, 2), _signed(-0.001, 2)
+    ('+0.01', '+0.00')
+    """
+    return f"{round(value, places) + 0.0:+.{places}f}"
 
 
 def _p(p: float) -> str:
