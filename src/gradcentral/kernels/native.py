@@ -10,7 +10,7 @@ import ctypes
 import os
 from array import array
 from collections.abc import Sequence
-from ctypes import POINTER, c_double, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_int32, c_int64, c_uint64, c_void_p
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gradcentral.vectors import Loop, WeightVectors
 
-__all__ = ["CenteringPlan", "Rule", "StepPlan", "alike", "loop_of", "same_objects", "unavailable"]
+__all__ = ["CenteringPlan", "Rule", "StepPlan", "alike", "loop_of", "same_objects", "stream", "unavailable"]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 PLACEMENTS = {None: 0, "gradient": 1, "update": 2}
@@ -32,14 +32,25 @@ _POINTERS = 6
 class _Item(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("group", "a", "unit", "b")),
-        *((name, c_int32) for name in ("placement", "first", "step_is_f64", "reserved")),
+        *((name, c_int32) for name in ("placement", "first", "step_is_f64", "blocks")),
+        ("scratch", c_int64),
         *((name, c_void_p) for name in ("w", "g", "m", "v", "x")),
         *((name, c_double) for name in ("step_size", "root_correction")),
+        *((name, c_void_p) for name in ("sums", "means")),
+        ("missing", c_int64),
     )
 
 
 class _Piece(ctypes.Structure):
-    _fields_ = tuple((name, c_int64) for name in ("item", "begin", "end"))
+    _fields_ = tuple((name, c_int64) for name in ("item", "begin", "end", "kind"))
+
+
+class _List(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("pieces", "batches", "waves")),
+        *((name, c_int64) for name in ("n_batches", "n_waves")),
+        ("scratch", c_void_p),
+    )
 
 
 class Rule(ctypes.Structure):
@@ -58,18 +69,20 @@ def _load() -> tuple[Any, str]:
         return None, "not built: no C compiler was found when gradcentral was installed"
     try:
         library = ctypes.CDLL(str(found[0]))
-        sizes = [library.gradcentral_sizes(which) for which in range(3)]
+        sizes = [library.gradcentral_sizes(which) for which in range(4)]
     except (OSError, AttributeError) as error:
         return None, f"{found[0].name} does not load: {error}"
-    if sizes != [ctypes.sizeof(kind) for kind in (_Item, _Piece, Rule)]:
+    if sizes != [ctypes.sizeof(kind) for kind in (_Item, _Piece, Rule, _List)]:
         return None, f"{found[0].name} is of another version: install gradcentral again"
-    work: list[Any] = [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int32]
-    library.gradcentral_plan.restype = c_int64
-    library.gradcentral_plan.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_void_p, POINTER(c_int64)]
+    library.gradcentral_plan.restype = None
+    library.gradcentral_plan.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_void_p]
+    work: list[Any] = [c_void_p, c_int64, c_void_p, POINTER(_List), c_int32, c_int32]
     library.gradcentral_step.restype = None
-    library.gradcentral_step.argtypes = [*work, c_int32, POINTER(Rule), c_int32]
+    library.gradcentral_step.argtypes = [*work, POINTER(Rule), c_int32]
     library.gradcentral_center.restype = None
-    library.gradcentral_center.argtypes = [*work, c_int32, c_void_p, c_void_p, c_int32]
+    library.gradcentral_center.argtypes = [*work, c_void_p, c_void_p, c_int32]
+    library.gradcentral_stream.restype = None
+    library.gradcentral_stream.argtypes = [c_void_p, c_void_p, c_int64, c_int32, c_uint64, c_int32]
     return library, ""
 
 
@@ -124,17 +137,27 @@ def is_number(tensor: object) -> bool:
     )
 
 
-def plan_pieces(loops: Sequence[tuple[Loop, int]], dtype: int) -> tuple[Any, Any, Any, int]:
-    """Items with these loops and placements, and how the work on them is divided: (items, pieces, batches, count)."""
-    items = (_Item * len(loops))()
-    for item, (loop, placement) in zip(items, loops, strict=True):
-        item.group, item.a, item.unit, item.b = loop
-        item.placement = placement
-    n_batches = c_int64()
-    n_pieces = _library.gradcentral_plan(items, len(loops), dtype, None, None, ctypes.byref(n_batches))
-    pieces, batches = (_Piece * n_pieces)(), (c_int64 * (n_batches.value + 1))()
-    _library.gradcentral_plan(items, len(loops), dtype, pieces, batches, ctypes.byref(n_batches))
-    return items, pieces, batches, n_batches.value
+class Work:
+    """Items with these loops and placements, and how the work on them is divided."""
+
+    def __init__(self, loops: Sequence[tuple[Loop, int]], dtype: int) -> None:
+        self.items = (_Item * len(loops))()
+        for item, (loop, placement) in zip(self.items, loops, strict=True):
+            item.group, item.a, item.unit, item.b = loop
+            item.placement = placement
+        counts = (c_int64 * 4)()
+        _library.gradcentral_plan(self.items, len(loops), dtype, None, None, None, counts)
+        n_pieces, n_batches, n_waves, scratch = counts
+        self.pieces = (_Piece * n_pieces)()
+        self.batches, self.waves = (c_int64 * (n_batches + 1))(), (c_int64 * (n_waves + 1))()
+        _library.gradcentral_plan(self.items, len(loops), dtype, self.pieces, self.batches, self.waves, counts)
+        self.scratch = torch.empty(scratch, dtype=torch.uint8)
+        pointers = [ctypes.addressof(array_) for array_ in (self.pieces, self.batches, self.waves)]
+        self._list = _List(*pointers, n_batches, n_waves, self.scratch.data_ptr())
+
+    def arguments(self, table: array[int]) -> tuple[Any, ...]:
+        """What every call begins with: items, pointers and the division."""
+        return self.items, len(self.items), table.buffer_info()[0], ctypes.byref(self._list)
 
 
 _dtype = attrgetter("dtype")
@@ -186,9 +209,9 @@ class StepPlan:
         self.states = states
         self._dtype = DTYPES[params[0].dtype]
         self._param_form, self._grad_form = _Form.of(params), _Form.of(grads)
-        self._items, self._pieces, self._batches, self._n_batches = plan_pieces(loops, self._dtype)
+        self.work = Work(loops, self._dtype)
         steps = states[3]
-        for position, item in enumerate(self._items):
+        for position, item in enumerate(self.work.items):
             item.step_is_f64 = steps is not None and steps[position].dtype == torch.float64
 
     def fits(self, grads: list[Tensor], states: Sequence[list[Tensor] | None]) -> bool:
@@ -204,22 +227,13 @@ class StepPlan:
 
     def run(self, grads: list[Tensor], rule: Rule, new: list[bool]) -> None:
         """Take the step. ``new``: for each parameter, whether its momentum buffer is; empty where none is."""
-        for item, first in zip(self._items, new, strict=False):
+        for item, first in zip(self.work.items, new, strict=False):
             item.first = first
         table = _pointers((self.params, grads, *self.states))
         _library.gradcentral_step(
-            self._items,
-            len(self._items),
-            table.buffer_info()[0],
-            self._pieces,
-            self._batches,
-            self._n_batches,
-            self._dtype,
-            self.kind,
-            ctypes.byref(rule),
-            torch.get_num_threads(),
+            *self.work.arguments(table), self._dtype, self.kind, ctypes.byref(rule), torch.get_num_threads()
         )
-        for item, _ in zip(self._items, new, strict=False):
+        for item, _ in zip(self.work.items, new, strict=False):
             item.first = 0
         torch.autograd.graph.increment_version(self.params)
 
@@ -231,9 +245,7 @@ class CenteringPlan:
         self.vectors = vectors
         self._dtype = DTYPES[tensors[0].dtype]
         self._form = _Form.of(tensors)
-        self._items, self._pieces, self._batches, self._n_batches = plan_pieces(
-            [(loop, PLACEMENTS["gradient"]) for loop in loops], self._dtype
-        )
+        self.work = Work([(loop, PLACEMENTS["gradient"]) for loop in loops], self._dtype)
         counts = [loop.group * loop.unit for loop in loops]
         self._total = sum(counts)
         self._first_mean = array("q", [sum(counts[:position]) for position in range(len(counts))])
@@ -261,12 +273,7 @@ class CenteringPlan:
     def _run(self, tensors: list[Tensor], what: int, means: Tensor | None) -> None:
         table = _pointers((tensors, None, None, None, None, None))
         _library.gradcentral_center(
-            self._items,
-            len(self._items),
-            table.buffer_info()[0],
-            self._pieces,
-            self._batches,
-            self._n_batches,
+            *self.work.arguments(table),
             self._dtype,
             what,
             None if means is None else means.data_ptr(),
@@ -275,6 +282,19 @@ class CenteringPlan:
         )
         if what != _MEANS:
             torch.autograd.graph.increment_version(tensors)
+
+
+def stream(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]]) -> None:
+    """Read and write the memory that a step touches and compute nothing: what to measure a step against.
+
+    With states reads grads and writes params and states; without any reads and writes params alone. No value changes.
+    """
+    columns: list[list[Tensor] | None] = [params, grads, *states]
+    table = _pointers([*columns, *[None] * (_POINTERS - len(columns))])
+    sizes = array("q", [p.numel() * p.itemsize for p in params])
+    _library.gradcentral_stream(
+        table.buffer_info()[0], sizes.buffer_info()[0], len(params), len(states), 0, torch.get_num_threads()
+    )
 
 
 def same_objects(new: Sequence[object], old: Sequence[object]) -> bool:

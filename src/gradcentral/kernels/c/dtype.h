@@ -32,3 +32,5 @@
 #undef LOAD
 #undef STORE
 #undef ROOT
+#undef PARTIAL
+#undef STRETCH

@@ -11,50 +11,26 @@
 #include <omp.h>
 #endif
 
-/* A slice of neighboring columns of one group; or one unit's runs, where those alone are wider than a panel. */
+/* Some of a group's rows: `rows` of them from `row` on, counted over all groups, each of `width` columns. */
 typedef struct {
-    int64_t offset, width, stride;   /* elements; a rows of `width` lie `stride` apart */
-    int64_t first_unit, units;
-} Panel;
+    int64_t group, row, rows, width;
+} Block;
 
-INLINE int is_rows(const Item *item) { return item->unit * item->b == 1; }
-
-/* Bytes of one tensor's panel. Both passes over a panel should find it in the cache. */
-enum { PANEL_BYTES = 1 << 19 };
-
-static int64_t units_per_panel(const Item *item, int64_t size) {
-    int64_t widest = PANEL / item->b, fits = PANEL_BYTES / (size * item->a) / item->b;
-    int64_t whole_lines = (64 + item->b - 1) / item->b;   /* never so narrow that cache lines are shared out */
-    int64_t units = fits > whole_lines ? fits : whole_lines;
-    units = units < widest ? units : widest;
-    return units > 1 ? units : 1;
+INLINE Block block_of(const Item *item, int64_t index) {
+    const int64_t group = index / item->blocks, block = index % item->blocks;
+    const int64_t first = item->a * block / item->blocks, last = item->a * (block + 1) / item->blocks;
+    Block at = {group, group * item->a + first, last - first, item->unit * item->b};
+    return at;
 }
 
-static int64_t panels_per_group(const Item *item, int64_t size) {
-    int64_t units = units_per_panel(item, size);
-    return (item->unit + units - 1) / units;
-}
-
-static Panel panel(const Item *item, int64_t index, int64_t size) {
-    int64_t count = panels_per_group(item, size), units = units_per_panel(item, size);
-    int64_t group = index / count, first = index % count * units;
-    Panel p;
-    p.units = item->unit - first < units ? item->unit - first : units;
-    p.stride = item->unit * item->b;
-    p.offset = group * item->a * p.stride + first * item->b;
-    p.width = p.units * item->b;
-    p.first_unit = group * item->unit + first;
-    return p;
-}
-
-/* Column sums to the means of their units, given to each column. */
-static void unit_means(const Item *item, Panel p, double *sums) {
-    const double fan_in = (double)item->a * (double)item->b;
-    for (int64_t u = 0; u < p.units; u++) {
-        double total = 0;
-        for (int64_t k = 0; k < item->b; k++) total += sums[u * item->b + k];
-        for (int64_t k = 0; k < item->b; k++) sums[u * item->b + k] = total / fan_in;
-    }
+/* Count a piece's blocks as summed; true for the one call that finds none missing any more. */
+static int all_summed(Item *item, const Piece *piece) {
+    int64_t missing;
+#if defined(_OPENMP)
+#pragma omp atomic capture seq_cst
+#endif
+    missing = item->missing -= piece->end - piece->begin;
+    return missing == 0;
 }
 
 enum { CENTER = 0, MEANS = 1, RESTORE = 2 };                   /* what to do to the means of one tensor */
@@ -69,61 +45,148 @@ enum { CENTER = 0, MEANS = 1, RESTORE = 2 };                   /* what to do to 
 #include "dtype.h"
 #undef DTYPE
 
-typedef void (*StepPiece)(const Item *, const Piece *, const Rule *);
+typedef void (*StepPiece)(Item *, const Piece *, const Rule *);
+typedef void (*CenterPiece)(Item *, const Piece *, int, double *);
 
 static const StepPiece STEPS[3][4] = {
     {step_piece_sgd_f32, step_piece_momentum_f32, step_piece_adam_f32, step_piece_amsgrad_f32},
     {step_piece_sgd_f64, step_piece_momentum_f64, step_piece_adam_f64, step_piece_amsgrad_f64},
     {step_piece_sgd_bf16, step_piece_momentum_bf16, step_piece_adam_bf16, step_piece_amsgrad_bf16},
 };
+static const CenterPiece CENTERS[3] = {center_piece_f32, center_piece_f64, center_piece_bf16};
 
-static const int64_t SIZES[3] = {4, 8, 2};
-
-/* The share of the work that a thread takes at a time: small enough to balance, large enough to be worth taking. */
-enum { PIECE_ELEMENTS = 1 << 18, BATCH_ELEMENTS = 1 << 16 };
+static const int64_t REAL_SIZES[3] = {4, 8, 4};
 
 /*
- * Lay out the work: pieces of at most about PIECE_ELEMENTS elements, and batches of whole pieces (batches[k] is the
- * first piece of batch k), none of them depending on the number of threads. Returns the number of pieces and sets
- * *n_batches; with pieces = NULL only counts, for which batches may be NULL too.
+ * How the work is shared out, whatever the number of threads, so that results never depend on it. A batch is what a
+ * thread takes at a time; a piece larger than PIECE is cut. A group of columns larger than that is summed in up to
+ * BLOCKS blocks, and stepped when all are: in a later wave, but soon enough to find its gradient in the cache.
  */
-EXPORT int64_t gradcentral_plan(const Item *items, int64_t n_items, int32_t dtype, Piece *pieces, int64_t *batches,
-                                int64_t *n_batches) {
-    int64_t n = 0, count = 0, in_batch = BATCH_ELEMENTS;
+enum { PIECE = 1 << 18, BATCH = 1 << 16, BLOCKS = 8, WAVE = 1 << 21 };
+
+/* A work list under construction; pieces and batches are NULL while they are only counted. */
+typedef struct {
+    Piece *pieces;
+    int64_t *batches, *waves;
+    int64_t n_pieces, n_batches, n_waves, in_batch;
+} Work;
+
+static void add_piece(Work *work, Piece piece, int64_t elements) {
+    if (work->in_batch >= BATCH) {
+        if (work->batches) work->batches[work->n_batches] = work->n_pieces;
+        work->n_batches++;
+        work->in_batch = 0;
+    }
+    if (work->pieces) work->pieces[work->n_pieces] = piece;
+    work->n_pieces++;
+    work->in_batch += elements;
+}
+
+/* Units of `each` elements, in pieces of at most about PIECE elements. */
+static void add_pieces(Work *work, int64_t item, int64_t kind, int64_t units, int64_t each) {
+    const int64_t step = PIECE / each > 1 ? PIECE / each : 1;
+    for (int64_t begin = 0; begin < units; begin += step) {
+        const int64_t end = units - begin < step ? units : begin + step;
+        add_piece(work, (Piece){item, begin, end, kind}, (end - begin) * each);
+    }
+}
+
+static void end_wave(Work *work) {
+    if (work->waves) work->waves[work->n_waves] = work->n_batches;
+    work->n_waves++;
+    work->in_batch = BATCH;   /* no batch reaches over two waves */
+}
+
+INLINE int is_blocked(const Item *item) { return item->blocks > 1; }
+
+static void add_blocked(Work *work, const Item *items, int64_t from, int64_t to, int64_t kind) {
+    for (int64_t i = from; i < to; i++)
+        if (is_blocked(&items[i])) {
+            const Item *item = &items[i];
+            add_pieces(work, i, kind, item->group * item->blocks, item->a * item->unit * item->b / item->blocks);
+        }
+}
+
+/* The next item after `from` at which a wave's worth of columns is together. */
+static int64_t end_of_set(const Item *items, int64_t from, int64_t n_items) {
+    int64_t elements = 0;
+    for (; from < n_items && elements < WAVE; from++)
+        if (is_blocked(&items[from])) elements += items[from].group * items[from].a * items[from].unit * items[from].b;
+    return from;
+}
+
+/*
+ * Lay out the work: fills in the items' blocks and scratch, the pieces, the first piece of each batch and the first
+ * batch of each wave (and behind the last, their numbers). Waves run one after another. counts: pieces, batches,
+ * waves, bytes of scratch. Without pieces only counts.
+ */
+EXPORT void gradcentral_plan(Item *items, int64_t n_items, int32_t dtype, Piece *pieces, int64_t *batches,
+                             int64_t *waves, int64_t *counts) {
+    Work work = {pieces, batches, waves, 0, 0, 0, BATCH};
+    int64_t scratch = 0, n_blocked = 0;
+    if (waves) waves[0] = 0;
+    work.n_waves = 1;
     for (int64_t i = 0; i < n_items; i++) {
-        const Item *item = &items[i];
-        int64_t units, elements = item->group * item->a * item->unit * item->b;
+        Item *item = &items[i];
+        const int64_t in_group = item->a * item->unit * item->b, elements = item->group * in_group;
+        item->blocks = 1;
         if (elements == 0) continue;
-        if (item->placement == PLAIN)
-            units = elements;
-        else if (is_rows(item))
-            units = item->group;
-        else
-            units = item->group * panels_per_group(item, SIZES[dtype]);
-        int64_t each = elements / units > 0 ? elements / units : 1;
-        int64_t step = PIECE_ELEMENTS / each > 1 ? PIECE_ELEMENTS / each : 1;
-        for (int64_t begin = 0; begin < units; begin += step) {
-            int64_t end = units - begin < step ? units : begin + step;
-            if (in_batch >= BATCH_ELEMENTS) {
-                if (batches) batches[count] = n;
-                count++;
-                in_batch = 0;
-            }
-            if (pieces) pieces[n] = (Piece){i, begin, end};
-            n++;
-            in_batch += (end - begin) * each;
+        if (item->placement == PLAIN) {
+            add_pieces(&work, i, ELEMENTS, elements, 1);
+        } else if (item->unit * item->b == 1) {
+            add_pieces(&work, i, ROWS, item->group, item->a);
+        } else {
+            int64_t blocks = (in_group + PIECE - 1) / PIECE;
+            blocks = blocks < BLOCKS ? blocks : BLOCKS;
+            item->blocks = (int32_t)(blocks < item->a ? blocks : item->a);
+            item->scratch = scratch;
+            scratch += item->group * item->unit * item->b * (item->blocks * (int64_t)sizeof(double) + REAL_SIZES[dtype]);
+            scratch = (scratch + 63) / 64 * 64;
+            n_blocked += is_blocked(item);
+            if (!is_blocked(item)) add_pieces(&work, i, GROUPS, item->group, in_group);
         }
     }
-    if (batches) batches[count] = n;
-    *n_batches = count;
-    return n;
+    /* One set of columns is stepped while the next is summed: sums | steps + sums | … | steps. */
+    int64_t from = 0, to = end_of_set(items, 0, n_items);
+    if (n_blocked > 0) add_blocked(&work, items, from, to, SUM_BLOCKS);
+    end_wave(&work);
+    while (n_blocked > 0 && from < n_items) {
+        const int64_t next = end_of_set(items, to, n_items);
+        add_blocked(&work, items, from, to, STEP_BLOCKS);
+        add_blocked(&work, items, to, next, SUM_BLOCKS);
+        end_wave(&work);
+        from = to, to = next;
+    }
+    if (batches) batches[work.n_batches] = work.n_pieces;
+    counts[0] = work.n_pieces, counts[1] = work.n_batches, counts[2] = work.n_waves - 1, counts[3] = scratch;
+}
+
+static void set_scratch(Item *items, int64_t n_items, char *scratch) {
+    for (int64_t i = 0; i < n_items; i++) {
+        Item *item = &items[i];
+        const int64_t width = item->unit * item->b;
+        if (item->placement == PLAIN || width == 1) continue;
+        item->sums = (double *)(scratch + item->scratch);
+        item->means = item->sums + item->group * item->blocks * width;
+        item->missing = item->group * item->blocks;
+    }
 }
 
 #if defined(_OPENMP)
-#define EACH_BATCH _Pragma("omp parallel for schedule(dynamic, 1) num_threads(threads) if (n_batches > 1)")
+#define PARALLEL _Pragma("omp parallel num_threads(threads) if (threads > 1 && list->n_batches > 1)")
+#define EACH _Pragma("omp for schedule(dynamic, 1)")
 #else
-#define EACH_BATCH
+#define PARALLEL
+#define EACH
 #endif
+
+/* A work list as gradcentral_plan made it. */
+typedef struct {
+    const Piece *pieces;
+    const int64_t *batches, *waves;
+    int64_t n_batches, n_waves;
+    char *scratch;
+} List;
 
 static void set_pointers(Item *items, int64_t n_items, void *const *pointers) {
     for (int64_t i = 0; i < n_items; i++, pointers += POINTERS) {
@@ -152,44 +215,47 @@ static void count_steps(Item *items, int64_t n_items, void *const *pointers, con
 }
 
 /* One optimizer step of all items, which share their dtype and rule. */
-EXPORT void gradcentral_step(Item *items, int64_t n_items, void *const *pointers, const Piece *pieces,
-                             const int64_t *batches, int64_t n_batches, int32_t dtype, int32_t kind, const Rule *rule,
-                             int32_t threads) {
-    set_pointers(items, n_items, pointers);
-    if (kind == ADAM || kind == AMSGRAD) count_steps(items, n_items, pointers, rule);
+EXPORT void gradcentral_step(Item *items, int64_t n_items, void *const *pointers, const List *list, int32_t dtype,
+                             int32_t kind, const Rule *rule, int32_t threads) {
     const StepPiece step_piece = STEPS[dtype][kind];
+    set_pointers(items, n_items, pointers);
+    set_scratch(items, n_items, list->scratch);
+    if (kind == ADAM || kind == AMSGRAD) count_steps(items, n_items, pointers, rule);
     (void)threads;
-    EACH_BATCH
-    for (int64_t k = 0; k < n_batches; k++)
-        for (int64_t p = batches[k]; p < batches[k + 1]; p++) step_piece(&items[pieces[p].item], &pieces[p], rule);
+    PARALLEL
+    for (int64_t wave = 0; wave < list->n_waves; wave++) {
+        EACH
+        for (int64_t k = list->waves[wave]; k < list->waves[wave + 1]; k++)
+            for (int64_t p = list->batches[k]; p < list->batches[k + 1]; p++)
+                step_piece(&items[list->pieces[p].item], &list->pieces[p], rule);
+    }
 }
 
 /*
  * Each item's w: center it, write the mean of each weight vector to means, or give each back the mean that stands
  * there. means holds the items' numbers one after another, item i's from first_mean[i]; CENTER takes NULL for both.
  */
-EXPORT void gradcentral_center(Item *items, int64_t n_items, void *const *pointers, const Piece *pieces,
-                               const int64_t *batches, int64_t n_batches, int32_t dtype, int32_t what, double *means,
-                               const int64_t *first_mean, int32_t threads) {
+EXPORT void gradcentral_center(Item *items, int64_t n_items, void *const *pointers, const List *list, int32_t dtype,
+                               int32_t what, double *means, const int64_t *first_mean, int32_t threads) {
+    const CenterPiece center_piece = CENTERS[dtype];
     set_pointers(items, n_items, pointers);
+    set_scratch(items, n_items, list->scratch);
     (void)threads;
-    EACH_BATCH
-    for (int64_t k = 0; k < n_batches; k++)
-        for (int64_t p = batches[k]; p < batches[k + 1]; p++) {
-            const Item *item = &items[pieces[p].item];
-            double *own = what == CENTER ? NULL : means + first_mean[pieces[p].item];
-            if (dtype == F32)
-                center_piece_f32(item, &pieces[p], what, own);
-            else if (dtype == F64)
-                center_piece_f64(item, &pieces[p], what, own);
-            else
-                center_piece_bf16(item, &pieces[p], what, own);
-        }
+    PARALLEL
+    for (int64_t wave = 0; wave < list->n_waves; wave++) {
+        EACH
+        for (int64_t k = list->waves[wave]; k < list->waves[wave + 1]; k++)
+            for (int64_t p = list->batches[k]; p < list->batches[k + 1]; p++) {
+                const int64_t item = list->pieces[p].item;
+                center_piece(&items[item], &list->pieces[p], what, what == CENTER ? NULL : means + first_mean[item]);
+            }
+    }
 }
 
 /* So that the caller can check that it agrees on the layout of the structures. */
 EXPORT int64_t gradcentral_sizes(int32_t which) {
-    return which == 0 ? (int64_t)sizeof(Item) : which == 1 ? (int64_t)sizeof(Piece) : (int64_t)sizeof(Rule);
+    static const int64_t sizes[] = {sizeof(Item), sizeof(Piece), sizeof(Rule), sizeof(List)};
+    return sizes[which];
 }
 
 EXPORT int32_t gradcentral_has_openmp(void) {
@@ -198,4 +264,34 @@ EXPORT int32_t gradcentral_has_openmp(void) {
 #else
     return 0;
 #endif
+}
+
+/*
+ * Reads and writes what a step does and computes nothing: the bound that memory sets, for measuring. Leaves every
+ * value as it is, for zero is 0; the compiler must not know.
+ */
+EXPORT void gradcentral_stream(void *const *pointers, const int64_t *bytes, int64_t n_items, int32_t states,
+                               uint64_t zero, int32_t threads) {
+    enum { CHUNK = 1 << 20 };
+    (void)threads;
+    for (int64_t i = 0; i < n_items; i++, pointers += POINTERS) {
+        const uint64_t *g = (const uint64_t *)pointers[1];
+        const int64_t words = bytes[i] / 8, n_batches = (words + CHUNK / 8 - 1) / (CHUNK / 8);
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (n_batches > 1)
+#endif
+        for (int64_t k = 0; k < n_batches; k++) {
+            const int64_t begin = k * (CHUNK / 8), end = begin + CHUNK / 8 < words ? begin + CHUNK / 8 : words;
+            uint64_t *w = (uint64_t *)pointers[0], *m = (uint64_t *)pointers[2], *v = (uint64_t *)pointers[3];
+            if (states == 2)
+#pragma omp simd
+                for (int64_t j = begin; j < end; j++) w[j] |= g[j] & zero, m[j] |= g[j] & zero, v[j] |= g[j] & zero;
+            else if (states == 1)
+#pragma omp simd
+                for (int64_t j = begin; j < end; j++) w[j] |= g[j] & zero, m[j] |= g[j] & zero;
+            else
+#pragma omp simd
+                for (int64_t j = begin; j < end; j++) w[j] |= zero;
+        }
+    }
 }

@@ -42,9 +42,6 @@ enum { PLAIN = 0, GRADIENT = 1, UPDATE = 2 };                  /* where a parame
 #define F64 1
 #define BF16 2
 
-/* Widest slice of columns that is summed at once: its sums and means are the kernels' only buffers. */
-enum { PANEL = 1024 };
-
 /*
  * One parameter, in memory order: element (g, i, u, j) of group × a × unit × b lies at ((g·a + i)·unit + u)·b + j,
  * and (g, u) names an output unit, whose weight vector runs over i and j. Rows are (n, fan-in, 1, 1).
@@ -54,19 +51,30 @@ typedef struct {
     int32_t placement;
     int32_t first;               /* MOMENTUM: the buffer is new and starts as the direction itself */
     int32_t step_is_f64;         /* Adam: the type of the step counter, f32 or f64 */
-    int32_t reserved;
+    int32_t blocks;              /* columns: into how many blocks of rows a group is cut to be summed */
+    int64_t scratch;             /* columns: where its sums and means begin in the scratch, in bytes */
     /* Filled in at each step, from the table of pointers that comes with it. */
     void *w, *g, *m, *v, *x;     /* weight, gradient, momentum, squares, largest squares (as the rule needs) */
     double step_size;            /* Adam: η / (1 − β₁ᵗ) */
     double root_correction;      /* Adam: 1 / √(1 − β₂ᵗ) */
+    double *sums;                /* columns: group × blocks × width */
+    void *means;                 /* columns: group × width, in the type to compute in */
+    int64_t missing;             /* columns: blocks that are not summed yet */
 } Item;
 
 /* How many pointers an item has in that table: w, g, m, v, x and Adam's step counter. */
 enum { POINTERS = 6 };
 
-/* A range of an item's elements (PLAIN), rows, or panels: what one thread does at a stretch. */
+/*
+ * What one thread does at a stretch: a range of an item's elements (not centered), of its rows, of its groups of
+ * columns (each summed and then stepped), or, where a group is too large for one thread, of its blocks to sum and,
+ * after all of those, to step.
+ */
+enum { ELEMENTS, ROWS, GROUPS, SUM_BLOCKS, STEP_BLOCKS };
+
 typedef struct {
     int64_t item, begin, end;
+    int64_t kind;
 } Piece;
 
 typedef struct {

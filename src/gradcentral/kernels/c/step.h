@@ -116,34 +116,46 @@ INLINE NAME(At) NAME(at)(const Item *item, int64_t offset) {
         (t).w[j] = STORE(w + NAME(change)(s, d, w, c));                  \
     } while (0)
 
-/* "update", first pass: the state moves on, and Δw, as its second pass will find it, is summed. */
-#define ADVANCE_ELEMENT(t, j, total)                                     \
-    do {                                                                 \
-        NAME(State) s = {0, 0, 0};                                       \
-        const REAL w = LOAD((t).w[j]);                                   \
-        const REAL d = NAME(direction)(LOAD((t).g[j]), w, c);            \
-        LOAD_STATE(s, t, j);                                             \
-        s = NAME(advance)(s, d, c);                                      \
-        STORE_STATE(s, t, j);                                            \
-        ROUND_STATE(s);                                                  \
-        (total) += NAME(change)(s, d, w, c);                             \
-    } while (0)
-
-/* "update", second pass: w ← w + (Δw − mean(Δw)), rounded once. */
-#define CHANGE_ELEMENT(t, j, mean)                                       \
-    do {                                                                 \
-        NAME(State) s = {0, 0, 0};                                       \
-        const REAL w = LOAD((t).w[j]);                                   \
-        const REAL d = NAME(direction)(LOAD((t).g[j]), w, c);            \
-        LOAD_STATE(s, t, j);                                             \
-        (t).w[j] = STORE(w + (NAME(change)(s, d, w, c) - (mean)));       \
-    } while (0)
-
+/*
+ * Placement "update", in two passes: the first moves the state on and sums Δw, the second takes mean(Δw) off.
+ * Where w holds enough bits, the first stores w + Δw at once. A bf16 weight would lose a mean that is smaller than its
+ * own rounding: there the second pass computes the same Δw again, from the state as it was rounded, and
+ * w + (Δw − mean(Δw)) is rounded once.
+ */
 #if DTYPE == BF16
-#define ROUND_STATE(s)                                                                            \
-    ((s).m = LOAD(STORE((s).m)), (s).v = LOAD(STORE((s).v)), (s).x = LOAD(STORE((s).x)))
+#define FIRST_PASS(t, j, total)                                                                              \
+    do {                                                                                                     \
+        NAME(State) s = {0, 0, 0};                                                                           \
+        const REAL w = LOAD((t).w[j]);                                                                       \
+        const REAL d = NAME(direction)(LOAD((t).g[j]), w, c);                                                \
+        LOAD_STATE(s, t, j);                                                                                 \
+        s = NAME(advance)(s, d, c);                                                                          \
+        STORE_STATE(s, t, j);                                                                                \
+        s.m = LOAD(STORE(s.m)), s.v = LOAD(STORE(s.v)), s.x = LOAD(STORE(s.x));                              \
+        (total) += NAME(change)(s, d, w, c);                                                                 \
+    } while (0)
+#define SECOND_PASS(t, j, mean)                                                                              \
+    do {                                                                                                     \
+        NAME(State) s = {0, 0, 0};                                                                           \
+        const REAL w = LOAD((t).w[j]);                                                                       \
+        const REAL d = NAME(direction)(LOAD((t).g[j]), w, c);                                                \
+        LOAD_STATE(s, t, j);                                                                                 \
+        (t).w[j] = STORE(w + (NAME(change)(s, d, w, c) - (mean)));                                           \
+    } while (0)
 #else
-#define ROUND_STATE(s) ((void)0)
+#define FIRST_PASS(t, j, total)                                                                              \
+    do {                                                                                                     \
+        NAME(State) s = {0, 0, 0};                                                                           \
+        const REAL w = LOAD((t).w[j]);                                                                       \
+        const REAL d = NAME(direction)(LOAD((t).g[j]), w, c);                                                \
+        LOAD_STATE(s, t, j);                                                                                 \
+        s = NAME(advance)(s, d, c);                                                                          \
+        STORE_STATE(s, t, j);                                                                                \
+        const REAL change = NAME(change)(s, d, w, c);                                                        \
+        (t).w[j] = STORE(w + change);                                                                        \
+        (total) += change;                                                                                   \
+    } while (0)
+#define SECOND_PASS(t, j, mean) ((t).w[j] = STORE(LOAD((t).w[j]) - (mean)))
 #endif
 
 CLONES static void NAME(plain_elements)(const Item *item, int64_t begin, int64_t end, const Rule *rule) {
@@ -163,102 +175,96 @@ CLONES static void NAME(gradient_rows)(const Item *item, int64_t begin, int64_t 
         const STORED *restrict next = r + 1 < end ? t.g + n : t.g;
         const REAL mean = (REAL)(total / n);
         total = 0;
-#pragma omp simd reduction(+ : total)
-        for (int64_t j = 0; j < n; j++) {
-            STEP_ELEMENT(t, j, mean);
-            total += LOAD(next[j]);
+        for (int64_t from = 0; from < n; from += STRETCH) {
+            const int64_t to = n - from < STRETCH ? n : from + STRETCH;
+            PARTIAL partial = 0;
+#pragma omp simd reduction(+ : partial)
+            for (int64_t j = from; j < to; j++) {
+                STEP_ELEMENT(t, j, mean);
+                partial += LOAD(next[j]);
+            }
+            total += partial;
+            if (to == n) break;
         }
     }
 }
 
-/* While the state of row r + 1 moves on, the weights of row r change. */
 CLONES static void NAME(update_rows)(const Item *item, int64_t begin, int64_t end, const Rule *rule) {
     const NAME(Coefficients) c = NAME(coefficients)(item, rule);
     const int64_t n = item->a;
     for (int64_t r = begin; r < end; r++) {
         const NAME(At) t = NAME(at)(item, r * n);
         double total = 0;
-#pragma omp simd reduction(+ : total)
-        for (int64_t j = 0; j < n; j++) ADVANCE_ELEMENT(t, j, total);
+        for (int64_t from = 0; from < n; from += STRETCH) {
+            const int64_t to = n - from < STRETCH ? n : from + STRETCH;
+            PARTIAL partial = 0;
+#pragma omp simd reduction(+ : partial)
+            for (int64_t j = from; j < to; j++) FIRST_PASS(t, j, partial);
+            total += partial;
+            if (to == n) break;
+        }
         const REAL mean = (REAL)(total / n);
 #pragma omp simd
-        for (int64_t j = 0; j < n; j++) CHANGE_ELEMENT(t, j, mean);
+        for (int64_t j = 0; j < n; j++) SECOND_PASS(t, j, mean);
     }
 }
 
-CLONES static void NAME(gradient_panel)(const Item *item, Panel p, const Rule *rule) {
+/* The first pass over a block of columns: the gradient's column sums, or those of Δw. */
+CLONES static void NAME(sum_block)(const Item *item, int64_t index, const Rule *rule) {
+    if (item->placement == GRADIENT) {
+        JOIN2(sum_block, SUFFIX)(item, (const STORED *)item->g, index);
+        return;
+    }
     const NAME(Coefficients) c = NAME(coefficients)(item, rule);
-    double sums[PANEL];
-    REAL means[PANEL];
-    JOIN2(sum_columns, SUFFIX)((const STORED *)item->g + p.offset, item->a, p.width, p.stride, sums);
-    unit_means(item, p, sums);
-    for (int64_t j = 0; j < p.width; j++) means[j] = (REAL)sums[j];
-    for (int64_t i = 0; i < item->a; i++) {
-        const NAME(At) t = NAME(at)(item, p.offset + i * p.stride);
+    const Block at = block_of(item, index);
+    double *restrict sums = item->sums + index * at.width;
+    memset(sums, 0, (size_t)at.width * sizeof *sums);
+    for (int64_t i = 0; i < at.rows; i++) {
+        const NAME(At) t = NAME(at)(item, (at.row + i) * at.width);
 #pragma omp simd
-        for (int64_t j = 0; j < p.width; j++) STEP_ELEMENT(t, j, means[j]);
+        for (int64_t j = 0; j < at.width; j++) FIRST_PASS(t, j, sums[j]);
     }
 }
 
-CLONES static void NAME(update_panel)(const Item *item, Panel p, const Rule *rule) {
+/* The second pass, when the means of the block's group are known. */
+CLONES static void NAME(step_block)(const Item *item, int64_t index, const Rule *rule) {
     const NAME(Coefficients) c = NAME(coefficients)(item, rule);
-    double sums[PANEL];
-    REAL means[PANEL];
-    memset(sums, 0, sizeof sums);
-    for (int64_t i = 0; i < item->a; i++) {
-        const NAME(At) t = NAME(at)(item, p.offset + i * p.stride);
-#pragma omp simd
-        for (int64_t j = 0; j < p.width; j++) ADVANCE_ELEMENT(t, j, sums[j]);
-    }
-    unit_means(item, p, sums);
-    for (int64_t j = 0; j < p.width; j++) means[j] = (REAL)sums[j];
-    for (int64_t i = 0; i < item->a; i++) {
-        const NAME(At) t = NAME(at)(item, p.offset + i * p.stride);
-#pragma omp simd
-        for (int64_t j = 0; j < p.width; j++) CHANGE_ELEMENT(t, j, means[j]);
-    }
-}
-
-/* A unit whose innermost run alone is wider than a panel: a run at a time. */
-CLONES static void NAME(step_runs)(const Item *item, Panel p, const Rule *rule) {
-    const NAME(Coefficients) c = NAME(coefficients)(item, rule);
-    const double fan_in = (double)item->a * (double)item->b;
-    double total = 0;
-    for (int64_t i = 0; i < item->a; i++) {
-        const NAME(At) t = NAME(at)(item, p.offset + i * p.stride);
-        if (item->placement == GRADIENT) {
-            total += JOIN2(sum, SUFFIX)(t.g, p.width);
-        } else {
-#pragma omp simd reduction(+ : total)
-            for (int64_t j = 0; j < p.width; j++) ADVANCE_ELEMENT(t, j, total);
-        }
-    }
-    const REAL mean = (REAL)(total / fan_in);
-    for (int64_t i = 0; i < item->a; i++) {
-        const NAME(At) t = NAME(at)(item, p.offset + i * p.stride);
+    const Block at = block_of(item, index);
+    const REAL *restrict means = (const REAL *)item->means + at.group * at.width;
+    for (int64_t i = 0; i < at.rows; i++) {
+        const NAME(At) t = NAME(at)(item, (at.row + i) * at.width);
         if (item->placement == GRADIENT) {
 #pragma omp simd
-            for (int64_t j = 0; j < p.width; j++) STEP_ELEMENT(t, j, mean);
+            for (int64_t j = 0; j < at.width; j++) STEP_ELEMENT(t, j, means[j]);
         } else {
 #pragma omp simd
-            for (int64_t j = 0; j < p.width; j++) CHANGE_ELEMENT(t, j, mean);
+            for (int64_t j = 0; j < at.width; j++) SECOND_PASS(t, j, means[j]);
         }
     }
 }
 
-static void NAME(step_piece)(const Item *item, const Piece *piece, const Rule *rule) {
-    if (item->placement == PLAIN) {
+static void NAME(step_piece)(Item *item, const Piece *piece, const Rule *rule) {
+    switch (piece->kind) {
+    case ELEMENTS:
         NAME(plain_elements)(item, piece->begin, piece->end, rule);
-    } else if (is_rows(item)) {
+        break;
+    case ROWS:
         (item->placement == GRADIENT ? NAME(gradient_rows) : NAME(update_rows))(item, piece->begin, piece->end, rule);
-    } else {
-        for (int64_t index = piece->begin; index < piece->end; index++) {
-            const Panel p = panel(item, index, sizeof(STORED));
-            if (item->b > PANEL)
-                NAME(step_runs)(item, p, rule);
-            else
-                (item->placement == GRADIENT ? NAME(gradient_panel) : NAME(update_panel))(item, p, rule);
+        break;
+    case GROUPS:
+        for (int64_t group = piece->begin; group < piece->end; group++) {
+            NAME(sum_block)(item, group, rule);
+            JOIN2(finish_means, SUFFIX)(item, group);
+            NAME(step_block)(item, group, rule);
         }
+        break;
+    case SUM_BLOCKS:
+        for (int64_t index = piece->begin; index < piece->end; index++) NAME(sum_block)(item, index, rule);
+        if (all_summed(item, piece))
+            for (int64_t group = 0; group < item->group; group++) JOIN2(finish_means, SUFFIX)(item, group);
+        break;
+    default:
+        for (int64_t index = piece->begin; index < piece->end; index++) NAME(step_block)(item, index, rule);
     }
 }
 #undef NAME
@@ -267,7 +273,6 @@ static void NAME(step_piece)(const Item *item, const Piece *piece, const Rule *r
 #undef HAS_X
 #undef LOAD_STATE
 #undef STORE_STATE
-#undef ROUND_STATE
 #undef STEP_ELEMENT
-#undef ADVANCE_ELEMENT
-#undef CHANGE_ELEMENT
+#undef FIRST_PASS
+#undef SECOND_PASS

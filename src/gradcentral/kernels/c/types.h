@@ -1,6 +1,7 @@
 /*
  * The stored types and the types to compute in: included once per dtype, with DTYPE set.
- * LOAD and STORE convert.
+ * LOAD and STORE
+ * convert. Sums run in PARTIAL over a STRETCH of elements at most, and in double from there on.
  */
 #if DTYPE == F32
 #define STORED float
@@ -9,6 +10,8 @@
 #define LOAD(x) (x)
 #define STORE(x) (x)
 #define ROOT sqrtf
+#define PARTIAL double
+#define STRETCH INT64_MAX
 #elif DTYPE == F64
 #define STORED double
 #define REAL double
@@ -16,6 +19,8 @@
 #define LOAD(x) (x)
 #define STORE(x) (x)
 #define ROOT sqrt
+#define PARTIAL double
+#define STRETCH INT64_MAX
 #else
 #define STORED uint16_t
 #define REAL float
@@ -23,4 +28,7 @@
 #define LOAD(x) bf16_to_float(x)
 #define STORE(x) float_to_bf16(x)
 #define ROOT sqrtf
+/* Of numbers with 8 bits, a float holds a stretch's sum in each lane all but exactly; doubles would cost twice. */
+#define PARTIAL float
+#define STRETCH 2048
 #endif
