@@ -1,0 +1,37 @@
+"""What the tests on other libraries' models share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are built from configurations, never downloaded
+
+
+def _declare_operators_of_torchvision() -> None:
+    """Let timm import a torchvision whose compiled operators do not fit a CPU-only torch; no test calls them."""
+    try:
+        import torchvision  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)  # the declaration lives as long as this object
+    except ImportError:
+        pass
+
+
+_declared: list[torch.library.Library] = []
+_declare_operators_of_torchvision()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Operations this small only lose by being split among threads, and by far on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,37 @@
+"""Every raw parameter of two or more axes that an installed library declares has a rule, or a reason."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from gradcentral.layouts.libraries import LIBRARIES, rules_of
+from gradcentral.layouts.rules import matching_rule
+from tests.zoo.declarations import declarations
+
+# Declared on another module than self, or on one that the rules of torch.nn speak for.
+_ELSEWHERE = {
+    ("MultiheadAttention", "in_proj_weight"),
+    ("MultiheadAttention", "weight"),
+    ("LoraEmbeddingATPHolder", "_parameters.item"),
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_every_declared_parameter_is_decided(library: str) -> None:
+    spec = importlib.util.find_spec(library)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"needs {library}: pip install 'gradcentral[zoo]'")
+    found = [d for d in declarations(Path(spec.origin).parent) if "modular_" not in d.module]
+    assert len(found) > 5
+    undecided = []
+    for declared in found:
+        cls = type(declared.class_name, (), {"__module__": declared.module, "__qualname__": declared.class_name})
+        if (
+            not matching_rule(rules_of(cls), declared.name)[0]
+            and (declared.class_name, declared.name) not in _ELSEWHERE
+        ):
+            undecided.append(f"{declared.module}.{declared.class_name}.{declared.name} = {declared.source}")
+    assert undecided == []
