@@ -6,34 +6,61 @@
  */
 #define NAME(name) JOIN2(name, SUFFIX)
 
-INLINE double NAME(sum)(const STORED *restrict x, int64_t n) {
-    double total = 0;
-    for (int64_t from = 0; from < n; from += STRETCH) {
-        const int64_t to = n - from < STRETCH ? n : from + STRETCH;
-        PARTIAL partial = 0;
-#pragma omp simd reduction(+ : partial)
-        for (int64_t j = from; j < to; j++) partial += LOAD(x[j]);
-        total += partial;
-        if (to == n) break;
-    }
+/* Where column j has its sum and its mean: with bf16 the lower halves of all words first, then the upper ones. */
+#if DTYPE == BF16
+#define SLOT(j, width) ((j) < (width) / 2 * 2 ? (j) / 2 + ((j) % 2 ? (width) / 2 : 0) : (j))
+#else
+#define SLOT(j, width) (j)
+#endif
+
+INLINE PARTIAL NAME(sum_stretch)(const STORED *restrict x, int64_t n) {
+    PARTIAL total = 0;
+    int64_t j = 0;
+#if DTYPE == BF16
+    const int64_t pairs = n / 2;
+#pragma omp simd reduction(+ : total)
+    for (int64_t k = 0; k < pairs; k++) total += lower(word_of(x + 2 * k)) + upper(word_of(x + 2 * k));
+    j = 2 * pairs;
+#endif
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = j; i < n; i++) total += LOAD(x[i]);
     return total;
 }
 
-/* Sums of the columns of rows × width. Four rows at a time: the running sums are read and written a quarter as often. */
+INLINE double NAME(sum)(const STORED *restrict x, int64_t n) {
+    double total = 0;
+    EACH_STRETCH(from, count, n) total += NAME(sum_stretch)(x + from, count);
+    return total;
+}
+
+/* Adds the columns of 4 rows to sums: together, so that the sums are read and written a quarter as often. */
+INLINE void NAME(add_4_rows)(const STORED *restrict x, int64_t width, double *restrict sums) {
+    const STORED *restrict x0 = x, *restrict x1 = x + width, *restrict x2 = x + 2 * width, *restrict x3 = x + 3 * width;
+    int64_t j = 0;
+#if DTYPE == BF16
+    const int64_t pairs = width / 2;
+#pragma omp simd
+    for (int64_t k = 0; k < pairs; k++) {
+        const uint32_t w0 = word_of(x0 + 2 * k), w1 = word_of(x1 + 2 * k), w2 = word_of(x2 + 2 * k),
+                       w3 = word_of(x3 + 2 * k);
+        sums[k] += (lower(w0) + lower(w1)) + (lower(w2) + lower(w3));
+        sums[pairs + k] += (upper(w0) + upper(w1)) + (upper(w2) + upper(w3));
+    }
+    j = 2 * pairs;
+#endif
+#pragma omp simd
+    for (int64_t i = j; i < width; i++)
+        sums[i] += ((PARTIAL)LOAD(x0[i]) + LOAD(x1[i])) + ((PARTIAL)LOAD(x2[i]) + LOAD(x3[i]));
+}
+
 INLINE void NAME(sum_columns)(const STORED *restrict x, int64_t rows, int64_t width, double *restrict sums) {
     memset(sums, 0, (size_t)width * sizeof *sums);
     int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) {
-        const STORED *restrict r0 = x + i * width, *restrict r1 = r0 + width, *restrict r2 = r1 + width,
-                     *restrict r3 = r2 + width;
-#pragma omp simd
-        for (int64_t j = 0; j < width; j++)
-            sums[j] += ((PARTIAL)LOAD(r0[j]) + LOAD(r1[j])) + ((PARTIAL)LOAD(r2[j]) + LOAD(r3[j]));
-    }
+    for (; i + 4 <= rows; i += 4) NAME(add_4_rows)(x + i * width, width, sums);
     for (; i < rows; i++) {
         const STORED *restrict row = x + i * width;
 #pragma omp simd
-        for (int64_t j = 0; j < width; j++) sums[j] += LOAD(row[j]);
+        for (int64_t j = 0; j < width; j++) sums[SLOT(j, width)] += LOAD(row[j]);
     }
 }
 
@@ -46,8 +73,8 @@ static void NAME(finish_means)(const Item *item, int64_t group) {
     for (int64_t u = 0; u < item->unit; u++) {
         double total = 0;
         for (int64_t block = 0; block < item->blocks; block++)
-            for (int64_t k = 0; k < item->b; k++) total += sums[block * width + u * item->b + k];
-        for (int64_t k = 0; k < item->b; k++) means[u * item->b + k] = (REAL)(total / fan_in);
+            for (int64_t k = 0; k < item->b; k++) total += sums[block * width + SLOT(u * item->b + k, width)];
+        for (int64_t k = 0; k < item->b; k++) means[SLOT(u * item->b + k, width)] = (REAL)(total / fan_in);
     }
 }
 
@@ -56,26 +83,37 @@ CLONES static void NAME(sum_block)(const Item *item, const STORED *x, int64_t in
     NAME(sum_columns)(x + at.row * at.width, at.rows, at.width, item->sums + index * at.width);
 }
 
+/* Subtracts from n elements what is due to each (MANY) or one number from all. */
+INLINE void NAME(subtract)(STORED *restrict x, int64_t n, const REAL *restrict shifts, REAL shift, const int what) {
+    int64_t j = 0;
+#if DTYPE == BF16
+    const int64_t pairs = n / 2;
+#pragma omp simd
+    for (int64_t k = 0; k < pairs; k++) {
+        const uint32_t word = word_of(x + 2 * k);
+        store_pair(x + 2 * k, lower(word) - (what & MANY ? shifts[k] : shift),
+                   upper(word) - (what & MANY ? shifts[pairs + k] : shift));
+    }
+    j = 2 * pairs;
+#endif
+#pragma omp simd
+    for (int64_t i = j; i < n; i++) x[i] = STORE(LOAD(x[i]) - (what & MANY ? shifts[i] : shift));
+}
+
 CLONES static void NAME(center_rows)(const Item *item, int64_t begin, int64_t end, const double *kept) {
     const int64_t n = item->a;
     STORED *x = (STORED *)item->w;
     for (int64_t r = begin; r < end; r++) {
         STORED *restrict row = x + r * n;
-        const REAL shift = (REAL)(NAME(sum)(row, n) / n - (kept ? kept[r] : 0));
-#pragma omp simd
-        for (int64_t j = 0; j < n; j++) row[j] = STORE(LOAD(row[j]) - shift);
+        NAME(subtract)(row, n, NULL, (REAL)(NAME(sum)(row, n) / n - (kept ? kept[r] : 0)), 0);
     }
 }
 
 CLONES static void NAME(center_block)(const Item *item, int64_t index) {
     const Block at = block_of(item, index);
     STORED *x = (STORED *)item->w + at.row * at.width;
-    REAL *restrict shift = (REAL *)item->means + at.group * at.width;
-    for (int64_t i = 0; i < at.rows; i++) {
-        STORED *restrict row = x + i * at.width;
-#pragma omp simd
-        for (int64_t j = 0; j < at.width; j++) row[j] = STORE(LOAD(row[j]) - shift[j]);
-    }
+    const REAL *shifts = (const REAL *)item->means + at.group * at.width;
+    for (int64_t i = 0; i < at.rows; i++) NAME(subtract)(x + i * at.width, at.width, shifts, 0, MANY);
 }
 
 /* A group's means are known: write them out, or make them the shifts that give the kept ones back. */
@@ -85,9 +123,9 @@ static void NAME(use_means)(const Item *item, int64_t group, int what, double *m
     for (int64_t u = 0; u < item->unit && what != CENTER; u++) {
         double *kept = &means[group * item->unit + u];
         if (what == MEANS)
-            *kept = own[u * item->b];
+            *kept = own[SLOT(u * item->b, width)];
         else
-            for (int64_t k = 0; k < item->b; k++) own[u * item->b + k] -= (REAL)*kept;
+            for (int64_t k = 0; k < item->b; k++) own[SLOT(u * item->b + k, width)] -= (REAL)*kept;
     }
 }
 

@@ -34,3 +34,4 @@
 #undef ROOT
 #undef PARTIAL
 #undef STRETCH
+#undef SLOT

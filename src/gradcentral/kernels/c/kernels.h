@@ -62,6 +62,9 @@ typedef struct {
     int64_t missing;             /* columns: blocks that are not summed yet */
 } Item;
 
+/* What a loop over a row does besides stepping: a mean for each element, not one for all; add up the next row. */
+enum { MANY = 1, SUM = 2 };
+
 /* How many pointers an item has in that table: w, g, m, v, x and Adam's step counter. */
 enum { POINTERS = 6 };
 

@@ -89,32 +89,12 @@ INLINE NAME(At) NAME(at)(const Item *item, int64_t offset) {
     return t;
 }
 
-/* What the state holds after rounding: both passes of placement "update" compute the same Δw from it. */
-#if HAS_X
-#define LOAD_STATE(s, t, j) ((s).m = LOAD((t).m[j]), (s).v = LOAD((t).v[j]), (s).x = LOAD((t).x[j]))
-#define STORE_STATE(s, t, j) ((t).m[j] = STORE((s).m), (t).v[j] = STORE((s).v), (t).x[j] = STORE((s).x))
-#elif HAS_V
-#define LOAD_STATE(s, t, j) ((s).m = LOAD((t).m[j]), (s).v = LOAD((t).v[j]))
-#define STORE_STATE(s, t, j) ((t).m[j] = STORE((s).m), (t).v[j] = STORE((s).v))
-#elif HAS_M
-#define LOAD_STATE(s, t, j) ((s).m = LOAD((t).m[j]))
-#define STORE_STATE(s, t, j) ((t).m[j] = STORE((s).m))
-#else
-#define LOAD_STATE(s, t, j) ((void)0)
-#define STORE_STATE(s, t, j) ((void)0)
-#endif
-
-/* One element of a step whose gradient is known: w ← w + change. */
-#define STEP_ELEMENT(t, j, mean)                                         \
-    do {                                                                 \
-        NAME(State) s = {0, 0, 0};                                       \
-        const REAL w = LOAD((t).w[j]);                                   \
-        const REAL d = NAME(direction)(LOAD((t).g[j]) - (mean), w, c);   \
-        LOAD_STATE(s, t, j);                                             \
-        s = NAME(advance)(s, d, c);                                      \
-        STORE_STATE(s, t, j);                                            \
-        (t).w[j] = STORE(w + NAME(change)(s, d, w, c));                  \
-    } while (0)
+/* One element of a step whose gradient is known: the new weight. */
+INLINE REAL NAME(step)(REAL w, REAL g, NAME(State) *s, REAL mean, NAME(Coefficients) c) {
+    const REAL d = NAME(direction)(g - mean, w, c);
+    *s = NAME(advance)(*s, d, c);
+    return w + NAME(change)(*s, d, w, c);
+}
 
 /*
  * Placement "update", in two passes: the first moves the state on and sums Δw, the second takes mean(Δw) off.
@@ -122,47 +102,162 @@ INLINE NAME(At) NAME(at)(const Item *item, int64_t offset) {
  * own rounding: there the second pass computes the same Δw again, from the state as it was rounded, and
  * w + (Δw − mean(Δw)) is rounded once.
  */
+INLINE REAL NAME(first_pass)(REAL w, REAL g, NAME(State) *s, REAL *delta, NAME(Coefficients) c) {
+    const REAL d = NAME(direction)(g, w, c);
+    *s = NAME(advance)(*s, d, c);
 #if DTYPE == BF16
-#define FIRST_PASS(t, j, total)                                                                              \
-    do {                                                                                                     \
-        NAME(State) s = {0, 0, 0};                                                                           \
-        const REAL w = LOAD((t).w[j]);                                                                       \
-        const REAL d = NAME(direction)(LOAD((t).g[j]), w, c);                                                \
-        LOAD_STATE(s, t, j);                                                                                 \
-        s = NAME(advance)(s, d, c);                                                                          \
-        STORE_STATE(s, t, j);                                                                                \
-        s.m = LOAD(STORE(s.m)), s.v = LOAD(STORE(s.v)), s.x = LOAD(STORE(s.x));                              \
-        (total) += NAME(change)(s, d, w, c);                                                                 \
-    } while (0)
-#define SECOND_PASS(t, j, mean)                                                                              \
-    do {                                                                                                     \
-        NAME(State) s = {0, 0, 0};                                                                           \
-        const REAL w = LOAD((t).w[j]);                                                                       \
-        const REAL d = NAME(direction)(LOAD((t).g[j]), w, c);                                                \
-        LOAD_STATE(s, t, j);                                                                                 \
-        (t).w[j] = STORE(w + (NAME(change)(s, d, w, c) - (mean)));                                           \
-    } while (0)
+    const NAME(State) rounded = {LOAD(STORE(s->m)), LOAD(STORE(s->v)), LOAD(STORE(s->x))};
+    *delta = NAME(change)(rounded, d, w, c);
+    return w;
 #else
-#define FIRST_PASS(t, j, total)                                                                              \
-    do {                                                                                                     \
-        NAME(State) s = {0, 0, 0};                                                                           \
-        const REAL w = LOAD((t).w[j]);                                                                       \
-        const REAL d = NAME(direction)(LOAD((t).g[j]), w, c);                                                \
-        LOAD_STATE(s, t, j);                                                                                 \
-        s = NAME(advance)(s, d, c);                                                                          \
-        STORE_STATE(s, t, j);                                                                                \
-        const REAL change = NAME(change)(s, d, w, c);                                                        \
-        (t).w[j] = STORE(w + change);                                                                        \
-        (total) += change;                                                                                   \
-    } while (0)
-#define SECOND_PASS(t, j, mean) ((t).w[j] = STORE(LOAD((t).w[j]) - (mean)))
+    *delta = NAME(change)(*s, d, w, c);
+    return w + *delta;
+#endif
+}
+
+INLINE REAL NAME(second_pass)(REAL w, REAL g, NAME(State) s, REAL mean, NAME(Coefficients) c) {
+#if DTYPE == BF16
+    return w + (NAME(change)(s, NAME(direction)(g, w, c), w, c) - mean);
+#else
+    (void)g, (void)s, (void)c;
+    return w - mean;
+#endif
+}
+
+/* The passes on element j in memory. */
+INLINE NAME(State) NAME(load_state)(NAME(At) t, int64_t j) {
+    NAME(State) s = {HAS_M ? LOAD(t.m[j]) : 0, HAS_V ? LOAD(t.v[j]) : 0, HAS_X ? LOAD(t.x[j]) : 0};
+    return s;
+}
+
+INLINE void NAME(store_state)(NAME(At) t, int64_t j, NAME(State) s) {
+    if (HAS_M) t.m[j] = STORE(s.m);
+    if (HAS_V) t.v[j] = STORE(s.v);
+    if (HAS_X) t.x[j] = STORE(s.x);
+}
+
+INLINE void NAME(step_at)(NAME(At) t, int64_t j, REAL mean, NAME(Coefficients) c) {
+    NAME(State) s = NAME(load_state)(t, j);
+    const REAL w = NAME(step)(LOAD(t.w[j]), LOAD(t.g[j]), &s, mean, c);
+    NAME(store_state)(t, j, s);
+    t.w[j] = STORE(w);
+}
+
+INLINE REAL NAME(first_pass_at)(NAME(At) t, int64_t j, NAME(Coefficients) c) {
+    REAL delta;
+    NAME(State) s = NAME(load_state)(t, j);
+    const REAL w = NAME(first_pass)(LOAD(t.w[j]), LOAD(t.g[j]), &s, &delta, c);
+    NAME(store_state)(t, j, s);
+    if (DTYPE != BF16) t.w[j] = STORE(w);
+    return delta;
+}
+
+INLINE void NAME(second_pass_at)(NAME(At) t, int64_t j, REAL mean, NAME(Coefficients) c) {
+    NAME(State) s = {0, 0, 0};
+    if (DTYPE == BF16) s = NAME(load_state)(t, j);
+    t.w[j] = STORE(NAME(second_pass)(LOAD(t.w[j]), DTYPE == BF16 ? LOAD(t.g[j]) : 0, s, mean, c));
+}
+
+#if DTYPE == BF16
+/* The passes on two elements in one word. */
+#define HALF(half, t, j) \
+    {HAS_M ? half(word_of(t.m + j)) : 0, HAS_V ? half(word_of(t.v + j)) : 0, HAS_X ? half(word_of(t.x + j)) : 0}
+
+INLINE void NAME(store_states)(NAME(At) t, int64_t j, NAME(State) low, NAME(State) high) {
+    if (HAS_M) store_pair(t.m + j, low.m, high.m);
+    if (HAS_V) store_pair(t.v + j, low.v, high.v);
+    if (HAS_X) store_pair(t.x + j, low.x, high.x);
+}
+
+INLINE void NAME(step_at_pair)(NAME(At) t, int64_t j, REAL low_mean, REAL high_mean, NAME(Coefficients) c) {
+    const uint32_t w = word_of(t.w + j), g = word_of(t.g + j);
+    NAME(State) low = HALF(lower, t, j), high = HALF(upper, t, j);
+    const REAL low_w = NAME(step)(lower(w), lower(g), &low, low_mean, c);
+    const REAL high_w = NAME(step)(upper(w), upper(g), &high, high_mean, c);
+    NAME(store_states)(t, j, low, high);
+    store_pair(t.w + j, low_w, high_w);
+}
+
+INLINE void NAME(first_pass_at_pair)(NAME(At) t, int64_t j, REAL *low_delta, REAL *high_delta,
+                                     NAME(Coefficients) c) {
+    const uint32_t w = word_of(t.w + j), g = word_of(t.g + j);
+    NAME(State) low = HALF(lower, t, j), high = HALF(upper, t, j);
+    NAME(first_pass)(lower(w), lower(g), &low, low_delta, c);
+    NAME(first_pass)(upper(w), upper(g), &high, high_delta, c);
+    NAME(store_states)(t, j, low, high);
+}
+
+INLINE void NAME(second_pass_at_pair)(NAME(At) t, int64_t j, REAL low_mean, REAL high_mean, NAME(Coefficients) c) {
+    const uint32_t w = word_of(t.w + j), g = word_of(t.g + j);
+    const NAME(State) low = HALF(lower, t, j), high = HALF(upper, t, j);
+    store_pair(t.w + j, NAME(second_pass)(lower(w), lower(g), low, low_mean, c),
+               NAME(second_pass)(upper(w), upper(g), high, high_mean, c));
+}
+#undef HALF
 #endif
 
-CLONES static void NAME(plain_elements)(const Item *item, int64_t begin, int64_t end, const Rule *rule) {
-    const NAME(Coefficients) c = NAME(coefficients)(item, rule);
-    const NAME(At) t = NAME(at)(item, begin);
+/*
+ * A stretch of n elements, with a mean for each (MANY: in the order of SLOT) or one for all; adds up next, the gradient of the row to come,
+ * if asked to (SUM). What to do is known when this is compiled, so that the loops have no branches.
+ */
+INLINE PARTIAL NAME(step_stretch)(NAME(At) t, int64_t n, const REAL *restrict means, REAL mean,
+                                  const STORED *restrict next, const int what, NAME(Coefficients) c) {
+    PARTIAL total = 0;
+    int64_t j = 0;
+#if DTYPE == BF16
+    const int64_t pairs = n / 2;
+#pragma omp simd reduction(+ : total)
+    for (int64_t k = 0; k < pairs; k++) {
+        NAME(step_at_pair)(t, 2 * k, what & MANY ? means[k] : mean, what & MANY ? means[pairs + k] : mean, c);
+        if (what & SUM) total += lower(word_of(next + 2 * k)) + upper(word_of(next + 2 * k));
+    }
+    j = 2 * pairs;
+#endif
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = j; i < n; i++) {
+        NAME(step_at)(t, i, what & MANY ? means[i] : mean, c);
+        if (what & SUM) total += LOAD(next[i]);
+    }
+    return total;
+}
+
+/* The first pass of "update" over a row's stretch: the sum of Δw. */
+INLINE PARTIAL NAME(first_stretch)(NAME(At) t, int64_t n, NAME(Coefficients) c) {
+    PARTIAL total = 0;
+    int64_t j = 0;
+#if DTYPE == BF16
+    const int64_t pairs = n / 2;
+#pragma omp simd reduction(+ : total)
+    for (int64_t k = 0; k < pairs; k++) {
+        REAL low, high;
+        NAME(first_pass_at_pair)(t, 2 * k, &low, &high, c);
+        total += low + high;
+    }
+    j = 2 * pairs;
+#endif
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = j; i < n; i++) total += NAME(first_pass_at)(t, i, c);
+    return total;
+}
+
+/* The second pass over n elements, with a mean for each or one for all. */
+INLINE void NAME(second_stretch)(NAME(At) t, int64_t n, const REAL *restrict means, REAL mean, const int what,
+                                 NAME(Coefficients) c) {
+    int64_t j = 0;
+#if DTYPE == BF16
+    const int64_t pairs = n / 2;
 #pragma omp simd
-    for (int64_t j = 0; j < end - begin; j++) STEP_ELEMENT(t, j, 0);
+    for (int64_t k = 0; k < pairs; k++)
+        NAME(second_pass_at_pair)(t, 2 * k, what & MANY ? means[k] : mean,
+                                  what & MANY ? means[pairs + k] : mean, c);
+    j = 2 * pairs;
+#endif
+#pragma omp simd
+    for (int64_t i = j; i < n; i++) NAME(second_pass_at)(t, i, what & MANY ? means[i] : mean, c);
+}
+
+CLONES static void NAME(plain_elements)(const Item *item, int64_t begin, int64_t end, const Rule *rule) {
+    NAME(step_stretch)(NAME(at)(item, begin), end - begin, NULL, 0, NULL, 0, NAME(coefficients)(item, rule));
 }
 
 /* While row r is updated, the gradient of row r + 1 is summed in the same loop: there is no read-only phase. */
@@ -171,21 +266,11 @@ CLONES static void NAME(gradient_rows)(const Item *item, int64_t begin, int64_t 
     const int64_t n = item->a;
     double total = JOIN2(sum, SUFFIX)((const STORED *)item->g + begin * n, n);
     for (int64_t r = begin; r < end; r++) {
-        const NAME(At) t = NAME(at)(item, r * n);
-        const STORED *restrict next = r + 1 < end ? t.g + n : t.g;
+        const STORED *next = (const STORED *)item->g + (r + 1 < end ? r + 1 : r) * n;
         const REAL mean = (REAL)(total / n);
         total = 0;
-        for (int64_t from = 0; from < n; from += STRETCH) {
-            const int64_t to = n - from < STRETCH ? n : from + STRETCH;
-            PARTIAL partial = 0;
-#pragma omp simd reduction(+ : partial)
-            for (int64_t j = from; j < to; j++) {
-                STEP_ELEMENT(t, j, mean);
-                partial += LOAD(next[j]);
-            }
-            total += partial;
-            if (to == n) break;
-        }
+        EACH_STRETCH(from, count, n)
+            total += NAME(step_stretch)(NAME(at)(item, r * n + from), count, NULL, mean, next + from, SUM, c);
     }
 }
 
@@ -193,19 +278,10 @@ CLONES static void NAME(update_rows)(const Item *item, int64_t begin, int64_t en
     const NAME(Coefficients) c = NAME(coefficients)(item, rule);
     const int64_t n = item->a;
     for (int64_t r = begin; r < end; r++) {
-        const NAME(At) t = NAME(at)(item, r * n);
         double total = 0;
-        for (int64_t from = 0; from < n; from += STRETCH) {
-            const int64_t to = n - from < STRETCH ? n : from + STRETCH;
-            PARTIAL partial = 0;
-#pragma omp simd reduction(+ : partial)
-            for (int64_t j = from; j < to; j++) FIRST_PASS(t, j, partial);
-            total += partial;
-            if (to == n) break;
-        }
-        const REAL mean = (REAL)(total / n);
-#pragma omp simd
-        for (int64_t j = 0; j < n; j++) SECOND_PASS(t, j, mean);
+        EACH_STRETCH(from, count, n)
+            total += NAME(first_stretch)(NAME(at)(item, r * n + from), count, c);
+        NAME(second_stretch)(NAME(at)(item, r * n), n, NULL, (REAL)(total / n), 0, c);
     }
 }
 
@@ -221,8 +297,19 @@ CLONES static void NAME(sum_block)(const Item *item, int64_t index, const Rule *
     memset(sums, 0, (size_t)at.width * sizeof *sums);
     for (int64_t i = 0; i < at.rows; i++) {
         const NAME(At) t = NAME(at)(item, (at.row + i) * at.width);
+        int64_t j = 0;
+#if DTYPE == BF16
+        const int64_t pairs = at.width / 2;
 #pragma omp simd
-        for (int64_t j = 0; j < at.width; j++) FIRST_PASS(t, j, sums[j]);
+        for (int64_t k = 0; k < pairs; k++) {
+            REAL low, high;
+            NAME(first_pass_at_pair)(t, 2 * k, &low, &high, c);
+            sums[k] += low, sums[pairs + k] += high;
+        }
+        j = 2 * pairs;
+#endif
+#pragma omp simd
+        for (int64_t k = j; k < at.width; k++) sums[k] += NAME(first_pass_at)(t, k, c);
     }
 }
 
@@ -233,13 +320,10 @@ CLONES static void NAME(step_block)(const Item *item, int64_t index, const Rule 
     const REAL *restrict means = (const REAL *)item->means + at.group * at.width;
     for (int64_t i = 0; i < at.rows; i++) {
         const NAME(At) t = NAME(at)(item, (at.row + i) * at.width);
-        if (item->placement == GRADIENT) {
-#pragma omp simd
-            for (int64_t j = 0; j < at.width; j++) STEP_ELEMENT(t, j, means[j]);
-        } else {
-#pragma omp simd
-            for (int64_t j = 0; j < at.width; j++) SECOND_PASS(t, j, means[j]);
-        }
+        if (item->placement == GRADIENT)
+            NAME(step_stretch)(t, at.width, means, 0, NULL, MANY, c);
+        else
+            NAME(second_stretch)(t, at.width, means, 0, MANY, c);
     }
 }
 
@@ -271,8 +355,3 @@ static void NAME(step_piece)(Item *item, const Piece *piece, const Rule *rule) {
 #undef HAS_M
 #undef HAS_V
 #undef HAS_X
-#undef LOAD_STATE
-#undef STORE_STATE
-#undef STEP_ELEMENT
-#undef FIRST_PASS
-#undef SECOND_PASS

@@ -1,3 +1,9 @@
+#ifndef EACH_STRETCH
+#define EACH_STRETCH(from, count, n)                                                                          \
+    for (int64_t from = 0, count = n < STRETCH ? n : STRETCH; from < n;                                       \
+         from += count, count = n - from < STRETCH ? n - from : STRETCH)
+#endif
+
 /*
  * The stored types and the types to compute in: included once per dtype, with DTYPE set.
  * LOAD and STORE
@@ -11,7 +17,7 @@
 #define STORE(x) (x)
 #define ROOT sqrtf
 #define PARTIAL double
-#define STRETCH INT64_MAX
+#define STRETCH n
 #elif DTYPE == F64
 #define STORED double
 #define REAL double
@@ -20,7 +26,7 @@
 #define STORE(x) (x)
 #define ROOT sqrt
 #define PARTIAL double
-#define STRETCH INT64_MAX
+#define STRETCH n
 #else
 #define STORED uint16_t
 #define REAL float
