@@ -83,7 +83,7 @@ def build(architecture: Architecture) -> nn.Module:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own; what gradcentral warns of is tested elsewhere
-        model = build(architecture)
+        model = architecture.make()
         # Zero initialisations (of the last layer of a branch) would keep gradients from reaching the rest.
         with torch.no_grad():
             for parameter in model.parameters():

@@ -24,8 +24,13 @@ class Declaration(NamedTuple):
 def declarations(root: Path) -> Iterator[Declaration]:
     """Every parameter of two or more axes, or of unknown shape, that a class of the package declares for itself."""
     for path in sorted(root.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "Param" not in text or path.name.startswith(
+            "modular_"
+        ):  # those are where transformers generates others from
+            continue
         module = ".".join((root.name, *path.relative_to(root).with_suffix("").parts))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef):
                 for name, value in _assignments(node):
                     if _is_parameter(value) and not _has_one_axis(value):
