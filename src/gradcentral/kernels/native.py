@@ -138,9 +138,15 @@ def is_number(tensor: object) -> bool:
 
 
 class Work:
-    """Items with these loops and placements, and how the work on them is divided."""
+    """Items with these loops and placements, and how the work on them is divided.
 
-    def __init__(self, loops: Sequence[tuple[Loop, int]], dtype: int) -> None:
+    Args:
+        loops: for each tensor its loop and its placement (one of `PLACEMENTS`' values).
+        dtype: one of `DTYPES`' values.
+        with_scratch: whether to take the memory for the sums of columns, without which nothing can be run.
+    """
+
+    def __init__(self, loops: Sequence[tuple[Loop, int]], dtype: int, with_scratch: bool = True) -> None:
         self.items = (_Item * len(loops))()
         for item, (loop, placement) in zip(self.items, loops, strict=True):
             item.group, item.a, item.unit, item.b = loop
@@ -151,7 +157,8 @@ class Work:
         self.pieces = (_Piece * n_pieces)()
         self.batches, self.waves = (c_int64 * (n_batches + 1))(), (c_int64 * (n_waves + 1))()
         _library.gradcentral_plan(self.items, len(loops), dtype, self.pieces, self.batches, self.waves, counts)
-        self.scratch = torch.empty(scratch, dtype=torch.uint8)
+        self.scratch_bytes = scratch
+        self.scratch = torch.empty(scratch if with_scratch else 0, dtype=torch.uint8)
         pointers = [ctypes.addressof(array_) for array_ in (self.pieces, self.batches, self.waves)]
         self._list = _List(*pointers, n_batches, n_waves, self.scratch.data_ptr())
 

@@ -109,11 +109,12 @@ CLONES static void NAME(center_rows)(const Item *item, int64_t begin, int64_t en
     }
 }
 
-CLONES static void NAME(center_block)(const Item *item, int64_t index) {
-    const Block at = block_of(item, index);
-    STORED *x = (STORED *)item->w + at.row * at.width;
-    const REAL *shifts = (const REAL *)item->means + at.group * at.width;
-    for (int64_t i = 0; i < at.rows; i++) NAME(subtract)(x + i * at.width, at.width, shifts, 0, MANY);
+/* Rows [begin, end) of columns, counted over all groups, whose means are known. */
+CLONES static void NAME(center_columns)(const Item *item, int64_t begin, int64_t end) {
+    const int64_t width = item->unit * item->b;
+    STORED *x = (STORED *)item->w;
+    for (int64_t row = begin; row < end; row++)
+        NAME(subtract)(x + row * width, width, (const REAL *)item->means + row / item->a * width, 0, MANY);
 }
 
 /* A group's means are known: write them out, or make them the shifts that give the kept ones back. */
@@ -144,7 +145,7 @@ static void NAME(center_piece)(Item *item, const Piece *piece, int what, double 
             NAME(sum_block)(item, x, group);
             NAME(finish_means)(item, group);
             NAME(use_means)(item, group, what, means);
-            if (what != MEANS) NAME(center_block)(item, group);
+            if (what != MEANS) NAME(center_columns)(item, group * item->a, (group + 1) * item->a);
         }
         break;
     case SUM_BLOCKS:
@@ -156,8 +157,7 @@ static void NAME(center_piece)(Item *item, const Piece *piece, int what, double 
             }
         break;
     default:
-        for (int64_t index = piece->begin; index < piece->end && what != MEANS; index++)
-            NAME(center_block)(item, index);
+        if (what != MEANS) NAME(center_columns)(item, piece->begin, piece->end);
     }
 }
 #undef NAME

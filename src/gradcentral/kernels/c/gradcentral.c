@@ -62,7 +62,7 @@ static const int64_t REAL_SIZES[3] = {4, 8, 4};
  * thread takes at a time; a piece larger than PIECE is cut. A group of columns larger than that is summed in up to
  * BLOCKS blocks, and stepped when all are: in a later wave, but soon enough to find its gradient in the cache.
  */
-enum { PIECE = 1 << 18, BATCH = 1 << 16, BLOCKS = 8, WAVE = 1 << 21 };
+enum { PIECE = 1 << 18, BATCH = 1 << 16, BLOCKS = 4, WAVE = 1 << 21 };
 
 /* A work list under construction; pieces and batches are NULL while they are only counted. */
 typedef struct {
@@ -84,7 +84,7 @@ static void add_piece(Work *work, Piece piece, int64_t elements) {
 
 /* Units of `each` elements, in pieces of at most about PIECE elements. */
 static void add_pieces(Work *work, int64_t item, int64_t kind, int64_t units, int64_t each) {
-    const int64_t step = PIECE / each > 1 ? PIECE / each : 1;
+    const int64_t step = each < PIECE ? PIECE / each : 1;
     for (int64_t begin = 0; begin < units; begin += step) {
         const int64_t end = units - begin < step ? units : begin + step;
         add_piece(work, (Piece){item, begin, end, kind}, (end - begin) * each);
@@ -97,22 +97,41 @@ static void end_wave(Work *work) {
     work->in_batch = BATCH;   /* no batch reaches over two waves */
 }
 
-INLINE int is_blocked(const Item *item) { return item->blocks > 1; }
+INLINE int is_columns(const Item *item) { return item->placement != PLAIN && item->unit * item->b > 1; }
 
-static void add_blocked(Work *work, const Item *items, int64_t from, int64_t to, int64_t kind) {
-    for (int64_t i = from; i < to; i++)
-        if (is_blocked(&items[i])) {
-            const Item *item = &items[i];
-            add_pieces(work, i, kind, item->group * item->blocks, item->a * item->unit * item->b / item->blocks);
-        }
-}
-
-/* The next item after `from` at which a wave's worth of columns is together. */
+/* How far a set of columns reaches, from the item `from` on: until a wave's worth of elements is together. */
 static int64_t end_of_set(const Item *items, int64_t from, int64_t n_items) {
     int64_t elements = 0;
     for (; from < n_items && elements < WAVE; from++)
-        if (is_blocked(&items[from])) elements += items[from].group * items[from].a * items[from].unit * items[from].b;
+        if (is_columns(&items[from])) elements += items[from].group * items[from].a * items[from].unit * items[from].b;
     return from;
+}
+
+/* A set's first wave: what fits one thread is summed and stepped at once, the rest is summed. */
+static void add_sums(Work *work, Item *items, int64_t from, int64_t to, int32_t dtype, int64_t begin, int64_t *end) {
+    *end = begin;
+    for (int64_t i = from; i < to; i++) {
+        Item *item = &items[i];
+        const int64_t width = item->unit * item->b, in_group = item->a * width;
+        if (!is_columns(item) || item->group * in_group == 0) continue;
+        int64_t blocks = (in_group + PIECE - 1) / PIECE;
+        blocks = blocks < BLOCKS ? blocks : BLOCKS;
+        item->blocks = (int32_t)(blocks < item->a ? blocks : item->a);
+        item->scratch = *end;
+        *end += item->group * width * (item->blocks * (int64_t)sizeof(double) + REAL_SIZES[dtype]);
+        *end = (*end + 63) / 64 * 64;
+        if (item->blocks == 1)
+            add_pieces(work, i, GROUPS, item->group, in_group);
+        else
+            add_pieces(work, i, SUM_BLOCKS, item->group * item->blocks, in_group / item->blocks);
+    }
+}
+
+/* Its second wave: the rest is stepped, by rows. */
+static void add_steps(Work *work, const Item *items, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i++)
+        if (is_columns(&items[i]) && items[i].blocks > 1)
+            add_pieces(work, i, STEP_ROWS, items[i].group * items[i].a, items[i].unit * items[i].b);
 }
 
 /*
@@ -122,40 +141,37 @@ static int64_t end_of_set(const Item *items, int64_t from, int64_t n_items) {
  */
 EXPORT void gradcentral_plan(Item *items, int64_t n_items, int32_t dtype, Piece *pieces, int64_t *batches,
                              int64_t *waves, int64_t *counts) {
-    Work work = {pieces, batches, waves, 0, 0, 0, BATCH};
-    int64_t scratch = 0, n_blocked = 0;
+    Work work = {pieces, batches, waves, 0, 0, 1, BATCH};
     if (waves) waves[0] = 0;
-    work.n_waves = 1;
     for (int64_t i = 0; i < n_items; i++) {
         Item *item = &items[i];
-        const int64_t in_group = item->a * item->unit * item->b, elements = item->group * in_group;
+        const int64_t elements = item->group * item->a * item->unit * item->b;
         item->blocks = 1;
-        if (elements == 0) continue;
-        if (item->placement == PLAIN) {
+        if (elements == 0 || is_columns(item)) continue;
+        if (item->placement == PLAIN)
             add_pieces(&work, i, ELEMENTS, elements, 1);
-        } else if (item->unit * item->b == 1) {
+        else
             add_pieces(&work, i, ROWS, item->group, item->a);
-        } else {
-            int64_t blocks = (in_group + PIECE - 1) / PIECE;
-            blocks = blocks < BLOCKS ? blocks : BLOCKS;
-            item->blocks = (int32_t)(blocks < item->a ? blocks : item->a);
-            item->scratch = scratch;
-            scratch += item->group * item->unit * item->b * (item->blocks * (int64_t)sizeof(double) + REAL_SIZES[dtype]);
-            scratch = (scratch + 63) / 64 * 64;
-            n_blocked += is_blocked(item);
-            if (!is_blocked(item)) add_pieces(&work, i, GROUPS, item->group, in_group);
-        }
     }
-    /* One set of columns is stepped while the next is summed: sums | steps + sums | … | steps. */
-    int64_t from = 0, to = end_of_set(items, 0, n_items);
-    if (n_blocked > 0) add_blocked(&work, items, from, to, SUM_BLOCKS);
-    end_wave(&work);
-    while (n_blocked > 0 && from < n_items) {
-        const int64_t next = end_of_set(items, to, n_items);
-        add_blocked(&work, items, from, to, STEP_BLOCKS);
-        add_blocked(&work, items, to, next, SUM_BLOCKS);
+    /*
+     * One set of columns is stepped while the next is summed: sums | steps + sums | … | steps. Two sets are under way
+     * at a time and take turns with two halves of the scratch, of which the first must hold the largest of its sets.
+     */
+    int64_t half = 0, scratch = 0, end, set = 0;
+    for (int64_t from = 0, to; from < n_items; from = to, set++) {
+        to = end_of_set(items, from, n_items);
+        add_sums(&(Work){NULL, NULL, NULL, 0, 0, 0, 0}, items, from, to, dtype, 0, &end);
+        if (set % 2 == 0 && end > half) half = end;
+    }
+    set = 0;
+    for (int64_t from = 0, before = 0; before < n_items; set++) {
+        const int64_t to = end_of_set(items, from, n_items);
+        if (set > 0) add_steps(&work, items, before, from);
+        add_sums(&work, items, from, to, dtype, set % 2 ? half : 0, &end);
+        if (end > scratch) scratch = end;
         end_wave(&work);
-        from = to, to = next;
+        if (set > 0) before = from;
+        from = to;
     }
     if (batches) batches[work.n_batches] = work.n_pieces;
     counts[0] = work.n_pieces, counts[1] = work.n_batches, counts[2] = work.n_waves - 1, counts[3] = scratch;
@@ -165,7 +181,7 @@ static void set_scratch(Item *items, int64_t n_items, char *scratch) {
     for (int64_t i = 0; i < n_items; i++) {
         Item *item = &items[i];
         const int64_t width = item->unit * item->b;
-        if (item->placement == PLAIN || width == 1) continue;
+        if (!is_columns(item)) continue;
         item->sums = (double *)(scratch + item->scratch);
         item->means = item->sums + item->group * item->blocks * width;
         item->missing = item->group * item->blocks;

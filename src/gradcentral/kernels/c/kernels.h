@@ -71,9 +71,9 @@ enum { POINTERS = 6 };
 /*
  * What one thread does at a stretch: a range of an item's elements (not centered), of its rows, of its groups of
  * columns (each summed and then stepped), or, where a group is too large for one thread, of its blocks to sum and,
- * after all of those, to step.
+ * after all of those, of its rows to step.
  */
-enum { ELEMENTS, ROWS, GROUPS, SUM_BLOCKS, STEP_BLOCKS };
+enum { ELEMENTS, ROWS, GROUPS, SUM_BLOCKS, STEP_ROWS };
 
 typedef struct {
     int64_t item, begin, end;

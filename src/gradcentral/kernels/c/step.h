@@ -313,17 +313,17 @@ CLONES static void NAME(sum_block)(const Item *item, int64_t index, const Rule *
     }
 }
 
-/* The second pass, when the means of the block's group are known. */
-CLONES static void NAME(step_block)(const Item *item, int64_t index, const Rule *rule) {
+/* The second pass over rows [begin, end) of columns, counted over all groups, when their means are known. */
+CLONES static void NAME(step_columns)(const Item *item, int64_t begin, int64_t end, const Rule *rule) {
     const NAME(Coefficients) c = NAME(coefficients)(item, rule);
-    const Block at = block_of(item, index);
-    const REAL *restrict means = (const REAL *)item->means + at.group * at.width;
-    for (int64_t i = 0; i < at.rows; i++) {
-        const NAME(At) t = NAME(at)(item, (at.row + i) * at.width);
+    const int64_t width = item->unit * item->b;
+    for (int64_t row = begin; row < end; row++) {
+        const NAME(At) t = NAME(at)(item, row * width);
+        const REAL *means = (const REAL *)item->means + row / item->a * width;
         if (item->placement == GRADIENT)
-            NAME(step_stretch)(t, at.width, means, 0, NULL, MANY, c);
+            NAME(step_stretch)(t, width, means, 0, NULL, MANY, c);
         else
-            NAME(second_stretch)(t, at.width, means, 0, MANY, c);
+            NAME(second_stretch)(t, width, means, 0, MANY, c);
     }
 }
 
@@ -339,7 +339,7 @@ static void NAME(step_piece)(Item *item, const Piece *piece, const Rule *rule) {
         for (int64_t group = piece->begin; group < piece->end; group++) {
             NAME(sum_block)(item, group, rule);
             JOIN2(finish_means, SUFFIX)(item, group);
-            NAME(step_block)(item, group, rule);
+            NAME(step_columns)(item, group * item->a, (group + 1) * item->a, rule);
         }
         break;
     case SUM_BLOCKS:
@@ -348,7 +348,7 @@ static void NAME(step_piece)(Item *item, const Piece *piece, const Rule *rule) {
             for (int64_t group = 0; group < item->group; group++) JOIN2(finish_means, SUFFIX)(item, group);
         break;
     default:
-        for (int64_t index = piece->begin; index < piece->end; index++) NAME(step_block)(item, index, rule);
+        NAME(step_columns)(item, piece->begin, piece->end, rule);
     }
 }
 #undef NAME

@@ -1,0 +1,304 @@
+"""The native kernels: exactness, determinism, the division of the work, and what they leave to the reference path."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import gradcentral
+from gradcentral import WeightLayout, WeightVectors, center
+from gradcentral.kernels import Centering, available, native
+from gradcentral.vectors import Loop
+from tests.strategies import Case, cases
+
+SERVED = (torch.float64, torch.float32, torch.bfloat16)
+ROWS, COLUMNS = WeightVectors((1,)), WeightVectors((0,))
+
+pytestmark = pytest.mark.skipif(
+    bool(native.unavailable), reason=f"needs the native kernels ({native.unavailable}): install with a C compiler"
+)
+
+
+@pytest.fixture
+def threads() -> Iterator[Any]:
+    """Sets torch's number of threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@given(drawn=st.lists(cases((*SERVED, torch.float16, torch.complex64), expanded=False), min_size=1, max_size=4))
+def test_centering_equals_the_reference(drawn: list[Case]) -> None:
+    """On any strides and dtypes together: what the kernels can't serve, the reference path does."""
+    expected = [center(*case) for case in drawn]
+    Centering().center_([(case.tensor, case.vectors) for case in drawn])
+    for case, reference in zip(drawn, expected, strict=True):
+        rounding = torch.finfo(case.tensor.dtype).eps * float(case.tensor.abs().max() + 1)
+        torch.testing.assert_close(case.tensor, reference, rtol=0, atol=4 * rounding)
+
+
+@given(drawn=st.lists(cases(SERVED, expanded=False), min_size=1, max_size=3))
+def test_restoring_means(drawn: list[Case]) -> None:
+    pairs = [(case.tensor, case.vectors) for case in drawn]
+    expected = [
+        (t + 0.25).to(t.dtype) - (center_means((t + 0.25).to(t.dtype), v) - center_means(t, v)).to(t.dtype)
+        for t, v in pairs
+    ]
+    centering = Centering()
+    means = centering.means(pairs)
+    for tensor, _ in pairs:
+        tensor.add_(0.25)
+    centering.restore_(pairs, means)
+    for (tensor, _), reference in zip(pairs, expected, strict=True):
+        atol = 4 * torch.finfo(tensor.dtype).eps * float(tensor.abs().max() + 1)
+        torch.testing.assert_close(tensor, reference, rtol=0, atol=atol)
+
+
+def center_means(tensor: Tensor, vectors: WeightVectors) -> Tensor:
+    """The mean of each element's weight vector, at each element."""
+    return tensor.double() - center(tensor.double(), vectors)
+
+
+# Large enough for every way through: several pieces, blocks, waves; odd widths; runs of taps.
+LARGE = [
+    ((3, 700_001), ROWS),
+    ((40_000, 9), ROWS),
+    ((1030, 1031), COLUMNS),
+    ((4000, 1100), COLUMNS),
+    ((700, 2), COLUMNS),
+    ((3, 400_001), COLUMNS),
+    ((128, 65, 5, 5), WeightVectors((0, 2, 3))),
+    ((64, 3, 47, 47), WeightVectors((0, 2, 3))),
+    ((96, 40, 3, 3), WeightVectors((1, 3, 4), view=(3, 32, 40, 3, 3))),
+    ((6, 700, 300), WeightVectors((1,))),
+    ((2, 1200, 1001), WeightVectors((1,))),
+]
+
+
+@pytest.mark.parametrize("dtype", SERVED)
+def test_every_way_through_the_work_equals_the_reference(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(shape).add_(0.1).to(dtype) for shape, _ in LARGE]
+    expected = [center(tensor.double(), vectors) for tensor, (_, vectors) in zip(tensors, LARGE, strict=True)]
+    Centering().center_([(tensor, vectors) for tensor, (_, vectors) in zip(tensors, LARGE, strict=True)])
+    for tensor, reference in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(tensor.double(), reference, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", SERVED)
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_large_steps_equal_float64(kind: str, placement: str, dtype: torch.dtype) -> None:
+    """One step on every layout against the formula in float64, rounded once."""
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1} | ({"momentum": 0.9} if kind == "SGD" else {})
+    params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape, _ in LARGE]
+    gradients = [torch.randn(p.shape).add_(0.3).to(dtype) for p in params]
+    before = [p.detach().to(torch.float64, copy=True) for p in params]
+    model = torch.nn.ParameterList(params)
+    layout = gradcentral.weight_layout(model, overrides={str(i): vectors for i, (_, vectors) in enumerate(LARGE)})
+    optimizer = getattr(gradcentral, kind)([*model], layout=layout, placement=placement, **options)
+    for p, g in zip(model, gradients, strict=True):
+        p.grad = g
+    optimizer.step()
+    for p, w, g, (_, vectors) in zip(model, before, gradients, LARGE, strict=True):
+        g_hat = g.double()
+        if placement == "gradient":
+            g_hat = center(g_hat, vectors)
+        adams = -0.01 * w - 0.1 * g_hat / (g_hat.abs() + 1e-8)
+        change = -0.1 * (g_hat + 0.1 * w) if kind == "SGD" else adams
+        if placement == "update":
+            change = center(change, vectors)
+        # Adam's first step is the gradient's sign, up to the rounding of its state.
+        slack = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+        error = (p.detach().double() - (w + change)).abs()
+        near_zero = g_hat.abs() < 1e-3 if kind == "AdamW" else torch.zeros_like(g_hat, dtype=torch.bool)
+        assert float((error / (w.abs() + 1)).masked_fill(near_zero, 0).max()) < slack
+
+
+@pytest.mark.parametrize("dtype", SERVED)
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+def test_results_do_not_depend_on_the_number_of_threads(placement: str, dtype: torch.dtype, threads: Any) -> None:
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape, _ in LARGE]
+        model = torch.nn.ParameterList(params)
+        layout = gradcentral.weight_layout(model, overrides={str(i): vectors for i, (_, vectors) in enumerate(LARGE)})
+        optimizer = gradcentral.AdamW([*model], lr=0.1, layout=layout, placement=placement)
+        for _ in range(2):
+            for p in model:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        results.append([p.detach() for p in model])
+    assert all(torch.equal(p, q) for other in results[1:] for p, q in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("fan_in", [2, 9, 27, 1000, 4608, 100_000, 10_000_000])
+@pytest.mark.parametrize("by", ["rows", "columns"])
+def test_means_are_no_worse_than_torchs(fan_in: int, by: str) -> None:
+    """Against float64, in units of the rounding of the mean size of an element."""
+    units = max(1, 200_000 // fan_in)
+    x = torch.randn(units, fan_in, generator=torch.Generator().manual_seed(1)).add_(0.5)
+    exact = x.double().mean(1)
+    unit = 2.0**-24 * float(x.abs().double().mean())
+    if by == "columns":
+        x = x.T.contiguous()
+    span = (1,) if by == "rows" else (0,)
+    vectors = WeightVectors(span, shape=tuple(x.shape))
+    loop = native.loop_of(x, vectors)
+    assert loop is not None
+    means = native.CenteringPlan([x], [vectors], [loop]).means([x])
+    ours = float((means - exact).abs().max()) / unit
+    torchs = float((x.mean(span).double() - exact).abs().max()) / unit
+    # A mean that is written in f32 is off by half a unit of its own, and so is torch's best.
+    assert ours <= max(torchs, 1.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", SERVED)
+def test_nan_and_inf_stay_in_their_weight_vector(bad: float, dtype: torch.dtype) -> None:
+    for shape, vectors in (((5, 700), ROWS), ((700, 5), COLUMNS), ((300, 1100), COLUMNS)):
+        tensor = torch.randn(shape).to(dtype)
+        clean = center(tensor, vectors)
+        axis = vectors.span[0]
+        tensor.select(1 - axis, 3)[1] = bad
+        Centering().center_([(tensor, vectors)])
+        assert not tensor.select(1 - axis, 3).isfinite().any()
+        others = [i for i in range(tensor.shape[1 - axis]) if i != 3]
+        index = torch.tensor(others)
+        kept, expected = tensor.index_select(1 - axis, index), clean.index_select(1 - axis, index)
+        torch.testing.assert_close(kept, expected, rtol=0, atol=float(8 * torch.finfo(dtype).eps))
+
+
+@given(
+    loops=st.lists(
+        st.tuples(st.builds(Loop, *[st.integers(1, size) for size in (9, 3000, 3000, 30)]), st.sampled_from([0, 1, 2])),
+        max_size=5,
+    ),
+    dtype=st.sampled_from([0, 1, 2]),
+)
+@example(loops=[(Loop(2**33, 9, 1, 1), 1), (Loop(1, 2**17, 2**17, 1), 1), (Loop(2**35, 1, 1, 1), 0)], dtype=0)
+@example(loops=[(Loop(1, 2, 2**34, 1), 2), (Loop(1, 3, 7, 2**33), 1)], dtype=1)
+@example(loops=[(Loop(0, 3, 1, 1), 1), (Loop(5, 3, 1, 1), 1)], dtype=2)
+def test_the_division_covers_everything_once_in_order(loops: list[tuple[Loop, int]], dtype: int) -> None:
+    """Also for sizes beyond 2³¹ elements: the arithmetic, without the memory."""
+    work = native.Work(loops, dtype, with_scratch=False)
+    covered: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    wave_of: dict[tuple[int, int], list[int]] = {}
+    batches, waves = list(work.batches), list(work.waves)
+    assert batches == sorted(set(batches))
+    assert waves == sorted(waves)
+    for wave in range(len(waves) - 1):
+        for batch in range(waves[wave], waves[wave + 1]):
+            for position in range(batches[batch], batches[batch + 1]):
+                piece = work.pieces[position]
+                covered.setdefault((piece.item, piece.kind), []).append((piece.begin, piece.end))
+                wave_of.setdefault((piece.item, piece.kind), []).append(wave)
+    elements, rows, groups, sums, steps = range(5)
+    for index, ((loop, placement), item) in enumerate(zip(loops, work.items, strict=True)):
+        width, total = loop.unit * loop.b, math.prod(loop)
+        if total == 0:
+            expected = {}
+        elif placement == 0:
+            expected = {elements: total}
+        elif width == 1:
+            expected = {rows: loop.group}
+        elif item.blocks == 1:
+            expected = {groups: loop.group}
+        else:
+            expected = {sums: loop.group * item.blocks, steps: loop.group * loop.a}
+            assert max(wave_of[index, sums]) < min(wave_of[index, steps])
+        assert {kind for position, kind in covered if position == index} == set(expected)
+        for kind, count in expected.items():
+            ranges = covered[index, kind]
+            assert ranges[0][0] == 0
+            assert ranges[-1][1] == count
+            assert all(one[1] == other[0] for one, other in pairwise(ranges))
+
+
+def test_memory_of_a_plan_is_less_than_a_number_for_each_weight_vector_of_gpt2() -> None:
+    from gradcentral.bench.shapes import MODELS
+
+    shapes = [(shape, vectors) for shape, vectors in MODELS["GPT-2"]() if vectors is not None]
+    loops = [(loop, 1) for _, vectors in shapes if (loop := vectors.loop()) is not None]
+    numbers = native.Work(loops, 0, with_scratch=False).scratch_bytes / 8
+    assert numbers <= sum(vectors.count for _, vectors in shapes)
+
+
+# What the kernels do not serve.
+
+
+def test_what_is_served() -> None:
+    whole = torch.randn(4, 6)
+    assert native.loop_of(whole, ROWS) == Loop(4, 6, 1, 1)
+    assert native.loop_of(whole, None) == Loop(24, 1, 1, 1)
+    assert native.loop_of(torch.tensor(1.0), None) == Loop(1, 1, 1, 1)
+    refused = (
+        whole[:, 1:],
+        whole.half(),
+        whole.to(torch.complex64),
+        torch.ones(1, 6).expand(4, 6),
+        whole.to_sparse(),
+        whole.to("meta"),
+        whole.to(torch.complex64).conj().imag,
+    )
+    for tensor in refused:
+        assert native.loop_of(tensor, ROWS) is None
+
+
+def test_state_of_another_layout_is_left_to_torch() -> None:
+    """A checkpoint of a contiguous model in a channels_last one: every tensor in its own order."""
+    conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = gradcentral.SGD(conv, lr=0.1, momentum=0.9)
+    reference = torch.nn.Conv2d(3, 4, 3)
+    reference.load_state_dict(conv.state_dict())
+    torchs = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
+    gradcentral.centralize(torchs, reference)
+    buffers = [torch.randn(4, 3, 3, 3), torch.randn(4)]
+    for opt in (optimizer, torchs):
+        for p, buffer in zip(opt.param_groups[0]["params"], buffers, strict=True):
+            opt.state[p]["momentum_buffer"] = buffer.clone()
+    g = [torch.randn(4, 3, 3, 3), torch.randn(4)]
+    for net, opt in ((conv, optimizer), (reference, torchs)):
+        for p, gradient in zip(net.parameters(), g, strict=True):
+            p.grad = torch.empty_like(p).copy_(gradient)
+        opt.step()
+    for p, q in zip(conv.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_available_says_which_and_why_not() -> None:
+    assert available() == {"reference": "", "native": ""}
+
+
+@pytest.mark.parametrize(
+    ("value", "outcome"),
+    [("reference", "GRADCENTRAL_KERNELS=reference"), ("native", ""), ("triton!", "must be 'reference' or 'native'")],
+)
+def test_the_environment_forces_a_path(value: str, outcome: str) -> None:
+    code = "from gradcentral import kernels; print(kernels.available()['native'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "GRADCENTRAL_KERNELS": value}, capture_output=True, text=True
+    )
+    assert outcome in run.stdout + run.stderr
+    assert (run.returncode == 0) == (value != "triton!")
+
+
+def test_reference_path_by_shape_layout() -> None:
+    """WeightLayout.from_shapes and the kernels agree on what a row is."""
+    p = torch.nn.Parameter(torch.randn(8, 3, 5, 5))
+    p.grad = torch.randn_like(p)
+    expected = center(p.grad, WeightVectors((1, 2, 3)))
+    gradcentral.centralize_gradients(layout=WeightLayout.from_shapes([p]))
+    torch.testing.assert_close(p.grad, expected)
