@@ -23,7 +23,7 @@ _ELSEWHERE = {
 def test_every_declared_parameter_is_decided(library: str) -> None:
     spec = importlib.util.find_spec(library)
     if spec is None or spec.origin is None:
-        pytest.skip(f"needs {library}: pip install 'gradcentral[zoo]'")
+        pytest.skip(f"needs {library}: pip install 'gradcentral[zoo]', or the library itself")
     found = list(declarations(Path(spec.origin).parent))
     assert len(found) > 5
     undecided = []
