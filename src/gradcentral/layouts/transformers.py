@@ -1,4 +1,4 @@
-"""Hugging Face transformers. Read in versions 4.57 to 5.23."""
+"""Hugging Face transformers. Read in version 5.23."""
 
 from __future__ import annotations
 
