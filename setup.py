@@ -36,7 +36,8 @@ class BuildNative(build_ext):
             ext.extra_compile_args = base + flags
             ext.extra_link_args = [flag for flag in flags if flag == openmp]
             try:
-                return super().build_extension(ext)
+                super().build_extension(ext)
+                return
             except Exception:
                 if position == len(attempts) - 1:
                     raise

@@ -198,18 +198,26 @@ def attached(optimizer: Optimizer) -> list[Handle]:
 
 
 def _center_gradients(layout: WeightLayout, targets: list[Pair], centering: Centering) -> None:
+    pairs = [(p.grad, vectors) for p, vectors in targets if p.grad is not None]
     with torch.no_grad():
-        pairs = []
-        for parameter, vectors in targets:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            refuse_sparse(gradient, parameter, layout)
-            if _is_expanded(gradient):
-                parameter.grad = center(gradient, vectors)
-            else:
-                pairs.append((gradient, vectors))
+        if not centering.fits(pairs):
+            pairs = _centerable_in_place(layout, targets)
         centering.center_(pairs)
+
+
+def _centerable_in_place(layout: WeightLayout, targets: list[Pair]) -> list[Pair]:
+    """The gradients that can be centered where they are; expanded ones are replaced by centered ones on the way."""
+    pairs = []
+    for parameter, vectors in targets:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        refuse_sparse(gradient, parameter, layout)
+        if _is_expanded(gradient):
+            parameter.grad = center(gradient, vectors)
+        else:
+            pairs.append((gradient, vectors))
+    return pairs
 
 
 def _is_expanded(tensor: Tensor) -> bool:

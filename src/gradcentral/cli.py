@@ -109,6 +109,49 @@ def layout(
         typer.echo(layout_report.as_text(built, found, every=every))
 
 
+@app.command()
+def bench(
+    models: Annotated[str | None, typer.Option(help="Of those in the table; by default all.")] = None,
+    optimizers: Annotated[str, typer.Option(help="Of SGD and AdamW.")] = "SGD,AdamW",
+    dtypes: Annotated[str, typer.Option(help="Of f32 and bf16.")] = "f32,bf16",
+    rounds: Annotated[int, typer.Option(min=3, help="How often each alternative is timed, at most.")] = 60,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long one row may take.")] = 12.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="By default as many as torch takes.")] = None,
+    iteration: Annotated[
+        bool, typer.Option("--iteration/--no-iteration", help="Also a whole training iteration of ResNet-18.")
+    ] = True,
+    peers: Annotated[bool, typer.Option("--peers", help="Also other libraries' GC, where installed.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("runs/bench"),
+) -> None:
+    """Measure optimizer steps with and without GC on this machine, as ratios in one run."""
+    import torch
+
+    from gradcentral.bench import runs, table
+    from gradcentral.bench.shapes import MODELS
+    from gradcentral.bench.steps import OURS
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    benchmark = runs.Benchmark(machine=runs.machine())
+    console = Console(highlight=False)
+    console.print(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()), soft_wrap=True)
+    chosen = list(MODELS) if models is None else _names(models)
+    try:
+        for case in runs.bench(chosen, _names(optimizers), _names(dtypes), rounds=rounds, seconds=seconds, peers=peers):
+            benchmark.cases.append(case)
+            ours = case.ratios[OURS]
+            typer.echo(f"{case.model} {case.dtype} {case.algorithm}: {case.milliseconds:.2f} ms, ours ÷ that {ours}")
+    except ValueError as error:
+        raise TaskError(str(error)) from error
+    if iteration:
+        benchmark.cases.append(runs.iteration())
+    benchmark.write(out / "bench.json")
+    table.plot(benchmark, out / "bench.png")
+    Console(width=210, highlight=False).print(table.table(benchmark))
+    console.print(table.verdict(benchmark), soft_wrap=True)
+    typer.echo(f"\n{out / 'bench.json'} and {out / 'bench.png'}")
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 

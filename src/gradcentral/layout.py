@@ -54,6 +54,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         self._by_parameter = {entry.parameter: entry for entry in self.entries}
         self._by_name = {name: entry for entry in self.entries for name in (entry.name, *entry.aliases)}
         self._centered = {entry.parameter: entry.vectors for entry in self.entries if entry.vectors is not None}
+        self._pending = any(entry.reason == _LAZY for entry in self.entries)
 
     def __getstate__(self) -> tuple[Entry, ...]:
         # A copy goes with copied parameters, and the model it was made for is not theirs: it can't be refreshed.
@@ -136,7 +137,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
     @property
     def pending(self) -> bool:
         """Whether lazy parameters still wait for the first forward."""
-        return any(entry.reason == _LAZY for entry in self.entries)
+        return self._pending
 
     def knows(self, parameter: Tensor) -> bool:
         """Whether the parameter belongs to this layout's model, centered or left alone."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.optim import Optimizer
 from gradcentral.layout import WeightLayout
 from gradcentral.vectors import WeightVectors
 
-__all__ = ["PLACEMENTS", "Targets", "check_placement", "refuse_sparse"]
+__all__ = ["PLACEMENTS", "Targets", "check_placement", "refuse_sparse", "same_objects"]
 
 PLACEMENTS = ("gradient", "update")
 
@@ -32,6 +34,10 @@ class Targets:
     def __init__(self, layout: WeightLayout) -> None:
         self.layout = layout
         self._strangers: set[Tensor] = set()
+        # What was found, and for which parameters and decisions: seldom do they change.
+        self._found: list[tuple[Tensor, WeightVectors]] = []
+        self._parameters: list[Tensor] = []
+        self._entries: object = None
 
     def of(self, optimizer: Optimizer, warn: bool = True) -> list[tuple[Tensor, WeightVectors]]:
         """The optimizer's centered parameters with their weight vectors.
@@ -40,6 +46,8 @@ class Targets:
         """
         layout = self.layout
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if layout.entries is self._entries and same_objects(parameters, self._parameters) and not layout.pending:
+            return self._found
         new = [p for p in parameters if not layout.knows(p) and p not in self._strangers]
         if new or layout.pending:
             layout.refresh()
@@ -52,7 +60,9 @@ class Targets:
                     "call gradcentral.centralize on the optimizer with their model too",
                     stacklevel=4,
                 )
-        return [(p, vectors) for p in parameters if (vectors := layout.get(p)) is not None]
+        self._found = [(p, vectors) for p in parameters if (vectors := layout.get(p)) is not None]
+        self._parameters, self._entries = parameters, layout.entries
+        return self._found
 
     def first(self, optimizer: Optimizer) -> list[tuple[Tensor, WeightVectors]]:
         """As `of`, when attaching: parameters of other models are fine, nothing to center is not.
@@ -72,6 +82,11 @@ class Targets:
         held = {layout.names[p] for p in parameters if layout.knows(p)}
         reasons = "; ".join(f"{name}: {reason}" for name, reason in layout.skipped.items() if name in held)
         raise ValueError(f"nothing is left to center in this optimizer ({reasons})")
+
+
+def same_objects(one: Sequence[object], other: Sequence[object]) -> bool:
+    """Whether two sequences hold the very same objects; ``==`` would compare tensors element by element."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def refuse_sparse(gradient: Tensor, parameter: Tensor, layout: WeightLayout) -> None:

@@ -106,7 +106,7 @@ def test_fused_equals_reference_on_random_layouts(
         params = [nn.Parameter(w.clone()) for w in weights]
         model = nn.ParameterList(params)
         model.append(nn.Parameter(torch.zeros(2, 2)))  # so that something is centered in every example
-        rules = {str(i): v for i, v in enumerate(vectors) if v.for_shape(weights[i].shape).fan_in > 1}
+        rules: dict[Any, Any] = {str(i): v for i, v in enumerate(vectors) if v.for_shape(weights[i].shape).fan_in > 1}
         layout = weight_layout(model, overrides={**rules, str(len(params)): WeightVectors((1,))})
         optimizer = _make(name, [*model], layout=layout, placement=placement)
         if use is None:
@@ -258,6 +258,8 @@ def test_replaced_tensors_are_found_again() -> None:
     with reference_path():
         plain = gradcentral.SGD(reference, lr=0.1, momentum=0.9)
 
+    start = 0
+
     def both(count: int) -> None:
         nonlocal start
         _steps(model, optimizer, count, torch.float64, start)
@@ -265,7 +267,6 @@ def test_replaced_tensors_are_found_again() -> None:
             _steps(reference, plain, count, torch.float64, start)
         start += count
 
-    start = 0
     both(2)
     for net in (model, reference):
         net.head.weight.data = net.head.weight.data.clone() * 2
@@ -398,7 +399,7 @@ def test_options_that_ask_for_torchs_own_step_get_it_centered(
 
 
 def test_sparse_and_odd_gradients_take_torchs_step() -> None:
-    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2))
+    model: Any = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2))
     optimizer = gradcentral.SGD(model, lr=0.1)
     before = copy.deepcopy(model)
     model(torch.tensor([1, 2])).sum().backward()

@@ -15,7 +15,7 @@ from gradcentral.kernels import native
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.vectors import WeightVectors
 
-__all__ = ["ALGORITHMS", "BASELINE", "alternatives"]
+__all__ = ["ALGORITHMS", "ATTACHED", "BASELINE", "OURS", "STREAM", "STREAM_GRADIENTS", "alternatives"]
 
 ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     # Rates so small that thousands of steps with one gradient leave the numbers where they are.
@@ -24,6 +24,10 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 BASELINE = "torch fused, no GC"
+ATTACHED = "centralize + torch fused"
+OURS = "gradcentral gradient"
+STREAM = "streaming the same bytes"
+STREAM_GRADIENTS = "streaming the gradients"
 
 
 def alternatives(
@@ -62,19 +66,19 @@ def alternatives(
         f"{BASELINE}, again": plain.step,
         "torch default, no GC": sharing(torchs(params, **options)).step,
         "loop + torch fused": naive_loop,
-        "centralize + torch fused": hooked.step,
+        ATTACHED: hooked.step,
         "centralize update + torch fused": hooked_update.step,
-        "gradcentral gradient": sharing(ours(params, layout=layout, **options)).step,
+        OURS: sharing(ours(params, layout=layout, **options)).step,
         "gradcentral update": sharing(ours(params, layout=layout, placement="update", **options)).step,
     }
     if peers:
-        runs.update(_peers(kind, params, options))
+        runs.update(_peers(plain, params))
     if not native.unavailable and device == "cpu":
         states = _states(plain, params)
         gradients: list[Tensor] = [p.grad for p in params if p.grad is not None]
         centered = [p.grad for p in layout if p.grad is not None]
-        runs["streaming the same bytes"] = lambda: native.stream(params, gradients, states)
-        runs["streaming the gradients"] = lambda: native.stream(centered, centered, [])
+        runs[STREAM] = lambda: native.stream(params, gradients, states)
+        runs[STREAM_GRADIENTS] = lambda: native.stream(centered, centered, [])
     return runs
 
 
@@ -96,12 +100,15 @@ def _states(optimizer: Optimizer, params: list[Tensor]) -> list[list[Tensor]]:
     return [[optimizer.state[p][name] for p in params] for name in names]
 
 
-def _peers(kind: str, params: list[Tensor], options: dict[str, Any]) -> dict[str, Callable[[], object]]:
-    """Other libraries' GC, where it is installed."""
+def _peers(plain: Optimizer, params: list[Tensor]) -> dict[str, Callable[[], object]]:
+    """Another library's GC before the same step, by its shape rule."""
     try:
-        from pytorch_optimizer import load_optimizer
+        from pytorch_optimizer.optimizer.gradient_centralization import centralize_gradient
     except ModuleNotFoundError as error:
         raise ValueError("--peers needs pytorch_optimizer: pip install pytorch-optimizer") from error
-    known = {"SGD": "SGDP", "AdamW": "AdamP"}
-    optimizer = load_optimizer(known[kind])(params, use_gc=True, **options)
-    return {f"pytorch_optimizer {known[kind]}(use_gc=True)": optimizer.step}
+
+    def step() -> None:
+        centralize_gradient([p.grad for p in params])
+        plain.step()
+
+    return {"pytorch_optimizer + torch fused": step}

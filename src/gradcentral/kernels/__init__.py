@@ -51,6 +51,11 @@ class _Share(NamedTuple):
     plan: native.CenteringPlan
     positions: list[int]
 
+    def of(self, pairs: Sequence[Pair]) -> tuple[list[Tensor], list[WeightVectors]]:
+        """Its own among the pairs."""
+        mine = pairs if len(self.positions) == len(pairs) else [pairs[k] for k in self.positions]
+        return [tensor for tensor, _ in mine], [vectors for _, vectors in mine]
+
 
 class Means(NamedTuple):
     """Means of weight vectors, as `Centering.means` found them."""
@@ -69,58 +74,51 @@ class Centering:
     def __init__(self) -> None:
         self._shares: list[_Share] = []
         self._rest: list[int] = []
-        self._vectors: list[WeightVectors] = []
+        self._count = -1
+
+    def fits(self, pairs: Sequence[Pair]) -> bool:
+        """Whether all of them are planned for the native kernels in just this form."""
+        return (
+            len(pairs) == self._count
+            and not self._rest
+            and not native.unavailable
+            and all(share.plan.fits(*share.of(pairs)) for share in self._shares)
+        )
 
     def center_(self, pairs: Sequence[Pair]) -> None:
         """Center every tensor in place."""
-        for share, tensors in self._native(pairs):
-            share.plan.center_(tensors)
+        for share in self._plan(pairs):
+            share.plan.center_(share.of(pairs)[0])
         for position in self._rest:
             center_(*pairs[position])
 
     def means(self, pairs: Sequence[Pair]) -> Means:
         """The mean of every weight vector, to be given back by `restore_`."""
-        found = [share.plan.means(tensors) for share, tensors in self._native(pairs)]
+        found = [share.plan.means(share.of(pairs)[0]) for share in self._plan(pairs)]
         return Means(found, [unit_means(*pairs[position]) for position in self._rest])
 
     def restore_(self, pairs: Sequence[Pair], means: Means) -> None:
         """Shift every weight vector so that it has its old mean again: w ← w_new − (mean(w_new) − mean(w_old))."""
-        for (share, tensors), old in zip(self._native(pairs), means.native, strict=True):
-            share.plan.restore_(tensors, old)
+        for share, old in zip(self._plan(pairs), means.native, strict=True):
+            share.plan.restore_(share.of(pairs)[0], old)
         for position, old in zip(self._rest, means.reference, strict=True):
             tensor, vectors = pairs[position]
             subtract_means_(tensor, unit_means(tensor, vectors) - old, vectors)
 
-    def _native(self, pairs: Sequence[Pair]) -> list[tuple[_Share, list[Tensor]]]:
+    def _plan(self, pairs: Sequence[Pair]) -> list[_Share]:
         """What the native kernels serve, planned anew where it has changed; sets the rest."""
-        if native.unavailable:
-            self._rest = list(range(len(pairs)))
-            return []
-        if not self._fits(pairs):
-            self._plan(pairs)
-        return [(share, [pairs[position][0] for position in share.positions]) for share in self._shares]
-
-    def _fits(self, pairs: Sequence[Pair]) -> bool:
-        return (
-            len(pairs) == len(self._vectors)
-            and not self._rest
-            and all(
-                share.plan.fits([pairs[k][0] for k in share.positions], [pairs[k][1] for k in share.positions])
-                for share in self._shares
-            )
-        )
-
-    def _plan(self, pairs: Sequence[Pair]) -> None:
-        loops = [native.loop_of(tensor, vectors) for tensor, vectors in pairs]
-        self._vectors = [vectors for _, vectors in pairs]
+        if self.fits(pairs):
+            return self._shares
+        none = native.unavailable
+        loops = [None if none else native.loop_of(tensor, vectors) for tensor, vectors in pairs]
+        self._count = len(pairs)
         self._rest = [position for position, loop in enumerate(loops) if loop is None]
         self._shares = []
         for dtype in dict.fromkeys(tensor.dtype for tensor, _ in pairs):
-            positions = [k for k, loop in enumerate(loops) if loop is not None and pairs[k][0].dtype == dtype]
-            if positions:
-                plan = native.CenteringPlan(
-                    [pairs[k][0] for k in positions],
-                    [pairs[k][1] for k in positions],
-                    [loop for k in positions if (loop := loops[k]) is not None],
-                )
+            served = [(k, loop) for k, loop in enumerate(loops) if loop is not None and pairs[k][0].dtype == dtype]
+            if served:
+                positions = [k for k, _ in served]
+                tensors, vectors = zip(*(pairs[k] for k in positions), strict=True)
+                plan = native.CenteringPlan([*tensors], [*vectors], [loop for _, loop in served])
                 self._shares.append(_Share(plan, positions))
+        return self._shares

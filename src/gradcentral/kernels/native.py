@@ -11,6 +11,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_int32, c_int64, c_uint64, c_void_p
+from itertools import repeat
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradcentral.targets import same_objects
 from gradcentral.vectors import Loop, WeightVectors
 
-__all__ = ["CenteringPlan", "Rule", "StepPlan", "alike", "loop_of", "same_objects", "stream", "unavailable"]
+__all__ = ["CenteringPlan", "Rule", "StepPlan", "alike", "loop_of", "stream", "unavailable"]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 PLACEMENTS = {None: 0, "gradient": 1, "update": 2}
@@ -182,13 +184,11 @@ class _Form(NamedTuple):
         return cls([*map(Tensor.size, tensors)], [*map(Tensor.stride, tensors)], [*map(_dtype, tensors)])
 
 
-def _pointers(columns: Sequence[Sequence[Tensor] | None]) -> array[int]:
-    """The table of pointers: one row of `_POINTERS` an item, zero where its rule has no such tensor."""
-    length = next(len(column) for column in columns if column is not None)
-    table = array("Q", bytes(8 * _POINTERS * length))
-    for position, column in enumerate(columns):
-        if column is not None:
-            table[position::_POINTERS] = array("Q", map(Tensor.data_ptr, column))
+def _pointers(columns: Sequence[Sequence[Tensor] | None], count: int) -> array[int]:
+    """The table of pointers, a column after the other, with zeros where the rule has no such tensor."""
+    table = array("Q")
+    for column in columns:
+        table.extend(repeat(0, count) if column is None else map(Tensor.data_ptr, column))
     return table
 
 
@@ -215,7 +215,7 @@ class StepPlan:
         self.params = params
         self.states = states
         self._dtype = DTYPES[params[0].dtype]
-        self._param_form, self._grad_form = _Form.of(params), _Form.of(grads)
+        self._form = _Form.of([*params, *grads])
         self.work = Work(loops, self._dtype)
         steps = states[3]
         for position, item in enumerate(self.work.items):
@@ -223,20 +223,16 @@ class StepPlan:
 
     def fits(self, grads: list[Tensor], states: Sequence[list[Tensor] | None]) -> bool:
         """Whether parameters, gradients and states have the form they had when it was planned."""
-        return (
-            all(
-                (new is None and old is None) or (new is not None and old is not None and same_objects(new, old))
-                for new, old in zip(states, self.states, strict=True)
-            )
-            and _Form.of(grads) == self._grad_form
-            and _Form.of(self.params) == self._param_form
-        )
+        for new, old in zip(states, self.states, strict=True):
+            if (new is None) != (old is None) or (new is not None and old is not None and not same_objects(new, old)):
+                return False
+        return _Form.of([*self.params, *grads]) == self._form
 
     def run(self, grads: list[Tensor], rule: Rule, new: list[bool]) -> None:
         """Take the step. ``new``: for each parameter, whether its momentum buffer is; empty where none is."""
         for item, first in zip(self.work.items, new, strict=False):
             item.first = first
-        table = _pointers((self.params, grads, *self.states))
+        table = _pointers((self.params, grads, *self.states), len(grads))
         _library.gradcentral_step(
             *self.work.arguments(table), self._dtype, self.kind, ctypes.byref(rule), torch.get_num_threads()
         )
@@ -278,7 +274,7 @@ class CenteringPlan:
         self._run(tensors, _RESTORE, means)
 
     def _run(self, tensors: list[Tensor], what: int, means: Tensor | None) -> None:
-        table = _pointers((tensors, None, None, None, None, None))
+        table = _pointers((tensors, None, None, None, None, None), len(tensors))
         _library.gradcentral_center(
             *self.work.arguments(table),
             self._dtype,
@@ -297,13 +293,8 @@ def stream(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tens
     With states reads grads and writes params and states; without any reads and writes params alone. No value changes.
     """
     columns: list[list[Tensor] | None] = [params, grads, *states]
-    table = _pointers([*columns, *[None] * (_POINTERS - len(columns))])
+    table = _pointers([*columns, *[None] * (_POINTERS - len(columns))], len(params))
     sizes = array("q", [p.numel() * p.itemsize for p in params])
     _library.gradcentral_stream(
         table.buffer_info()[0], sizes.buffer_info()[0], len(params), len(states), 0, torch.get_num_threads()
     )
-
-
-def same_objects(new: Sequence[object], old: Sequence[object]) -> bool:
-    """Whether two sequences hold the very same objects."""
-    return len(new) == len(old) and all(one is other for one, other in zip(new, old, strict=True))

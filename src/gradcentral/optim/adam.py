@@ -32,19 +32,19 @@ class _AdamSteps(Centralized):
             epsilon=group["eps"],
         )
 
-    def _states(self, group: dict[str, Any], params: list[Tensor]) -> States:
-        amsgrad = group["amsgrad"]
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.tensor(0.0, dtype=_step_dtype())
-                for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])):
-                    state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        states = [self.state[p] for p in params]
+    def _make_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=_step_dtype())
+            for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return state
+
+    def _columns(self, group: dict[str, Any], states: list[dict[str, Any]]) -> States:
         return (
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if amsgrad else None,
+            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else None,
             [state["step"] for state in states],
         )
 

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from gradcentral.kernels import native
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.projection import center, subtract_means_, unit_means
-from gradcentral.targets import Targets, check_placement, refuse_sparse
-from gradcentral.vectors import Loop, WeightVectors
+from gradcentral.targets import Targets, check_placement, refuse_sparse, same_objects
+from gradcentral.vectors import Loop
 
 __all__ = ["Centralized", "States"]
 
@@ -27,8 +27,12 @@ class _GroupPlan(NamedTuple):
     """How a parameter group is stepped, as long as these of its parameters have gradients."""
 
     params: list[Tensor]
-    plans: list[native.StepPlan]
     kind: int
+    plans: list[native.StepPlan]
+    states: list[list[dict[str, Any]]]
+    """Of each plan's parameters; looking them up by parameter is slow."""
+    all_states: list[Any]
+    """Of the optimizer, as they were when the plan was made."""
 
 
 class Centralized(Optimizer):
@@ -73,6 +77,7 @@ class Centralized(Optimizer):
         if model is not None and layout is not None:
             raise ValueError("give model or layout, not both: weight_layout(model, …) makes a layout of your own")
         self._plans: dict[int, _GroupPlan] = {}
+        self._fresh: set[Tensor] = set()
         super().__init__(params, *args, **kwargs)
         self.placement = placement
         self._by_shape = model is None and layout is None
@@ -112,6 +117,7 @@ class Centralized(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = {}
+        self._fresh = set()
         self._targets = Targets(self.layout)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -127,18 +133,18 @@ class Centralized(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        targets = dict(self._targets.of(self))
-        served: set[Tensor] = set()
-        if not native.unavailable and not torch.compiler.is_compiling():
-            if _must_skip(self):
-                return loss
-            with torch.no_grad():
-                for index, group in enumerate(self.param_groups):
-                    if _may_fuse(group):
-                        served.update(self._fused_step(index, group, targets))
-        rest = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p not in served]
-        if rest:
-            self._torchs_step(served, [(p, targets[p]) for p in rest if p in targets])
+        served: list[Tensor] = []
+        wanted = 0
+        fuse = not native.unavailable and not torch.compiler.is_compiling()
+        if fuse and _must_skip(self):
+            return loss
+        for index, group in enumerate(self.param_groups):
+            params = [p for p in group["params"] if p.grad is not None]
+            wanted += len(params)
+            if fuse and _may_fuse(group):
+                served += self._fused_step(index, group, params)
+        if len(served) < wanted:
+            self._torchs_step(served)
         return loss
 
     # What a subclass says of its rule.
@@ -151,73 +157,85 @@ class Centralized(Optimizer):
         """The kernel's coefficients for a group's options."""
         raise NotImplementedError
 
-    def _new(self, group: dict[str, Any], params: list[Tensor]) -> set[Tensor]:
-        """The parameters whose first step is unlike the others: their momentum buffer starts as the direction."""
-        return set()
+    def _make_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        """A parameter's state, made as torch makes it where there is none.
 
-    def _states(self, group: dict[str, Any], params: list[Tensor]) -> States:
-        """The parameters' state tensors, made as torch makes them where there are none."""
+        A momentum buffer starts as the direction of the first step: its parameter is noted in ``_fresh`` until then.
+        """
+        raise NotImplementedError
+
+    def _columns(self, group: dict[str, Any], states: list[dict[str, Any]]) -> States:
+        """The state tensors of some parameters."""
         raise NotImplementedError
 
     # The two ways to step.
 
-    def _fused_step(self, index: int, group: dict[str, Any], targets: dict[Tensor, WeightVectors]) -> list[Tensor]:
-        """Step what the native kernels can serve, and return it."""
-        params = [p for p in group["params"] if p.grad is not None]
-        kind, new = self._kind(group), self._new(group, params)
-        planned = self._plans.get(index)
+    def _fused_step(self, index: int, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """Step what the native kernels can serve of a group's parameters that have gradients, and return it."""
+        kind, planned = self._kind(group), self._plans.get(index)
         work = None
-        if planned is not None and planned.kind == kind and native.same_objects(params, planned.params):
+        if planned is not None and planned.kind == kind and same_objects(params, planned.params):
             work = self._work(group, planned)
         if work is None:
-            planned = self._plans[index] = self._plan(kind, group, params, targets)
+            planned = self._plans[index] = self._plan(kind, group, params)
             work = self._work(group, planned)
             assert work is not None, "a plan fits the tensors it was made for"
         rule = self._rule(group)
         rule.scale = (-1.0 if group["maximize"] else 1.0) / _grad_scale(self)
         served: list[Tensor] = []
         for plan, grads in work:
-            plan.run(grads, rule, [p in new for p in plan.params] if new else [])
+            plan.run(grads, rule, [p in self._fresh for p in plan.params] if self._fresh else [])
             served += plan.params
+        self._fresh.clear()
         return served
 
     def _work(self, group: dict[str, Any], planned: _GroupPlan) -> list[tuple[native.StepPlan, list[Tensor]]] | None:
         """Each of a group's plans with the gradients of now, or None where one no longer fits."""
+        if not same_objects([*self.state.values()], planned.all_states):
+            return None
         work = []
-        for plan in planned.plans:
+        for plan, states in zip(planned.plans, planned.states, strict=True):
             grads = [cast("Tensor", p.grad) for p in plan.params]
-            if not plan.fits(grads, self._states(group, plan.params)):
+            try:
+                fits = plan.fits(grads, self._columns(group, states))
+            except KeyError:  # somebody has emptied a state
+                return None
+            if not fits:
                 return None
             work.append((plan, grads))
         return work
 
-    def _plan(
-        self, kind: int, group: dict[str, Any], params: list[Tensor], targets: dict[Tensor, WeightVectors]
-    ) -> _GroupPlan:
+    def _plan(self, kind: int, group: dict[str, Any], params: list[Tensor]) -> _GroupPlan:
         """Divide a group among plans, one for each dtype; what no plan takes is left to torch's own step."""
+        targets = dict(self._targets.of(self))
         candidates: dict[torch.dtype, list[tuple[Tensor, tuple[Loop, int]]]] = {}
-        for p in params:
-            vectors = targets.get(p)
-            loop = native.loop_of(p, vectors)
-            if loop is not None and native.alike(p, cast("Tensor", p.grad)) and self._states_serve(group, p):
-                placement = native.PLACEMENTS[None if vectors is None else self.placement]
-                candidates.setdefault(p.dtype, []).append((p, (loop, placement)))
-        plans = []
+        with torch.no_grad():
+            for p in params:
+                vectors = targets.get(p)
+                loop = native.loop_of(p, vectors)
+                if loop is not None and native.alike(p, cast("Tensor", p.grad)) and self._states_serve(group, p):
+                    placement = native.PLACEMENTS[None if vectors is None else self.placement]
+                    candidates.setdefault(p.dtype, []).append((p, (loop, placement)))
+        plans, states = [], []
         for chosen in candidates.values():
             own = [p for p, _ in chosen]
+            states.append([self._make_state(group, p) for p in own])
             grads = [cast("Tensor", p.grad) for p in own]
-            plans.append(native.StepPlan(kind, own, grads, self._states(group, own), [loop for _, loop in chosen]))
-        return _GroupPlan(params, plans, kind)
+            columns = self._columns(group, states[-1])
+            plans.append(native.StepPlan(kind, own, grads, columns, [loop for _, loop in chosen]))
+        return _GroupPlan(params, kind, plans, states, [*self.state.values()])
 
     def _states_serve(self, group: dict[str, Any], p: Tensor) -> bool:
-        *buffers, steps = self._states(group, [p])
+        *buffers, steps = self._columns(group, [self._make_state(group, p)])
         step_serves = steps is None or native.is_number(steps[0])
         return step_serves and all(column is None or native.alike(p, column[0]) for column in buffers)
 
-    def _torchs_step(self, served: set[Tensor], targets: list[tuple[Tensor, WeightVectors]]) -> None:
+    def _torchs_step(self, served: list[Tensor]) -> None:
         """The reference path: torch's own step for what is not served yet, fed with centered gradients."""
+        done = set(served)
+        targets = [(p, vectors) for p, vectors in self._targets.of(self) if p.grad is not None and p not in done]
         gradients = {p: p.grad for p in served}
-        kept: list[tuple[Tensor, WeightVectors, Tensor]] = []
+        kept = []
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable", False))):
             try:
                 for p in served:

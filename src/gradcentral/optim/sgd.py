@@ -42,18 +42,16 @@ class SGD(Centralized, torch.optim.SGD):
             nesterov=float(group["nesterov"]),
         )
 
-    def _new(self, group: dict[str, Any], params: list[Tensor]) -> set[Tensor]:
+    def _make_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         if group["momentum"] == 0:
-            return set()
-        return {p for p in params if self.state[p].get("momentum_buffer") is None}
+            return {}
+        state: dict[str, Any] = self.state[p]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            self._fresh.add(p)
+        return state
 
-    def _states(self, group: dict[str, Any], params: list[Tensor]) -> States:
+    def _columns(self, group: dict[str, Any], states: list[dict[str, Any]]) -> States:
         if group["momentum"] == 0:
             return None, None, None, None
-        buffers = []
-        for p in params:
-            state = self.state[p]
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            buffers.append(state["momentum_buffer"])
-        return buffers, None, None, None
+        return [state["momentum_buffer"] for state in states], None, None, None

@@ -205,12 +205,12 @@ typedef struct {
 } List;
 
 static void set_pointers(Item *items, int64_t n_items, void *const *pointers) {
-    for (int64_t i = 0; i < n_items; i++, pointers += POINTERS) {
-        items[i].w = pointers[0];
-        items[i].g = pointers[1];
-        items[i].m = pointers[2];
-        items[i].v = pointers[3];
-        items[i].x = pointers[4];
+    for (int64_t i = 0; i < n_items; i++) {
+        items[i].w = pointers[i];
+        items[i].g = pointers[i + n_items];
+        items[i].m = pointers[i + n_items * 2];
+        items[i].v = pointers[i + n_items * 3];
+        items[i].x = pointers[i + n_items * 4];
     }
 }
 
@@ -218,7 +218,7 @@ static void set_pointers(Item *items, int64_t n_items, void *const *pointers) {
 static void count_steps(Item *items, int64_t n_items, void *const *pointers, const Rule *rule) {
     double seen = -1, step_size = 0, root_correction = 0;
     for (int64_t i = 0; i < n_items; i++) {
-        void *step = pointers[i * POINTERS + POINTERS - 1];
+        void *step = pointers[i + n_items * 5];
         double t = items[i].step_is_f64 ? ++*(double *)step : ++*(float *)step;
         if (t != seen) {
             seen = t;
@@ -290,15 +290,16 @@ EXPORT void gradcentral_stream(void *const *pointers, const int64_t *bytes, int6
                                uint64_t zero, int32_t threads) {
     enum { CHUNK = 1 << 20 };
     (void)threads;
-    for (int64_t i = 0; i < n_items; i++, pointers += POINTERS) {
-        const uint64_t *g = (const uint64_t *)pointers[1];
+    for (int64_t i = 0; i < n_items; i++) {
+        const uint64_t *g = (const uint64_t *)pointers[i + n_items];
         const int64_t words = bytes[i] / 8, n_batches = (words + CHUNK / 8 - 1) / (CHUNK / 8);
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (n_batches > 1)
 #endif
         for (int64_t k = 0; k < n_batches; k++) {
             const int64_t begin = k * (CHUNK / 8), end = begin + CHUNK / 8 < words ? begin + CHUNK / 8 : words;
-            uint64_t *w = (uint64_t *)pointers[0], *m = (uint64_t *)pointers[2], *v = (uint64_t *)pointers[3];
+            uint64_t *w = (uint64_t *)pointers[i], *m = (uint64_t *)pointers[i + 2 * n_items],
+                     *v = (uint64_t *)pointers[i + 3 * n_items];
             if (states == 2)
 #pragma omp simd
                 for (int64_t j = begin; j < end; j++) w[j] |= g[j] & zero, m[j] |= g[j] & zero, v[j] |= g[j] & zero;

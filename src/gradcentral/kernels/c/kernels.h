@@ -53,7 +53,7 @@ typedef struct {
     int32_t step_is_f64;         /* Adam: the type of the step counter, f32 or f64 */
     int32_t blocks;              /* columns: into how many blocks of rows a group is cut to be summed */
     int64_t scratch;             /* columns: where its sums and means begin in the scratch, in bytes */
-    /* Filled in at each step, from the table of pointers that comes with it. */
+    /* Filled in at each step, from the table that comes with it: all w, all g, m, v, x, and Adam's step counters. */
     void *w, *g, *m, *v, *x;     /* weight, gradient, momentum, squares, largest squares (as the rule needs) */
     double step_size;            /* Adam: η / (1 − β₁ᵗ) */
     double root_correction;      /* Adam: 1 / √(1 − β₂ᵗ) */
@@ -64,9 +64,6 @@ typedef struct {
 
 /* What a loop over a row does besides stepping: a mean for each element, not one for all; add up the next row. */
 enum { MANY = 1, SUM = 2 };
-
-/* How many pointers an item has in that table: w, g, m, v, x and Adam's step counter. */
-enum { POINTERS = 6 };
 
 /*
  * What one thread does at a stretch: a range of an item's elements (not centered), of its rows, of its groups of

@@ -1,0 +1,188 @@
+"""What `gradcentral bench` measures, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import gradcentral
+from gradcentral.bench.network import resnet18
+from gradcentral.bench.shapes import MODELS
+from gradcentral.bench.steps import ALGORITHMS, ATTACHED, BASELINE, OURS, STREAM, STREAM_GRADIENTS, alternatives
+from gradcentral.bench.timing import Ratio, interleave, ratio
+from gradcentral.kernels import available
+
+__all__ = ["DTYPES", "Benchmark", "Case", "bench", "iteration"]
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+NOISY = 0.10
+"""When a step differs from itself by more than this, the machine is too noisy for the ratios to mean anything."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, type and algorithm: every alternative's time over that of torch's fused step without GC."""
+
+    model: str
+    dtype: str
+    algorithm: str
+    milliseconds: float
+    """Median of the baseline."""
+    ratios: dict[str, Ratio]
+    noise: float
+    """How much the baseline differed from itself: the half distance of the quartiles and of their middle from 1."""
+    over_streaming: Ratio | None = None
+    """Ours over reading and writing the same bytes."""
+    attaching: Ratio | None = None
+    """What `centralize` adds, over reading and writing the gradients once."""
+    attaching_us: float | None = None
+    """… and in microseconds for each centered parameter."""
+
+
+@dataclass
+class Benchmark:
+    """All cases of one call, and where they were measured."""
+
+    cases: list[Case] = field(default_factory=list)
+    machine: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def noise(self) -> float:
+        """The median over the cases of how much the baseline differed from itself."""
+        return statistics.median(case.noise for case in self.cases) if self.cases else 0.0
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"machine": self.machine, "cases": [asdict(case) for case in self.cases]}, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def bench(
+    models: Sequence[str] = tuple(MODELS),
+    algorithms: Sequence[str] = tuple(ALGORITHMS),
+    dtypes: Sequence[str] = tuple(DTYPES),
+    *,
+    rounds: int = 60,
+    seconds: float = 12.0,
+    peers: bool = False,
+) -> Iterator[Case]:
+    """Measure the optimizer steps of models, one case after another.
+
+    Args:
+        models, algorithms, dtypes: names, of `MODELS`, `ALGORITHMS` and `DTYPES`.
+        rounds: how often each alternative is timed, at most.
+        seconds: how long a case may take.
+        peers: also other libraries' GC.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    for what, chosen, known in (
+        ("models", models, MODELS),
+        ("optimizers", algorithms, ALGORITHMS),
+        ("dtypes", dtypes, DTYPES),
+    ):
+        for name in chosen:
+            if name not in known:
+                raise ValueError(f"{what}: {name!r} is unknown; there are {', '.join(known)}")
+    for model in models:
+        for dtype in dtypes:
+            for algorithm in algorithms:
+                shapes = list(MODELS[model]())
+                runs = alternatives(shapes, algorithm, DTYPES[dtype], peers=peers)
+                times = interleave(runs, rounds, seconds)
+                centered = sum(vectors is not None for _, vectors in shapes)
+                yield _case(model, dtype, algorithm, times, centered)
+
+
+def iteration(*, rounds: int = 8, seconds: float = 120.0, batch: int = 128) -> Case:
+    """A whole training iteration of ResNet-18 on 32×32 images: forward, backward and step, with and without GC."""
+    x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    model = resnet18()
+
+    def training(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+        def run() -> None:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            torch.autograd.backward(loss)
+            optimizer.step()
+
+        return run
+
+    # One model for all, so that nothing but the optimizer differs; the rate is too small to change it.
+    options: dict[str, Any] = {"lr": 1e-9, "momentum": 0.9, "weight_decay": 1e-4}
+    hooked = torch.optim.SGD(model.parameters(), fused=True, **options)
+    gradcentral.centralize(hooked, model)
+    plain = torch.optim.SGD(model.parameters(), fused=True, **options)
+    runs = {
+        BASELINE: training(plain),
+        f"{BASELINE}, again": training(plain),
+        ATTACHED: training(hooked),
+        OURS: training(gradcentral.SGD(model, **options)),
+    }
+    return _case("ResNet-18, whole iteration", "f32", "SGD", interleave(runs, rounds, seconds, warm_up=1), 0)
+
+
+def _case(model: str, dtype: str, algorithm: str, times: dict[str, list[float]], centered: int) -> Case:
+    base = times[BASELINE]
+    ratios = {name: ratio(seconds, base) for name, seconds in times.items() if name != BASELINE}
+    again = ratios.pop(f"{BASELINE}, again")
+    noise = max(abs(math.log(again.median)), abs(again.high - again.low) / 2)
+    over_streaming = attaching = attaching_us = None
+    ratios = {name: found for name, found in ratios.items() if name not in (STREAM, STREAM_GRADIENTS)}
+    if STREAM in times:
+        over_streaming = ratio(times[OURS], times[STREAM])
+    if centered:
+        added = [hooked - plain for hooked, plain in zip(times[ATTACHED], base, strict=True)]
+        attaching_us = statistics.median(added) * 1e6 / centered
+        if STREAM_GRADIENTS in times:
+            attaching = ratio(added, times[STREAM_GRADIENTS])
+    return Case(
+        model,
+        dtype,
+        algorithm,
+        statistics.median(base) * 1e3,
+        ratios,
+        noise,
+        over_streaming,
+        attaching,
+        attaching_us,
+    )
+
+
+def machine() -> dict[str, str]:
+    """Where it was measured."""
+    return {
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gradcentral": gradcentral.__version__,
+        "kernels": "; ".join(f"{name}: {why or 'runs'}" for name, why in available().items()),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        facts = dict(line.split(":", 1) for line in lines if ":" in line)
+        values = {key.strip(): value.strip() for key, value in facts.items()}
+        name = values["model name"]
+        family = f"family {values['cpu family']} model {values['model']}" if "cpu family" in values else ""
+        return f"{name} {family}".strip() + f", {os.cpu_count()} cores"
+    except (OSError, KeyError):
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
