@@ -64,8 +64,8 @@ INLINE void NAME(sum_columns)(const STORED *restrict x, int64_t rows, int64_t wi
     }
 }
 
-/* The column sums of a group's blocks to the mean of each unit, given to each of the unit's columns. */
-static void NAME(finish_means)(const Item *item, int64_t group) {
+/* The column sums of a group's blocks to the mean of each unit times a factor, given to each of the unit's columns. */
+static void NAME(finish_means)(const Item *item, int64_t group, double factor) {
     const int64_t width = item->unit * item->b;
     const double fan_in = (double)item->a * (double)item->b;
     const double *sums = item->sums + group * item->blocks * width;
@@ -74,7 +74,7 @@ static void NAME(finish_means)(const Item *item, int64_t group) {
         double total = 0;
         for (int64_t block = 0; block < item->blocks; block++)
             for (int64_t k = 0; k < item->b; k++) total += sums[block * width + SLOT(u * item->b + k, width)];
-        for (int64_t k = 0; k < item->b; k++) means[SLOT(u * item->b + k, width)] = (REAL)(total / fan_in);
+        for (int64_t k = 0; k < item->b; k++) means[SLOT(u * item->b + k, width)] = (REAL)(factor * (total / fan_in));
     }
 }
 
@@ -143,7 +143,7 @@ static void NAME(center_piece)(Item *item, const Piece *piece, int what, double 
     case GROUPS:
         for (int64_t group = piece->begin; group < piece->end; group++) {
             NAME(sum_block)(item, x, group);
-            NAME(finish_means)(item, group);
+            NAME(finish_means)(item, group, 1);
             NAME(use_means)(item, group, what, means);
             if (what != MEANS) NAME(center_columns)(item, group * item->a, (group + 1) * item->a);
         }
@@ -152,7 +152,7 @@ static void NAME(center_piece)(Item *item, const Piece *piece, int what, double 
         for (int64_t index = piece->begin; index < piece->end; index++) NAME(sum_block)(item, x, index);
         if (all_summed(item, piece))
             for (int64_t group = 0; group < item->group; group++) {
-                NAME(finish_means)(item, group);
+                NAME(finish_means)(item, group, 1);
                 NAME(use_means)(item, group, what, means);
             }
         break;

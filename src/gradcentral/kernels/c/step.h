@@ -17,8 +17,8 @@
 #define HAS_X (RULE == AMSGRAD)
 
 typedef struct {
-    REAL scale, l2, decay, lr;
-    REAL momentum, keep, of_d, of_m;                        /* SGD: m ← μ m + keep·d, Δw = −η (of_d·d + of_m·m) */
+    REAL scale, l2, decay;
+    REAL momentum, keep, of_d, of_m;                        /* SGD: m ← μ m + keep·d, Δw = of_d·d + of_m·m */
     REAL one_minus_beta1, beta2, one_minus_beta2, epsilon;  /* Adam */
     REAL step_size, root_correction;                        /* η / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ) */
 } NAME(Coefficients);
@@ -32,11 +32,10 @@ INLINE NAME(Coefficients) NAME(coefficients)(const Item *item, const Rule *rule)
         .scale = (REAL)rule->scale,
         .l2 = (REAL)rule->l2,
         .decay = (REAL)rule->decay,
-        .lr = (REAL)rule->lr,
         .momentum = (REAL)(item->first ? 0 : rule->momentum),
         .keep = (REAL)(item->first ? 1 : rule->keep),
-        .of_d = (REAL)(RULE == SGD ? 1 : rule->nesterov),
-        .of_m = (REAL)(rule->nesterov != 0 ? rule->momentum : 1),
+        .of_d = (REAL)(-rule->lr * (RULE == SGD ? 1 : rule->nesterov)),
+        .of_m = (REAL)(-rule->lr * (rule->nesterov != 0 ? rule->momentum : 1)),
         .one_minus_beta1 = (REAL)(1 - rule->beta1),
         .beta2 = (REAL)rule->beta2,
         .one_minus_beta2 = (REAL)(1 - rule->beta2),
@@ -47,7 +46,10 @@ INLINE NAME(Coefficients) NAME(coefficients)(const Item *item, const Rule *rule)
     return c;
 }
 
-INLINE REAL NAME(direction)(REAL g, REAL w, NAME(Coefficients) c) { return c.scale * g + c.l2 * w; }
+/* shift is scale·mean(g) where the gradient is centered, else 0: one multiplication less for each element. */
+INLINE REAL NAME(direction)(REAL g, REAL w, REAL shift, NAME(Coefficients) c) {
+    return c.scale * g + (c.l2 * w - shift);
+}
 
 INLINE NAME(State) NAME(advance)(NAME(State) s, REAL d, NAME(Coefficients) c) {
 #if RULE == MOMENTUM
@@ -64,9 +66,9 @@ INLINE NAME(State) NAME(advance)(NAME(State) s, REAL d, NAME(Coefficients) c) {
 
 INLINE REAL NAME(change)(NAME(State) s, REAL d, REAL w, NAME(Coefficients) c) {
 #if RULE == SGD
-    return -c.lr * d;
+    return c.of_d * d;
 #elif RULE == MOMENTUM
-    return -c.lr * (c.of_d * d + c.of_m * s.m);
+    return c.of_d * d + c.of_m * s.m;
 #else
     return -(c.decay * w + c.step_size * s.m / (ROOT(HAS_X ? s.x : s.v) * c.root_correction + c.epsilon));
 #endif
@@ -90,8 +92,8 @@ INLINE NAME(At) NAME(at)(const Item *item, int64_t offset) {
 }
 
 /* One element of a step whose gradient is known: the new weight. */
-INLINE REAL NAME(step)(REAL w, REAL g, NAME(State) *s, REAL mean, NAME(Coefficients) c) {
-    const REAL d = NAME(direction)(g - mean, w, c);
+INLINE REAL NAME(step)(REAL w, REAL g, NAME(State) *s, REAL shift, NAME(Coefficients) c) {
+    const REAL d = NAME(direction)(g, w, shift, c);
     *s = NAME(advance)(*s, d, c);
     return w + NAME(change)(*s, d, w, c);
 }
@@ -103,7 +105,7 @@ INLINE REAL NAME(step)(REAL w, REAL g, NAME(State) *s, REAL mean, NAME(Coefficie
  * w + (Δw − mean(Δw)) is rounded once.
  */
 INLINE REAL NAME(first_pass)(REAL w, REAL g, NAME(State) *s, REAL *delta, NAME(Coefficients) c) {
-    const REAL d = NAME(direction)(g, w, c);
+    const REAL d = NAME(direction)(g, w, 0, c);
     *s = NAME(advance)(*s, d, c);
 #if DTYPE == BF16
     const NAME(State) rounded = {LOAD(STORE(s->m)), LOAD(STORE(s->v)), LOAD(STORE(s->x))};
@@ -117,7 +119,7 @@ INLINE REAL NAME(first_pass)(REAL w, REAL g, NAME(State) *s, REAL *delta, NAME(C
 
 INLINE REAL NAME(second_pass)(REAL w, REAL g, NAME(State) s, REAL mean, NAME(Coefficients) c) {
 #if DTYPE == BF16
-    return w + (NAME(change)(s, NAME(direction)(g, w, c), w, c) - mean);
+    return w + (NAME(change)(s, NAME(direction)(g, w, 0, c), w, c) - mean);
 #else
     (void)g, (void)s, (void)c;
     return w - mean;
@@ -136,9 +138,9 @@ INLINE void NAME(store_state)(NAME(At) t, int64_t j, NAME(State) s) {
     if (HAS_X) t.x[j] = STORE(s.x);
 }
 
-INLINE void NAME(step_at)(NAME(At) t, int64_t j, REAL mean, NAME(Coefficients) c) {
+INLINE void NAME(step_at)(NAME(At) t, int64_t j, REAL shift, NAME(Coefficients) c) {
     NAME(State) s = NAME(load_state)(t, j);
-    const REAL w = NAME(step)(LOAD(t.w[j]), LOAD(t.g[j]), &s, mean, c);
+    const REAL w = NAME(step)(LOAD(t.w[j]), LOAD(t.g[j]), &s, shift, c);
     NAME(store_state)(t, j, s);
     t.w[j] = STORE(w);
 }
@@ -169,11 +171,11 @@ INLINE void NAME(store_states)(NAME(At) t, int64_t j, NAME(State) low, NAME(Stat
     if (HAS_X) store_pair(t.x + j, low.x, high.x);
 }
 
-INLINE void NAME(step_at_pair)(NAME(At) t, int64_t j, REAL low_mean, REAL high_mean, NAME(Coefficients) c) {
+INLINE void NAME(step_at_pair)(NAME(At) t, int64_t j, REAL low_shift, REAL high_shift, NAME(Coefficients) c) {
     const uint32_t w = word_of(t.w + j), g = word_of(t.g + j);
     NAME(State) low = HALF(lower, t, j), high = HALF(upper, t, j);
-    const REAL low_w = NAME(step)(lower(w), lower(g), &low, low_mean, c);
-    const REAL high_w = NAME(step)(upper(w), upper(g), &high, high_mean, c);
+    const REAL low_w = NAME(step)(lower(w), lower(g), &low, low_shift, c);
+    const REAL high_w = NAME(step)(upper(w), upper(g), &high, high_shift, c);
     NAME(store_states)(t, j, low, high);
     store_pair(t.w + j, low_w, high_w);
 }
@@ -197,10 +199,10 @@ INLINE void NAME(second_pass_at_pair)(NAME(At) t, int64_t j, REAL low_mean, REAL
 #endif
 
 /*
- * A stretch of n elements, with a mean for each (MANY: in the order of SLOT) or one for all; adds up next, the gradient of the row to come,
+ * A stretch of n elements, with a shift for each (MANY: in the order of SLOT) or one for all; adds up next, the gradient of the row to come,
  * if asked to (SUM). What to do is known when this is compiled, so that the loops have no branches.
  */
-INLINE PARTIAL NAME(step_stretch)(NAME(At) t, int64_t n, const REAL *restrict means, REAL mean,
+INLINE PARTIAL NAME(step_stretch)(NAME(At) t, int64_t n, const REAL *restrict shifts, REAL shift,
                                   const STORED *restrict next, const int what, NAME(Coefficients) c) {
     PARTIAL total = 0;
     int64_t j = 0;
@@ -208,14 +210,14 @@ INLINE PARTIAL NAME(step_stretch)(NAME(At) t, int64_t n, const REAL *restrict me
     const int64_t pairs = n / 2;
 #pragma omp simd reduction(+ : total)
     for (int64_t k = 0; k < pairs; k++) {
-        NAME(step_at_pair)(t, 2 * k, what & MANY ? means[k] : mean, what & MANY ? means[pairs + k] : mean, c);
+        NAME(step_at_pair)(t, 2 * k, what & MANY ? shifts[k] : shift, what & MANY ? shifts[pairs + k] : shift, c);
         if (what & SUM) total += lower(word_of(next + 2 * k)) + upper(word_of(next + 2 * k));
     }
     j = 2 * pairs;
 #endif
 #pragma omp simd reduction(+ : total)
     for (int64_t i = j; i < n; i++) {
-        NAME(step_at)(t, i, what & MANY ? means[i] : mean, c);
+        NAME(step_at)(t, i, what & MANY ? shifts[i] : shift, c);
         if (what & SUM) total += LOAD(next[i]);
     }
     return total;
@@ -267,10 +269,10 @@ CLONES static void NAME(gradient_rows)(const Item *item, int64_t begin, int64_t 
     double total = JOIN2(sum, SUFFIX)((const STORED *)item->g + begin * n, n);
     for (int64_t r = begin; r < end; r++) {
         const STORED *next = (const STORED *)item->g + (r + 1 < end ? r + 1 : r) * n;
-        const REAL mean = (REAL)(total / n);
+        const REAL shift = (REAL)(rule->scale * (total / n));
         total = 0;
         EACH_STRETCH(from, count, n)
-            total += NAME(step_stretch)(NAME(at)(item, r * n + from), count, NULL, mean, next + from, SUM, c);
+            total += NAME(step_stretch)(NAME(at)(item, r * n + from), count, NULL, shift, next + from, SUM, c);
     }
 }
 
@@ -328,6 +330,7 @@ CLONES static void NAME(step_columns)(const Item *item, int64_t begin, int64_t e
 }
 
 static void NAME(step_piece)(Item *item, const Piece *piece, const Rule *rule) {
+    const double factor = item->placement == GRADIENT ? rule->scale : 1;
     switch (piece->kind) {
     case ELEMENTS:
         NAME(plain_elements)(item, piece->begin, piece->end, rule);
@@ -338,14 +341,14 @@ static void NAME(step_piece)(Item *item, const Piece *piece, const Rule *rule) {
     case GROUPS:
         for (int64_t group = piece->begin; group < piece->end; group++) {
             NAME(sum_block)(item, group, rule);
-            JOIN2(finish_means, SUFFIX)(item, group);
+            JOIN2(finish_means, SUFFIX)(item, group, factor);
             NAME(step_columns)(item, group * item->a, (group + 1) * item->a, rule);
         }
         break;
     case SUM_BLOCKS:
         for (int64_t index = piece->begin; index < piece->end; index++) NAME(sum_block)(item, index, rule);
         if (all_summed(item, piece))
-            for (int64_t group = 0; group < item->group; group++) JOIN2(finish_means, SUFFIX)(item, group);
+            for (int64_t group = 0; group < item->group; group++) JOIN2(finish_means, SUFFIX)(item, group, factor);
         break;
     default:
         NAME(step_columns)(item, piece->begin, piece->end, rule);
