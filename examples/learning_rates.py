@@ -1,0 +1,39 @@
+"""Does it help at every learning rate? The built-in digits, with each optimizer at a rate too low, best and too high.
+
+gradcentral compare examples/learning_rates.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from gradcentral.experiment.tasks import digits
+
+
+def sgd(lr: float) -> Callable[[Iterable[Any]], torch.optim.Optimizer]:
+    """SGD as in the built-in task, at another rate."""
+    return lambda params: torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=5e-4)
+
+
+def adamw(lr: float) -> Callable[[Iterable[Any]], torch.optim.Optimizer]:
+    """AdamW as in the built-in task, at another rate."""
+    return lambda params: torch.optim.AdamW(params, lr=lr)
+
+
+# Best for training without GC: SGD 0.05, AdamW 0.01.
+task = dataclasses.replace(
+    digits.task,
+    name="learning-rates",
+    optimizers={
+        "sgd 0.01": sgd(0.01),
+        "sgd 0.05": sgd(0.05),
+        "sgd 0.1": sgd(0.1),
+        "adamw 0.001": adamw(0.001),
+        "adamw 0.01": adamw(0.01),
+        "adamw 0.02": adamw(0.02),
+    },
+)
