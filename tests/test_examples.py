@@ -14,3 +14,10 @@ def test_my_task(tmp_path: Path) -> None:
     assert result.task == "wine"
     assert len(result.records) == 2 * 2 * 3
     assert result.report.exists()
+
+
+def test_learning_rates(tmp_path: Path) -> None:
+    path = EXAMPLES / "learning_rates.py"
+    result = compare(path, seeds=2, epochs=1, optimizers=["adamw 0.001"], jobs=1, out=tmp_path, progress=False)
+    assert result.task == "learning-rates"
+    assert len(result.records) == 2 * 3

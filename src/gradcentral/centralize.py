@@ -199,10 +199,9 @@ def attached(optimizer: Optimizer) -> list[Handle]:
 
 def _center_gradients(layout: WeightLayout, targets: list[Pair], centering: Centering) -> None:
     pairs = [(p.grad, vectors) for p, vectors in targets if p.grad is not None]
-    with torch.no_grad():
-        if not centering.fits(pairs):
-            pairs = _centerable_in_place(layout, targets)
-        centering.center_(pairs)
+    if not centering.center_as_planned_(pairs):
+        with torch.no_grad():
+            centering.center_(_centerable_in_place(layout, targets))
 
 
 def _centerable_in_place(layout: WeightLayout, targets: list[Pair]) -> list[Pair]:

@@ -76,14 +76,13 @@ class Centering:
         self._rest: list[int] = []
         self._count = -1
 
-    def fits(self, pairs: Sequence[Pair]) -> bool:
-        """Whether all of them are planned for the native kernels in just this form."""
-        return (
-            len(pairs) == self._count
-            and not self._rest
-            and not native.unavailable
-            and all(share.plan.fits(*share.of(pairs)) for share in self._shares)
-        )
+    def center_as_planned_(self, pairs: Sequence[Pair]) -> bool:
+        """Center every tensor in place if all of them are planned for the native kernels in just this form."""
+        if not self._fits(pairs):
+            return False
+        for share in self._shares:
+            share.plan.center_(share.of(pairs)[0])
+        return True
 
     def center_(self, pairs: Sequence[Pair]) -> None:
         """Center every tensor in place."""
@@ -105,9 +104,17 @@ class Centering:
             tensor, vectors = pairs[position]
             subtract_means_(tensor, unit_means(tensor, vectors) - old, vectors)
 
+    def _fits(self, pairs: Sequence[Pair]) -> bool:
+        return (
+            len(pairs) == self._count
+            and not self._rest
+            and not native.unavailable
+            and all(share.plan.fits(*share.of(pairs)) for share in self._shares)
+        )
+
     def _plan(self, pairs: Sequence[Pair]) -> list[_Share]:
         """What the native kernels serve, planned anew where it has changed; sets the rest."""
-        if self.fits(pairs):
+        if self._fits(pairs):
             return self._shares
         none = native.unavailable
         loops = [None if none else native.loop_of(tensor, vectors) for tensor, vectors in pairs]
