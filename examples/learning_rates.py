@@ -29,11 +29,11 @@ task = dataclasses.replace(
     digits.task,
     name="learning-rates",
     optimizers={
-        "sgd 0.01": sgd(0.01),
-        "sgd 0.05": sgd(0.05),
-        "sgd 0.1": sgd(0.1),
-        "adamw 0.001": adamw(0.001),
-        "adamw 0.01": adamw(0.01),
-        "adamw 0.02": adamw(0.02),
+        "sgd-0.01": sgd(0.01),
+        "sgd-0.05": sgd(0.05),
+        "sgd-0.1": sgd(0.1),
+        "adamw-0.001": adamw(0.001),
+        "adamw-0.01": adamw(0.01),
+        "adamw-0.02": adamw(0.02),
     },
 )

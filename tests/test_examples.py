@@ -18,6 +18,6 @@ def test_my_task(tmp_path: Path) -> None:
 
 def test_learning_rates(tmp_path: Path) -> None:
     path = EXAMPLES / "learning_rates.py"
-    result = compare(path, seeds=2, epochs=1, optimizers=["adamw 0.001"], jobs=1, out=tmp_path, progress=False)
+    result = compare(path, seeds=2, epochs=1, optimizers=["adamw-0.001"], jobs=1, out=tmp_path, progress=False)
     assert result.task == "learning-rates"
     assert len(result.records) == 2 * 3

@@ -106,20 +106,28 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
 class Handle:
     """What `centralize` returns: the layout in use, and the way to pause or end it.
 
-    Attributes:
-        layout: the `WeightLayout` in use.
-        placement: ``"gradient"`` or ``"update"``.
+    To change its settings, remove it and attach anew.
     """
 
     def __init__(self, layout: WeightLayout, placement: str) -> None:
-        self.layout = layout
-        self.placement = placement
+        self._layout = layout
+        self._placement = placement
         self._paused = 0
         self._hooks: list[Any] = []
         self._targets = Targets(layout)
         self._centering = Centering()
         # The weights and the means of their vectors before the step under way, for placement "update".
         self._before: tuple[list[Pair], Means] | None = None
+
+    @property
+    def layout(self) -> WeightLayout:
+        """The layout in use."""
+        return self._layout
+
+    @property
+    def placement(self) -> str:
+        """``"gradient"`` or ``"update"``."""
+        return self._placement
 
     def remove(self) -> None:
         """End it: the optimizer is plain again. Calling it twice is harmless."""

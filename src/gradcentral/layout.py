@@ -32,6 +32,7 @@ __all__ = ["Entry", "LeaveAlone", "WeightLayout", "register_layout", "weight_lay
 Selector: TypeAlias = "str | Tensor | nn.Module"
 
 _ONLY = ("all", "conv")
+_SHAPE_RULE = "shape rule"
 _LAZY = "lazy: its shape is known after the first forward"
 
 
@@ -88,7 +89,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
                 decided = LeaveAlone("one-dimensional")
             else:
                 decided = apply_rule(WeightVectors(span=tuple(range(1, tensor.ndim))), nn.Module(), tensor)
-            entries.append(_entry(name or str(position), tensor, _common_reason(tensor) or decided, "shape rule"))
+            entries.append(_entry(name or str(position), tensor, _common_reason(tensor) or decided, _SHAPE_RULE))
         return cls(entries)
 
     def __getitem__(self, key: Tensor | str) -> WeightVectors:
@@ -144,9 +145,24 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         return parameter in self._by_parameter
 
     def refresh(self) -> None:
-        """Decide anew for the model as it is now: lazy parameters have shapes, layers may have been added."""
+        """Decide anew for the model as it is now: lazy parameters have shapes, layers may have been added.
+
+        Raises:
+            RuntimeError: lazy parameters have got their shapes, but the layout knows no model to decide by: it was
+                copied, or made from shapes, before the first forward.
+        """
         if self._recipe is not None and (model := self._recipe.model()) is not None:
             self._set(self._recipe.entries(model))
+        elif any(entry.reason == _LAZY and not is_lazy(entry.parameter) for entry in self.entries):
+            raise RuntimeError(
+                "this layout was copied, or made from shapes, before its lazy parameters had theirs, and knows no "
+                "model to decide by: make the layout and the optimizer anew"
+            )
+
+    @property
+    def by_shape(self) -> bool:
+        """Whether this is `from_shapes`' guess."""
+        return any(entry.origin == _SHAPE_RULE for entry in self.entries)
 
     def __str__(self) -> str:
         """A table: parameter, shape, weight vectors (count × fan-in and the axes), rule or reason.

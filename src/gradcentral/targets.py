@@ -93,7 +93,11 @@ def refuse_sparse(gradient: Tensor, parameter: Tensor, layout: WeightLayout) -> 
     """Refuse a gradient that can't be centered without filling its zeros, naming its parameter."""
     if gradient.layout != torch.strided:
         name = layout.names[parameter]
+        way_out = f"leave it alone with layout=weight_layout(model, exclude=[{name!r}])"
+        if layout.by_shape:
+            name = f"parameter {name} of shape {tuple(parameter.shape)}"
+            way_out = "give the model, whose layers tell what an embedding is"
         raise ValueError(
-            f"{name} has a sparse gradient, and centering would fill its zeros: leave it alone with "
-            f"layout=weight_layout(model, exclude=[{name!r}]), or make the gradient dense (sparse=False)"
+            f"{name} has a sparse gradient, and centering would fill its zeros: {way_out}, or make the gradient dense "
+            "(sparse=False)"
         )

@@ -329,9 +329,9 @@ def test_the_schedule_steps_once_a_batch_over_the_total(tiny: Callable[..., Task
         return seen[-1][1]
 
     compare(tiny(schedule=schedule), seeds=1, jobs=1, out=tmp_path)
-    runs = [(steps, scheduler) for steps, scheduler in seen if steps > 1]
-    assert len(runs) == 3
-    assert all(steps == 6 and scheduler.last_epoch == 6 for steps, scheduler in runs)  # 2 epochs of 3 batches
+    tried, *runs = [(steps, scheduler.last_epoch) for steps, scheduler in seen]
+    assert tried == (6, 0)  # before any run, to tell early of a schedule that raises
+    assert runs == [(6, 6)] * 3  # 2 epochs of 3 batches
 
 
 def test_mixed_precision_on_the_cpu(tiny: Callable[..., Task], tmp_path: Path) -> None:
@@ -441,3 +441,52 @@ def test_jobs_follow_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_jobs("cpu", 30) == 6
     assert default_jobs("cpu", 4) == 4
     assert default_jobs("cuda:0", 30) == 1
+
+
+def _loss_of_mode(output: torch.Tensor, target: torch.Tensor, mode: str = "mean") -> torch.Tensor:
+    return (output - target).square().mean() if mode in {"mean", "average", "sum"} else output.sum()
+
+
+def test_the_digest_of_a_function_is_the_same_in_every_process() -> None:
+    """Sets of strings have another order in each."""
+    code = (
+        "from tests.experiment.test_compare import _loss_of_mode as f;"
+        "from gradcentral.experiment.digest import digest_of_callable as d; print(d(f))"
+    )
+    root = Path(__file__).parents[2]
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(3)
+    }
+    assert len(found) == 1
+
+
+def test_another_forward_is_another_task(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    """Same layers, same weights: only the code between them differs."""
+
+    class One(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self[0](x)
+            return y
+
+    class Two(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self[0](x)
+            return y * 2
+
+    One.__name__ = One.__qualname__ = Two.__name__ = Two.__qualname__ = "Net"
+    layer = tiny().model
+
+    def made(kind: type[torch.nn.Sequential]) -> Callable[[], torch.nn.Module]:
+        return lambda: kind(layer())
+
+    compare(tiny(model=made(One)), seeds=1, jobs=1, out=tmp_path)
+    with pytest.raises(ResultsError, match="model"):
+        compare(tiny(model=made(Two)), seeds=1, jobs=1, out=tmp_path)

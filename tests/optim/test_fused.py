@@ -212,6 +212,25 @@ def test_signature_is_torchs_with_ours_behind(kind: str) -> None:
     assert names == [*inspect.signature(torchs).parameters, "model", "layout", "placement"]
 
 
+def test_a_subclass_shows_its_own_signature() -> None:
+    class Mine(gradcentral.SGD):
+        def __init__(self, params: Any, foo: int = 1) -> None:
+            super().__init__(params, lr=0.1 * foo)
+
+    assert list(inspect.signature(Mine).parameters) == ["params", "foo"]
+    assert Mine(nn.Linear(4, 3), foo=2).defaults["lr"] == 0.2
+
+
+def test_settings_are_fixed() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = gradcentral.SGD(model, lr=0.1)
+    handle = gradcentral.centralize(torch.optim.SGD(model.parameters()), model)
+    for holder in (optimizer, handle):
+        for name, value in (("placement", "update"), ("layout", weight_layout(model))):
+            with pytest.raises(AttributeError):
+                setattr(holder, name, value)
+
+
 @pytest.mark.parametrize("name", ["nesterov", "adamw", "adamw amsgrad"])
 @pytest.mark.parametrize("placement", ["gradient", "update"])
 def test_checkpoints_load_in_both_directions(name: str, placement: str) -> None:
@@ -248,6 +267,42 @@ def test_copies_keep_centering(copier: Callable[[Any], Any]) -> None:
     _steps(model, optimizer, 2, torch.float64, start=2)
     _steps(twin, twin_optimizer, 2, torch.float64, start=2)
     assert _differ(model, twin) == 0
+
+
+def test_a_copy_of_a_lazy_model_says_that_it_cannot_center() -> None:
+    model = nn.Sequential(nn.LazyLinear(4))
+    twin, optimizer = copy.deepcopy((model, gradcentral.SGD(model, lr=0.1)))
+    twin(torch.randn(2, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="was copied, or made from shapes"):
+        optimizer.step()
+
+
+def test_state_that_changes_its_form_is_seen() -> None:
+    """Whatever is done to a state tensor between two steps, no kernel runs over memory of another form."""
+    model, reference = Net(), Net()
+    reference.load_state_dict(model.state_dict())
+    optimizer = gradcentral.AdamW(model, lr=0.01)
+    torchs = torch.optim.AdamW(reference.parameters(), lr=0.01)
+    gradcentral.centralize(torchs, reference)
+    for net, opt in ((model, optimizer), (reference, torchs)):
+        _steps(net, opt, 1)
+        for p in net.parameters():
+            opt.state[p]["step"].data = opt.state[p]["step"].double()
+        _steps(net, opt, 1, start=1)
+        weight = net.head.weight
+        opt.state[weight]["exp_avg"].data = opt.state[weight]["exp_avg"].t().contiguous().t()
+        _steps(net, opt, 1, start=2)
+    assert _differ(model, reference) < 1e-5
+    assert float(optimizer.state[model.head.weight]["step"]) == 3
+    weight = model.head.weight
+    weight.grad = torch._neg_view(torch.ones_like(weight))
+    before = weight.detach().clone()
+    for p in model.parameters():
+        if p is not weight:
+            p.grad = None
+    layout = weight_layout(model, exclude=["head.weight"])
+    gradcentral.SGD([weight, model.conv.weight], lr=1.0, layout=layout).step()
+    torch.testing.assert_close(weight.detach(), before + 1)
 
 
 def test_replaced_tensors_are_found_again() -> None:
@@ -410,8 +465,15 @@ def test_sparse_and_odd_gradients_take_torchs_step() -> None:
     optimizer.step()
     torch.testing.assert_close(model[1].weight.detach(), kept)  # a constant gradient has nothing but its mean
     layout = weight_layout(model, overrides={"0.weight": WeightVectors((1,))})
+    kept = model[1].weight.detach().clone()
+    model.zero_grad()
+    model(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match="0.weight has a sparse gradient"):
         gradcentral.SGD(model.parameters(), lr=0.1, layout=layout).step()
+    assert torch.equal(model[1].weight.detach(), kept)  # refused before anything has moved
+    by_shape = WeightLayout.from_shapes(model.parameters())
+    with pytest.raises(ValueError, match="parameter 0 of shape .* has a sparse gradient.*give the model"):
+        gradcentral.SGD(model.parameters(), lr=0.1, layout=by_shape).step()
 
 
 @pytest.mark.parametrize("use", [None, reference_path])

@@ -56,8 +56,16 @@ def _parts(function: Any, depth: int) -> Any:
 
 
 def _code(code: CodeType) -> list[Any]:
-    constants = [_code(const) if isinstance(const, CodeType) else repr(const) for const in code.co_consts]
-    return [code.co_code, list(code.co_names), constants]
+    return [code.co_code, list(code.co_names), [_constant(const) for const in code.co_consts]]
+
+
+def _constant(const: Any) -> Any:
+    if isinstance(const, CodeType):
+        return _code(const)
+    if isinstance(const, tuple):
+        return [_constant(item) for item in const]
+    # A set of strings has another order in every process.
+    return sorted(map(repr, const)) if isinstance(const, frozenset) else repr(const)
 
 
 def _plain(value: Any, depth: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -73,8 +74,9 @@ def _of_task(task: Task, settings: Settings, optimizers: tuple[str, ...], refere
             part = f"optimizers[{name!r}]"
             optimizer = fresh_optimizer(task, name, model)
             parts[part] = _of_optimizer(optimizer)
-            fresh_schedule(task, optimizer, steps=1)
-        part = "schedule"
+            part = "schedule"
+            batches = math.ceil(len(task.train) / task.batch_size)  # type: ignore[arg-type]
+            fresh_schedule(task, optimizer, steps=settings.epochs * batches)
         parts[part] = "none" if task.schedule is None else f"code {digest_of_callable(task.schedule)}"
     except ExperimentError:
         raise
@@ -85,7 +87,11 @@ def _of_task(task: Task, settings: Settings, optimizers: tuple[str, ...], refere
 
 def _of_model(model: nn.Module, weights: str) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
-    return f"{type(model).__name__} of {count} parameters, structure {digest(str(model))}, initial weights {weights}"
+    # What the modules compute: their text tells the layers, not the code between them.
+    own = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
+    code = sorted(f"{cls.__qualname__} {digest_of_callable(cls.forward)}" for cls in own)
+    structure = digest([str(model), code])
+    return f"{type(model).__name__} of {count} parameters, structure {structure}, initial weights {weights}"
 
 
 def _of_dataset(dataset: Any) -> str:

@@ -6,7 +6,7 @@ import inspect
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -85,7 +85,9 @@ def train(task: Task, key: Key, settings: Settings, on_epoch: Listener) -> Run:
             diverged_at = epoch
             break
     else:
-        few = range(min(_length(task.train), _length(task.test)))
+        # As many as there are to test with, the same for all arms; the first ones could be of one class.
+        some = torch.randperm(_length(task.train), generator=torch.Generator().manual_seed(derive(key.seed, "gap")))
+        few = sorted(some[: _length(task.test)].tolist())
         train_metric = trainer.evaluate(task.train, few)["metric"]
     return Run(
         *key,
@@ -243,7 +245,7 @@ class _Trainer:
             self.schedule.step()
         return loss.detach()
 
-    def evaluate(self, dataset: Any, indices: range | None = None) -> dict[str, float]:
+    def evaluate(self, dataset: Any, indices: Sequence[int] | None = None) -> dict[str, float]:
         """Mean loss and metric per example, in eval mode; a loss that is not finite ends it, metric NaN."""
         self.model.eval()
         losses = metrics = count = 0.0

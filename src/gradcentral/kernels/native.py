@@ -169,7 +169,7 @@ class Work:
         return self.items, len(self.items), table.buffer_info()[0], ctypes.byref(self._list)
 
 
-_dtype = attrgetter("dtype")
+_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
 class _Form(NamedTuple):
@@ -178,10 +178,26 @@ class _Form(NamedTuple):
     shapes: list[Any]
     strides: list[Any]
     dtypes: list[Any]
+    kinds: list[Any]
+    on_cpu: bool
+    negated: bool
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> _Form:
-        return cls([*map(Tensor.size, tensors)], [*map(Tensor.stride, tensors)], [*map(_dtype, tensors)])
+        if not all(map(_is_strided, tensors)):
+            return cls([], [], [], [], False, False)
+        return cls(
+            [*map(Tensor.size, tensors)],
+            [*map(Tensor.stride, tensors)],
+            [*map(_dtype, tensors)],
+            [*map(type, tensors)],
+            all(map(_is_cpu, tensors)),
+            any(map(Tensor.is_neg, tensors)),
+        )
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided
 
 
 def _pointers(columns: Sequence[Sequence[Tensor] | None], count: int) -> array[int]:
@@ -215,7 +231,7 @@ class StepPlan:
         self.params = params
         self.states = states
         self._dtype = DTYPES[params[0].dtype]
-        self._form = _Form.of([*params, *grads])
+        self._form = _Form.of(_tensors(params, grads, states))
         self.work = Work(loops, self._dtype)
         steps = states[3]
         for position, item in enumerate(self.work.items):
@@ -226,7 +242,7 @@ class StepPlan:
         for new, old in zip(states, self.states, strict=True):
             if (new is None) != (old is None) or (new is not None and old is not None and not same_objects(new, old)):
                 return False
-        return _Form.of([*self.params, *grads]) == self._form
+        return _Form.of(_tensors(self.params, grads, states)) == self._form
 
     def run(self, grads: list[Tensor], rule: Rule, new: list[bool]) -> None:
         """Take the step. ``new``: for each parameter, whether its momentum buffer is; empty where none is."""
@@ -239,6 +255,14 @@ class StepPlan:
         for item, _ in zip(self.work.items, new, strict=False):
             item.first = 0
         torch.autograd.graph.increment_version(self.params)
+
+
+def _tensors(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor] | None]) -> list[Tensor]:
+    found = [*params, *grads]
+    for column in states:
+        if column is not None:
+            found += column
+    return found
 
 
 class CenteringPlan:

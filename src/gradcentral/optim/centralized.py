@@ -35,6 +35,9 @@ class _GroupPlan(NamedTuple):
     """Of the optimizer, as they were when the plan was made."""
 
 
+_Work = tuple[native.StepPlan, list[Tensor], native.Rule]
+
+
 class Centralized(Optimizer):
     """Base of `SGD`, `Adam` and `AdamW`: torch's optimizer of that name, centering inside the step.
 
@@ -79,13 +82,22 @@ class Centralized(Optimizer):
         self._plans: dict[int, _GroupPlan] = {}
         self._fresh: set[Tensor] = set()
         super().__init__(params, *args, **kwargs)
-        self.placement = placement
+        self._placement = placement
         self._by_shape = model is None and layout is None
         if layout is None:
             layout = self._shape_layout() if model is None else weight_layout(model)
-        self.layout = layout
         self._targets = Targets(layout)
         self._targets.first(self)
+
+    @property
+    def placement(self) -> str:
+        """``"gradient"`` or ``"update"``; fixed, like the layout, when the optimizer is made."""
+        return self._placement
+
+    @property
+    def layout(self) -> WeightLayout:
+        """The layout in use."""
+        return self._targets.layout
 
     def _shape_layout(self) -> WeightLayout:
         warnings.warn(
@@ -103,6 +115,10 @@ class Centralized(Optimizer):
         if torchs_own is Optimizer:
             return
         cls._torchs_own = torchs_own
+        if "__init__" in cls.__dict__:  # a subclass with arguments of its own
+            own = [p for name, p in inspect.signature(cls.__init__).parameters.items() if name != "self"]
+            cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+            return
         ours = inspect.signature(Centralized.__init__).parameters
         signature = inspect.signature(torchs_own.__init__)  # type: ignore[misc]
         torchs = [parameter for name, parameter in signature.parameters.items() if name != "self"]
@@ -111,21 +127,23 @@ class Centralized(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps three attributes only; a copy that lost its layout would stop centering in silence.
-        own = ("placement", "layout", "_by_shape")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+        own = {"_placement": self._placement, "_by_shape": self._by_shape, "_copied_layout": self.layout}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        # torch comes here with state and groups alone when a checkpoint is loaded: then the layout stays.
+        copied = {name: value for name, value in state.items() if name != "_copied_layout"}
+        super().__setstate__(copied)
         self._plans = {}
         self._fresh = set()
-        self._targets = Targets(self.layout)
+        if "_copied_layout" in state:
+            self._targets = Targets(state["_copied_layout"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch. Layers that the model has got since are looked up in it."""
         super().add_param_group(param_group)
         if getattr(self, "_by_shape", False):
-            self.layout = WeightLayout.from_shapes(self.param_groups)
-            self._targets = Targets(self.layout)
+            self._targets = Targets(WeightLayout.from_shapes(self.param_groups))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, as torch's, with Gradient Centralization. Returns the closure's loss."""
@@ -133,8 +151,8 @@ class Centralized(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        served: list[Tensor] = []
-        wanted = 0
+        work: list[_Work] = []
+        wanted = served = 0
         fuse = not native.unavailable and not torch.compiler.is_compiling()
         if fuse and _must_skip(self):
             return loss
@@ -142,9 +160,16 @@ class Centralized(Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             wanted += len(params)
             if fuse and _may_fuse(group):
-                served += self._fused_step(index, group, params)
-        if len(served) < wanted:
-            self._torchs_step(served)
+                work += self._fused_work(index, group, params)
+        for plan, _, _ in work:
+            served += len(plan.params)
+        if served < wanted:
+            self._refuse_sparse()  # before anything has moved
+        for plan, grads, rule in work:
+            plan.run(grads, rule, [p in self._fresh for p in plan.params] if self._fresh else [])
+        self._fresh.clear()
+        if served < wanted:
+            self._torchs_step([p for plan, _, _ in work for p in plan.params])
         return loss
 
     # What a subclass says of its rule.
@@ -170,8 +195,8 @@ class Centralized(Optimizer):
 
     # The two ways to step.
 
-    def _fused_step(self, index: int, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        """Step what the native kernels can serve of a group's parameters that have gradients, and return it."""
+    def _fused_work(self, index: int, group: dict[str, Any], params: list[Tensor]) -> list[_Work]:
+        """What the native kernels can serve of a group's parameters that have gradients."""
         kind, planned = self._kind(group), self._plans.get(index)
         work = None
         if planned is not None and planned.kind == kind and same_objects(params, planned.params):
@@ -180,20 +205,15 @@ class Centralized(Optimizer):
             planned = self._plans[index] = self._plan(kind, group, params)
             work = self._work(group, planned)
             assert work is not None, "a plan fits the tensors it was made for"
-        rule = self._rule(group)
-        rule.scale = (-1.0 if group["maximize"] else 1.0) / _grad_scale(self)
-        served: list[Tensor] = []
-        for plan, grads in work:
-            plan.run(grads, rule, [p in self._fresh for p in plan.params] if self._fresh else [])
-            served += plan.params
-        self._fresh.clear()
-        return served
+        return work
 
-    def _work(self, group: dict[str, Any], planned: _GroupPlan) -> list[tuple[native.StepPlan, list[Tensor]]] | None:
-        """Each of a group's plans with the gradients of now, or None where one no longer fits."""
+    def _work(self, group: dict[str, Any], planned: _GroupPlan) -> list[_Work] | None:
+        """Each of a group's plans with the gradients and coefficients of now, or None where one no longer fits."""
         if not same_objects([*self.state.values()], planned.all_states):
             return None
-        work = []
+        rule = self._rule(group)
+        rule.scale = (-1.0 if group["maximize"] else 1.0) / _grad_scale(self)
+        work: list[_Work] = []
         for plan, states in zip(planned.plans, planned.states, strict=True):
             grads = [cast("Tensor", p.grad) for p in plan.params]
             try:
@@ -202,7 +222,7 @@ class Centralized(Optimizer):
                 return None
             if not fits:
                 return None
-            work.append((plan, grads))
+            work.append((plan, grads, rule))
         return work
 
     def _plan(self, kind: int, group: dict[str, Any], params: list[Tensor]) -> _GroupPlan:
@@ -230,6 +250,12 @@ class Centralized(Optimizer):
         step_serves = steps is None or native.is_number(steps[0])
         return step_serves and all(column is None or native.alike(p, column[0]) for column in buffers)
 
+    def _refuse_sparse(self) -> None:
+        if self._placement == "gradient":
+            for p, _ in self._targets.of(self):
+                if p.grad is not None:
+                    refuse_sparse(p.grad, p, self.layout)
+
     def _torchs_step(self, served: list[Tensor]) -> None:
         """The reference path: torch's own step for what is not served yet, fed with centered gradients."""
         done = set(served)
@@ -245,7 +271,6 @@ class Centralized(Optimizer):
                         kept.append((p, vectors, unit_means(p, vectors)))
                         continue
                     gradient = cast("Tensor", p.grad)
-                    refuse_sparse(gradient, p, self.layout)
                     gradients[p] = gradient
                     p.grad = center(gradient, vectors)
                 _plain_step(self._torchs_own)(self)
@@ -270,7 +295,7 @@ def _may_fuse(group: dict[str, Any]) -> bool:
 def _must_skip(optimizer: Optimizer) -> bool:
     """Whether a GradScaler found an infinite gradient (it tells fused optimizers so, instead of not calling them)."""
     found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf.item())
+    return found_inf is not None and bool(found_inf.item())
 
 
 def _grad_scale(optimizer: Optimizer) -> float:
