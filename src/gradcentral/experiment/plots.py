@@ -43,12 +43,15 @@ def curves(comparison: Comparison, name: str, label: str, theme: Theme) -> Any:
         label: of the vertical axis.
         theme: colors.
     """
-    count = len(comparison.optimizers)
+    columns = min(len(comparison.optimizers), 3)
+    rows = math.ceil(len(comparison.optimizers) / columns)
     with _style(theme):
-        figure = _figure(1 + 4.4 * count, 3.5)
-        axes = figure.subplots(1, count, squeeze=False, sharey=True)
+        figure = _figure(1 + 4.4 * columns, 0.5 + 3 * rows)
+        axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
         late: list[float] = []
-        for axis, optimizer in zip(axes[0], comparison.optimizers, strict=True):
+        for unused in axes.flat[len(comparison.optimizers) :]:
+            unused.set_axis_off()
+        for axis, optimizer in zip(axes.flat, comparison.optimizers, strict=False):
             for arm in comparison.arms:
                 points = _by_epoch(comparison, optimizer, arm, name)
                 if not points:
@@ -62,7 +65,8 @@ def curves(comparison: Comparison, name: str, label: str, theme: Theme) -> Any:
             axis.set_xlabel("epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.margins(x=0.02)
-        axes[0][0].set_ylabel(label)
+        for axis in axes[:, 0]:
+            axis.set_ylabel(label)
         if name == "train_loss" and late and min(late) > 0:
             axes[0][0].set_yscale("log")
         elif late:
