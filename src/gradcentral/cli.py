@@ -121,7 +121,7 @@ def bench(
         bool, typer.Option("--iteration/--no-iteration", help="Also a whole training iteration of ResNet-18.")
     ] = True,
     peers: Annotated[bool, typer.Option("--peers", help="Also other libraries' GC, where installed.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("runs/bench"),
+    out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.md and bench.png.")] = Path("runs/bench"),
 ) -> None:
     """Measure optimizer steps with and without GC on this machine, as ratios in one run."""
     import torch
@@ -147,9 +147,10 @@ def bench(
         benchmark.cases.append(runs.iteration())
     benchmark.write(out / "bench.json")
     table.plot(benchmark, out / "bench.png")
+    (out / "bench.md").write_text(table.markdown(benchmark), encoding="utf-8")
     Console(width=210, highlight=False).print(table.table(benchmark))
     console.print(table.verdict(benchmark), soft_wrap=True)
-    typer.echo(f"\n{out / 'bench.json'} and {out / 'bench.png'}")
+    typer.echo(f"\n{out / 'bench.json'}, bench.md and bench.png")
 
 
 def _names(text: str) -> list[str]:

@@ -15,7 +15,7 @@ from gradcentral.bench.network import resnet18
 from gradcentral.bench.runs import NOISY
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import ATTACHED, BASELINE, OURS, alternatives
-from gradcentral.bench.table import plot, table, verdict
+from gradcentral.bench.table import markdown, plot, table, verdict
 from gradcentral.bench.timing import Ratio, interleave, ratio
 from gradcentral.cli import app
 
@@ -106,6 +106,7 @@ def test_the_verdict_says_when_it_cannot_tell() -> None:
 def test_table_and_plot(tmp_path: Path) -> None:
     benchmark = Benchmark([_case(Ratio(0.8, 0.7, 0.9), 0.02)], {"threads": "2"})
     assert table(benchmark).row_count == 1
+    assert "| tiny CNN | f32 | SGD | 1.00 | – | – | – | **0.80** | – | – | ±2% |" in markdown(benchmark)
     plot(benchmark, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 

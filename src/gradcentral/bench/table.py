@@ -11,7 +11,7 @@ from gradcentral.bench.runs import NOISY, Benchmark, Case
 from gradcentral.bench.steps import BASELINE, OURS
 from gradcentral.bench.timing import Ratio
 
-__all__ = ["plot", "table", "verdict"]
+__all__ = ["markdown", "plot", "table", "verdict"]
 
 
 def table(benchmark: Benchmark) -> Table:
@@ -48,6 +48,30 @@ def _cell(found: Ratio | None, ours: bool) -> Text:
 
 def _median(found: Ratio | None) -> str:
     return "" if found is None else f"{found.median:.2f}"
+
+
+def markdown(benchmark: Benchmark) -> str:
+    """The medians as a table for a page."""
+    columns = {
+        "torch default": "torch default, no GC",
+        "loop + torch fused": "loop + torch fused",
+        "`centralize` + torch fused": "centralize + torch fused",
+        "ours, `gradient`": OURS,
+        "ours, `update`": "gradcentral update",
+    }
+    headings = ["model", "type", "optimizer", "torch fused, ms", *columns, "ours ÷ streaming", "noise"]
+    lines = ["| " + " | ".join(headings) + " |", "|---|---|---" + "|--:" * (len(headings) - 3) + "|"]
+    for case in benchmark.cases:
+        ratios = [case.ratios.get(name) for name in columns.values()]
+        cells = ["–" if found is None else f"{found.median:.2f}" for found in ratios]
+        ours = case.ratios.get(OURS)
+        if ours is not None and ours.high < 1:
+            cells[3] = f"**{cells[3]}**"
+        start = [case.model, case.dtype, case.algorithm, f"{case.milliseconds:.2f}"]
+        lines.append(
+            "| " + " | ".join([*start, *cells, _median(case.over_streaming) or "–", f"±{case.noise:.0%}"]) + " |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def verdict(benchmark: Benchmark) -> str:
