@@ -169,12 +169,13 @@ class Work:
         return self.items, len(self.items), table.buffer_info()[0], ctypes.byref(self._list)
 
 
-_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
+_dtype, _is_cpu, _layout = attrgetter("dtype"), attrgetter("is_cpu"), attrgetter("layout")
 
 
 class _Form(NamedTuple):
-    """What a plan depends on; pointers are no part of it."""
+    """What a plan depends on in tensors that are others at each call; pointers are no part of it."""
 
+    layouts: set[torch.layout]
     shapes: list[Any]
     strides: list[Any]
     dtypes: list[Any]
@@ -184,9 +185,11 @@ class _Form(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> _Form:
-        if not all(map(_is_strided, tensors)):
-            return cls([], [], [], [], False, False)
+        layouts = set(map(_layout, tensors))
+        if layouts != {torch.strided}:  # a sparse tensor has no strides to ask for
+            return cls(layouts, [], [], [], [], False, False)
         return cls(
+            layouts,
             [*map(Tensor.size, tensors)],
             [*map(Tensor.stride, tensors)],
             [*map(_dtype, tensors)],
@@ -194,10 +197,6 @@ class _Form(NamedTuple):
             all(map(_is_cpu, tensors)),
             any(map(Tensor.is_neg, tensors)),
         )
-
-
-def _is_strided(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided
 
 
 def _pointers(columns: Sequence[Sequence[Tensor] | None], count: int) -> array[int]:
@@ -231,7 +230,9 @@ class StepPlan:
         self.params = params
         self.states = states
         self._dtype = DTYPES[params[0].dtype]
-        self._form = _Form.of(_tensors(params, grads, states))
+        self._lasting = [*params, *(tensor for column in states if column is not None for tensor in column)]
+        self._lasting_form = self._form_of_lasting()
+        self._grad_form = _Form.of(grads)
         self.work = Work(loops, self._dtype)
         steps = states[3]
         for position, item in enumerate(self.work.items):
@@ -242,7 +243,21 @@ class StepPlan:
         for new, old in zip(states, self.states, strict=True):
             if (new is None) != (old is None) or (new is not None and old is not None and not same_objects(new, old)):
                 return False
-        return _Form.of(_tensors(self.params, grads, states)) == self._form
+        return self._form_of_lasting() == self._lasting_form and _Form.of(grads) == self._grad_form
+
+    def _form_of_lasting(self) -> tuple[list[int], list[int], list[Any], list[Any], list[Any]]:
+        """Of parameters and states, which are the same objects: that nobody has swapped their data.
+
+        Where pointer, size and type are the old ones, the memory is as large as it was. Of the parameters, with which
+        people do such things, the shape is looked at too.
+        """
+        return (
+            [*map(Tensor.data_ptr, self._lasting)],
+            [*map(Tensor.numel, self._lasting)],
+            [*map(_dtype, self._lasting)],
+            [*map(Tensor.size, self.params)],
+            [*map(Tensor.stride, self.params)],
+        )
 
     def run(self, grads: list[Tensor], rule: Rule, new: list[bool]) -> None:
         """Take the step. ``new``: for each parameter, whether its momentum buffer is; empty where none is."""
@@ -255,14 +270,6 @@ class StepPlan:
         for item, _ in zip(self.work.items, new, strict=False):
             item.first = 0
         torch.autograd.graph.increment_version(self.params)
-
-
-def _tensors(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor] | None]) -> list[Tensor]:
-    found = [*params, *grads]
-    for column in states:
-        if column is not None:
-            found += column
-    return found
 
 
 class CenteringPlan:
