@@ -232,6 +232,7 @@ class StepPlan:
         self._dtype = DTYPES[params[0].dtype]
         self._lasting = [*params, *(tensor for column in states if column is not None for tensor in column)]
         self._lasting_form = self._form_of_lasting()
+        self._lasting_pointers = self._lasting_form[0]
         self._grad_form = _Form.of(grads)
         self.work = Work(loops, self._dtype)
         steps = states[3]
@@ -243,7 +244,23 @@ class StepPlan:
         for new, old in zip(states, self.states, strict=True):
             if (new is None) != (old is None) or (new is not None and old is not None and not same_objects(new, old)):
                 return False
-        return self._form_of_lasting() == self._lasting_form and _Form.of(grads) == self._grad_form
+        form = self._form_of_lasting()
+        self._lasting_pointers = form[0]
+        return form == self._lasting_form and _Form.of(grads) == self._grad_form
+
+    def _table(self, grads: list[Tensor]) -> array[int]:
+        """The table of pointers: those that `fits` has just read, and the gradients'."""
+        count, lasting = len(grads), self._lasting_pointers
+        table = array("Q", lasting[:count])
+        table.extend(map(Tensor.data_ptr, grads))
+        position = count
+        for column in self.states:
+            if column is None:
+                table.extend(repeat(0, count))
+            else:
+                table.extend(lasting[position : position + count])
+                position += count
+        return table
 
     def _form_of_lasting(self) -> tuple[list[int], list[int], list[Any], list[Any], list[Any]]:
         """Of parameters and states, which are the same objects: that nobody has swapped their data.
@@ -260,10 +277,10 @@ class StepPlan:
         )
 
     def run(self, grads: list[Tensor], rule: Rule, new: list[bool]) -> None:
-        """Take the step. ``new``: for each parameter, whether its momentum buffer is; empty where none is."""
+        """Take the step, right after `fits`. ``new``: which momentum buffers are new, as flags; empty for none."""
         for item, first in zip(self.work.items, new, strict=False):
             item.first = first
-        table = _pointers((self.params, grads, *self.states), len(grads))
+        table = self._table(grads)
         _library.gradcentral_step(
             *self.work.arguments(table), self._dtype, self.kind, ctypes.byref(rule), torch.get_num_threads()
         )
