@@ -21,7 +21,7 @@ from gradcentral.bench.network import resnet18
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import ALGORITHMS, ATTACHED, BASELINE, OURS, STREAM, STREAM_GRADIENTS, alternatives
 from gradcentral.bench.timing import Ratio, interleave, ratio
-from gradcentral.kernels import available
+from gradcentral.kernels import available, native
 
 __all__ = ["DTYPES", "Benchmark", "Case", "bench", "iteration"]
 
@@ -171,9 +171,13 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "gradcentral": gradcentral.__version__,
-        "kernels": "; ".join(f"{name}: {why or 'runs'}" for name, why in available().items()),
+        "kernels": "; ".join(f"{name}: {why or 'runs'}" for name, why in available().items()) + _one_thread(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def _one_thread() -> str:
+    return "" if available()["native"] or native.has_openmp() else ", on one thread (built without OpenMP)"
 
 
 def _processor() -> str:
