@@ -14,6 +14,7 @@ from rich.console import Console
 from gradcentral import layout_report, weight_layout
 from gradcentral.experiment import ExperimentError, TaskError
 from gradcentral.experiment import compare as compare_task
+from gradcentral.extras import MissingExtraError
 
 __all__ = ["run"]
 
@@ -169,7 +170,7 @@ def run() -> None:
     interrupted = "interrupted; the finished runs are kept, the same command goes on from there"
     try:
         status = app(standalone_mode=False)
-    except ExperimentError as error:
+    except (ExperimentError, MissingExtraError) as error:
         _end(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         _end(interrupted, 130)

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gradcentral.experiment.errors import optional
 from gradcentral.experiment.records import Key, Run
 from gradcentral.experiment.results import spread
+from gradcentral.extras import optional
 
 __all__ = ["Display"]
 

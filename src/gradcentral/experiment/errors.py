@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
-__all__ = ["ArmError", "ExperimentError", "ResultsError", "RunError", "TaskError", "optional"]
+__all__ = ["ArmError", "ExperimentError", "ResultsError", "RunError", "TaskError"]
 
 
 class ExperimentError(Exception):
@@ -26,12 +23,3 @@ class RunError(ExperimentError):
 
 class ResultsError(ExperimentError):
     """The output folder holds results that can't be continued."""
-
-
-def optional(module: str) -> ModuleType:
-    """Import a module of the ``experiments`` extra, or say in one line how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        missing = (error.name or module).partition(".")[0]
-        raise ExperimentError(f"this needs {missing}: pip install 'gradcentral[experiments]'") from error

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gradcentral.experiment.errors import ExperimentError, TaskError, optional
+from gradcentral.experiment.errors import ExperimentError, TaskError
 from gradcentral.experiment.task import CustomTask, Task, name_of
+from gradcentral.extras import optional
 
 __all__ = ["BUILT_IN", "TaskReference", "describe", "follow_address", "load_task", "refer_to", "where"]
 

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-from gradcentral.experiment.checks import NONE
-from gradcentral.experiment.errors import optional
+from gradcentral.analysis.theme import STYLES, Theme, new_figure, style
 from gradcentral.experiment.results import Comparison
 from gradcentral.experiment.statistics import interval_of_mean
 
-__all__ = ["DARK", "LIGHT", "Theme", "curves", "differences", "to_png", "to_svg"]
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colors of a figure. Those of the arms are Okabe and Ito's, which color-blind people can tell apart."""
-
-    background: str
-    text: str
-    faint: str
-    arms: dict[str, str]
-
-
-LIGHT = Theme("#ffffff", "#1f2328", "#d8dce1", {NONE: "#6b7280", "gradient": "#0072b2", "update": "#d55e00"})
-DARK = Theme("#14171c", "#e4e7eb", "#3a404a", {NONE: "#a3abb8", "gradient": "#56b4e9", "update": "#ef8a3c"})
-
-# Line styles too, for print in gray.
-STYLES = {NONE: "--", "gradient": "-", "update": "-."}
+__all__ = ["curves", "differences"]
 
 
 def curves(comparison: Comparison, name: str, label: str, theme: Theme) -> Any:
@@ -45,8 +23,8 @@ def curves(comparison: Comparison, name: str, label: str, theme: Theme) -> Any:
     """
     columns = min(len(comparison.optimizers), 3)
     rows = math.ceil(len(comparison.optimizers) / columns)
-    with _style(theme):
-        figure = _figure(1 + 4.4 * columns, 0.5 + 3 * rows)
+    with style(theme):
+        figure = new_figure(1 + 4.4 * columns, 0.5 + 3 * rows)
         axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
         late: list[float] = []
         for unused in axes.flat[len(comparison.optimizers) :]:
@@ -80,8 +58,8 @@ def curves(comparison: Comparison, name: str, label: str, theme: Theme) -> Any:
 def differences(comparison: Comparison, theme: Theme) -> Any:
     """Paired differences arm − none of the final test metric: a dot a seed, the mean and its interval."""
     rows = [(v.optimizer, v.arm, v.evidence) for v in comparison.verdicts]
-    with _style(theme):
-        figure = _figure(9.8, 1.3 + 0.52 * len(rows))
+    with style(theme):
+        figure = new_figure(9.8, 1.3 + 0.52 * len(rows))
         axis = figure.subplots()
         axis.axvline(0, color=theme.text, lw=1, zorder=1)
         for at, (_, arm, evidence) in enumerate(rows):
@@ -111,23 +89,6 @@ def differences(comparison: Comparison, theme: Theme) -> Any:
         return figure
 
 
-def to_png(figure: Any, title: str) -> bytes:
-    """The figure at 200 dots an inch, with a title, as it may be shown on its own."""
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    return _save(figure, format="png", dpi=200)
-
-
-def to_svg(figure: Any) -> bytes:
-    """The figure as vectors, letters included."""
-    return _save(figure, format="svg", metadata={"Date": None})
-
-
-def _save(figure: Any, **options: Any) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, facecolor=figure.get_facecolor(), **options)
-    return file.getvalue()
-
-
 def _by_epoch(comparison: Comparison, optimizer: str, arm: str, name: str) -> list[tuple[int, float, float, float]]:
     """(epoch, mean, low, high) over the runs that did not diverge; on a log axis all three are geometric."""
     runs = [run for run in comparison.runs(optimizer, arm) if run.diverged_at is None]
@@ -153,38 +114,3 @@ def _show_late_epochs(axis: Any, means: list[float]) -> None:
     reach = (max(means) - min(means)) or abs(means[0]) or 1.0
     low, high = axis.get_ylim()
     axis.set_ylim(max(low, min(means) - 0.3 * reach), min(high, max(means) + 0.3 * reach))
-
-
-@contextmanager
-def _style(theme: Theme) -> Iterator[None]:
-    with optional("matplotlib").rc_context(
-        {
-            "figure.facecolor": theme.background,
-            "axes.facecolor": theme.background,
-            "text.color": theme.text,
-            "axes.labelcolor": theme.text,
-            "axes.edgecolor": theme.faint,
-            "xtick.color": theme.text,
-            "ytick.color": theme.text,
-            "axes.grid": True,
-            "grid.color": theme.faint,
-            "grid.linewidth": 0.6,
-            "axes.axisbelow": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-            "xtick.major.size": 3,
-            "ytick.major.size": 0,
-            "ytick.minor.size": 0,
-            "font.size": 10,
-            "axes.titlesize": 11,
-            "font.family": ["DejaVu Sans"],
-            "svg.hashsalt": "gradcentral",
-        }
-    ):
-        yield
-
-
-def _figure(width: float, height: float) -> Any:
-    """Without pyplot, whose windows and global state are the caller's."""
-    return optional("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")

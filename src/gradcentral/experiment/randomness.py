@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from gradcentral.experiment.errors import optional
+from gradcentral.extras import optional
 
 __all__ = ["derive", "isolated", "seed_everything"]
 

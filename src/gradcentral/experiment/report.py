@@ -7,10 +7,11 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
+from gradcentral.analysis.theme import DARK, LIGHT, Theme, to_png, to_svg
 from gradcentral.experiment.checks import NONE
-from gradcentral.experiment.errors import optional
-from gradcentral.experiment.plots import DARK, LIGHT, Theme, curves, differences, to_png, to_svg
+from gradcentral.experiment.plots import curves, differences
 from gradcentral.experiment.results import Comparison
+from gradcentral.extras import optional
 
 __all__ = ["write_report"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from gradcentral.experiment.checks import NONE
-from gradcentral.experiment.errors import optional
 from gradcentral.experiment.records import Key, Run
 from gradcentral.experiment.statistics import Paired, Verdict, epochs_to_reach, judge, mean_std, paired
+from gradcentral.extras import optional
 
 __all__ = ["Comparison", "Row"]
 

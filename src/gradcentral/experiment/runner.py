@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from gradcentral.experiment.errors import ArmError, ExperimentError, RunError, optional
+from gradcentral.experiment.errors import ArmError, ExperimentError, RunError
 from gradcentral.experiment.loading import Address, TaskReference, describe, follow_address, where
 from gradcentral.experiment.randomness import isolated
 from gradcentral.experiment.records import Key, Run
 from gradcentral.experiment.task import CustomTask
 from gradcentral.experiment.training import Settings, follow, train
+from gradcentral.extras import optional
 
 __all__ = ["default_jobs", "run_all"]
 

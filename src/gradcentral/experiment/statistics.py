@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gradcentral.experiment.errors import optional
+from gradcentral.extras import optional
 
 __all__ = ["Paired", "Verdict", "epochs_to_reach", "interval_of_mean", "judge", "mean_std", "paired"]
 
