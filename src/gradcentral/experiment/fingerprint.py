@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from gradcentral.analysis.unchanged import random_numbers_unchanged
 from gradcentral.experiment.digest import digest, digest_of_callable, digest_of_source
 from gradcentral.experiment.errors import ExperimentError, TaskError
 from gradcentral.experiment.loading import TaskReference, describe, where
-from gradcentral.experiment.randomness import isolated, seed_everything
+from gradcentral.experiment.randomness import seed_everything
 from gradcentral.experiment.task import CustomTask, Task, name_of
 from gradcentral.experiment.training import Settings, fresh_model, fresh_optimizer, fresh_schedule
 
@@ -33,7 +34,7 @@ def fingerprint(reference: TaskReference, settings: Settings | None, optimizers:
     parts = {"task": task.name}
     if reference.source is not None:
         parts["code of the task's file (comments do not count)"] = digest_of_source(reference.source)
-    with isolated():
+    with random_numbers_unchanged():
         if isinstance(task, CustomTask):
             return parts | _of_custom(task)
         assert settings is not None

@@ -1,17 +1,15 @@
-"""Random numbers: one seed decides them all, and a comparison leaves the caller's as they were."""
+"""Random numbers: one seed decides them all."""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from gradcentral.extras import optional
 
-__all__ = ["derive", "isolated", "seed_everything"]
+__all__ = ["derive", "seed_everything"]
 
 
 def seed_everything(seed: int) -> None:
@@ -29,16 +27,3 @@ def derive(seed: int, purpose: str) -> int:
     True
     """
     return int.from_bytes(hashlib.sha256(f"{purpose} {seed}".encode()).digest()[:4], "little")
-
-
-@contextmanager
-def isolated() -> Iterator[None]:
-    """Put the generators of Python, NumPy and torch back afterwards."""
-    np = optional("numpy")
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from gradcentral.analysis.unchanged import random_numbers_unchanged
 from gradcentral.experiment.errors import ArmError, ExperimentError, RunError
 from gradcentral.experiment.loading import Address, TaskReference, describe, follow_address, where
-from gradcentral.experiment.randomness import isolated
 from gradcentral.experiment.records import Key, Run
 from gradcentral.experiment.task import CustomTask
 from gradcentral.experiment.training import Settings, follow, train
@@ -53,7 +53,7 @@ def run_all(
         ArmError: a run did not do what its arm says.
     """
     if jobs == 1:
-        with isolated():
+        with random_numbers_unchanged():
             for key in keys:
                 yield _unwrap(_run(reference, key, settings, progress), progress.parent)
         return
