@@ -52,10 +52,21 @@ def test_compare(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "gradcentral compare line.py --seeds 2 --arms none,update" in report.read_text()
 
 
+def test_probe(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "probe", "line.py", "--batches", "1", "--out", "found") == 0
+    shown = capsys.readouterr().out
+    assert "GC removes" in shown
+    assert "bias: bias" in shown
+    assert (task.parent / "found" / "probe.csv").read_text().startswith("parameter,kind,share")
+    assert (task.parent / "found" / "probe.png").stat().st_size > 5_000
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["compare", "none.py"], "there is no such file"),
+        (["probe", "none.py"], "there is no such file"),
+        (["probe", "line.py", "--device", "toaster"], "device: 'toaster' can't be used here"),
         (["compare", "digit"], "there is no task 'digit'"),
         (["compare", "line.py", "--arms", "none,gc"], "arms: there is no 'gc'; there is none, gradient, update"),
         (["compare", "line.py", "--arms", "gradient"], "arms: 'none' must be among them"),

@@ -7,6 +7,7 @@ Yong, Huang, Hua, Zhang: Gradient Centralization: A New Optimization Technique f
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from gradcentral.centralize import Handle, centralize, centralize_gradients
@@ -16,6 +17,7 @@ from gradcentral.projection import center, projection_matrix, share
 from gradcentral.vectors import WeightVectors
 
 if TYPE_CHECKING:
+    from gradcentral.analysis.probe import probe
     from gradcentral.experiment import compare
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "centralize",
     "centralize_gradients",
     "compare",
+    "probe",
     "projection_matrix",
     "register_layout",
     "share",
@@ -40,10 +43,11 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    # The core imports torch alone; what needs an extra is imported when it is asked for.
-    if name == "compare":
-        from gradcentral.experiment import compare
+# What is seldom wanted, or needs an extra, is imported when it is asked for.
+_LATER = {"compare": "gradcentral.experiment", "probe": "gradcentral.analysis.probe"}
 
-        return compare
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module 'gradcentral' has no attribute {name!r}")

@@ -12,8 +12,12 @@ import typer
 from rich.console import Console
 
 from gradcentral import layout_report, weight_layout
-from gradcentral.experiment import ExperimentError, TaskError
+from gradcentral.analysis.probe import DEFAULT_BATCHES
+from gradcentral.analysis.theme import to_png
+from gradcentral.experiment import CustomTask, ExperimentError, TaskError, load_task
 from gradcentral.experiment import compare as compare_task
+from gradcentral.experiment.probing import probe_task
+from gradcentral.experiment.training import check_device
 from gradcentral.extras import MissingExtraError
 
 __all__ = ["run"]
@@ -82,6 +86,32 @@ def compare(
     console.print()
     console.print(comparison)
     console.print(f"\nReport: {comparison.report}", soft_wrap=True)
+
+
+@app.command()
+def probe(
+    task: Annotated[
+        str, typer.Argument(help="A Python file that defines `task`, or digits, digits-batchnorm, digits-vit.")
+    ] = "digits",
+    batches: Annotated[int, typer.Option(min=1, help="How many of the task's batches.")] = DEFAULT_BATCHES,
+    seed: Annotated[int, typer.Option(min=0, help="Of the fresh weights and the order of the batches.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for probe.csv and probe.png; without it nothing is written.")
+    ] = None,
+) -> None:
+    """Show what GC would do to each layer's gradient, on real batches, before any training."""
+    loaded = load_task(task)
+    if isinstance(loaded, CustomTask):
+        raise TaskError(f"task {loaded.name!r} has a trainer of its own: call gradcentral.probe(model, loss, batches)")
+    check_device(device, amp=False)
+    report = probe_task(loaded, seed=seed, batches=batches, device=device)
+    typer.echo(str(report))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "probe.csv").write_text(report.to_csv(), encoding="utf-8")
+        (out / "probe.png").write_bytes(to_png(report.plot(), f"{loaded.name}: where GC acts before training"))
+        typer.echo(f"\n{out / 'probe.csv'} and probe.png")
 
 
 @app.command()

@@ -162,4 +162,4 @@ def test_share_is_that_of_the_whole_raw_gradient() -> None:
     model.weight.grad = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1]])
     model.bias.grad = torch.tensor([2.0, 2.0])
     checked.watch()
-    assert checked.share() == pytest.approx(0.25)
+    assert checked.effect().share == pytest.approx(0.25)

@@ -81,6 +81,9 @@ def test_what_is_recorded(tiny: Callable[..., Task], tmp_path: Path) -> None:
     assert run.seed == 1
     assert [epoch["epoch"] for epoch in run.epochs] == [1, 2, 3]
     assert all(0 < epoch["share"] < 1 and epoch["train_loss"] > 0 for epoch in run.epochs)
+    assert all(0 < epoch["centered_norm"] < epoch["gradient_norm"] for epoch in run.epochs)
+    kept, moved = (result.runs("sgd", arm)[1].epochs[-1]["drift"] for arm in ("update", "none"))
+    assert kept < 1e-6 < 1e-2 < moved
     assert run.train_metric is not None
     assert run.environment["torch"] == torch.__version__
     assert [Run.from_line(line) for line in (tmp_path / RESULTS).read_text().splitlines()] == list(result.records)
@@ -302,7 +305,7 @@ def test_runs_that_turn_out_not_to_be_paired_are_refused(tiny: Callable[..., Tas
 
     def model() -> nn.Module:
         linear = nn.Linear(6, 2)
-        if next(calls) >= 3:  # after the two of the fingerprint and the first run
+        if next(calls) >= 4:  # after the two of the fingerprint, the probe's and the first run's
             linear.bias.data += 1
         return linear
 

@@ -12,6 +12,7 @@ import pytest
 
 from gradcentral.experiment import Comparison, Task
 from gradcentral.experiment import compare as compare_loudly
+from gradcentral.experiment.report import write_report
 
 compare = functools.partial(compare_loudly, progress=False)
 
@@ -111,3 +112,22 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 def test_the_command_repeats_it(tmp_path: Path, options: dict[str, object], command: str) -> None:
     chosen = {"seeds": 1, "epochs": 1, "optimizers": ["sgd"], "jobs": 1, "out": tmp_path} | options
     assert compare("digits", **chosen).command == command  # type: ignore[arg-type]
+
+
+def test_a_checked_report_shows_where_gc_acts_and_what_it_does(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    result = compare(tiny(), seeds=2, epochs=3, jobs=1, out=tmp_path)
+    html = result.report.read_text()
+    assert result.probe is not None
+    assert f"GC removes {result.probe.share:.1%} of the whole gradient" in html
+    for name in ("gradient_norm", "drift", "share"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert all(title in html for title in ("Gradient norm", "Drift of the weights", "Where GC acts"))
+
+
+def test_runs_of_earlier_versions_have_no_gradient_norm(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    result = compare(tiny(), seeds=1, epochs=1, jobs=1, out=tmp_path)
+    for run in result.records:
+        for name in ("gradient_norm", "centered_norm", "drift"):
+            del run.epochs[0][name]
+    write_report(result)
+    assert "Gradient norm" not in result.report.read_text()

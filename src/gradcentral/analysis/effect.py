@@ -73,7 +73,7 @@ def together(parts: Sequence[Effect]) -> Effect:
         Effect(share=0.36, norm=5.0, centered_norm=4.0, largest=4.0, centered_largest=4.0)
     """
     norm = math.hypot(*(part.norm for part in parts))
-    removed = math.fsum(part.share * (part.norm / norm) ** 2 for part in parts) if norm > 0 else 0.0
+    removed = math.fsum(part.share * (part.norm / norm) ** 2 for part in parts) if norm != 0 else 0.0
     return Effect(
         share=removed,
         norm=norm,

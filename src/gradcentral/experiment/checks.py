@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradcentral.analysis.drift import Drift
+from gradcentral.analysis.effect import Effect, effects, together
 from gradcentral.centralize import PLACEMENTS, attached, centralize
 from gradcentral.experiment.errors import ArmError
 from gradcentral.layout import weight_layout
@@ -54,6 +56,7 @@ class CheckedArm:
         self.handle = None if arm == NONE else centralize(optimizer, model, placement=arm)
         self._layout = weight_layout(model) if self.handle is None else self.handle.layout
         optimizer.register_step_pre_hook(self._keep_seen)
+        self._drift = Drift(self._layout)
 
     def watch(self) -> None:
         """Remember the raw gradients and the weights before a step."""
@@ -63,15 +66,13 @@ class CheckedArm:
         self._moved: dict[Tensor, Tensor] = {}
         self._watching = True
 
-    def share(self) -> float | None:
-        """Part of the raw gradient's energy, all parameters together, that GC removes or would remove."""
-        total = removed = 0.0
-        for parameter, gradient in self._raw.items():
-            total += float(_wide(gradient).abs().square().sum())
-            if parameter in self._layout:
-                vectors = self._vectors(parameter)
-                removed += vectors.fan_in * float(unit_means(_wide(gradient), vectors).abs().square().sum())
-        return removed / total if total > 0 else None
+    def effect(self) -> Effect:
+        """What centering does, or would do, to the raw gradients of all parameters as one vector."""
+        return together(effects([(raw, self._layout.get(p)) for p, raw in self._raw.items()]))
+
+    def drift(self) -> float:
+        """‖eᵀ(w − w⁰)‖ over all weight vectors since the run began."""
+        return self._drift.total()
 
     def verify(self) -> None:
         """Check the step that was watched; without a step (AMP skips it on overflow) there is nothing to check.

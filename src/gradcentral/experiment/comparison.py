@@ -14,6 +14,7 @@ from gradcentral.experiment.display import Display
 from gradcentral.experiment.errors import ArmError, TaskError
 from gradcentral.experiment.fingerprint import fingerprint
 from gradcentral.experiment.loading import TaskReference, refer_to
+from gradcentral.experiment.probing import probe_task
 from gradcentral.experiment.records import Key, Run, Store
 from gradcentral.experiment.results import Comparison
 from gradcentral.experiment.runner import default_jobs, run_all
@@ -77,6 +78,8 @@ def compare(
         check_count("jobs", jobs)
     settings = _settings(loaded, epochs, device, amp)
     setup = fingerprint(reference, settings, optimizers)
+    # Before the runs: where it fails, they would too.
+    probed = probe_task(loaded, seed=seeds[0], device=device, amp=amp) if isinstance(loaded, Task) else None
     keys = [Key(optimizer, arm, seed) for seed in seeds for optimizer in optimizers for arm in arms]
     with Store(Path(out) if out is not None else Path("runs") / loaded.name) as store:
         store.begin(setup, resume=resume)
@@ -105,6 +108,7 @@ def compare(
             out=store.folder,
             command=_command(reference, seeds, epochs, arms, optimizers, device, amp),
             setup=setup,
+            probe=probed,
         )
         from gradcentral.experiment.report import write_report
 

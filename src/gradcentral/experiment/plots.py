@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from gradcentral.analysis.theme import STYLES, Theme, new_figure, style
+from gradcentral.experiment.checks import NONE
+from gradcentral.experiment.records import Run
 from gradcentral.experiment.results import Comparison
 from gradcentral.experiment.statistics import interval_of_mean
 
-__all__ = ["curves", "differences"]
+__all__ = ["Series", "curves", "differences"]
 
 
-def curves(comparison: Comparison, name: str, label: str, theme: Theme) -> Any:
-    """One panel an optimizer: a number by epoch, mean and 95% interval over the seeds, a line an arm.
+class Series(NamedTuple):
+    """A number of every epoch, to be drawn.
 
-    Args:
-        comparison: the runs.
-        name: ``train_loss`` or ``test_metric``.
+    Attributes:
         label: of the vertical axis.
-        theme: colors.
+        name: what it is called in the records.
+        scale: ``"log"``; ``"late"``: linear, cut to show the last two thirds; ``"all"``: linear.
+        name_of_none: what it is called for the arm without GC, if otherwise.
     """
+
+    label: str
+    name: str
+    scale: str = "all"
+    name_of_none: str | None = None
+
+    def values(self, run: Run) -> list[float | None]:
+        """One an epoch; None where the run does not have it."""
+        name = self.name if run.arm != NONE or self.name_of_none is None else self.name_of_none
+        return [epoch.get(name) for epoch in run.epochs]
+
+
+def curves(comparison: Comparison, series: Series, theme: Theme) -> Any:
+    """One panel an optimizer: a number by epoch, mean and 95% interval over the seeds, a line an arm."""
     columns = min(len(comparison.optimizers), 3)
     rows = math.ceil(len(comparison.optimizers) / columns)
     with style(theme):
         figure = new_figure(1 + 4.4 * columns, 0.5 + 3 * rows)
         axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
         late: list[float] = []
+        means_of_all: list[float] = []
         for unused in axes.flat[len(comparison.optimizers) :]:
             unused.set_axis_off()
         for axis, optimizer in zip(axes.flat, comparison.optimizers, strict=False):
             for arm in comparison.arms:
-                points = _by_epoch(comparison, optimizer, arm, name)
+                points = _by_epoch(comparison.runs(optimizer, arm), series)
                 if not points:
                     continue
                 epochs, means, lows, highs = zip(*points, strict=True)
                 late += means[len(means) // 3 :]
+                means_of_all += means
                 color = theme.arms[arm]
                 axis.plot(epochs, means, STYLES[arm], color=color, lw=1.8, label=arm, marker="o", ms=2.5)
                 axis.fill_between(epochs, lows, highs, color=color, alpha=0.16, lw=0)
@@ -44,9 +64,12 @@ def curves(comparison: Comparison, name: str, label: str, theme: Theme) -> Any:
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.margins(x=0.02)
         for axis in axes[:, 0]:
-            axis.set_ylabel(label)
-        if name == "train_loss" and late and min(late) > 0:
+            axis.set_ylabel(series.label)
+        if series.scale == "log" and late and min(late) > 0:
             axes[0][0].set_yscale("log")
+            _show_means(axes[0][0], means_of_all)
+        elif series.scale == "all" and means_of_all and min(means_of_all) >= 0:
+            axes[0][0].set_ylim(-0.05 * max(means_of_all), min(axes[0][0].get_ylim()[1], 2 * max(means_of_all)))
         elif late:
             _show_late_epochs(axes[0][0], late)
         handles, labels = axes[0][0].get_legend_handles_labels()
@@ -89,24 +112,28 @@ def differences(comparison: Comparison, theme: Theme) -> Any:
         return figure
 
 
-def _by_epoch(comparison: Comparison, optimizer: str, arm: str, name: str) -> list[tuple[int, float, float, float]]:
+def _by_epoch(runs: Sequence[Run], series: Series) -> list[tuple[int, float, float, float]]:
     """(epoch, mean, low, high) over the runs that did not diverge; on a log axis all three are geometric."""
-    runs = [run for run in comparison.runs(optimizer, arm) if run.diverged_at is None]
+    columns = itertools.zip_longest(*(series.values(run) for run in runs if run.diverged_at is None))
     points = []
-    for epoch in range(max((len(run.epochs) for run in runs), default=0)):
-        values = [
-            float(v) for run in runs if epoch < len(run.epochs) and (v := run.epochs[epoch].get(name)) is not None
-        ]
+    for epoch, column in enumerate(columns, start=1):
+        values = [float(value) for value in column if value is not None]
         if not values:
             continue
-        if name == "train_loss" and min(values) > 0:
+        if series.scale == "log" and min(values) > 0:
             # Losses spread by factors; an interval around the plain mean could reach below zero.
             logs = interval_of_mean([math.log(value) for value in values])
             mean, low, high = (math.exp(min(x, 700)) for x in logs)
         else:
             mean, low, high = interval_of_mean(values)
-        points.append((epoch + 1, mean, low, high))
+        points.append((epoch, mean, low, high))
     return points
+
+
+def _show_means(axis: Any, means: list[float]) -> None:
+    """The intervals of two or three seeds span ten powers of ten, in which no line can be told from another."""
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, min(means) / 10), min(high, max(means) * 10))
 
 
 def _show_late_epochs(axis: Any, means: list[float]) -> None:

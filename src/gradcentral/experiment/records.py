@@ -35,9 +35,11 @@ class Run:
 
     Attributes:
         optimizer, arm, seed: which one.
-        epochs: per epoch ``train_loss`` (running mean over the epoch), ``test_loss``, ``test_metric``, ``share`` (of
-            the raw gradient's energy that GC removes, or would) and ``data`` (hash of the order of the examples and
-            of the first batch). A number that was not finite is None.
+        epochs: per epoch ``train_loss`` (running mean over the epoch), ``test_loss``, ``test_metric``; at its first and
+            last step ``share`` (of the raw gradient's energy that GC removes, or would), ``gradient_norm`` (‖g‖, all
+            parameters together) and ``centered_norm`` (‖Φ(g)‖); at its end ``drift`` (‖eᵀ(w − w⁰)‖ over all weight
+            vectors); and ``data`` (hash of the order of the examples and of the first batch). A number that was not
+            finite is None; runs of earlier versions lack some.
         train_metric: at the end, in eval mode, on as many training examples as there are test examples.
         diverged_at: the epoch, counted from 1, in which the loss or metric was no longer finite.
         seconds: what it took.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
+from gradcentral.analysis.charts import shares
 from gradcentral.analysis.theme import DARK, LIGHT, Theme, to_png, to_svg
 from gradcentral.experiment.checks import NONE
-from gradcentral.experiment.plots import curves, differences
+from gradcentral.experiment.plots import Series, curves, differences
 from gradcentral.experiment.results import Comparison
 from gradcentral.extras import optional
 
@@ -43,11 +45,20 @@ def write_report(comparison: Comparison) -> None:
 def _figures(comparison: Comparison) -> dict[str, tuple[str, Callable[[Theme], Any]]]:
     """Name -> (title, how to draw it)."""
     metric = f"test {comparison.metric}"
-    return {
-        "differences": ("Paired differences", lambda theme: differences(comparison, theme)),
-        "test_metric": (metric.capitalize(), lambda theme: curves(comparison, "test_metric", metric, theme)),
-        "training_loss": ("Training loss", lambda theme: curves(comparison, "train_loss", "training loss", theme)),
+    figures: dict[str, tuple[str, Callable[[Theme], Any]]] = {
+        "differences": ("Paired differences", lambda theme: differences(comparison, theme))
     }
+    for name, (title, series) in {
+        "test_metric": (metric.capitalize(), Series(metric, "test_metric", "late")),
+        "training_loss": ("Training loss", Series("training loss", "train_loss", "log")),
+        "gradient_norm": ("Gradient norm", Series("‖g‖, with GC ‖Φ(g)‖", "centered_norm", "log", "gradient_norm")),
+        "drift": ("Drift of the weights' means", Series("drift ‖eᵀ(w − w⁰)‖", "drift")),
+    }.items():
+        if any(value is not None for run in comparison.records for value in series.values(run)):
+            figures[name] = (title, functools.partial(curves, comparison, series))
+    if comparison.probe is not None and comparison.probe.centered:
+        figures["share"] = ("Where GC acts", functools.partial(shares, comparison.probe))
+    return figures
 
 
 def _environments(comparison: Comparison) -> dict[str, str]:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gradcentral.analysis.probe import ProbeReport
 from gradcentral.experiment.checks import NONE
 from gradcentral.experiment.records import Key, Run
 from gradcentral.experiment.statistics import Paired, Verdict, epochs_to_reach, judge, mean_std, paired
@@ -72,6 +73,7 @@ class Comparison:
         out: the folder with ``results.jsonl``, ``summary.csv``, the plots and ``report.html``.
         command: what to type to repeat it.
         setup: what was run, part by part.
+        probe: what GC would do to the first seed's model before training; None for a trainer of one's own.
     """
 
     task: str
@@ -85,6 +87,7 @@ class Comparison:
     out: Path
     command: str
     setup: dict[str, str]
+    probe: ProbeReport | None = None
 
     @property
     def report(self) -> Path:

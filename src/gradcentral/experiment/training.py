@@ -6,7 +6,7 @@ import inspect
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from gradcentral.analysis.effect import Effect
 from gradcentral.experiment.checks import CheckedArm
 from gradcentral.experiment.digest import digest
 from gradcentral.experiment.errors import TaskError
@@ -25,7 +26,17 @@ from gradcentral.experiment.randomness import derive, seed_everything
 from gradcentral.experiment.records import Key, Run
 from gradcentral.experiment.task import CustomTask, Task
 
-__all__ = ["Settings", "check_device", "follow", "fresh_model", "fresh_optimizer", "fresh_schedule", "train"]
+__all__ = [
+    "Settings",
+    "amp_dtype",
+    "check_device",
+    "follow",
+    "fresh_model",
+    "fresh_optimizer",
+    "fresh_schedule",
+    "pair_of",
+    "train",
+]
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -137,7 +148,7 @@ def fresh_model(task: Task, seed: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TaskError(f"model: the factory must return an nn.Module, not {type(model).__name__}")
     if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
-        inputs, _ = _pair(next(iter(DataLoader(task.train, task.batch_size))))
+        inputs, _ = pair_of(next(iter(DataLoader(task.train, task.batch_size))))
         with torch.no_grad():
             model.eval()(inputs)
     return model.train()
@@ -200,7 +211,7 @@ class _Trainer:
     ) -> None:
         self.task, self.model, self.optimizer, self.schedule, self.arm = task, model, optimizer, schedule, arm
         self.device = torch.device(settings.device)
-        self.amp_dtype = _amp_dtype(self.device) if settings.amp else None
+        self.amp_dtype = amp_dtype(self.device) if settings.amp else None
         # Gradients in float16 underflow without a scale; with it disabled the scaler passes everything through.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
 
@@ -208,38 +219,41 @@ class _Trainer:
         """Train on the examples in this order, then test."""
         self.model.train()
         losses: list[tuple[Tensor, int]] = []
-        shares: list[float] = []
+        seen: list[Effect] = []
         batches = DataLoader(self.task.train, self.task.batch_size, sampler=order, generator=torch.Generator())
         data = ""
         for step, batch in enumerate(batches, start=1):
-            inputs, targets = _pair(batch)
+            inputs, targets = pair_of(batch)
             if step == 1:
                 data = digest([order, inputs, targets])
-            loss = self._step(inputs, targets, shares if step in (1, len(batches)) else None)
+            loss = self._step(inputs, targets, seen if step in (1, len(batches)) else None)
             losses.append((loss, _count(targets)))
         tested = self.evaluate(self.task.test)
         return {
             "train_loss": sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses),
             "test_loss": tested["loss"],
             "test_metric": tested["metric"],
-            "share": sum(shares) / len(shares) if shares else None,
+            "share": _mean(effect.share for effect in seen),
+            "gradient_norm": _mean(effect.norm for effect in seen),
+            "centered_norm": _mean(effect.centered_norm for effect in seen),
+            "drift": self.arm.drift(),
             "data": data,
         }
 
-    def _step(self, inputs: Any, targets: Any, shares: list[float] | None) -> Tensor:
+    def _step(self, inputs: Any, targets: Any, seen: list[Effect] | None) -> Tensor:
         with self._autocast():
             loss = self._loss(self.model(_move(inputs, self.device)), _move(targets, self.device))
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
-        if shares is not None:
+        if seen is not None:
             self.arm.watch()
-            share = self.arm.share()
-            if share is not None and math.isfinite(share):
-                shares.append(share)
+            effect = self.arm.effect()
+            if math.isfinite(effect.norm):
+                seen.append(effect)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if shares is not None:
+        if seen is not None:
             self.arm.verify()
         if self.schedule is not None:
             self.schedule.step()
@@ -251,7 +265,7 @@ class _Trainer:
         losses = metrics = count = 0.0
         with torch.inference_mode():
             for batch in DataLoader(dataset, 4 * self.task.batch_size, sampler=indices, generator=torch.Generator()):
-                inputs, targets = _pair(batch)
+                inputs, targets = pair_of(batch)
                 targets = _move(targets, self.device)
                 with self._autocast():
                     output = self.model(_move(inputs, self.device))
@@ -275,7 +289,8 @@ class _Trainer:
         return nullcontext() if self.amp_dtype is None else torch.autocast(self.device.type, dtype=self.amp_dtype)
 
 
-def _amp_dtype(device: torch.device) -> torch.dtype:
+def amp_dtype(device: torch.device) -> torch.dtype:
+    """What mixed precision computes in: bfloat16 where the device has it."""
     if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported()):
         return torch.bfloat16
     return torch.float16
@@ -293,7 +308,12 @@ def _checked(reported: Any, epoch: int) -> dict[str, float]:
         raise TaskError(f"run: epoch {epoch} holds something that is no number ({error})") from error
 
 
-def _pair(batch: Any) -> tuple[Any, Any]:
+def pair_of(batch: Any) -> tuple[Any, Any]:
+    """A batch's inputs and targets.
+
+    Raises:
+        TaskError: it is not a pair.
+    """
     if not isinstance(batch, (list, tuple)) or len(batch) != 2:
         found = f"{len(batch)} things" if isinstance(batch, (list, tuple)) else f"a {type(batch).__name__}"
         raise TaskError(f"train and test: an example must be a pair (input, target), not {found}")
@@ -313,6 +333,11 @@ def _count(targets: Any) -> int:
     while not isinstance(targets, Tensor):
         targets = next(iter(targets.values())) if isinstance(targets, Mapping) else targets[0]
     return len(targets)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers) if numbers else None
 
 
 def _length(dataset: Any) -> int:

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from gradcentral.layouts.entry import Entry
 
-__all__ = ["compact_names", "render"]
+__all__ = ["aligned", "compact_names", "render"]
 
 _HEADER = ("parameter", "shape", "weight vectors", "decided by")
 _RULE = 120
@@ -27,10 +27,14 @@ def render(entries: Sequence[Entry], *, every: bool = False) -> str:
     rows = [_Row(_pieces(entry), 1, _cells(entry)) for entry in entries]
     if not every:
         rows = _merged(rows)
-    lines = [_HEADER, *((_name(row), *row.cells) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    return aligned([_HEADER, *((_name(row), *row.cells) for row in rows)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text in columns, the first row being the header."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
     text = [
-        "  ".join((*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3])) for line in lines
+        "  ".join((*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1])) for line in lines
     ]
     rule = "-" * min(max(map(len, text)), _RULE)
     return "\n".join([text[0], rule, *text[1:]])

@@ -1,0 +1,50 @@
+"""`gradcentral.probe` on a task: its model as a run would make it, its own batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from gradcentral.analysis.probe import DEFAULT_BATCHES, ProbeReport, probe
+from gradcentral.analysis.unchanged import random_numbers_unchanged
+from gradcentral.experiment.errors import TaskError
+from gradcentral.experiment.loading import describe, where
+from gradcentral.experiment.randomness import derive, seed_everything
+from gradcentral.experiment.task import Task
+from gradcentral.experiment.training import amp_dtype, fresh_model, pair_of
+
+__all__ = ["probe_task"]
+
+
+def probe_task(
+    task: Task, *, seed: int = 0, batches: int = DEFAULT_BATCHES, device: str = "cpu", amp: bool = False
+) -> ProbeReport:
+    """What GC would do to the task's fresh model, on the batches that a run of this seed begins with.
+
+    With ``amp`` in bfloat16 where the device has it; float16 would need a loss scale, and is left out.
+
+    Raises:
+        TaskError: something in the task raises; the message says where.
+
+    Examples:
+        >>> from gradcentral.experiment import load_task
+        >>> probe_task(load_task("digits")).layers[0].name
+        '0.weight'
+    """
+    with random_numbers_unchanged():
+        model = fresh_model(task, seed).to(device)
+        order = torch.Generator().manual_seed(derive(seed, "order"))
+        examples: Any = task.train
+        shuffled = torch.randperm(len(examples), generator=order).tolist()
+        seed_everything(derive(seed, "training"))
+        loader = DataLoader(examples, task.batch_size, sampler=shuffled, generator=torch.Generator())
+        half = amp and amp_dtype(torch.device(device)) == torch.bfloat16
+        try:
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
+                return probe(model, task.loss, map(pair_of, loader), max_batches=batches)
+        except TaskError:
+            raise
+        except Exception as error:
+            raise TaskError(f"the task can't be probed: {describe(error)} ({where(error)})") from error
