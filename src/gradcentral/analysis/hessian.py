@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss(output, target)`` -> scalar tensor."""
 Batch: TypeAlias = "tuple[Any, Any]"
 """``(input, target)``; the model is called with the input alone."""
+_P = TypeVar("_P", bound=Tensor)
 _Multiply: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -49,9 +50,7 @@ class Eigenvalue(NamedTuple):
     converged: bool
 
 
-def hessian_vector_product(
-    model: nn.Module, loss: Loss, batch: Batch, vector: Mapping[Tensor, Tensor]
-) -> dict[Tensor, Tensor]:
+def hessian_vector_product(model: nn.Module, loss: Loss, batch: Batch, vector: Mapping[_P, Tensor]) -> dict[_P, Tensor]:
     """∇²L v, exact, for the Hessian over those parameters that are the keys of ``vector``.
 
     The model runs in the mode it is in (dropout draws one mask) and is left as it was: gradients, buffers, random
@@ -82,11 +81,11 @@ def hessian_vector_product(
         tensor([[3., 1.]])
     """
     parameters = _chosen(model, vector)
-    for name, p in _named(model, parameters):
-        if vector[p].shape != p.shape:
-            raise ValueError(f"vector: {name} has shape {tuple(p.shape)}, its part {tuple(vector[p].shape)}")
+    for (name, p), part in zip(_named(model, parameters), vector.values(), strict=True):
+        if part.shape != p.shape:
+            raise ValueError(f"vector: {name} has shape {tuple(p.shape)}, its part {tuple(part.shape)}")
     with _hessian(model, loss, batch, parameters) as multiply:
-        return dict(zip(parameters, _split(multiply(_flat(vector[p] for p in parameters)), parameters), strict=True))
+        return dict(zip(vector, _split(multiply(_flat(vector.values())), parameters), strict=True))
 
 
 def hessian_matrix(
