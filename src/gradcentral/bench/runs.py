@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import gradcentral
+from gradcentral.analysis.monitor import EVERY, Monitor
 from gradcentral.bench.network import resnet18
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import ALGORITHMS, ATTACHED, BASELINE, OURS, STREAM, STREAM_GRADIENTS, alternatives
@@ -26,6 +27,7 @@ from gradcentral.kernels import available, native
 __all__ = ["DTYPES", "Benchmark", "Case", "bench", "iteration"]
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+MONITORED = "Monitor + torch fused"
 NOISY = 0.10
 """When a step differs from itself by more than this, the machine is too noisy for the ratios to mean anything."""
 
@@ -48,6 +50,8 @@ class Case:
     """What `centralize` adds, over reading and writing the gradients once."""
     attaching_us: float | None = None
     """… and in microseconds for each centered parameter."""
+    monitoring: float | None = None
+    """What `Monitor` adds to an iteration at its default interval: a record's time over that of so many iterations."""
 
 
 @dataclass
@@ -108,7 +112,11 @@ def bench(
 
 
 def iteration(*, rounds: int = 8, seconds: float = 120.0, batch: int = 128) -> Case:
-    """A whole training iteration of ResNet-18 on 32×32 images: forward, backward and step, with and without GC."""
+    """A whole training iteration of ResNet-18 on 32×32 images: forward, backward and step.
+
+    With and without GC, and with `Monitor`. What a monitor adds is less than the noise of an iteration, so that the
+    time of a record, which can be measured, is divided by that of the iterations that it comes in.
+    """
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     model = resnet18()
 
@@ -126,13 +134,27 @@ def iteration(*, rounds: int = 8, seconds: float = 120.0, batch: int = 128) -> C
     hooked = torch.optim.SGD(model.parameters(), fused=True, **options)
     gradcentral.centralize(hooked, model)
     plain = torch.optim.SGD(model.parameters(), fused=True, **options)
+    watched = torch.optim.SGD(model.parameters(), fused=True, **options)
+    Monitor(model, watched)
     runs = {
         BASELINE: training(plain),
         f"{BASELINE}, again": training(plain),
         ATTACHED: training(hooked),
         OURS: training(gradcentral.SGD(model, **options)),
+        MONITORED: training(watched),
     }
-    return _case("ResNet-18, whole iteration", "f32", "SGD", interleave(runs, rounds, seconds, warm_up=1), 0)
+    case = _case("ResNet-18, whole iteration", "f32", "SGD", interleave(runs, rounds, seconds, warm_up=1), 0)
+    record = _record_seconds(model, options, rounds)
+    return replace(case, monitoring=record / (EVERY * case.milliseconds * 1e-3))
+
+
+def _record_seconds(model: nn.Module, options: dict[str, Any], rounds: int) -> float:
+    """What a step takes longer when it is recorded; the model has its gradients."""
+    plain = torch.optim.SGD(model.parameters(), fused=True, **options)
+    recorded = torch.optim.SGD(model.parameters(), fused=True, **options)
+    Monitor(model, recorded, every=1)
+    times = interleave({"plain": plain.step, "recorded": recorded.step}, rounds)
+    return statistics.median(b - a for a, b in zip(times["plain"], times["recorded"], strict=True))
 
 
 def _case(model: str, dtype: str, algorithm: str, times: dict[str, list[float]], centered: int) -> Case:

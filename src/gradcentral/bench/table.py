@@ -89,6 +89,9 @@ def verdict(benchmark: Benchmark) -> str:
     )
     if slower:
         text += " Slower: " + ", ".join(f"{_name(case)} {case.ratios[OURS].median:.2f}" for case in slower) + "."
+    for case in benchmark.cases:
+        if case.monitoring is not None:
+            text += f" Monitor adds {case.monitoring:.2%} to an iteration at its default interval."
     return text
 
 
