@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from gradcentral.analysis.unchanged import unchanged
 from gradcentral.layout import WeightLayout, weight_layout
 
-__all__ = ["Response", "intensity_responses", "plain_layers"]
+__all__ = ["Response", "counterpart", "intensity_responses", "plain_layers"]
 
 # Not their subclasses, which may standardize the weight first: then the output is not wᵀx.
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -81,7 +81,10 @@ def intensity_responses(
     found = []
     with torch.no_grad():
         for name, x in inputs.items():
-            response = _response(f"{name}.weight".lstrip("."), layers[name], _initial(before, name, layers), x, gamma)
+            weight = f"{name}.weight".lstrip(".")
+            response = _response(
+                weight, layers[name], counterpart(before, weight, layers[name].get_parameter("weight")), x, gamma
+            )
             if response is not None:
                 found.append(response)
     if not found:
@@ -94,6 +97,17 @@ def plain_layers(model: nn.Module, layout: WeightLayout) -> Iterator[tuple[str, 
     for name, module in model.named_modules():
         if type(module) in _PLAIN and module._parameters.get("weight") in layout:
             yield name, module
+
+
+def counterpart(before: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """The initial weights of a parameter, from a copy of its model."""
+    try:
+        initial = before.get_parameter(name)
+    except AttributeError:
+        initial = None
+    if initial is None or initial.shape != weight.shape:
+        raise ValueError(f"before: it has no such {name}: give a copy of the model, made before training")
+    return initial
 
 
 def _inputs(model: nn.Module, layers: dict[str, nn.Module], input: Any) -> dict[str, Tensor]:
@@ -142,13 +156,3 @@ def _response(name: str, layer: nn.Module, initial: Tensor, x: Tensor, gamma: fl
         abs(gamma) * fan_in**0.5 * length,
         float(x.abs().max()),
     )
-
-
-def _initial(before: nn.Module, name: str, layers: dict[str, nn.Module]) -> Tensor:
-    try:
-        weight = before.get_submodule(name).get_parameter("weight")
-    except AttributeError:
-        weight = None
-    if weight is None or weight.shape != layers[name].get_parameter("weight").shape:
-        raise ValueError(f"before: it has no such {name}.weight: give a copy of the model, made before training")
-    return weight

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from gradcentral.analysis.hessian import Batch, Loss, hessian_matrix, projected_norm, top_eigenvalue
 from gradcentral.analysis.initialization import SCHEMES, center_weights_, initial_means
-from gradcentral.analysis.intensity import intensity_responses, plain_layers
+from gradcentral.analysis.intensity import counterpart, intensity_responses, plain_layers
 from gradcentral.analysis.measured import Measured, worst
 from gradcentral.analysis.rows import as_rows
 from gradcentral.analysis.unchanged import random_numbers_unchanged, unchanged
@@ -263,7 +263,7 @@ def hyperplane(model: nn.Module, before: nn.Module, steps: int, layout: WeightLa
     drifts = []
     for w, vectors in layout.items():
         name = layout.names[w]
-        now, start = as_rows(_wide(w), vectors), as_rows(_wide(_counterpart(before, name, w)), vectors)
+        now, start = as_rows(_wide(w), vectors), as_rows(_wide(counterpart(before, name, w)), vectors)
         drift = (now - start).sum(1).abs() / math.sqrt(vectors.fan_in)
         drifts.append((name, _part(drift, torch.maximum(now.norm(dim=1), start.norm(dim=1)))))
     eps, dtype = _eps(layout)
@@ -492,16 +492,6 @@ def _layout(model: nn.Module, layout: WeightLayout | None) -> WeightLayout:
     if not layout:
         raise ValueError(f"nothing is centered: {layout.summary()}")
     return layout
-
-
-def _counterpart(before: nn.Module, name: str, w: Tensor) -> Tensor:
-    try:
-        start = before.get_parameter(name)
-    except AttributeError:
-        start = None
-    if start is None or start.shape != w.shape:
-        raise ValueError(f"before: it has no such {name}: give a copy of the model, made before training")
-    return start
 
 
 def _check_steps(steps: int) -> None:
