@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from gradcentral.kernels import Centering, Means, Pair
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.projection import center
+from gradcentral.sharded import Division, Sharding, local
 from gradcentral.targets import PLACEMENTS, Targets, check_placement, refuse_sparse
 from gradcentral.vectors import WeightVectors
 
@@ -75,6 +76,7 @@ def centralize(
     layout = _layout(model, layout)
     handle = Handle(layout, placement)
     targets = handle._targets.first(optimizer)
+    handle._sharding.of(targets)
     if (present := _same_as_attached(optimizer, handle, targets)) is not None:
         return present
     handle._attach(optimizer)
@@ -100,7 +102,18 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
     layout = _remembered_layout(model) if model is not None and layout is None else _layout(model, layout)
     if not layout and not layout.pending:
         raise ValueError(f"nothing to center: {layout.summary()}")
-    _center_gradients(layout, list(layout.items()), Centering())
+    targets = list(layout.items())
+    _center_gradients(layout, targets, Centering(), Sharding(layout).of(targets))
+
+
+class _Kept(NamedTuple):
+    """The weights and the means of their vectors before the step under way, for placement "update"."""
+
+    pairs: list[Pair]
+    means: Means
+    division: Division | None
+    sums: list[Tensor]
+    """Of the weight vectors that are split between ranks."""
 
 
 class Handle:
@@ -116,8 +129,8 @@ class Handle:
         self._hooks: list[Any] = []
         self._targets = Targets(layout)
         self._centering = Centering()
-        # The weights and the means of their vectors before the step under way, for placement "update".
-        self._before: tuple[list[Pair], Means] | None = None
+        self._sharding = Sharding(layout)
+        self._before: _Kept | None = None
 
     @property
     def layout(self) -> WeightLayout:
@@ -166,8 +179,11 @@ class Handle:
                     "lazy parameters get their values inside this step's closure, so that there is no weight to keep "
                     "the mean of: run one forward of the model before the first step"
                 )
+            division = self._sharding.of(targets)
             with torch.no_grad():
-                self._before = targets, self._centering.means(targets)
+                pairs = targets if division is None else division.parts()
+                sums = [] if division is None else division.sums()
+                self._before = _Kept(pairs, self._centering.means(pairs), division, sums)
             return None
         if closure is not None:
             # torch gives (optimizer, *arguments of step); the closure is the first of them.
@@ -179,9 +195,11 @@ class Handle:
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # w ← w_new − (mean(w_new) − mean(w_old)) is w_old + Φ(Δw), without a copy of w_old.
-        if self._before is not None:
+        if (kept := self._before) is not None:
             with torch.no_grad():
-                self._centering.restore_(*self._before)
+                self._centering.restore_(kept.pairs, kept.means)
+                if kept.division is not None:
+                    kept.division.restore_(kept.sums)
         self._before = None
 
     def _centered(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -195,7 +213,8 @@ class Handle:
         return centered_closure
 
     def _center_gradients(self, optimizer: Optimizer) -> None:
-        _center_gradients(self.layout, self._targets.of(optimizer), self._centering)
+        targets = self._targets.of(optimizer)
+        _center_gradients(self.layout, targets, self._centering, self._sharding.of(targets))
 
 
 def attached(optimizer: Optimizer) -> list[Handle]:
@@ -205,7 +224,15 @@ def attached(optimizer: Optimizer) -> list[Handle]:
     return [owner for owner in owners if isinstance(owner, Handle)]
 
 
-def _center_gradients(layout: WeightLayout, targets: list[Pair], centering: Centering) -> None:
+def _center_gradients(
+    layout: WeightLayout, targets: list[Pair], centering: Centering, division: Division | None
+) -> None:
+    if division is not None:
+        with torch.no_grad():
+            division.place_gradients(p for p, _ in targets)
+            centering.center_(_centerable_in_place(layout, division.whole))
+            division.center_gradients_()
+        return
     pairs = [(p.grad, vectors) for p, vectors in targets if p.grad is not None]
     if not centering.center_as_planned_(pairs):
         with torch.no_grad():
@@ -220,10 +247,11 @@ def _centerable_in_place(layout: WeightLayout, targets: list[Pair]) -> list[Pair
         if gradient is None:
             continue
         refuse_sparse(gradient, parameter, layout)
-        if _is_expanded(gradient):
+        held = local(gradient)
+        if _is_expanded(held):
             parameter.grad = center(gradient, vectors)
         else:
-            pairs.append((gradient, vectors))
+            pairs.append((held, vectors))
     return pairs
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from gradcentral.kernels import native
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.projection import center, subtract_means_, unit_means
+from gradcentral.sharded import Division, Sharding, any_sharded, local, with_local
 from gradcentral.targets import Targets, check_placement, refuse_sparse, same_objects
 from gradcentral.vectors import Loop
 
@@ -29,13 +30,29 @@ class _GroupPlan(NamedTuple):
     params: list[Tensor]
     kind: int
     plans: list[native.StepPlan]
+    owners: list[list[Tensor]]
+    """Of each plan's tensors the parameters, of which it has this rank's parts."""
     states: list[list[dict[str, Any]]]
     """Of each plan's parameters; looking them up by parameter is slow."""
     all_states: list[Any]
     """Of the optimizer, as they were when the plan was made."""
 
 
-_Work = tuple[native.StepPlan, list[Tensor], native.Rule]
+class _Work(NamedTuple):
+    """A plan with the gradients and coefficients of this step."""
+
+    plan: native.StepPlan
+    owners: list[Tensor]
+    grads: list[Tensor]
+    rule: native.Rule
+
+
+class _Here(NamedTuple):
+    """What this rank has of DTensors at a step."""
+
+    division: Division
+    centered: dict[Tensor, Tensor]
+    """Its parts of the gradients whose weight vectors are split between ranks, centered already."""
 
 
 class Centralized(Optimizer):
@@ -86,8 +103,8 @@ class Centralized(Optimizer):
         self._by_shape = model is None and layout is None
         if layout is None:
             layout = self._shape_layout() if model is None else weight_layout(model)
-        self._targets = Targets(layout)
-        self._targets.first(self)
+        self._follow(layout)
+        self._sharding.of(self._targets.first(self))
 
     @property
     def placement(self) -> str:
@@ -137,13 +154,17 @@ class Centralized(Optimizer):
         self._plans = {}
         self._fresh = set()
         if "_copied_layout" in state:
-            self._targets = Targets(state["_copied_layout"])
+            self._follow(state["_copied_layout"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch. Layers that the model has got since are looked up in it."""
         super().add_param_group(param_group)
         if getattr(self, "_by_shape", False):
-            self._targets = Targets(WeightLayout.from_shapes(self.param_groups))
+            self._follow(WeightLayout.from_shapes(self.param_groups))
+
+    def _follow(self, layout: WeightLayout) -> None:
+        self._targets = Targets(layout)
+        self._sharding = Sharding(layout)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, as torch's, with Gradient Centralization. Returns the closure's loss."""
@@ -151,25 +172,31 @@ class Centralized(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work: list[_Work] = []
-        wanted = served = 0
         fuse = not native.unavailable and not torch.compiler.is_compiling()
         if fuse and _must_skip(self):
             return loss
+        with torch.no_grad():
+            here = self._here()
+            sums = here.division.sums() if here is not None and self.placement == "update" else []
+        work: list[_Work] = []
+        wanted = served = 0
         for index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             wanted += len(params)
             if fuse and _may_fuse(group):
-                work += self._fused_work(index, group, params)
-        for plan, _, _ in work:
-            served += len(plan.params)
+                work += self._fused_work(index, group, params, here)
+        for planned in work:
+            served += len(planned.owners)
         if served < wanted:
             self._refuse_sparse()  # before anything has moved
-        for plan, grads, rule in work:
-            plan.run(grads, rule, [p in self._fresh for p in plan.params] if self._fresh else [])
+        for plan, owners, grads, rule in work:
+            plan.run(grads, rule, [p in self._fresh for p in owners] if self._fresh else [])
         self._fresh.clear()
         if served < wanted:
-            self._torchs_step([p for plan, _, _ in work for p in plan.params])
+            self._torchs_step([p for planned in work for p in planned.owners], here)
+        if here is not None and self.placement == "update":
+            with torch.no_grad():
+                here.division.restore_(sums)
         return loss
 
     # What a subclass says of its rule.
@@ -195,60 +222,73 @@ class Centralized(Optimizer):
 
     # The two ways to step.
 
-    def _fused_work(self, index: int, group: dict[str, Any], params: list[Tensor]) -> list[_Work]:
+    def _here(self) -> _Here | None:
+        """What this rank has, where parameters are DTensors."""
+        if not any(any_sharded(group["params"]) for group in self.param_groups):
+            return None
+        if self.defaults.get("differentiable", False):
+            raise ValueError("differentiable=True can't be used with DTensors: what is centered is a rank's part alone")
+        targets = self._targets.of(self)
+        division = self._sharding.of(targets) or Division(targets, [], self.layout.names)
+        division.place_gradients(p for group in self.param_groups for p in group["params"])
+        return _Here(division, division.centered_gradients() if self.placement == "gradient" else {})
+
+    def _fused_work(self, index: int, group: dict[str, Any], params: list[Tensor], here: _Here | None) -> list[_Work]:
         """What the native kernels can serve of a group's parameters that have gradients."""
         kind, planned = self._kind(group), self._plans.get(index)
         work = None
         if planned is not None and planned.kind == kind and same_objects(params, planned.params):
-            work = self._work(group, planned)
+            work = self._work(group, planned, here)
         if work is None:
-            planned = self._plans[index] = self._plan(kind, group, params)
-            work = self._work(group, planned)
+            planned = self._plans[index] = self._plan(kind, group, params, here)
+            work = self._work(group, planned, here)
             assert work is not None, "a plan fits the tensors it was made for"
         return work
 
-    def _work(self, group: dict[str, Any], planned: _GroupPlan) -> list[_Work] | None:
+    def _work(self, group: dict[str, Any], planned: _GroupPlan, here: _Here | None) -> list[_Work] | None:
         """Each of a group's plans with the gradients and coefficients of now, or None where one no longer fits."""
         if not same_objects([*self.state.values()], planned.all_states):
             return None
         rule = self._rule(group)
         rule.scale = (-1.0 if group["maximize"] else 1.0) / _grad_scale(self)
         work: list[_Work] = []
-        for plan, states in zip(planned.plans, planned.states, strict=True):
-            grads = [cast("Tensor", p.grad) for p in plan.params]
+        for plan, owners, states in zip(planned.plans, planned.owners, planned.states, strict=True):
+            grads = [cast("Tensor", p.grad) if here is None else _gradient(p, here) for p in owners]
             try:
-                fits = plan.fits(grads, self._columns(group, states))
+                columns = self._columns(group, states)
+                fits = plan.fits(grads, columns if here is None else _parts(columns))
             except KeyError:  # somebody has emptied a state
                 return None
             if not fits:
                 return None
-            work.append((plan, grads, rule))
+            work.append(_Work(plan, owners, grads, rule))
         return work
 
-    def _plan(self, kind: int, group: dict[str, Any], params: list[Tensor]) -> _GroupPlan:
+    def _plan(self, kind: int, group: dict[str, Any], params: list[Tensor], here: _Here | None) -> _GroupPlan:
         """Divide a group among plans, one for each dtype; what no plan takes is left to torch's own step."""
-        targets = dict(self._targets.of(self))
+        targets = dict(self._targets.of(self) if here is None else here.division.whole)
         candidates: dict[torch.dtype, list[tuple[Tensor, tuple[Loop, int]]]] = {}
         with torch.no_grad():
             for p in params:
                 vectors = targets.get(p)
-                loop = native.loop_of(p, vectors)
-                if loop is not None and native.alike(p, cast("Tensor", p.grad)) and self._states_serve(group, p):
+                loop = native.loop_of(local(p), vectors)
+                if loop is not None and native.alike(local(p), _gradient(p, here)) and self._states_serve(group, p):
                     placement = native.PLACEMENTS[None if vectors is None else self.placement]
                     candidates.setdefault(p.dtype, []).append((p, (loop, placement)))
-        plans, states = [], []
+        plans, owners, states = [], [], []
         for chosen in candidates.values():
-            own = [p for p, _ in chosen]
-            states.append([self._make_state(group, p) for p in own])
-            grads = [cast("Tensor", p.grad) for p in own]
-            columns = self._columns(group, states[-1])
-            plans.append(native.StepPlan(kind, own, grads, columns, [loop for _, loop in chosen]))
-        return _GroupPlan(params, kind, plans, states, [*self.state.values()])
+            owners.append([p for p, _ in chosen])
+            states.append([self._make_state(group, p) for p in owners[-1]])
+            grads = [_gradient(p, here) for p in owners[-1]]
+            columns = _parts(self._columns(group, states[-1]))
+            parts = [*map(local, owners[-1])]
+            plans.append(native.StepPlan(kind, parts, grads, columns, [loop for _, loop in chosen]))
+        return _GroupPlan(params, kind, plans, owners, states, [*self.state.values()])
 
     def _states_serve(self, group: dict[str, Any], p: Tensor) -> bool:
-        *buffers, steps = self._columns(group, [self._make_state(group, p)])
+        *buffers, steps = _parts(self._columns(group, [self._make_state(group, p)]))
         step_serves = steps is None or native.is_number(steps[0])
-        return step_serves and all(column is None or native.alike(p, column[0]) for column in buffers)
+        return step_serves and all(column is None or native.alike(local(p), column[0]) for column in buffers)
 
     def _refuse_sparse(self) -> None:
         if self._placement == "gradient":
@@ -256,29 +296,46 @@ class Centralized(Optimizer):
                 if p.grad is not None:
                     refuse_sparse(p.grad, p, self.layout)
 
-    def _torchs_step(self, served: list[Tensor]) -> None:
+    def _torchs_step(self, served: list[Tensor], here: _Here | None) -> None:
         """The reference path: torch's own step for what is not served yet, fed with centered gradients."""
         done = set(served)
-        targets = [(p, vectors) for p, vectors in self._targets.of(self) if p.grad is not None and p not in done]
+        targets = self._targets.of(self) if here is None else here.division.whole
+        targets = [(p, vectors) for p, vectors in targets if p.grad is not None and p not in done]
         gradients = {p: p.grad for p in served}
         kept = []
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable", False))):
             try:
                 for p in served:
                     p.grad = None
+                for p, held in ({} if here is None else here.centered).items():
+                    if p not in done:
+                        gradients[p] = p.grad
+                        p.grad = with_local(cast("Tensor", p.grad), held)
                 for p, vectors in targets:
                     if self.placement == "update":
-                        kept.append((p, vectors, unit_means(p, vectors)))
+                        kept.append((p, vectors, unit_means(local(p), vectors)))
                         continue
                     gradient = cast("Tensor", p.grad)
                     gradients[p] = gradient
-                    p.grad = center(gradient, vectors)
+                    p.grad = with_local(gradient, center(local(gradient), vectors))
                 _plain_step(self._torchs_own)(self)
             finally:
                 for p, gradient_or_none in gradients.items():
                     p.grad = gradient_or_none
             for p, vectors, means in kept:
-                subtract_means_(p, unit_means(p, vectors) - means, vectors)
+                subtract_means_(local(p), unit_means(local(p), vectors) - means, vectors)
+
+
+def _gradient(p: Tensor, here: _Here | None) -> Tensor:
+    """What a plan is to step with: this rank's part, centered already if that took other ranks."""
+    held = None if here is None else here.centered.get(p)
+    return local(cast("Tensor", p.grad)) if held is None else held
+
+
+def _parts(columns: States) -> States:
+    """The parts of state tensors that this rank holds."""
+    momentum, squares, largest, steps = (None if column is None else [*map(local, column)] for column in columns)
+    return momentum, squares, largest, steps
 
 
 def _may_fuse(group: dict[str, Any]) -> bool:
