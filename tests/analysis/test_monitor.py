@@ -280,6 +280,21 @@ def test_a_step_skipped_for_an_infinite_gradient(name: str) -> None:
     assert Record.from_line(record.to_line()).net.norm is None
 
 
+def test_a_nan_in_one_gradient_leaves_the_net_without_numbers_and_the_other_layers_with_theirs() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer)
+    _backward(model)
+    model[2].weight.grad[0, 0] = math.nan
+    optimizer.step()
+    record = monitor.records[-1]
+    gradient = ("share", "norm", "centered_norm", "largest", "centered_largest")
+    assert [getattr(record.net, name) for name in gradient] == [None] * 5
+    assert [getattr(record.layers["2.weight"], name) for name in gradient] == [None] * 5
+    assert None not in [getattr(record.layers["0.weight"], name) for name in gradient]
+    assert not record.skipped
+
+
 # Training does not notice.
 
 

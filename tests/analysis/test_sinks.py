@@ -104,6 +104,15 @@ def test_a_run_killed_while_writing_breaks_nothing(name: str, tmp_path: Path) ->
         assert read_records(path) == [_record(0), _record(100)]
 
 
+def test_the_first_rows_of_a_torn_record_are_no_part_of_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "run.csv"
+    file = RecordFile(path)
+    file(Record(0, None, False, Reading(), {"gone": Reading(share=0.5)}))
+    path.write_bytes(path.read_bytes()[:-3])
+    RecordFile(path)(_record(100))
+    assert read_records(path) == [_record(100)]
+
+
 def test_a_header_torn_at_once_is_written_anew(tmp_path: Path) -> None:
     path = tmp_path / "run.csv"
     path.write_text("step,pla", encoding="utf-8")
