@@ -146,7 +146,7 @@ def test_share_is_the_lost_energy(case: Case) -> None:
 
 @given(case=cases(DOUBLE))
 def test_energy_splits_as_theorem_1_says(case: Case) -> None:
-    """‖Φ(g)‖² = ‖g‖² − ‖eᵀg‖², the core of theorem 1, for each weight vector."""
+    """‖Φ(g)‖² = ‖g‖² − ‖eᵀg‖², the core of theorem 4.2, for each weight vector."""
     vectors = case.vectors.for_shape(case.tensor.shape)
     rows = case.tensor.reshape(vectors.dims)
     energy = rows.square().sum(vectors.span)

@@ -17,6 +17,8 @@ from gradcentral.projection import center, projection_matrix, share
 from gradcentral.vectors import WeightVectors
 
 if TYPE_CHECKING:
+    from gradcentral.analysis.initialization import center_weights_
+    from gradcentral.analysis.monitor import Monitor
     from gradcentral.analysis.probe import probe
     from gradcentral.experiment import compare
 
@@ -27,9 +29,11 @@ __all__ = [
     "Entry",
     "Handle",
     "LeaveAlone",
+    "Monitor",
     "WeightLayout",
     "WeightVectors",
     "center",
+    "center_weights_",
     "centralize",
     "centralize_gradients",
     "compare",
@@ -44,7 +48,12 @@ __version__ = "0.1.0"
 
 
 # What is seldom wanted, or needs an extra, is imported when it is asked for.
-_LATER = {"compare": "gradcentral.experiment", "probe": "gradcentral.analysis.probe"}
+_LATER = {
+    "Monitor": "gradcentral.analysis.monitor",
+    "center_weights_": "gradcentral.analysis.initialization",
+    "compare": "gradcentral.experiment",
+    "probe": "gradcentral.analysis.probe",
+}
 
 
 def __getattr__(name: str) -> Any:

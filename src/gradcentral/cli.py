@@ -19,6 +19,7 @@ from gradcentral.experiment import compare as compare_task
 from gradcentral.experiment.probing import probe_task
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import MissingExtraError
+from gradcentral.figures.draw import FIGURES, STATEMENTS, draw_all, statement_table
 
 __all__ = ["run"]
 
@@ -112,6 +113,29 @@ def probe(
         (out / "probe.csv").write_text(report.to_csv(), encoding="utf-8")
         (out / "probe.png").write_bytes(to_png(report.plot(), f"{loaded.name}: where GC acts before training"))
         typer.echo(f"\n{out / 'probe.csv'} and probe.png")
+
+
+@app.command()
+def figures(
+    task: Annotated[
+        str, typer.Option(help="A Python file that defines `task`, or digits, digits-batchnorm, digits-vit.")
+    ] = "digits",
+    only: Annotated[str | None, typer.Option(help=f"Of {', '.join((*FIGURES, STATEMENTS))}; by default all.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="One of the task's; by default its first.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many runs the numbers with a spread are of.")] = 5,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the task's own.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; by default runs/figures- and the task's name.")
+    ] = None,
+) -> None:
+    """Measure and draw the paper's figures and statements on a real network: PNG, SVG and CSV."""
+    chosen = None if only is None else _names(only)
+    drawn = draw_all(task, out=out, only=chosen, optimizer=optimizer, seeds=seeds, epochs=epochs)
+    console = Console(highlight=False)
+    if drawn.statements:
+        console.print(statement_table(drawn.statements))
+    for name, title in drawn.titles.items():
+        console.print(f"{drawn.out / name}.png  {title}", soft_wrap=True)
 
 
 @app.command()

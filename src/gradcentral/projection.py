@@ -83,7 +83,7 @@ def share(tensor: Tensor, vectors: WeightVectors) -> Tensor:
     Raises:
         TypeError, ValueError: as `center`.
 
-    Source: ‖Φ(g)‖² = ‖g‖² − ‖eᵀg‖², Yong et al. 2020, theorem 1.
+    Source: ‖Φ(g)‖² = ‖g‖² − ‖eᵀg‖², Yong et al. 2020, theorem 4.2.
 
     Examples:
         >>> import torch

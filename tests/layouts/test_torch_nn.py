@@ -140,7 +140,7 @@ def test_a_weight_of_unexpected_shape_is_unknown() -> None:
     assert "shape (12,) is not what Linear has" in weight_layout(layer).unknown[0].reason
 
 
-# The theorem (section 4.2 of the paper): after any number of GC steps, adding γ to every input of a unit changes its
+# The theorem (section 4.1 of the paper): after any number of GC steps, adding γ to every input of a unit changes its
 # output by γ·1ᵀw⁰. So the trained layer on shifted inputs equals the trained layer whose bias has γ·1ᵀw⁰ added.
 
 GAMMA = 0.7

@@ -1,6 +1,6 @@
 """The paper's theorem on the libraries' own layers, in float64.
 
-After any number of GC steps, a constant γ added to all inputs of a unit changes its output by γ·Σw⁰ (section 4.2). For
+After any number of GC steps, a constant γ added to all inputs of a unit changes its output by γ·Σw⁰ (section 4.1). For
 layers inside a nonlinear block, the same said of one gradient: where all inputs of a unit are equal, its gradient is
 constant along each weight vector, so that centering leaves nothing of it.
 """

@@ -13,7 +13,7 @@ from gradcentral.experiment.records import Run
 from gradcentral.experiment.results import Comparison
 from gradcentral.experiment.statistics import interval_of_mean
 
-__all__ = ["Series", "curves", "differences"]
+__all__ = ["Series", "curves", "differences", "draw_series", "scale"]
 
 
 class Series(NamedTuple):
@@ -44,38 +44,59 @@ def curves(comparison: Comparison, series: Series, theme: Theme) -> Any:
     with style(theme):
         figure = new_figure(1 + 4.4 * columns, 0.5 + 3 * rows)
         axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
-        late: list[float] = []
-        means_of_all: list[float] = []
+        means: list[Sequence[float]] = []
         for unused in axes.flat[len(comparison.optimizers) :]:
             unused.set_axis_off()
         for axis, optimizer in zip(axes.flat, comparison.optimizers, strict=False):
-            for arm in comparison.arms:
-                points = _by_epoch(comparison.runs(optimizer, arm), series)
-                if not points:
-                    continue
-                epochs, means, lows, highs = zip(*points, strict=True)
-                late += means[len(means) // 3 :]
-                means_of_all += means
-                color = theme.arms[arm]
-                axis.plot(epochs, means, STYLES[arm], color=color, lw=1.8, label=arm, marker="o", ms=2.5)
-                axis.fill_between(epochs, lows, highs, color=color, alpha=0.16, lw=0)
+            means += draw_series(axis, comparison, optimizer, series, theme)
             axis.set_title(optimizer, loc="left", fontweight="bold")
-            axis.set_xlabel("epoch")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.margins(x=0.02)
         for axis in axes[:, 0]:
             axis.set_ylabel(series.label)
-        if series.scale == "log" and late and min(late) > 0:
-            axes[0][0].set_yscale("log")
-            _show_means(axes[0][0], means_of_all)
-        elif series.scale == "all" and means_of_all and min(means_of_all) >= 0:
-            axes[0][0].set_ylim(-0.05 * max(means_of_all), min(axes[0][0].get_ylim()[1], 2 * max(means_of_all)))
-        elif late:
-            _show_late_epochs(axes[0][0], late)
+        scale(axes[0][0], series, means)
         handles, labels = axes[0][0].get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, loc="outside upper right", ncols=len(handles), frameon=False)
         return figure
+
+
+def draw_series(
+    axis: Any, comparison: Comparison, optimizer: str, series: Series, theme: Theme
+) -> list[Sequence[float]]:
+    """A line an arm with its interval; returns the lines' means by epoch, from which `scale` sets the axis."""
+    drawn: list[Sequence[float]] = []
+    for arm in comparison.arms:
+        points = _by_epoch(comparison.runs(optimizer, arm), series)
+        if not points:
+            continue
+        epochs, means, lows, highs = zip(*points, strict=True)
+        drawn.append(means)
+        color = theme.arms[arm]
+        axis.plot(epochs, means, STYLES[arm], color=color, lw=1.8, label=arm, marker="o", ms=2.5)
+        axis.fill_between(epochs, lows, highs, color=color, alpha=0.16, lw=0)
+    axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.margins(x=0.02)
+    return drawn
+
+
+def scale(axis: Any, series: Series, drawn: Sequence[Sequence[float]]) -> None:
+    """Scale and cut the vertical axis so that the lines can be told from each other."""
+    late = [mean for means in drawn for mean in means[len(means) // 3 :]]
+    every = [mean for means in drawn for mean in means]
+    if not every:
+        return
+    low, high = axis.get_ylim()
+    if series.scale == "log" and min(every) > 0:
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        # The intervals of two or three seeds can span ten powers of ten.
+        axis.set_ylim(max(low, min(every) / 10), min(high, max(every) * 10))
+    elif series.scale == "all" and min(every) >= 0:
+        axis.set_ylim(-0.05 * max(every), min(high, 2 * max(every)))
+    else:
+        # The first epochs' steep part, or the wide interval of few runs, would flatten what is to be compared.
+        reach = (max(late) - min(late)) or abs(late[0]) or 1.0
+        axis.set_ylim(max(low, min(late) - 0.3 * reach), min(high, max(late) + 0.3 * reach))
 
 
 def differences(comparison: Comparison, theme: Theme) -> Any:
@@ -128,16 +149,3 @@ def _by_epoch(runs: Sequence[Run], series: Series) -> list[tuple[int, float, flo
             mean, low, high = interval_of_mean(values)
         points.append((epoch, mean, low, high))
     return points
-
-
-def _show_means(axis: Any, means: list[float]) -> None:
-    """The intervals of two or three seeds span ten powers of ten, in which no line can be told from another."""
-    low, high = axis.get_ylim()
-    axis.set_ylim(max(low, min(means) / 10), min(high, max(means) * 10))
-
-
-def _show_late_epochs(axis: Any, means: list[float]) -> None:
-    """The first epochs' steep part, or the wide interval of few runs, would flatten what is to be compared."""
-    reach = (max(means) - min(means)) or abs(means[0]) or 1.0
-    low, high = axis.get_ylim()
-    axis.set_ylim(max(low, min(means) - 0.3 * reach), min(high, max(means) + 0.3 * reach))

@@ -1,0 +1,209 @@
+"""All figures and statements of a task, in one go."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from gradcentral.analysis.charts import shares
+from gradcentral.analysis.measured import Measured
+from gradcentral.analysis.properties import measure_all
+from gradcentral.analysis.theme import Theme
+from gradcentral.experiment.errors import TaskError
+from gradcentral.experiment.loading import refer_to
+from gradcentral.experiment.probing import probe_task
+from gradcentral.experiment.task import CustomTask, Task, check_count
+from gradcentral.extras import optional
+from gradcentral.figures.figure import Figure, write_csv
+from gradcentral.figures.geometry import geometry
+from gradcentral.figures.gradient_norms import gradient_norms
+from gradcentral.figures.initial_means import initial_weight_means
+from gradcentral.figures.landscape import landscape
+from gradcentral.figures.learning import learning
+from gradcentral.figures.operation import operation
+from gradcentral.figures.study import Study
+
+__all__ = ["FIGURES", "STATEMENTS", "Drawn", "draw_all", "statement_table"]
+
+FIGURES = ("operation", "geometry", "initial-means", "gradient-norms", "learning", "landscape", "shares")
+STATEMENTS = "statements"
+
+# Enough training for weights to have moved, and one step a batch.
+_STATEMENT_STEPS = 300
+
+
+class Drawn(NamedTuple):
+    """What `draw_all` made.
+
+    Attributes:
+        out: the folder with a PNG, an SVG and a CSV of every figure, and ``statements.csv``.
+        titles: of the figures, by name.
+        statements: the paper's, measured; empty where they were not asked for.
+    """
+
+    out: Path
+    titles: dict[str, str]
+    statements: tuple[Measured, ...]
+
+
+def draw_all(
+    task: Task | str | Path = "digits",
+    *,
+    out: str | Path | None = None,
+    only: Sequence[str] | None = None,
+    optimizer: str | None = None,
+    seeds: int = 5,
+    epochs: int | None = None,
+    progress: bool = True,
+) -> Drawn:
+    """Measure and draw the paper's figures and statements on a task's own network and data.
+
+    Args:
+        task: a `Task`, a file that defines ``task``, or the name of a built-in task.
+        out: output folder; by default ``runs/figures-`` and the task's name.
+        only: of `FIGURES` and ``"statements"``; by default all.
+        optimizer: one of the task's; by default its first.
+        seeds: how many runs the numbers with a spread are of.
+        epochs: instead of the task's own.
+        progress: show a bar for each figure.
+
+    Raises:
+        TaskError: the task or an option is not usable.
+    """
+    reference = refer_to(task)
+    loaded = reference.task
+    if isinstance(loaded, CustomTask):
+        raise TaskError(
+            f"task {loaded.name!r} has a trainer of its own, into which the figures can't look: give a Task"
+        )
+    chosen = _chosen(only)
+    if optimizer is not None and optimizer not in loaded.optimizers:
+        raise TaskError(f"optimizer: there is no {optimizer!r}; there is {', '.join(loaded.optimizers)}")
+    check_count("seeds", seeds)
+    if epochs is not None:
+        check_count("epochs", epochs)
+    folder = Path(out) if out is not None else Path("runs") / f"figures-{loaded.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    titles: dict[str, str] = {}
+    statements: tuple[Measured, ...] = ()
+    with _one_thread(), _Bars(progress) as bars:
+        for name in chosen:
+            study = Study(
+                loaded,
+                task,
+                optimizer if optimizer is not None else next(iter(loaded.optimizers)),
+                tuple(range(seeds)),
+                loaded.epochs if epochs is None else epochs,
+                bars.track(name),
+            )
+            if name == STATEMENTS:
+                statements = _statements(study)
+                header = ("source", "statement", "formula", "value", "bound", "allowance", "holds", "without", "where")
+                write_csv(
+                    folder / "statements.csv", header, [[getattr(m, field) for field in header] for m in statements]
+                )
+            else:
+                figure = _make(name, study, folder)
+                figure.write(folder, name)
+                titles[name] = figure.title
+            bars.done(name)
+    return Drawn(folder, titles, statements)
+
+
+def statement_table(statements: Sequence[Measured]) -> Any:
+    """The statements for a rich console: what was measured against what it must not exceed."""
+    table = optional("rich.table").Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title, justify in (("statement", "left"), ("measured", "right"), ("bound", "right"), ("without GC", "right")):
+        table.add_column(title, justify=justify)
+    table.add_column("holds")
+    for m in statements:
+        without = "" if m.without is None else f"{m.without:.2g}"
+        what = f"{m.statement} ({m.source})\n  {m.formula}"
+        table.add_row(what, f"{m.value:.2g}", f"{m.bound:.2g}", without, "yes" if m.holds else "NO")
+    return table
+
+
+def _make(name: str, study: Study, folder: Path) -> Figure:
+    if name == "learning":
+        return learning(study, folder / "runs")
+    make: dict[str, Callable[[Study], Figure]] = {
+        "operation": operation,
+        "geometry": geometry,
+        "initial-means": initial_weight_means,
+        "gradient-norms": gradient_norms,
+        "landscape": landscape,
+        "shares": _shares,
+    }
+    return make[name](study)
+
+
+def _shares(study: Study) -> Figure:
+    report = probe_task(study.task, seed=study.seed)
+
+    def draw(theme: Theme) -> Any:
+        return shares(report, theme)
+
+    title = f"{study.task.name}: where GC acts before training"
+    columns = ("name", "kind", "share", "spread", "finding")
+    return Figure(title, draw, columns, [[getattr(layer, column) for column in columns] for layer in report.layers])
+
+
+def _statements(study: Study) -> tuple[Measured, ...]:
+    task = study.task
+    batches = itertools.islice(study.batches(study.seed), _STATEMENT_STEPS)
+    return tuple(measure_all(study.fresh_model(), task.loss, batches, task.optimizers[study.optimizer]))
+
+
+def _chosen(only: Sequence[str] | None) -> tuple[str, ...]:
+    known = (*FIGURES, STATEMENTS)
+    if only is None:
+        return known
+    if isinstance(only, str):
+        raise TaskError(f"only: give a list of names, such as [{only!r}]")
+    for name in only:
+        if name not in known:
+            raise TaskError(f"only: there is no {name!r}; there is {', '.join(known)}")
+    return tuple(name for name in known if name in only)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in a comparison's workers, so that runs here and there are the same to the bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Bars:
+    """A bar for each figure, on a terminal and elsewhere: one line when it is done."""
+
+    def __init__(self, show: bool) -> None:
+        self._console = optional("rich.console").Console(quiet=not show, highlight=False)
+        self._progress = optional("rich.progress").Progress(console=self._console, transient=True)
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def track(self, name: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+        """Shows how far an iterable has been taken."""
+
+        def track(iterable: Iterable[Any], total: int) -> Iterable[Any]:
+            return self._progress.track(iterable, total=total, description=name)  # type: ignore[no-any-return]
+
+        return track
+
+    def done(self, name: str) -> None:
+        """A figure is finished."""
+        self._console.print(f"{name}: done")
