@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradcentral.kernels import Centering, Means, Pair
+from gradcentral.kernels.operators import CompilableCentering
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.projection import center
 from gradcentral.sharded import Division, Sharding, local
@@ -103,7 +104,7 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
     if not layout and not layout.pending:
         raise ValueError(f"nothing to center: {layout.summary()}")
     targets = list(layout.items())
-    _center_gradients(layout, targets, Centering(), Sharding(layout).of(targets))
+    _center_gradients(layout, targets, CompilableCentering(), Sharding(layout).of(targets))
 
 
 class _Kept(NamedTuple):
@@ -128,7 +129,7 @@ class Handle:
         self._paused = 0
         self._hooks: list[Any] = []
         self._targets = Targets(layout)
-        self._centering = Centering()
+        self._centering = CompilableCentering()
         self._sharding = Sharding(layout)
         self._before: _Kept | None = None
 

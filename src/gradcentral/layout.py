@@ -44,13 +44,16 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
 
     Attributes:
         entries: one `Entry` per parameter of the model, left alone or not, in the model's order.
+        revision: how often `refresh` has decided anew.
     """
 
     def __init__(self, entries: Sequence[Entry], recipe: _Recipe | None = None) -> None:
         self._recipe = recipe
+        self.revision = -1
         self._set(entries)
 
     def _set(self, entries: Sequence[Entry]) -> None:
+        self.revision += 1
         self.entries = tuple(entries)
         self._by_parameter = {entry.parameter: entry for entry in self.entries}
         self._by_name = {name: entry for entry in self.entries for name in (entry.name, *entry.aliases)}

@@ -37,7 +37,7 @@ class Targets:
         # What was found, and for which parameters and decisions: seldom do they change.
         self._found: list[tuple[Tensor, WeightVectors]] = []
         self._parameters: list[Tensor] = []
-        self._entries: object = None
+        self._revision = -1
 
     def of(self, optimizer: Optimizer, warn: bool = True) -> list[tuple[Tensor, WeightVectors]]:
         """The optimizer's centered parameters with their weight vectors.
@@ -46,7 +46,7 @@ class Targets:
         """
         layout = self.layout
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if layout.entries is self._entries and same_objects(parameters, self._parameters) and not layout.pending:
+        if layout.revision == self._revision and same_objects(parameters, self._parameters) and not layout.pending:
             return self._found
         new = [p for p in parameters if not layout.knows(p) and p not in self._strangers]
         if new or layout.pending:
@@ -61,7 +61,7 @@ class Targets:
                     stacklevel=4,
                 )
         self._found = [(p, vectors) for p in parameters if (vectors := layout.get(p)) is not None]
-        self._parameters, self._entries = parameters, layout.entries
+        self._parameters, self._revision = parameters, layout.revision
         return self._found
 
     def first(self, optimizer: Optimizer) -> list[tuple[Tensor, WeightVectors]]:

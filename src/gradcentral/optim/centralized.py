@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradcentral.kernels import native
+from gradcentral.kernels.operators import restore_traced_, traced_center, traced_means
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.projection import center, subtract_means_, unit_means
 from gradcentral.sharded import Division, Sharding, any_sharded, local, with_local
@@ -172,6 +173,10 @@ class Centralized(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling() and self._can_be_traced():
+            self._refuse_sparse()
+            self._traced_step()
+            return loss
         fuse = not native.unavailable and not torch.compiler.is_compiling()
         if fuse and _must_skip(self):
             return loss
@@ -325,6 +330,32 @@ class Centralized(Optimizer):
             for p, vectors, means in kept:
                 subtract_means_(local(p), unit_means(local(p), vectors) - means, vectors)
 
+    def _can_be_traced(self) -> bool:
+        """Whether the operators serve: they are not differentiable, and know nothing of other ranks."""
+        sharded = any(any_sharded(group["params"]) for group in self.param_groups)
+        return not sharded and not self.defaults.get("differentiable", False)
+
+    @torch.no_grad()
+    def _traced_step(self) -> None:
+        """The step as ``torch.compile`` traces it: torch's own, between two operators that center.
+
+        Replacing ``p.grad`` would break the graph: it gets the centered values and then its own again, of which the
+        compiled code keeps nothing. (Inductor loses the second write where an operator has centered in place.)
+        """
+        targets = [(p, vectors) for p, vectors in self._targets.of(self) if p.grad is not None]
+        if self._placement == "update":
+            means = traced_means(targets)
+            _plain_step(self._torchs_own)(self)
+            restore_traced_(targets, means)
+            return
+        pairs = [(cast("Tensor", p.grad), vectors) for p, vectors in targets]
+        raw = [gradient.clone() for gradient, _ in pairs]
+        for (gradient, _), centered in zip(pairs, traced_center(pairs), strict=True):
+            gradient.copy_(centered)
+        _plain_step(self._torchs_own)(self)
+        for (gradient, _), old in zip(pairs, raw, strict=True):
+            gradient.copy_(old)
+
 
 def _gradient(p: Tensor, here: _Here | None) -> Tensor:
     """What a plan is to step with: this rank's part, centered already if that took other ranks."""
@@ -362,8 +393,11 @@ def _grad_scale(optimizer: Optimizer) -> float:
 
 
 def _plain_step(torchs_own: type[Optimizer]) -> Callable[[Optimizer], Any]:
-    """torch's step without the hooks that torch wraps around it: our step has run them already."""
+    """torch's step without what torch wraps around it: our step has run the hooks and set the grad mode already.
+
+    The wrapper that sets the grad mode breaks the graph of ``torch.compile`` twice.
+    """
     step: Any = torchs_own.step
-    while getattr(step, "hooked", False):
+    while hasattr(step, "__wrapped__"):
         step = step.__wrapped__
     return cast("Callable[[Optimizer], Any]", step)
