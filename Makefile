@@ -10,12 +10,12 @@ BUILT_FROM := pyproject.toml setup.py constraints.txt $(wildcard $(C)/*)
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: compare test lint types tests zoo reference without-compiler sanitize bench clean
+.PHONY: compare test lint types tests zoo cluster reference without-compiler sanitize bench clean
 
 compare: $(VENV)/experiments
 	$(BIN)/gradcentral compare
 
-test: lint types tests zoo without-compiler sanitize
+test: lint types tests zoo cluster without-compiler sanitize
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
@@ -30,6 +30,10 @@ tests: $(VENV)/dev
 # The layouts of real models; see the extra "zoo" in pyproject.toml.
 zoo: $(VENV)/zoo
 	PYTHONPATH=$(VENV)/torchvision $(BIN)/pytest tests/zoo
+
+# Comparisons on a Ray and a Dask of this machine; see the extras of that name.
+cluster: $(VENV)/cluster
+	$(BIN)/pytest tests/experiment/test_backends.py
 
 bench: $(VENV)/experiments
 	$(BIN)/gradcentral bench
@@ -71,6 +75,10 @@ $(VENV)/zoo: $(VENV)/dev
 	# timm imports torchvision, of which only the build on the package index is to be had: it stays out of sight of
 	# everything else. Without it the tests of timm's models are skipped.
 	-$(PIP) --no-deps timm && $(PIP) --no-deps --target $(VENV)/torchvision torchvision
+	touch $@
+
+$(VENV)/cluster: $(VENV)/dev
+	$(PIP) --editable '.[ray,dask]'
 	touch $@
 
 clean:

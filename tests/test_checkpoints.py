@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 import gradcentral
@@ -137,10 +138,10 @@ def test_a_distributed_checkpoint_goes_on_to_the_bit(who: str, kind: str, placem
     with warnings.catch_warnings():
         # Without a process group torch warns that there is none, and of deprecations of its own.
         warnings.simplefilter("ignore")
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
-        found = dict(zip(("model", "optimizer"), get_state_dict(twin, again), strict=True))
+        save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
+        found: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(twin, again), strict=True))
         assert _same_weights(twin, before)
-        dcp.load(found, checkpoint_id=tmp_path)
+        load(found, checkpoint_id=tmp_path)
     set_state_dict(twin, again, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
     _train(model, optimizer, range(3, 6))
     _train(twin, again, range(3, 6))

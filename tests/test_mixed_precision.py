@@ -183,9 +183,9 @@ def test_parameters_in_bfloat16_follow_those_in_float64(way: str, kind: str, pla
     moved = error = 0.0
     for param, truth, w in zip(model.parameters(), reference.parameters(), start, strict=True):
         assert param.dtype == torch.bfloat16
-        p, q = param.detach().double(), truth.detach()
+        found, wanted = param.detach().double(), truth.detach()
         # Half a unit in the last place (2⁻⁹ of a weight) for each of five roundings, and as much from the state.
-        torch.testing.assert_close(p, q, rtol=10 * 2.0**-9, atol=5e-3)
-        moved += float((q - w).square().sum())
-        error += float((p - q).square().sum())
+        torch.testing.assert_close(found, wanted, rtol=10 * 2.0**-9, atol=5e-3)
+        moved += float((wanted - w).square().sum())
+        error += float((found - wanted).square().sum())
     assert error < 0.02 * moved

@@ -61,6 +61,9 @@ def compare(
     jobs: Annotated[
         int | None, typer.Option(help="Worker processes; by default one a CPU core, and 1 on an accelerator.")
     ] = None,
+    backend: Annotated[
+        str, typer.Option(help="Where the workers are: loky (this machine), or the cluster of ray or dask.")
+    ] = "loky",
     device: Annotated[str, typer.Option(help="Where to train, as torch names it.")] = "cpu",
     amp: Annotated[bool, typer.Option("--amp", help="Train in mixed precision.")] = False,
     out: Annotated[
@@ -78,6 +81,7 @@ def compare(
         arms=_names(arms),
         optimizers=None if optimizers is None else _names(optimizers),
         jobs=jobs,
+        backend=backend,
         device=device,
         amp=amp,
         out=out,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gradcentral.experiment.backends import check_backend
 from gradcentral.experiment.checks import ARMS, NONE
 from gradcentral.experiment.display import Display
 from gradcentral.experiment.errors import ArmError, TaskError
@@ -35,6 +36,7 @@ def compare(
     arms: Sequence[str] = ARMS,
     optimizers: Sequence[str] | None = None,
     jobs: int | None = None,
+    backend: str = "loky",
     device: str = "cpu",
     amp: bool = False,
     out: str | Path | None = None,
@@ -55,7 +57,9 @@ def compare(
         arms: of ``none``, ``gradient`` and ``update``; ``none`` must be among them.
         optimizers: names of those of the task's to use; all of them by default.
         jobs: worker processes, each with one torch thread. 1 runs in this process, with the threads torch has here.
-            By default one a core on the CPU and 1 on an accelerator.
+            By default one a core on the CPU and 1 on an accelerator; on a cluster all its workers.
+        backend: where the workers are: ``"loky"``, processes of this machine; ``"ray"`` or ``"dask"``, those of a
+            cluster (see docs/scaling.md).
         device: where to train, as torch names it.
         amp: train in mixed precision: bfloat16 where the device has it, else float16 with loss scaling.
         out: output folder; by default ``runs/`` and the task's name.
@@ -76,6 +80,7 @@ def compare(
     arms, optimizers, seeds = _arms(arms), _optimizers(loaded, optimizers), _seeds(seeds)
     if jobs is not None:
         check_count("jobs", jobs)
+    check_backend(backend)
     settings = _settings(loaded, epochs, device, amp)
     setup = fingerprint(reference, settings, optimizers)
     # Before the runs: where it fails, they would too.
@@ -90,9 +95,11 @@ def compare(
             Display(keys, before, settings.epochs if settings else None, loaded.metric_name, file, progress) as display,
         ):
             pairs = _Pairs(before)
-            count = jobs if jobs is not None else default_jobs(device, len(missing))
+            if jobs is None and backend == "loky":
+                jobs = default_jobs(device, len(missing))
             if missing:
-                for run in run_all(reference, missing, settings, jobs=min(count, len(missing)), progress=file):
+                count = None if jobs is None else min(jobs, len(missing))
+                for run in run_all(reference, missing, settings, jobs=count, progress=file, backend=backend):
                     pairs.check(run)
                     store.add(run)
                     display.finished(run)

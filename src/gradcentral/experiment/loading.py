@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import pickle
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,18 @@ from gradcentral.experiment.errors import ExperimentError, TaskError
 from gradcentral.experiment.task import CustomTask, Task, name_of
 from gradcentral.extras import optional
 
-__all__ = ["BUILT_IN", "TaskReference", "describe", "follow_address", "load_task", "refer_to", "where"]
+__all__ = [
+    "BUILT_IN",
+    "Address",
+    "Parcel",
+    "TaskReference",
+    "describe",
+    "follow_address",
+    "load_task",
+    "open_parcel",
+    "refer_to",
+    "where",
+]
 
 AnyTask = Task | CustomTask
 
@@ -35,6 +47,13 @@ class Address(NamedTuple):
     kind: Literal["built-in", "file", "value"]
     location: str
     version: str
+
+
+class Parcel(NamedTuple):
+    """A task by content: the source of its file, or its pickle; nothing for a built-in one."""
+
+    address: Address
+    content: bytes
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,20 @@ class TaskReference:
         """An address that other processes of this machine can follow: a value is written to a file in ``folder``."""
         if self.address.kind != "value":
             return self.address
+        content = self._pickled()
+        path = folder / "task.pickle"
+        path.write_bytes(content)
+        return Address("value", str(path), hashlib.sha256(content).hexdigest())
+
+    def parcel(self) -> Parcel:
+        """The task itself, for processes of other machines."""
+        kind, location, _ = self.address
+        if kind == "value":
+            content = self._pickled()
+            return Parcel(Address(kind, "", hashlib.sha256(content).hexdigest()), content)
+        return Parcel(self.address, Path(location).read_bytes() if kind == "file" else b"")
+
+    def _pickled(self) -> bytes:
         try:
             content: bytes = optional("cloudpickle").dumps(self.task)
         except (TypeError, AttributeError, pickle.PicklingError) as error:
@@ -62,9 +95,7 @@ class TaskReference:
                 f"task {self.task.name!r} can't be sent to worker processes ({describe(error)}): "
                 "put it in a file and pass its path, or use jobs=1"
             ) from error
-        path = folder / "task.pickle"
-        path.write_bytes(content)
-        return Address("value", str(path), hashlib.sha256(content).hexdigest())
+        return content
 
 
 def load_task(source: str | Path) -> AnyTask:
@@ -114,6 +145,36 @@ def follow_address(address: Address) -> TaskReference:
             raise TaskError(f"{location}: the file changed while its runs were going on; start again")
         return TaskReference(_load_file(Path(location)), address)
     return TaskReference(pickle.loads(Path(location).read_bytes()), address)
+
+
+_opened: dict[Address, TaskReference] = {}
+
+
+def open_parcel(parcel: Parcel) -> TaskReference:
+    """In a worker anywhere: the task of a parcel, loaded once a process.
+
+    A file that is there under its own path, as on this machine or a shared disk, is taken from there, so that modules
+    beside it can be imported.
+    """
+    address, content = parcel
+    if address not in _opened:
+        _opened[address] = _unpacked(address, content)
+    return _opened[address]
+
+
+def _unpacked(address: Address, content: bytes) -> TaskReference:
+    kind, location, version = address
+    if kind == "built-in":
+        return follow_address(address)
+    if kind == "value":
+        return TaskReference(pickle.loads(content), address)
+    path = Path(location)
+    if not (path.is_file() and _version(path) == version):
+        if hashlib.sha256(content).hexdigest() != version:
+            raise TaskError(f"{location}: the file changed while its runs were going on; start again")
+        path = Path(tempfile.mkdtemp(prefix="gradcentral-")) / path.name
+        path.write_bytes(content)
+    return TaskReference(_load_file(path), Address("file", str(path), version))
 
 
 def _load_built_in(module: str) -> AnyTask:

@@ -1,4 +1,4 @@
-"""Many runs: in this process, or spread over worker processes by joblib."""
+"""Many runs: in this process, or spread over worker processes, here or on a cluster, by joblib."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 import math
 import os
 import tempfile
+import threading
 import traceback
-import warnings
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 
 from gradcentral.analysis.unchanged import random_numbers_unchanged
+from gradcentral.experiment.backends import outcomes_of
 from gradcentral.experiment.errors import ArmError, ExperimentError, RunError
-from gradcentral.experiment.loading import Address, TaskReference, describe, follow_address, where
+from gradcentral.experiment.loading import Address, Parcel, TaskReference, describe, follow_address, open_parcel, where
 from gradcentral.experiment.records import Key, Run
 from gradcentral.experiment.task import CustomTask
 from gradcentral.experiment.training import Settings, follow, train
@@ -37,39 +37,49 @@ class Failure:
 
 
 def run_all(
-    reference: TaskReference, keys: Sequence[Key], settings: Settings | None, *, jobs: int, progress: Path
+    reference: TaskReference,
+    keys: Sequence[Key],
+    settings: Settings | None,
+    *,
+    jobs: int | None,
+    progress: Path,
+    backend: str = "loky",
 ) -> Iterator[Run]:
-    """Run them all and yield each as it finishes, in no particular order.
+    """Run them all and yield each as it finishes, in no particular order; on Ray in rounds of ``jobs``.
 
     Args:
         reference: the task.
         keys: what to run.
         settings: how to train; None for a `CustomTask`.
-        jobs: worker processes, each with one torch thread; 1 runs in this process, with its threads.
-        progress: an existing file, to which one line an epoch is added; runs end when it is taken away.
+        jobs: worker processes, each with one torch thread; with loky, 1 runs in this process, with its threads. None,
+            on a cluster: all its workers.
+        progress: an existing file, to which one line an epoch is added; runs end when it is taken away. Workers of a
+            cluster know nothing of it.
+        backend: one of `BACKENDS`.
 
     Raises:
         RunError: the task raised in a run; the traceback is in ``error.txt`` beside ``progress``.
         ArmError: a run did not do what its arm says.
     """
-    if jobs == 1:
+    if jobs == 1 and backend == "loky":
         with random_numbers_unchanged():
             for key in keys:
                 yield _unwrap(_run(reference, key, settings, progress), progress.parent)
         return
-    joblib = optional("joblib")
+    work = optional("joblib").delayed(_run_in_worker)
+    device = "cpu" if settings is None else settings.device
     with tempfile.TemporaryDirectory(prefix="gradcentral-") as folder:
-        portable = reference.portable(Path(folder))
-        parallel = joblib.Parallel(n_jobs=jobs, backend="loky", return_as="generator_unordered", batch_size=1)
-        work = joblib.delayed(_run_in_worker)
+        # What another machine may not see travels along.
+        here = backend == "loky"
+        task, file = (reference.portable(Path(folder)), progress) if here else (reference.parcel(), None)
+        calls = (work(task, key, settings, file) for key in keys)
         try:
-            with (
-                joblib.parallel_config(backend="loky", inner_max_num_threads=1),
-                _cancelled_quietly(parallel(work(portable, key, settings, progress) for key in keys)) as outcomes,
-            ):
+            with outcomes_of(calls, backend=backend, jobs=jobs, device=device) as outcomes:
                 for outcome in outcomes:
                     yield _unwrap(outcome, progress.parent)
-        except RuntimeError as error:  # loky's TerminatedWorkerError is one
+        except ExperimentError:
+            raise
+        except Exception as error:  # TerminatedWorkerError, RayActorError, KilledWorker …
             raise RunError(
                 f"a worker process died ({describe(error)}); with fewer jobs= each has more memory"
             ) from error
@@ -83,28 +93,24 @@ def default_jobs(device: str, runs: int) -> int:
     return max(1, min(cores, runs))
 
 
-@contextmanager
-def _cancelled_quietly(outcomes: Generator[Run | Failure, None, None]) -> Iterator[Iterator[Run | Failure]]:
-    """End the workers with the block; joblib would warn that runs under way are lost, but then they should be."""
-    try:
-        yield outcomes
-    finally:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "[0-9]+ tasks", UserWarning)
-            outcomes.close()
+_one_at_a_time = threading.Lock()
 
 
-def _run_in_worker(address: Address, key: Key, settings: Settings | None, progress: Path) -> Run | Failure:
-    torch.set_num_threads(1)
-    try:
-        reference = follow_address(address)
-    except ExperimentError as error:
-        return Failure(type(error), str(error), traceback.format_exc())
-    return _run(reference, key, settings, progress)
+def _run_in_worker(task: Address | Parcel, key: Key, settings: Settings | None, progress: Path | None) -> Run | Failure:
+    # A Dask worker may have several threads, but torch has one stream of random numbers for all of them.
+    with _one_at_a_time:
+        torch.set_num_threads(1)
+        try:
+            reference = open_parcel(task) if isinstance(task, Parcel) else follow_address(task)
+        except ExperimentError as error:
+            return Failure(type(error), str(error), traceback.format_exc())
+        return _run(reference, key, settings, progress)
 
 
-def _run(reference: TaskReference, key: Key, settings: Settings | None, progress: Path) -> Run | Failure:
+def _run(reference: TaskReference, key: Key, settings: Settings | None, progress: Path | None) -> Run | Failure:
     def on_epoch(record: dict[str, Any]) -> None:
+        if progress is None:
+            return
         metric = record["test_metric"] if math.isfinite(record["test_metric"]) else None
         line = json.dumps([*key, record["epoch"], metric]) + "\n"
         # Not created anew: where it is gone the comparison has ended, and this run is nobody's.
