@@ -61,11 +61,22 @@ def test_probe(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert (task.parent / "found" / "probe.png").stat().st_size > 5_000
 
 
+def test_figures(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "figures", "--task", "line.py", "--only", "statements,operation", "--seeds", "1") == 0
+    shown = capsys.readouterr().out
+    assert "P² = P: centering twice is centering once" in shown
+    folder = Path("runs", "figures-line")
+    assert f"{folder / 'operation.png'}  line: what centering does" in shown
+    for name in ("operation.png", "operation.svg", "operation.csv", "statements.csv"):
+        assert (task.parent / folder / name).stat().st_size > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["compare", "none.py"], "there is no such file"),
         (["probe", "none.py"], "there is no such file"),
+        (["figures", "--task", "line.py", "--only", "shapes"], "only: there is no 'shapes'"),
         (["probe", "line.py", "--device", "toaster"], "device: 'toaster' can't be used here"),
         (["compare", "digit"], "there is no task 'digit'"),
         (["compare", "line.py", "--arms", "none,gc"], "arms: there is no 'gc'; there is none, gradient, update"),

@@ -62,9 +62,9 @@ def _draw(points: dict[str, Tensor], theme: Theme) -> Any:
         space.plot_surface(*corners, color=theme.faint, alpha=0.55, zorder=0, shade=False)
         for arm, way in points.items():
             x, y, z = way.T.tolist()
-            space.plot(x, y, z, STYLES[arm], color=theme.arms[arm], lw=2, zorder=2, label=arm)
+            space.plot(x, y, z, STYLES[arm], color=theme.arms[arm], lw=1.4, zorder=2, label=arm)
             space.plot(x[-1:], y[-1:], z[-1:], "o", color=theme.arms[arm], ms=6, zorder=3)
-            beside.plot(range(len(z)), z, STYLES[arm], color=theme.arms[arm], lw=2, label=arm)
+            beside.plot(range(len(z)), z, STYLES[arm], color=theme.arms[arm], lw=1.4, label=arm)
         space.plot([0], [0], [0], "s", color=theme.text, ms=6, zorder=4)
         space.text(0, 0, 0, " w⁰", zorder=5, color=theme.text)
         space.set_xlabel("within, 1st direction", labelpad=2)

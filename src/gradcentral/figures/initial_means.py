@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ def initial_weight_means(study: Study) -> Figure:
     """Figure 3 of the paper: log₁₀ |mean(w⁰)| for every weight vector of ResNet-50, drawn by its shapes alone."""
     shapes = [shape for shape, vectors in resnet50() if vectors is not None]
     found: dict[str, tuple[Tensor, Tensor]] = {}
+    seeds = itertools.count(study.seed)
     for scheme in study.track(_SCHEMES, len(_SCHEMES)):
         # A seed for each layer, or those of one shape would get the same weights.
-        drawn = [initial_means(shape, scheme, seed=study.seed + index) for index, shape in enumerate(shapes)]
+        drawn = [initial_means(shape, scheme, seed=next(seeds)) for shape in shapes]
         means = torch.cat([layer.absolute for layer in drawn])
         relative = torch.cat([layer.absolute / layer.expected for layer in drawn])
         found[scheme] = means, relative
@@ -50,11 +52,14 @@ def _draw(found: dict[str, tuple[Tensor, Tensor]], theme: Theme) -> Any:
         colors = (theme.arms["gradient"], theme.arms["update"])
         for (scheme, (means, relative)), color in zip(found.items(), colors, strict=False):
             label = f"{_SCHEMES[scheme]}, median {float(means.median()):.1e}"
-            left.hist(means.clamp_min(1e-8).log10(), bins=80, histtype="stepfilled", alpha=0.35, color=color, lw=0)
-            left.hist(means.clamp_min(1e-8).log10(), bins=80, histtype="step", color=color, lw=1.5, label=label)
-            right.hist(relative, bins=60, range=(0, 4), histtype="step", color=color, density=True, lw=1.5)
+            left.hist(
+                means.clamp_min(1e-8).log10().numpy(), bins=80, histtype="stepfilled", alpha=0.35, color=color, lw=0
+            )
+            left.hist(means.clamp_min(1e-8).log10().numpy(), bins=80, histtype="step", color=color, lw=1.5, label=label)
+            right.hist(relative.numpy(), bins=60, range=(0, 4), histtype="step", color=color, density=True, lw=1.5)
         at = torch.linspace(0, 4, 200)
-        right.plot(at, (2 / torch.pi) ** 0.5 * torch.exp(-at.square() / 2), color=theme.text, lw=1.2, ls=":")
+        density = (2 / torch.pi) ** 0.5 * torch.exp(-at.square() / 2)
+        right.plot(at.numpy(), density.numpy(), color=theme.text, lw=1.2, ls=":")
         left.set_xlabel("log₁₀ |mean(w⁰)|")
         left.set_ylabel("weight vectors")
         left.legend(frameon=False, loc="upper left", fontsize=9)

@@ -133,16 +133,16 @@ def _draw(looks: list[_Look], theme: Theme) -> Any:
                 axes[0].plot(at, [getattr(k, bound) for k in mine], STYLES[arm], color=color, lw=0.9)
             axes[1].plot(at, [k.gradient_change for k in mine], STYLES[arm], color=color, lw=1.7, label=name)
             axes[2].plot(at, [k.curvature for k in mine], STYLES[arm], color=color, lw=1.7, label=name)
-        titles = ("loss along the step", "change of the gradient along it", "top |eigenvalue| of the Hessian")
+        titles = ("loss along the step", "change of the gradient", "curvature")
         labels = (
             "training loss, lowest to highest",
-            "largest ‖∇L(w + αΔw) − ∇L(w)‖, with GC of Φ(∇L)",
-            "‖∇²L‖, with GC ‖P∇²LP‖",
+            "largest ‖∇L(w + αΔw) − ∇L(w)‖ (GC: of Φ(∇L))",
+            "top |eigenvalue| of ∇²L (GC: of P∇²LP)",
         )
         for axis, title, label in zip(axes, titles, labels, strict=True):
             axis.set_yscale("log")
             axis.set_title(title, loc="left", fontweight="bold")
-            axis.set_ylabel(label, fontsize=9)
+            axis.set_ylabel(label, fontsize=8.5)
             axis.set_xlabel("step")
         handles, names = axes[1].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper right", ncols=2, frameon=False)

@@ -70,45 +70,33 @@ def operation(study: Study) -> Figure:
 
 def _draw(pairs: list[_Pair], theme: Theme) -> Any:
     with style(theme):
-        figure = new_figure(9.8, 0.6 + 2.7 * len(pairs))
-        axes = figure.subplots(len(pairs), 4, squeeze=False, width_ratios=[10, 10, 0.4, 2.6])
-        for (before, after, bar, means), pair in zip(axes, pairs, strict=True):
+        figure = new_figure(9.8, 0.4 + 2.9 * len(pairs))
+        for part, pair in zip(figure.subfigures(len(pairs), 1, squeeze=False).flat, pairs, strict=True):
+            part.set_facecolor("none")
+            part.suptitle(pair.label, x=0.01, ha="left", fontsize=10)
+            before, after, bar, means = part.subplots(1, 4, width_ratios=[10, 10, 0.4, 3.2])
             both = torch.cat([pair.before, pair.after]).abs()
             # A few extreme entries would leave all others pale.
             reach = float(both.quantile(0.995)) or float(both.max()) or 1.0
             power = math.floor(math.log10(reach))
+            limits = {"vmin": -reach / 10**power, "vmax": reach / 10**power}
             for axis, matrix, title in ((before, pair.before, "∇L"), (after, pair.after, "Φ(∇L) = P∇L")):
-                image = axis.imshow(
-                    matrix / 10**power,
-                    cmap="RdBu_r",
-                    vmin=-reach / 10**power,
-                    vmax=reach / 10**power,
-                    aspect="auto",
-                    interpolation="none",
-                )
+                scaled = (matrix / 10**power).tolist()
+                image = axis.imshow(scaled, cmap="RdBu_r", aspect="auto", interpolation="none", **limits)
                 axis.grid(visible=False)
                 axis.set_title(title, loc="left")
                 axis.set_xlabel("weight")
             before.set_ylabel("output unit")
             after.set_yticks([])
-            figure.colorbar(image, cax=bar).outline.set_visible(False)
+            part.colorbar(image, cax=bar).outline.set_visible(False)
             bar.set_title(f"10{_raised(power)}", fontsize=9)
             power = math.floor(math.log10(float(pair.means.abs().max()) or 1.0))
-            at = range(len(pair.means))
-            means.barh(at, pair.means / 10**power, color=theme.arms["none"], height=0.8)
+            means.barh(range(len(pair.means)), (pair.means / 10**power).tolist(), color=theme.arms["none"], height=0.8)
             means.axvline(0, color=theme.arms["gradient"], lw=2.5)
             means.set_ylim(len(pair.means) - 0.5, -0.5)
             means.set_yticks([])
-            means.set_title(f"row means, 10{_raised(power)}", loc="left", fontsize=10)
-            means.set_xlabel("gray ∇L, blue Φ", fontsize=9)
-            before.annotate(
-                pair.label,
-                (0, 1),
-                xytext=(0, 24),
-                xycoords="axes fraction",
-                textcoords="offset points",
-                fontweight="bold",
-            )
+            means.set_title(f"means, 10{_raised(power)}", loc="left")
+            means.set_xlabel("gray ∇L, blue Φ(∇L)", fontsize=9)
         return figure
 
 
