@@ -74,6 +74,11 @@ def centralize(
     optimizer = _with_hooks(optimizer)
     if isinstance(getattr(optimizer, "layout", None), WeightLayout):
         raise ValueError(f"gradcentral.{type(optimizer).__name__} centers already: give it the placement you want")
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise ValueError(
+            "this ZeroRedundancyOptimizer steps inside DDP's communication, past all hooks: make it with "
+            "overlap_with_ddp=False"
+        )
     layout = _layout(model, layout)
     handle = Handle(layout, placement)
     targets = handle._targets.first(optimizer)
@@ -170,6 +175,7 @@ class Handle:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Hook | None:
         self._before = None
+        self._targets.check(optimizer)
         if self._paused:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

@@ -87,6 +87,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         """
         entries = []
         for position, (name, tensor) in enumerate(_named(params)):
+            _refuse_flat(name or f"parameter {position}", tensor)
             decided: Decision
             if tensor.ndim <= 1:
                 decided = LeaveAlone("one-dimensional")
@@ -161,6 +162,15 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
                 "this layout was copied, or made from shapes, before its lazy parameters had theirs, and knows no "
                 "model to decide by: make the layout and the optimizer anew"
             )
+
+    def standing(self) -> dict[str, Tensor] | None:
+        """{name: parameter} of the model as it is now, tied ones under each of their names; None: no model is known.
+
+        Raises:
+            ValueError: the model has been wrapped in FSDP1 since, which flattens its parameters.
+        """
+        model = None if self._recipe is None else self._recipe.model()
+        return None if model is None else {site.name: site.tensor for site in _sites(model)}
 
     @property
     def by_shape(self) -> bool:
@@ -340,6 +350,7 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
             if tensor is None:
                 continue
             name = f"{path}.{local_name}" if path else local_name
+            _refuse_flat(name, tensor)
             owner, owned_name, standing_for = _owner(module, path, local_name, paths)
             yield _Site(name, tensor, owner, owned_name, standing_for, around)
 
@@ -413,6 +424,20 @@ def _common_reason(tensor: Tensor) -> LeaveAlone | None:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return LeaveAlone(f"dtype {str(tensor.dtype).removeprefix('torch.')} has no mean")
     return None
+
+
+def _refuse_flat(name: str, tensor: Tensor) -> None:
+    """Refuse what FSDP1 and DeepSpeed's ZeRO make of parameters: parts in which no weight vector can be seen."""
+    whose = ""
+    if getattr(tensor, "_fsdp_flattened", False):
+        whose = "FullyShardedDataParallel (FSDP1)"
+    elif hasattr(tensor, "ds_id") and hasattr(tensor, "ds_shape"):
+        whose = "DeepSpeed ZeRO-3"
+    if whose:
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} is a flat part of a parameter, made by {whose}, in which no weight "
+            "vector can be seen: use torch.distributed.fsdp.fully_shard (FSDP2), which keeps the shapes"
+        )
 
 
 def _agree(one: Decision, other: Decision) -> bool:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -38,6 +39,8 @@ class Targets:
         self._found: list[tuple[Tensor, WeightVectors]] = []
         self._parameters: list[Tensor] = []
         self._revision = -1
+        # What was there when attaching, until the first step has looked whether it still is.
+        self._attached: list[tuple[str, Tensor, WeightVectors]] = []
 
     def of(self, optimizer: Optimizer, warn: bool = True) -> list[tuple[Tensor, WeightVectors]]:
         """The optimizer's centered parameters with their weight vectors.
@@ -71,17 +74,79 @@ class Targets:
             ValueError: none of the model's parameters is in the optimizer, or none of them is centered.
         """
         targets, layout = self.of(optimizer, warn=False), self.layout
+        names = layout.names
+        self._attached = [(names[p], p, vectors) for p, vectors in targets]
         if targets or layout.pending:
             return targets
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if not any(layout.knows(p) for p in parameters):
+        # Of several ranks one may own biases alone: ZeroRedundancyOptimizer, pipeline stages.
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not any(layout.knows(p) for p in parameters) and (parameters or not several):
+            flat = parameters and all(p.ndim <= 1 for p in parameters)
             raise ValueError(
                 "none of the model's parameters is in the optimizer: give the model whose parameters it was made with "
                 "(make the optimizer after moving, wrapping or sharding the model)"
+                + (f"; flat partitions, as of DeepSpeed's ZeRO, can't be centered: {_KEEPS_SHAPES}" if flat else "")
             )
-        held = {layout.names[p] for p in parameters if layout.knows(p)}
+        if several:
+            return targets
+        held = {names[p] for p in parameters if layout.knows(p)}
         reasons = "; ".join(f"{name}: {reason}" for name, reason in layout.skipped.items() if name in held)
         raise ValueError(f"nothing is left to center in this optimizer ({reasons})")
+
+    def check(self, optimizer: Optimizer) -> None:
+        """At the first step: that the parameters which were there when attaching have not been replaced since.
+
+        Raises:
+            RuntimeError: sharding, flattening or rebuilding the model has left the optimizer with parameters that are
+                no longer the model's, or has changed their shapes.
+            ValueError: the model has been wrapped in FSDP1.
+        """
+        if torch.compiler.is_compiling() or not self._attached:
+            return
+        attached, self._attached = self._attached, []
+        standing = self.layout.standing()
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if not any(p in held for _, p, _ in attached):
+            raise RuntimeError(
+                "the optimizer has lost all parameters that were to be centered: something (DeepSpeed's ZeRO does so) "
+                f"has put others into it since; {_KEEPS_SHAPES}"
+            )
+        for name, p, vectors in attached:
+            if p.shape != vectors.shape:
+                raise RuntimeError(
+                    f"{name} had shape {vectors.shape} when Gradient Centralization was attached and has "
+                    f"{tuple(p.shape)} now: attach after all that re-shapes parameters; {_KEEPS_SHAPES}"
+                )
+        if standing is None:
+            return
+        lost = [name for name, p, _ in attached if _is_lost(p, standing.get(name))]
+        # A layer that was taken out of the model and not replaced is no reason to stop.
+        if len(lost) == len(attached) or any(name in standing for name in lost):
+            raise RuntimeError(
+                "the optimizer holds parameters that are no longer the model's and trains nothing by them "
+                f"({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}): make the optimizer, and attach Gradient "
+                "Centralization, after fully_shard, parallelize_module and all else that replaces parameters"
+            )
+
+
+_KEEPS_SHAPES = (
+    "torch.distributed.fsdp.fully_shard (FSDP2) and ZeroRedundancyOptimizer keep the shapes of parameters: use one of "
+    "them"
+)
+
+
+def _is_lost(parameter: Tensor, now: Tensor | None) -> bool:
+    """Whether the model has another parameter in the place of this one.
+
+    FSDP2 puts gathered parameters into the place of sharded ones for a while: they are on fewer mesh dimensions.
+    """
+    return now is not parameter and (now is None or _mesh_dimensions(now) >= _mesh_dimensions(parameter))
+
+
+def _mesh_dimensions(tensor: Tensor) -> int:
+    mesh = getattr(tensor, "device_mesh", None)
+    return 0 if mesh is None else int(mesh.ndim)
 
 
 def same_objects(one: Sequence[object], other: Sequence[object]) -> bool:

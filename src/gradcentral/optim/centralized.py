@@ -177,6 +177,7 @@ class Centralized(Optimizer):
             self._refuse_sparse()
             self._traced_step()
             return loss
+        self._targets.check(self)
         fuse = not native.unavailable and not torch.compiler.is_compiling()
         if fuse and _must_skip(self):
             return loss

@@ -1,0 +1,435 @@
+"""What a step sends, and what happens where ranks or gradients are not alike."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.optim import Optimizer
+
+import gradcentral
+from gradcentral import WeightVectors, weight_layout
+from gradcentral.vectors import runs_of_axes
+from tests.distributed.workers import Workers
+
+BOTH = pytest.mark.parametrize("placement", ["gradient", "update"])
+FUSED = pytest.mark.parametrize("fused", [False, True], ids=["hook", "fused"])
+
+
+def _mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+class Rows(nn.Module):
+    """Linear layers of these shapes, placed as given: with Shard(1) their weight vectors are split."""
+
+    def __init__(self, placement: Any, shapes: tuple[tuple[int, int], ...] = ((6, 8), (4, 6), (5, 4))) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in shapes)
+        numbers = torch.Generator().manual_seed(1)
+        for layer, shape in zip(self.layers, shapes, strict=True):
+            weight = distribute_tensor(torch.randn(*shape, generator=numbers), _mesh(), [placement])
+            layer.weight = nn.Parameter(weight)
+
+    def gradients(self, seed: int) -> list[Any]:
+        """Some gradients, placed as the parameters are."""
+        numbers = torch.Generator().manual_seed(seed)
+        weights: list[Any] = [*self.parameters()]
+        return [
+            distribute_tensor(torch.randn(*w.shape, generator=numbers) + 0.5, w.device_mesh, w.placements)
+            for w in weights
+        ]
+
+
+def _optimizer(model: nn.Module, placement: str, fused: bool) -> Optimizer:
+    if fused:
+        return gradcentral.SGD(model, lr=0.1, momentum=0.9, placement=placement)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gradcentral.centralize(optimizer, model, placement)
+    return optimizer
+
+
+class Sent(NamedTuple):
+    """The collectives of one step."""
+
+    all_reduces: int
+    others: int
+    elements: int
+
+
+def count_collectives(dim: int, placement: str, fused: bool, without_gradients: bool) -> Sent:
+    """Step with all gradients, or none, and listen."""
+    model = Rows(Shard(dim))
+    optimizer = _optimizer(model, placement, fused)
+    if not without_gradients:
+        for weight, gradient in zip(model.parameters(), model.gradients(2), strict=True):
+            weight.grad = gradient
+    sent = []
+    all_reduce = dist.all_reduce
+
+    def listening(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        sent.append(tensor.numel())
+        return all_reduce(tensor, *arguments, **options)
+
+    dist.all_reduce = listening
+    try:
+        with CommDebugMode() as counted:
+            optimizer.step()
+    finally:
+        dist.all_reduce = all_reduce
+    return Sent(len(sent), counted.get_total_counts() - len(sent), sum(sent))
+
+
+@pytest.mark.parametrize("without_gradients", [False, True], ids=["", "without gradients"])
+@FUSED
+@BOTH
+def test_split_vectors_take_one_all_reduce_of_a_number_each(
+    placement: str, fused: bool, without_gradients: bool, two_ranks: Workers
+) -> None:
+    for sent in two_ranks.run(count_collectives, 1, placement, fused, without_gradients):
+        assert sent == Sent(all_reduces=1, others=0, elements=6 + 4 + 5)
+
+
+@FUSED
+@BOTH
+def test_whole_vectors_take_none(placement: str, fused: bool, two_ranks: Workers) -> None:
+    for sent in two_ranks.run(count_collectives, 0, placement, fused, False):
+        assert sent == Sent(all_reduces=0, others=0, elements=0)
+
+
+def _center_rows(whole: list[Tensor]) -> list[Tensor]:
+    return [tensor - tensor.mean(1, keepdim=True) for tensor in whole]
+
+
+def step_where_a_rank_has_no_gradients(placement: str, fused: bool) -> float:
+    """The last rank has no gradient of the first layer, and no rank has one of the second."""
+    model = Rows(Shard(1))
+    weights: list[Any] = [*model.parameters()]
+    before = [weight.detach().full_tensor() for weight in weights]
+    optimizer = _optimizer(model, placement, fused)
+    gradients = model.gradients(2)
+    whole = [gradient.full_tensor() for gradient in gradients]
+    last = dist.get_rank() == dist.get_world_size() - 1
+    if not last:
+        weights[0].grad = gradients[0]
+    weights[2].grad = gradients[2]
+    optimizer.step()
+    whole[0][:, -(-8 // dist.get_world_size()) * (dist.get_world_size() - 1) :] = 0
+    whole[1].zero_()
+    expected = [weight - 0.1 * change for weight, change in zip(before, _center_rows(whole), strict=True)]
+    if placement == "gradient":  # where there is no gradient, torch's optimizers do not move a parameter
+        moved = distribute_tensor(expected[0], _mesh(), [Shard(1)]).to_local()
+        still = distribute_tensor(before[0], _mesh(), [Shard(1)]).to_local()
+        parts = [still if last else moved]
+    else:
+        parts = [distribute_tensor(expected[0], _mesh(), [Shard(1)]).to_local()]
+    parts += [distribute_tensor(tensor, _mesh(), [Shard(1)]).to_local() for tensor in expected[1:]]
+    got = [weight.detach().to_local() for weight in weights]
+    return max(float((one - other).abs().max()) for one, other in zip(got, parts, strict=True))
+
+
+@FUSED
+@BOTH
+def test_ranks_may_disagree_on_which_gradients_there_are(placement: str, fused: bool, two_ranks: Workers) -> None:
+    assert max(two_ranks.run(step_where_a_rank_has_no_gradients, placement, fused)) <= 1e-6
+
+
+def step_with_unsummed_gradients(dim: int | None, placement: str, fused: bool) -> float:
+    """Each rank has a part of the sum that is the gradient, as tensor parallelism leaves it."""
+    placed = Replicate() if dim is None else Shard(dim)
+    model = Rows(placed)
+    weights: list[Any] = [*model.parameters()]
+    before = [weight.detach().full_tensor() for weight in weights]
+    optimizer = _optimizer(model, placement, fused)
+    whole = [gradient.full_tensor() for gradient in model.gradients(2)]
+    part = 0.25 if dist.get_rank() == 0 else 0.75 / (dist.get_world_size() - 1)
+    for weight, gradient in zip(weights, whole, strict=True):
+        weight.grad = DTensor.from_local(part * gradient, _mesh(), [Partial()])
+    optimizer.step()
+    expected = [weight - 0.1 * gradient for weight, gradient in zip(before, _center_rows(whole), strict=True)]
+    got = [weight.detach().full_tensor() for weight in weights]
+    return max(float((one - other).abs().max()) for one, other in zip(got, expected, strict=True))
+
+
+@FUSED
+@BOTH
+@pytest.mark.parametrize("dim", [None, 0, 1], ids=["replicas", "rows", "columns"])
+def test_unsummed_gradients_are_summed_first(dim: int | None, placement: str, fused: bool, two_ranks: Workers) -> None:
+    assert max(two_ranks.run(step_with_unsummed_gradients, dim, placement, fused)) <= 1e-6
+
+
+def center_expanded_gradients(dim: int) -> float:
+    """The gradient of a sum is one number, expanded."""
+    model = Rows(Shard(dim))
+    for weight in model.parameters():
+        weight.sum().backward()  # type: ignore[no-untyped-call]
+    gradcentral.centralize_gradients(model)
+    gradients: list[Any] = [weight.grad for weight in model.parameters()]
+    return max(float(gradient.to_local().abs().max()) for gradient in gradients)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_expanded_gradients_are_centered(dim: int, two_ranks: Workers) -> None:
+    assert max(two_ranks.run(center_expanded_gradients, dim)) <= 1e-6
+
+
+def center_in_dtype(dtype: torch.dtype) -> tuple[bool, float]:
+    """Center split gradients of a narrow or wide type."""
+    model = Rows(Shard(1)).to(dtype)
+    for weight, gradient in zip(model.parameters(), model.gradients(2), strict=True):
+        weight.grad = gradient.to(dtype)
+    gradients: list[Any] = [weight.grad for weight in model.parameters()]
+    expected = _center_rows([gradient.full_tensor().double() for gradient in gradients])
+    gradcentral.centralize_gradients(model)
+    got = [gradient.full_tensor() for gradient in gradients]
+    worst = max(float((one.double() - other).abs().max()) for one, other in zip(got, expected, strict=True))
+    return all(tensor.dtype == dtype for tensor in got), worst
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-15), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_sums_are_made_in_f32_at_least(dtype: torch.dtype, limit: float, two_ranks: Workers) -> None:
+    for kept, worst in two_ranks.run(center_in_dtype, dtype):
+        assert kept
+        assert worst <= limit
+
+
+def describe_error_of_cut_view() -> str:
+    """A view whose axes begin and end within those of the parameter."""
+    model = Rows(Shard(0), shapes=((4, 6),))
+    layout = weight_layout(model, overrides={"layers.0.weight": WeightVectors((1,), view=(6, 4))})
+    with pytest.raises(ValueError, match="cuts through its axes") as raised:
+        gradcentral.centralize(torch.optim.SGD(model.parameters(), lr=0.1), layout=layout)
+    return str(raised.value)
+
+
+def test_a_view_that_cuts_axes_is_refused(two_ranks: Workers) -> None:
+    for message in two_ranks.run(describe_error_of_cut_view):
+        assert "layers.0.weight" in message
+        assert "exclude=['layers.0.weight']" in message
+
+
+def describe_error_of_unsummed_parameter() -> str:
+    """A parameter that is a sum over ranks."""
+    model = nn.Linear(4, 3, bias=False)
+    model.weight = nn.Parameter(DTensor.from_local(torch.randn(3, 4), _mesh(), [Partial()]))
+    with pytest.raises(ValueError, match="only Shard and Replicate") as raised:
+        gradcentral.SGD(model, lr=0.1)
+    return str(raised.value)
+
+
+def test_an_unsummed_parameter_is_refused(two_ranks: Workers) -> None:
+    for message in two_ranks.run(describe_error_of_unsummed_parameter):
+        assert message.startswith("weight is a DTensor placed as")
+
+
+def describe_error_of_differentiable_step() -> None:
+    """A differentiable step would lose the way through what is centered."""
+    model = Rows(Shard(1))
+    optimizer = gradcentral.SGD(model, lr=0.1, differentiable=True)
+    with pytest.raises(ValueError, match="differentiable=True can't be used with DTensors"):
+        optimizer.step()
+
+
+def test_a_differentiable_step_is_refused(two_ranks: Workers) -> None:
+    two_ranks.run(describe_error_of_differentiable_step)
+
+
+def resume_from_state(placement: str) -> bool:
+    """A copy that loads the state steps as the original."""
+    one, other = Rows(Shard(1)), Rows(Shard(1))
+    optimizers = [gradcentral.AdamW(model, lr=0.1, placement=placement) for model in (one, other)]
+    for step in range(3):
+        for weight, gradient in zip(one.parameters(), one.gradients(step), strict=True):
+            weight.grad = gradient
+        optimizers[0].step()
+    other.load_state_dict(one.state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for model, optimizer in zip((one, other), optimizers, strict=True):
+        for weight, gradient in zip(model.parameters(), model.gradients(7), strict=True):
+            weight.grad = gradient
+        optimizer.step()
+    pairs: Any = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(first.to_local(), second.to_local()) for first, second in pairs)
+
+
+@BOTH
+def test_a_loaded_state_goes_on_exactly(placement: str, two_ranks: Workers) -> None:
+    assert all(two_ranks.run(resume_from_state, placement))
+
+
+def pause_and_remove() -> bool:
+    """Plain steps of a sharded optimizer."""
+    plain, paused = Rows(Shard(1)), Rows(Shard(1))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (plain, paused)]
+    handle = gradcentral.centralize(optimizers[1], paused)
+    for model in (plain, paused):
+        for weight, gradient in zip(model.parameters(), model.gradients(2), strict=True):
+            weight.grad = gradient
+    optimizers[0].step()
+    with handle.paused():
+        optimizers[1].step()
+    pairs: Any = zip(plain.parameters(), paused.parameters(), strict=True)
+    return all(torch.equal(first.to_local(), second.to_local()) for first, second in pairs)
+
+
+def test_paused_steps_are_plain(two_ranks: Workers) -> None:
+    assert all(two_ranks.run(pause_and_remove))
+
+
+def keep_the_gradients() -> bool:
+    """The optimizers leave gradients as they found them."""
+    model = Rows(Shard(1))
+    gradients = model.gradients(2)
+    for weight, gradient in zip(model.parameters(), gradients, strict=True):
+        weight.grad = gradient
+    copies = [gradient.to_local().clone() for gradient in gradients]
+    for foreach in (None, True):
+        gradcentral.SGD(model, lr=0.1, foreach=foreach).step()
+    kept = all(weight.grad is gradient for weight, gradient in zip(model.parameters(), gradients, strict=True))
+    return kept and all(torch.equal(g.to_local(), copy) for g, copy in zip(gradients, copies, strict=True))
+
+
+def test_the_optimizers_leave_gradients_as_they_are(two_ranks: Workers) -> None:
+    assert all(two_ranks.run(keep_the_gradients))
+
+
+def find_frozen() -> Sent:
+    """A parameter that does not train has no part in what is sent."""
+    model = Rows(Shard(1))
+    next(model.parameters()).requires_grad_(False)
+    with CommDebugMode() as counted:
+        gradcentral.centralize_gradients(model)
+    return Sent(counted.get_total_counts(), 0, 0)
+
+
+def test_centralize_gradients_takes_one_all_reduce_too(two_ranks: Workers) -> None:
+    for sent in two_ranks.run(find_frozen):
+        assert sent.all_reduces == 1
+
+
+# Models that were sharded too late or in a way that leaves no weight vectors.
+
+
+def describe_late_sharding(how: str) -> str:
+    """Shard after the optimizer was made."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    fused = how.startswith("fused")
+    if fused:
+        options: dict[str, Any] = {"foreach": True} if how.endswith("foreach") else {}
+        optimizer: Optimizer = gradcentral.SGD(model, lr=0.1, **options)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gradcentral.centralize(optimizer, model)
+    if how == "FSDP1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        wrapped: nn.Module = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    else:
+        wrapped = fully_shard(model, mesh=_mesh())
+    torch.autograd.backward(wrapped(torch.randn(2, 4)).sum())
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        optimizer.step()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("how", ["hook", "fused", "fused foreach"])
+def test_sharding_after_attaching_is_noticed_at_the_first_step(how: str, two_ranks: Workers) -> None:
+    for message in two_ranks.run(describe_late_sharding, how):
+        assert "no longer the model's and trains nothing by them (0.weight, 1.weight)" in message
+        assert "after fully_shard" in message
+
+
+def step_with_gathered_parameters() -> bool:
+    """FSDP2 leaves gathered parameters in the model when a forward without backward comes before the step."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    fully_shard(model, mesh=_mesh())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradcentral.centralize(optimizer, model)
+    held: list[Any] = [*model.parameters()]
+    torch.autograd.backward(model(torch.randn(2, 4)).sum())
+    with torch.no_grad():
+        model(torch.randn(2, 4))
+    gathered = not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    optimizer.step()
+    means = [parameter.grad.full_tensor().mean(1).abs().max() for parameter in held if parameter.ndim == 2]
+    return gathered and max(means) < 1e-6
+
+
+def test_gathered_parameters_are_no_reason_to_stop(two_ranks: Workers) -> None:
+    assert all(two_ranks.run(step_with_gathered_parameters))
+
+
+def describe_flat(how: str) -> str:
+    """Attach to what FSDP1 has made of a model."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    inner = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    model = FullyShardedDataParallel(inner, use_orig_params=how != "flat parameters", device_id=torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="FSDP1|flat") as raised:
+        if how == "shapes":
+            gradcentral.WeightLayout.from_shapes(model.parameters())
+        else:
+            gradcentral.centralize(optimizer, inner if how == "inner model" else model)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("how", ["wrapped model", "inner model", "flat parameters", "shapes"])
+def test_fsdp1_is_refused_at_once(how: str, two_ranks: Workers) -> None:
+    for message in two_ranks.run(describe_flat, how):
+        assert "FullyShardedDataParallel (FSDP1)" in message
+        assert "fully_shard (FSDP2)" in message
+
+
+def test_fsdp1_after_attaching_is_noticed_at_the_first_step(two_ranks: Workers) -> None:
+    for message in two_ranks.run(describe_late_sharding, "FSDP1"):
+        assert "FullyShardedDataParallel (FSDP1)" in message
+
+
+def describe_overlapping_zero() -> None:
+    """ZeRO that steps inside DDP's communication."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.Linear(4, 3)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, overlap_with_ddp=True, lr=0.1)
+    with pytest.raises(ValueError, match="overlap_with_ddp=False"):
+        gradcentral.centralize(optimizer, model)
+
+
+def test_zero_that_overlaps_with_ddp_is_refused(two_ranks: Workers) -> None:
+    two_ranks.run(describe_overlapping_zero)
+
+
+def own_biases_alone() -> list[int]:
+    """ZeRO gives each rank some parameters: one rank may have nothing to center."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.Linear(4, 3)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), gradcentral.SGD, lr=0.1, model=model)
+    torch.autograd.backward(model(torch.randn(2, 4)).sum())
+    optimizer.step()
+    return [parameter.ndim for group in optimizer.optim.param_groups for parameter in group["params"]]
+
+
+def test_a_rank_may_own_nothing_to_center(two_ranks: Workers) -> None:
+    assert two_ranks.run(own_biases_alone) == [[2], [1]]
+
+
+def test_runs_of_axes() -> None:
+    def runs(shape: tuple[int, ...], span: tuple[int, ...], view: tuple[int, ...] | None = None) -> Any:
+        return runs_of_axes(WeightVectors(span, view, shape))
+
+    assert runs((3, 4), (1,)) == [[(3, False)], [(4, True)]]
+    assert runs((6, 1), (0,)) == [[(6, True)], []]
+    assert runs((6, 4), (1,), (2, 3, 4)) == [[(2, False), (3, True)], [(4, False)]]
+    assert runs((6, 4), (0, 1), (2, 3, 4)) == [[(6, True)], [(4, False)]]
+    assert runs((3, 4, 5), (0,), (12, 5)) == [[(3, True)], [(4, True)], [(5, False)]]
+    assert runs((4, 6), (0,), (2, 12)) == [[(2, True), (2, False)], [(6, False)]]
+    assert runs((4, 6), (0,), (6, 4)) is None
