@@ -25,8 +25,8 @@ def four_ranks() -> Iterator[Workers]:
     workers.stop()
 
 
-@pytest.fixture(params=[2, 4], ids=["2 ranks", "4 ranks"])
+@pytest.fixture
 def ranks(request: pytest.FixtureRequest) -> Workers:
-    """Two ranks, then four."""
-    workers: Workers = request.getfixturevalue("two_ranks" if request.param == 2 else "four_ranks")
+    """As many ranks as the test's parameter ``ranks`` says."""
+    workers: Workers = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[request.param])
     return workers

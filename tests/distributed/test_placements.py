@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -77,12 +78,6 @@ def _sgd(model: Weights, placement: str) -> Optimizer:
     return optimizer
 
 
-def _adamw(model: Weights, placement: str) -> Optimizer:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    gradcentral.centralize(optimizer, layout=model.layout(), placement=placement)
-    return optimizer
-
-
 def _fused_sgd(model: Weights, placement: str) -> Optimizer:
     options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     return gradcentral.SGD(model.parameters(), **options, layout=model.layout(), placement=placement)
@@ -97,7 +92,7 @@ def _reference_adam(model: Weights, placement: str) -> Optimizer:
     return gradcentral.Adam(model.parameters(), **options, layout=model.layout(), placement=placement)
 
 
-KINDS: tuple[Kind, ...] = (_sgd, _adamw, _fused_sgd, _fused_adamw, _reference_adam)
+KINDS: tuple[Kind, ...] = (_sgd, _fused_sgd, _fused_adamw, _reference_adam)
 
 
 class Outcome(NamedTuple):
@@ -123,8 +118,9 @@ def _train(model: Weights, optimizer: Optimizer, placed: Callable[[Tensor], Tens
         optimizer.step()
 
 
-def compare_with_whole(mesh_shape: tuple[int, ...], placements: tuple[Any, ...], placement: str) -> list[Outcome]:
+def compare_with_whole(mesh_name: str, placement: str) -> list[Outcome]:
     """Train sharded and whole with the same gradients."""
+    mesh_shape, placements = MESHES[mesh_name]
     mesh = init_device_mesh("cpu", mesh_shape)
 
     def placed(tensor: Tensor) -> Any:
@@ -153,16 +149,14 @@ def compare_with_whole(mesh_shape: tuple[int, ...], placements: tuple[Any, ...],
 
 
 @pytest.mark.parametrize("placement", ["gradient", "update"])
-@pytest.mark.parametrize("mesh", MESHES)
-def test_sharded_steps_equal_whole_ones(
-    mesh: str, placement: str, two_ranks: Workers, request: pytest.FixtureRequest
-) -> None:
-    shape, placements = MESHES[mesh]
-    workers = two_ranks if shape == (2,) else request.getfixturevalue("four_ranks")
-    outcomes_by_rank = workers.run(compare_with_whole, shape, placements, placement)
+@pytest.mark.parametrize(
+    ("ranks", "mesh"), [(math.prod(shape), mesh) for mesh, (shape, _) in MESHES.items()], indirect=["ranks"]
+)
+def test_sharded_steps_equal_whole_ones(ranks: Workers, mesh: str, placement: str) -> None:
+    outcomes_by_rank = ranks.run(compare_with_whole, mesh, placement)
     for kind, name in itertools.product(KINDS, LAYOUTS):
         own = [o for outcomes in outcomes_by_rank for o in outcomes if (o.kind, o.name) == (kind.__name__, name)]
-        assert len(own) == workers.ranks
+        assert len(own) == ranks.ranks
         assert max(outcome.moved for outcome in own) > 0.01
     for outcomes in outcomes_by_rank:
         assert not [outcome for outcome in outcomes if not outcome.difference <= 1e-6]
