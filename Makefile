@@ -10,12 +10,12 @@ BUILT_FROM := pyproject.toml setup.py constraints.txt $(wildcard $(C)/*)
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: compare test lint types tests zoo cluster reference without-compiler sanitize bench clean
+.PHONY: compare test lint types tests triton zoo cluster reference without-compiler sanitize bench clean
 
 compare: $(VENV)/experiments
 	$(BIN)/gradcentral compare
 
-test: lint types tests zoo cluster without-compiler sanitize
+test: lint types tests triton zoo cluster without-compiler sanitize
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
@@ -26,6 +26,10 @@ types: $(VENV)/dev
 
 tests: $(VENV)/dev
 	$(BIN)/pytest --ignore tests/zoo
+
+# The kernels for CUDA devices, without one: Triton reads the variable when it is imported, hence a run of its own.
+triton: $(VENV)/dev
+	TRITON_INTERPRET=1 GRADCENTRAL_KERNELS=triton $(BIN)/pytest tests/kernels/test_triton.py
 
 # The layouts of real models; see the extra "zoo" in pyproject.toml.
 zoo: $(VENV)/zoo

@@ -279,12 +279,18 @@ def test_state_of_another_layout_is_left_to_torch() -> None:
 
 
 def test_available_says_which_and_why_not() -> None:
-    assert available() == {"reference": "", "native": ""}
+    found = available()
+    assert [*found] == ["reference", "native", "triton"]
+    assert (found["reference"], found["native"]) == ("", "")
 
 
 @pytest.mark.parametrize(
     ("value", "outcome"),
-    [("reference", "GRADCENTRAL_KERNELS=reference"), ("native", ""), ("triton!", "must be 'reference' or 'native'")],
+    [
+        ("reference", "GRADCENTRAL_KERNELS=reference"),
+        ("native", ""),
+        ("triton!", "must be 'reference', 'native' or 'triton'"),
+    ],
 )
 def test_the_environment_forces_a_path(value: str, outcome: str) -> None:
     code = "from gradcentral import kernels; print(kernels.available()['native'])"

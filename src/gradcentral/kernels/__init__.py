@@ -1,26 +1,28 @@
 """Φ for many tensors at once: one interface, the reference path in torch and faster ones where they can serve.
 
-``GRADCENTRAL_KERNELS=reference`` turns the native kernels off; ``GRADCENTRAL_KERNELS=native`` makes their absence an
-error.
+CPU tensors are for the native kernels, CUDA tensors for those in Triton. ``GRADCENTRAL_KERNELS=reference`` turns both
+off; ``native`` or ``triton`` makes the absence of those kernels an error. With ``triton`` and ``TRITON_INTERPRET=1``,
+Triton's interpreter serves CPU tensors: a way to test without a GPU.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gradcentral.kernels import native
+from gradcentral.kernels import native, triton
 from gradcentral.projection import center_, subtract_means_, unit_means
-from gradcentral.vectors import WeightVectors
+from gradcentral.vectors import Loop, WeightVectors
 
-__all__ = ["Centering", "Pair", "available"]
+__all__ = ["Centering", "Means", "Pair", "available", "kernels_for"]
 
 Pair = tuple[Tensor, WeightVectors]
 
-_CHOICES = ("", "reference", "native")
+_CHOICES = ("", "reference", "native", "triton")
 
 
 def available() -> dict[str, str]:
@@ -31,24 +33,32 @@ def available() -> dict[str, str]:
         >>> kernels.available()["reference"]
         ''
     """
-    return {"reference": "", "native": native.unavailable}
+    return {"reference": "", "native": native.unavailable, "triton": triton.missing()}
+
+
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """The module whose kernels are for tensors on this one's device; None for the reference path."""
+    if triton.serves(tensor):
+        return triton
+    return None if native.unavailable or not tensor.is_cpu else native
 
 
 def _check_choice() -> None:
     choice = os.environ.get("GRADCENTRAL_KERNELS", "")
     if choice not in _CHOICES:
-        raise ImportError(f"GRADCENTRAL_KERNELS must be 'reference' or 'native' (or unset), not {choice!r}")
-    if choice == "native" and native.unavailable:
-        raise ImportError(f"GRADCENTRAL_KERNELS=native, but the native kernels can't be used: {native.unavailable}")
+        raise ImportError(f"GRADCENTRAL_KERNELS must be 'reference', 'native' or 'triton' (or unset), not {choice!r}")
+    if choice in ("native", "triton") and (why_not := available()[choice]):
+        raise ImportError(f"GRADCENTRAL_KERNELS={choice}, but the {choice} kernels can't be used: {why_not}")
 
 
 _check_choice()
 
 
 class _Share(NamedTuple):
-    """What one native plan serves: positions among the pairs, and their tensors."""
+    """What one plan serves: positions among the pairs, and their tensors."""
 
-    plan: native.CenteringPlan
+    plan: Any
+    """A CenteringPlan, native or in Triton."""
     positions: list[int]
 
     def of(self, pairs: Sequence[Pair]) -> tuple[list[Tensor], list[WeightVectors]]:
@@ -67,8 +77,8 @@ class Means(NamedTuple):
 class Centering:
     """Centers many tensors, again and again: what can be planned is planned once.
 
-    Natively where it can be (dense CPU tensors of f32, f64 or bf16), by the reference path elsewhere; a plan is made
-    anew whenever a tensor's shape, strides or type has changed.
+    Natively where it can be (dense CPU tensors of f32, f64 or bf16), in Triton (dense CUDA tensors of f32, bf16 or
+    f16), by the reference path elsewhere; a plan is made anew whenever a tensor's shape, strides or type has changed.
     """
 
     def __init__(self) -> None:
@@ -77,7 +87,7 @@ class Centering:
         self._count = -1
 
     def center_as_planned_(self, pairs: Sequence[Pair]) -> bool:
-        """Center every tensor in place if all of them are planned for the native kernels in just this form."""
+        """Center every tensor in place if all of them are planned in just this form."""
         if not self._fits(pairs):
             return False
         for share in self._shares:
@@ -108,24 +118,26 @@ class Centering:
         return (
             len(pairs) == self._count
             and not self._rest
-            and not native.unavailable
+            and (not pairs or kernels_for(pairs[0][0]) is not None)
             and all(share.plan.fits(*share.of(pairs)) for share in self._shares)
         )
 
     def _plan(self, pairs: Sequence[Pair]) -> list[_Share]:
-        """What the native kernels serve, planned anew where it has changed; sets the rest."""
+        """What the kernels serve, planned anew where it has changed; sets the rest."""
         if self._fits(pairs):
             return self._shares
-        none = native.unavailable
-        loops = [None if none else native.loop_of(tensor, vectors) for tensor, vectors in pairs]
-        self._count = len(pairs)
-        self._rest = [position for position, loop in enumerate(loops) if loop is None]
-        self._shares = []
-        for dtype in dict.fromkeys(tensor.dtype for tensor, _ in pairs):
-            served = [(k, loop) for k, loop in enumerate(loops) if loop is not None and pairs[k][0].dtype == dtype]
-            if served:
-                positions = [k for k, _ in served]
-                tensors, vectors = zip(*(pairs[k] for k in positions), strict=True)
-                plan = native.CenteringPlan([*tensors], [*vectors], [loop for _, loop in served])
-                self._shares.append(_Share(plan, positions))
+        served: dict[Any, list[tuple[int, Loop]]] = {}
+        self._count, self._rest, self._shares = len(pairs), [], []
+        for position, (tensor, vectors) in enumerate(pairs):
+            kernels = kernels_for(tensor)
+            loop = None if kernels is None else kernels.loop_of(tensor, vectors)
+            if loop is None:
+                self._rest.append(position)
+            else:
+                served.setdefault((kernels, tensor.device, tensor.dtype), []).append((position, loop))
+        for (kernels, _, _), found in served.items():
+            positions = [position for position, _ in found]
+            mine = [pairs[position] for position in positions]
+            plan = kernels.CenteringPlan([t for t, _ in mine], [v for _, v in mine], [loop for _, loop in found])
+            self._shares.append(_Share(plan, positions))
         return self._shares

@@ -129,12 +129,16 @@ def alike(parameter: Tensor, tensor: Tensor) -> bool:
     )
 
 
-def is_number(tensor: object) -> bool:
-    """Whether this is one real number in memory, as torch keeps its step counters."""
+is_state = alike
+"""Whether a state tensor lies in memory as its parameter does, in a type that the kernels keep state in."""
+
+
+def is_number(tensor: object, device: torch.device) -> bool:
+    """Whether this is one real number in the device's memory, as torch keeps its step counters."""
     return (
         type(tensor) is Tensor
         and tensor.numel() == 1
-        and tensor.device.type == "cpu"
+        and tensor.device == device
         and tensor.dtype in (torch.float32, torch.float64)
     )
 

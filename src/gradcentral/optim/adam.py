@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcentral.kernels import native
+from gradcentral.kernels import native, triton
 from gradcentral.optim.centralized import Centralized, States
 
 __all__ = ["Adam", "AdamW"]
@@ -19,9 +19,8 @@ class _AdamSteps(Centralized):
     def _kind(self, group: dict[str, Any]) -> int:
         return native.AMSGRAD if group["amsgrad"] else native.ADAM
 
-    def _rule(self, group: dict[str, Any]) -> native.Rule:
+    def _rule(self, group: dict[str, Any], lr: float) -> native.Rule:
         beta1, beta2 = group["betas"]
-        lr = float(group["lr"])
         decoupled = group.get("decoupled_weight_decay", isinstance(self, torch.optim.AdamW))
         return native.Rule(
             lr=lr,
@@ -35,9 +34,11 @@ class _AdamSteps(Centralized):
     def _make_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0, dtype=_step_dtype())
+            state["step"] = torch.zeros((), dtype=_step_dtype(p), device=p.device)
             for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        elif triton.serves(p) and not triton.is_number(state["step"], p.device):
+            state["step"] = state["step"].to(p.device, torch.float32)  # a checkpoint of torch's unfused optimizer
         return state
 
     def _columns(self, group: dict[str, Any], states: list[dict[str, Any]]) -> States:
@@ -49,8 +50,10 @@ class _AdamSteps(Centralized):
         )
 
 
-def _step_dtype() -> torch.dtype:
-    """The type that torch gives its step counters."""
+def _step_dtype(p: Tensor) -> torch.dtype:
+    """The type that torch gives its step counters; those of its fused optimizers, on the device, are f32 always."""
+    if triton.serves(p):
+        return torch.float32
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradcentral.kernels import native
+from gradcentral.kernels import kernels_for, native, triton
 from gradcentral.kernels.operators import restore_traced_, traced_center, traced_means
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.projection import center, subtract_means_, unit_means
@@ -30,7 +30,8 @@ class _GroupPlan(NamedTuple):
 
     params: list[Tensor]
     kind: int
-    plans: list[native.StepPlan]
+    plans: list[Any]
+    """Each a StepPlan, native or in Triton."""
     owners: list[list[Tensor]]
     """Of each plan's tensors the parameters, of which it has this rank's parts."""
     states: list[list[dict[str, Any]]]
@@ -42,10 +43,10 @@ class _GroupPlan(NamedTuple):
 class _Work(NamedTuple):
     """A plan with the gradients and coefficients of this step."""
 
-    plan: native.StepPlan
+    plan: Any
     owners: list[Tensor]
     grads: list[Tensor]
-    rule: native.Rule
+    rule: native.Rule | triton.DeviceRule
 
 
 class _Here(NamedTuple):
@@ -61,14 +62,16 @@ class Centralized(Optimizer):
 
     Args:
         params: a ``torch.nn.Module`` (all its parameters), or what torch takes: parameters, named parameters, groups.
-        *args, **kwargs: torch's own arguments. ``foreach=``, ``fused=False``, ``differentiable=True`` and
-            ``capturable=True`` ask for an implementation of torch's own, and get it, fed with centered gradients.
+        *args, **kwargs: torch's own arguments. ``foreach=``, ``fused=False`` and ``differentiable=True`` ask for an
+            implementation of torch's own, and get it, fed with centered gradients.
         model: decides the layout when ``params`` is not the model itself.
         layout: use this layout instead (see `gradcentral.weight_layout`).
         placement: ``"gradient"`` or ``"update"`` (see `gradcentral.centralize`).
 
-    ``p.grad`` is left as autograd left it. Dense CPU parameters of f32, f64 or bf16 take the fused kernels, those that
-    are not centered too; everything else takes torch's own step.
+    ``p.grad`` is left as autograd left it. Dense parameters take the fused kernels, those that are not centered too: on
+    the CPU of f32, f64 or bf16, on CUDA devices of f32, bf16 or f16 (where Triton is installed; step counters and a
+    GradScaler's verdict stay on the device, and steps can be captured in CUDA graphs). Everything else takes torch's
+    own step.
 
     Without a model and a layout the weight vectors are guessed from shapes (`WeightLayout.from_shapes`), with one
     warning.
@@ -178,9 +181,7 @@ class Centralized(Optimizer):
             self._traced_step()
             return loss
         self._targets.check(self)
-        fuse = not native.unavailable and not torch.compiler.is_compiling()
-        if fuse and _must_skip(self):
-            return loss
+        fuse = not torch.compiler.is_compiling()
         with torch.no_grad():
             here = self._here()
             sums = here.division.sums() if here is not None and self.placement == "update" else []
@@ -191,6 +192,8 @@ class Centralized(Optimizer):
             wanted += len(params)
             if fuse and _may_fuse(group):
                 work += self._fused_work(index, group, params, here)
+        if any(isinstance(planned.plan, native.StepPlan) for planned in work) and _must_skip(self):
+            return loss
         for planned in work:
             served += len(planned.owners)
         if served < wanted:
@@ -211,8 +214,8 @@ class Centralized(Optimizer):
         """The kernel for a group's options."""
         raise NotImplementedError
 
-    def _rule(self, group: dict[str, Any]) -> native.Rule:
-        """The kernel's coefficients for a group's options."""
+    def _rule(self, group: dict[str, Any], lr: float) -> native.Rule:
+        """The kernel's coefficients for a group's options and this learning rate."""
         raise NotImplementedError
 
     def _make_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
@@ -240,7 +243,7 @@ class Centralized(Optimizer):
         return _Here(division, division.centered_gradients() if self.placement == "gradient" else {})
 
     def _fused_work(self, index: int, group: dict[str, Any], params: list[Tensor], here: _Here | None) -> list[_Work]:
-        """What the native kernels can serve of a group's parameters that have gradients."""
+        """What the kernels can serve of a group's parameters that have gradients."""
         kind, planned = self._kind(group), self._plans.get(index)
         work = None
         if planned is not None and planned.kind == kind and same_objects(params, planned.params):
@@ -255,8 +258,6 @@ class Centralized(Optimizer):
         """Each of a group's plans with the gradients and coefficients of now, or None where one no longer fits."""
         if not same_objects([*self.state.values()], planned.all_states):
             return None
-        rule = self._rule(group)
-        rule.scale = (-1.0 if group["maximize"] else 1.0) / _grad_scale(self)
         work: list[_Work] = []
         for plan, owners, states in zip(planned.plans, planned.owners, planned.states, strict=True):
             grads = [cast("Tensor", p.grad) if here is None else _gradient(p, here) for p in owners]
@@ -267,34 +268,57 @@ class Centralized(Optimizer):
                 return None
             if not fits:
                 return None
-            work.append(_Work(plan, owners, grads, rule))
+            work.append(_Work(plan, owners, grads, self._rule_for(plan, group)))
         return work
 
+    def _rule_for(self, plan: Any, group: dict[str, Any]) -> native.Rule | triton.DeviceRule:
+        """The coefficients as the plan's kernel takes them."""
+        sign = -1.0 if group["maximize"] else 1.0
+        if isinstance(plan, native.StepPlan):
+            rule = self._rule(group, float(group["lr"]))
+            rule.scale = sign / _grad_scale(self)
+            return rule
+        rule = self._rule(group, 1.0)
+        rule.scale = sign
+        return triton.DeviceRule(rule, group["lr"], getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+
     def _plan(self, kind: int, group: dict[str, Any], params: list[Tensor], here: _Here | None) -> _GroupPlan:
-        """Divide a group among plans, one for each dtype; what no plan takes is left to torch's own step."""
+        """Divide a group among plans, one for each device and dtype; what none takes is left to torch's own step."""
         targets = dict(self._targets.of(self) if here is None else here.division.whole)
-        candidates: dict[torch.dtype, list[tuple[Tensor, tuple[Loop, int]]]] = {}
+        candidates: dict[Any, list[tuple[Tensor, tuple[Loop, int]]]] = {}
         with torch.no_grad():
             for p in params:
-                vectors = targets.get(p)
-                loop = native.loop_of(local(p), vectors)
-                if loop is not None and native.alike(local(p), _gradient(p, here)) and self._states_serve(group, p):
+                vectors, kernels = targets.get(p), kernels_for(local(p))
+                loop = None if kernels is None else kernels.loop_of(local(p), vectors)
+                if loop is None or (kernels is native and group.get("capturable", False)):
+                    continue
+                tensors = self._tensors_of(kernels, group, p, here)
+                if tensors is not None:
                     placement = native.PLACEMENTS[None if vectors is None else self.placement]
-                    candidates.setdefault(p.dtype, []).append((p, (loop, placement)))
+                    form = (kernels, tensors[0].device, *(tensor.dtype for tensor in tensors))
+                    candidates.setdefault(form, []).append((p, (loop, placement)))
         plans, owners, states = [], [], []
-        for chosen in candidates.values():
+        for (kernels, *_), chosen in candidates.items():
             owners.append([p for p, _ in chosen])
             states.append([self._make_state(group, p) for p in owners[-1]])
             grads = [_gradient(p, here) for p in owners[-1]]
             columns = _parts(self._columns(group, states[-1]))
             parts = [*map(local, owners[-1])]
-            plans.append(native.StepPlan(kind, parts, grads, columns, [loop for _, loop in chosen]))
+            plans.append(kernels.StepPlan(kind, parts, grads, columns, [loop for _, loop in chosen]))
         return _GroupPlan(params, kind, plans, owners, states, [*self.state.values()])
 
-    def _states_serve(self, group: dict[str, Any], p: Tensor) -> bool:
+    def _tensors_of(self, kernels: Any, group: dict[str, Any], p: Tensor, here: _Here | None) -> list[Tensor] | None:
+        """A parameter, its gradient and its state, this rank's parts, where the kernels can step it with them."""
         *buffers, steps = _parts(self._columns(group, [self._make_state(group, p)]))
-        step_serves = steps is None or native.is_number(steps[0])
-        return step_serves and all(column is None or native.alike(local(p), column[0]) for column in buffers)
+        part, gradient = local(p), _gradient(p, here)
+        states = [column[0] for column in buffers if column is not None]
+        serves = (
+            kernels.alike(part, gradient)
+            and all(kernels.is_state(part, state) for state in states)
+            and len({state.dtype for state in states}) <= 1
+            and (steps is None or kernels.is_number(steps[0], part.device))
+        )
+        return [part, gradient, *states] if serves else None
 
     def _refuse_sparse(self) -> None:
         if self._placement == "gradient":
@@ -376,7 +400,6 @@ def _may_fuse(group: dict[str, Any]) -> bool:
         group["foreach"] is None
         and group["fused"] is not False
         and not group["differentiable"]
-        and not group.get("capturable", False)
         and not any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
     )
 

@@ -33,9 +33,9 @@ class SGD(Centralized, torch.optim.SGD):
     def _kind(self, group: dict[str, Any]) -> int:
         return native.MOMENTUM if group["momentum"] != 0 else native.SGD
 
-    def _rule(self, group: dict[str, Any]) -> native.Rule:
+    def _rule(self, group: dict[str, Any], lr: float) -> native.Rule:
         return native.Rule(
-            lr=float(group["lr"]),
+            lr=lr,
             l2=group["weight_decay"],
             momentum=group["momentum"],
             keep=1 - group["dampening"],

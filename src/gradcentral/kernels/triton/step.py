@@ -1,0 +1,301 @@
+# Triton reads the annotations of its functions: no `from __future__ import annotations` here.
+"""The kernel: one launch for all parameters of a step; each program does one piece of the work (see division.py)."""
+
+import triton
+import triton.language as tl
+
+from gradcentral.kernels.triton.division import FIELDS, Shape
+from gradcentral.kernels.triton.rules import first, second, step
+
+__all__ = ["run"]
+
+_FIELDS = tl.constexpr(FIELDS)
+_PLAIN = tl.constexpr(int(Shape.PLAIN))
+_PLAIN_ALIGNED = tl.constexpr(int(Shape.PLAIN_ALIGNED))
+_LONG = tl.constexpr(int(Shape.LONG))
+_LONG_ALIGNED = tl.constexpr(int(Shape.LONG_ALIGNED))
+_MIDDLE_ALIGNED = tl.constexpr(int(Shape.MIDDLE_ALIGNED))
+_SHORT = tl.constexpr(int(Shape.SHORT))
+_ACROSS = tl.constexpr(int(Shape.ACROSS))
+_ACROSS_ALIGNED = tl.constexpr(int(Shape.ACROSS_ALIGNED))
+
+_SUM = tl.constexpr(1)
+_STEP = tl.constexpr(2)
+
+# How a tile's memory lies: contiguous rows; runs of taps at a distance; vectors side by side.
+_ROWS = tl.constexpr(0)
+_RUNS = tl.constexpr(1)
+_BESIDE = tl.constexpr(2)
+
+_ADAM = tl.constexpr(2)
+_CENTER = tl.constexpr(4)
+_MEANS = tl.constexpr(5)
+_RESTORE = tl.constexpr(6)
+_UPDATE = tl.constexpr(2)
+
+
+@triton.jit
+def _pointer(pointers, column: tl.constexpr, n_items, item, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(pointers + column * n_items + item).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _at(tensors, offset):
+    w, g, m, v, x = tensors
+    return w + offset, g + offset, m + offset, v + offset, x + offset
+
+
+@triton.jit
+def _tile(v, k, nv, nk, size, V: tl.constexpr, K: tl.constexpr, MEMORY: tl.constexpr):
+    """Offsets and mask of K elements, from k on, of V weight vectors, from v on."""
+    run, jump, stride = size
+    vs = v + tl.arange(0, V)
+    ks = k + tl.arange(0, K)
+    if MEMORY == _BESIDE:
+        offsets = ks[:, None] * jump + vs[None, :]
+        mask = (ks < nk)[:, None] & (vs < nv)[None, :]
+    elif MEMORY == _RUNS:
+        within = ks // run * jump + ks % run
+        offsets = vs[:, None] * stride + within[None, :]
+        mask = (vs < nv)[:, None] & (ks < nk)[None, :]
+    else:
+        offsets = vs[:, None] * stride + ks[None, :]
+        mask = (vs < nv)[:, None] & (ks < nk)[None, :]
+    return offsets, mask
+
+
+@triton.jit
+def _plain(tensors, n, c, K: tl.constexpr, RULE: tl.constexpr):
+    """Elements that belong to no weight vector."""
+    for k in range(0, n, K):
+        ks = k + tl.arange(0, K)
+        step(tensors, ks, ks < n, 0.0, c, RULE)
+
+
+@triton.jit
+def _vectors(
+    tensors,
+    c,
+    nv,
+    nk,
+    size,
+    what,
+    places,
+    V: tl.constexpr,
+    K: tl.constexpr,
+    MEMORY: tl.constexpr,
+    RULE: tl.constexpr,
+    PLACEMENT: tl.constexpr,
+):
+    """Some weight vectors, or a part of a few long ones: sum, wait for the other parts if there are any, step."""
+    fan_in, part, parts, count, partial, counter, means_at = places
+    axis: tl.constexpr = 0 if MEMORY == _BESIDE else 1
+    for v in range(0, nv, V):
+        vs = v + tl.arange(0, V)
+        here = vs < nv
+        total = tl.zeros((K, V) if MEMORY == _BESIDE else (V, K), tl.float32)
+        if what & _SUM:
+            for k in range(0, nk, K):
+                offsets, mask = _tile(v, k, nv, nk, size, V, K, MEMORY)
+                total += first(tensors, offsets, mask, c, RULE, PLACEMENT)
+        sums = tl.sum(total, axis=axis)
+        if parts > 1:
+            if what & _SUM:
+                tl.store(partial + part * count + vs, sums, mask=here, cache_modifier=".cg")
+                tl.debug_barrier()
+                tl.atomic_add(counter, 1, sem="release")
+            else:
+                while tl.atomic_add(counter, 0, sem="acquire") < parts:
+                    pass
+                for other in range(parts):
+                    sums += tl.load(partial + other * count + vs, mask=here, other=0.0, cache_modifier=".cg")
+        if what & _STEP:
+            means = sums / fan_in
+            if RULE == _MEANS:
+                if part == 0:
+                    tl.store(means_at + vs, means, mask=here)
+            else:
+                if RULE == _RESTORE:
+                    means -= tl.load(means_at + vs, mask=here, other=0.0)
+                if PLACEMENT == _UPDATE:
+                    tl.debug_barrier()  # a thread may read what another has written in the first pass
+                for k in range(0, nk, K):
+                    offsets, mask = _tile(v, k, nv, nk, size, V, K, MEMORY)
+                    if MEMORY == _BESIDE:
+                        second(tensors, offsets, mask, means[None, :], c, RULE, PLACEMENT)
+                    else:
+                        second(tensors, offsets, mask, means[:, None], c, RULE, PLACEMENT)
+
+
+@triton.jit
+def _coefficients(
+    pointers, n_items, item, fresh, lr, grad_scale, rule, logs, RULE: tl.constexpr, DAMPENED: tl.constexpr
+):
+    """As in kernels/c/step.h. Adam's bias corrections 1 − βᵗ, t its own counter plus one, are made in f64."""
+    sign, l2, decay, momentum, keep, of_d, of_m, one_minus_beta1, beta2, one_minus_beta2, epsilon = rule
+    log1, log1_rest, log2, log2_rest = logs
+    scale = sign
+    if grad_scale is not None:
+        scale = sign / tl.load(grad_scale).to(tl.float32)
+    if DAMPENED:
+        known = tl.load(fresh + item) == 0
+        momentum = tl.where(known, momentum, 0.0)
+        keep = tl.where(known, keep, 1.0)
+    step_size = lr
+    root_correction = 1.0
+    if RULE == _ADAM or RULE == _ADAM + 1:
+        t = tl.load(tl.load(pointers + 5 * n_items + item).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
+        power1 = tl.exp(t * (tl.cast(log1, tl.float64) + log1_rest))
+        power2 = tl.exp(t * (tl.cast(log2, tl.float64) + log2_rest))
+        step_size = lr / (1.0 - power1).to(tl.float32)
+        root_correction = 1.0 / tl.sqrt((1.0 - power2).to(tl.float32))
+    return (
+        scale,
+        l2,
+        lr * decay,
+        momentum,
+        keep,
+        lr * of_d,
+        lr * of_m,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        epsilon,
+        step_size,
+        root_correction,
+    )
+
+
+@triton.jit
+def _finish(pointers, progress, fresh, n_items, n_counters, skipped, RULE: tl.constexpr, DAMPENED: tl.constexpr):
+    """What the last program does when all others are done: count Adam's steps, and make ready for the next launch."""
+    each = tl.arange(0, 1024)
+    for i in range(0, n_counters + 2, 1024):
+        tl.store(progress + i + each, 0, mask=i + each < n_counters + 2)
+    if skipped == 0:
+        for i in range(0, n_items, 1024):
+            at, mask = i + each, i + each < n_items
+            if RULE == _ADAM or RULE == _ADAM + 1:
+                steps = tl.load(pointers + 5 * n_items + at, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+                tl.store(steps, tl.load(steps, mask=mask, other=0.0) + 1.0, mask=mask)
+            if DAMPENED:
+                tl.store(fresh + at, 0, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_items", "n_counters"])
+def run(
+    pointers,
+    items,
+    pieces,
+    progress,
+    partials,
+    means,
+    fresh,
+    lr_at,
+    grad_scale,
+    found_inf,
+    n_items,
+    n_counters,
+    lr,
+    rule,
+    logs,
+    RULE: tl.constexpr,
+    PLACEMENT: tl.constexpr,
+    DAMPENED: tl.constexpr,
+    WAITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    BESIDE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program, one piece.
+
+    Args:
+        pointers: int64 ``[6, n_items]``: weights, gradients, momenta, squares, largest squares, step counters.
+        items, pieces: as division.py makes them.
+        progress: int32: tickets given out, programs done, then how many parts each set of parts has summed; all 0
+            between two launches.
+        partials: sums of parts. means: of all weight vectors, written by MEANS, given back by RESTORE.
+        fresh: int32 ``[n_items]``, with dampening: whether a momentum buffer is new.
+        lr_at, grad_scale, found_inf: None, or one number on the device that is read in place of lr, divides the
+            gradient, or stops the step if it is not 0.
+        rule, logs: coefficients; ln β₁ and ln β₂ as two f32 each.
+        DAMPENED: SGD with dampening, whose first step knows none. WAITS: whether some items are in parts.
+        ALIGNED: whether all pointers are divisible by 16 bytes.
+        BESIDE: how many columns a program takes. TILE: elements at a time.
+    """
+    if lr_at is not None:
+        lr = tl.load(lr_at).to(tl.float32)
+    skipped = 0.0
+    if found_inf is not None:
+        skipped = tl.load(found_inf).to(tl.float32)
+    program = tl.program_id(0)
+    if WAITS:  # whom a program waits for must have started before it
+        program = tl.atomic_add(progress, 1)
+    if skipped == 0:
+        word = tl.load(pieces + 2 * program)
+        index = tl.load(pieces + 2 * program + 1).to(tl.int64)
+        item, what = (word // 4).to(tl.int64), word % 4
+        about = items + item * _FIELDS
+        shape, units, vectors = tl.load(about), tl.load(about + 1), tl.load(about + 2)
+        blocks, parts, rows = tl.load(about + 3), tl.load(about + 4), tl.load(about + 5)
+        a, b, jump = tl.load(about + 6), tl.load(about + 7), tl.load(about + 8)
+        stride, group_stride = tl.load(about + 9), tl.load(about + 10)
+        slot, counter, first_mean = tl.load(about + 11), tl.load(about + 12), tl.load(about + 13)
+
+        part, block = index % parts, index // parts
+        group, unit = block // blocks, block % blocks * vectors
+        base = group * group_stride + unit * stride + part * rows * jump
+        nv = tl.minimum(vectors, units - unit).to(tl.int32)
+        nk = (tl.minimum(rows, a - part * rows) * b).to(tl.int32)
+        # Among the item's weight vectors: where it begins, and how many there are.
+        here, count = group * units + unit, tl.load(about + 14)
+        places = (
+            (a * b).to(tl.float32),
+            part,
+            parts,
+            count,
+            partials + slot + here,
+            progress + 2 + counter + block,
+            means + first_mean + here,
+        )
+        c = _coefficients(pointers, n_items, item, fresh, lr, grad_scale, rule, logs, RULE, DAMPENED)
+        starts = (
+            _pointer(pointers, 0, n_items, item, WEIGHT, ALIGNED),
+            _pointer(pointers, 1, n_items, item, GRAD, ALIGNED),
+            _pointer(pointers, 2, n_items, item, STATE, ALIGNED),
+            _pointer(pointers, 3, n_items, item, STATE, ALIGNED),
+            _pointer(pointers, 4, n_items, item, STATE, ALIGNED),
+        )
+        # What is aligned is divisible by 16, which the compiler sees from the multiplication.
+        at, at16 = _at(starts, base), _at(starts, base // 16 * 16)
+        near, far = jump.to(tl.int32), stride.to(tl.int32)  # no piece reaches over 2³¹ elements
+        size, size16 = (b.to(tl.int32), near, far), (1, near // 16 * 16, far // 16 * 16)
+        nv16, nk16 = nv // 16 * 16, nk // 16 * 16
+        if shape == _PLAIN:
+            if RULE < _CENTER:
+                _plain(at, nv, c, TILE, RULE)
+        elif shape == _PLAIN_ALIGNED:
+            if RULE < _CENTER:
+                _plain(at16, nv16, c, TILE, RULE)
+        elif shape == _LONG:
+            _vectors(at, c, nv, nk, size, what, places, 1, TILE, _RUNS, RULE, PLACEMENT)
+        elif shape == _LONG_ALIGNED:
+            _vectors(at16, c, nv, nk16, size16, what, places, 1, TILE, _ROWS, RULE, PLACEMENT)
+        elif shape == _MIDDLE_ALIGNED:
+            _vectors(at16, c, nv, nk16, size16, what, places, 16, TILE // 16, _ROWS, RULE, PLACEMENT)
+        elif shape == _SHORT:
+            _vectors(at, c, nv, nk, size, what, places, TILE // 16, 16, _RUNS, RULE, PLACEMENT)
+        elif shape == _ACROSS:
+            _vectors(at, c, nv, nk, size, what, places, BESIDE, TILE // BESIDE, _BESIDE, RULE, PLACEMENT)
+        else:
+            _vectors(at16, c, nv16, nk, size16, what, places, BESIDE, TILE // BESIDE, _BESIDE, RULE, PLACEMENT)
+    if WAITS or RULE == _ADAM or RULE == _ADAM + 1 or DAMPENED:
+        tl.debug_barrier()  # all threads have read what the last program changes
+        if tl.atomic_add(progress + 1, 1) == tl.num_programs(0) - 1:
+            _finish(pointers, progress, fresh, n_items, n_counters, skipped, RULE, DAMPENED)

@@ -1,0 +1,76 @@
+"""The Triton kernel compiles for GPUs that are not here, into code that reads and writes 16 bytes at a time."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="needs the extra triton")
+
+from gradcentral.kernels import native  # noqa: E402
+from gradcentral.kernels.triton.division import TILE, columns_beside  # noqa: E402
+from gradcentral.kernels.triton.plans import _CENTER, REGISTERS, WARPS  # noqa: E402
+from gradcentral.kernels.triton.rules import INTERPRETED  # noqa: E402
+from gradcentral.kernels.triton.step import run  # noqa: E402
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing under TRITON_INTERPRET=1")
+
+
+def compiled(capability: int, kind: int, placement: int, dtype: Any, extras: bool) -> str:
+    """The PTX of the kernel with these choices, by Triton's own compiler, which needs no GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants: dict[str, Any] = {
+        "RULE": kind,
+        "PLACEMENT": placement,
+        "DAMPENED": extras and kind == native.MOMENTUM,
+        "WAITS": True,
+        "ALIGNED": True,
+        "WEIGHT": dtype,
+        "GRAD": dtype,
+        "STATE": dtype,
+        "BESIDE": columns_beside(dtype.primitive_bitwidth // 8),
+        "TILE": TILE,
+    }
+    optional = {"lr_at": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32", "fresh": "*i32"}
+    if not extras:
+        constants |= dict.fromkeys(optional)
+    signature: dict[str, Any] = {
+        **dict.fromkeys(("pointers", "items"), "*i64"),
+        **dict.fromkeys(("pieces", "progress"), "*i32"),
+        **dict.fromkeys(("partials", "means"), "*fp32"),
+        **optional,
+        "n_items": "i32",
+        "n_counters": "i32",
+        "lr": "fp32",
+        "rule": ("fp32",) * 11,
+        "logs": ("fp32",) * 4,
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    names = run.arg_names
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=run, signature={name: signature[name] for name in names}, constexprs=values)
+    options = {"num_warps": WARPS, "maxnreg": REGISTERS}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert kernel.asm["cubin"], "the assembler made nothing of it"
+    return str(kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind", "placement", "dtype", "extras"),
+    [
+        (90, native.MOMENTUM, "gradient", "float32", True),
+        (90, native.AMSGRAD, "update", "bfloat16", True),
+        (80, native.ADAM, "gradient", "float16", False),
+        (80, _CENTER, "gradient", "float32", False),
+    ],
+)
+def test_the_kernel_compiles(capability: int, kind: int, placement: str, dtype: str, extras: bool) -> None:
+    ptx = compiled(capability, kind, native.PLACEMENTS[placement], getattr(triton.language, dtype), extras)
+    wide = "v4.b32" if dtype == "float32" else "v2.b32"  # of each thread's share of a tile, all at once
+    assert re.search(rf"ld\.global\S*\.{wide}", ptx)
+    assert re.search(rf"st\.global\S*\.{wide}", ptx)
+    assert f".maxnreg {REGISTERS}" in ptx
