@@ -194,6 +194,19 @@ def test_later_steps_compile_nothing(name: str) -> None:
     assert counters["frames"]["total"] == before
 
 
+def test_a_learning_rate_that_is_a_tensor_can_change_without_a_compilation() -> None:
+    def trained(compiled: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        model = Net()
+        optimizer = gradcentral.SGD(model, **MOMENTUM | {"lr": torch.tensor(0.05)})
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        step = _compile(lambda: optimizer.step()) if compiled else optimizer.step
+        return _train(model, lambda _: (step(), schedule.step()), optimizer)
+
+    _assert_equal(trained(True), trained(False))
+    assert counters["stats"]["unique_graphs"] <= 2  # the first step makes the state
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("placement", "expected"), [("gradient", ["center_"]), ("update", ["means", "restore_"])])
 def test_centering_is_one_node_of_the_graph(name: str, placement: str, expected: list[str]) -> None:

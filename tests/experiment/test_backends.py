@@ -127,6 +127,23 @@ CLUSTERS = [
 ]
 
 
+@pytest.mark.parametrize("backend", CLUSTERS)
+def test_without_a_cluster_there_is_one_here_until_the_end(backend: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    result = compare(path, seeds=1, jobs=1, backend=backend, out=tmp_path / "out")
+    assert len(result.records) == 3
+    if backend == "ray":
+        import ray
+
+        assert not ray.is_initialized()
+    else:
+        import distributed
+
+        with pytest.raises(ValueError, match="No client"):
+            distributed.default_client()
+
+
 @pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
     """A cluster of two workers that lasts for several comparisons."""
