@@ -147,7 +147,7 @@ def test_a_whole_training_step_in_one_compiled_function_equals_the_eager_one(
     _assert_equal(trained(backend), trained(None))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["SGD", "attached AdamW"])
 def test_a_compiled_model_and_an_eager_optimizer(name: str) -> None:
     model = Net()
     twin = copy.deepcopy(model)
@@ -164,8 +164,7 @@ def test_a_compiled_model_has_the_layout_of_the_model() -> None:
     assert {p: layout[p] for p in layout} == dict(weight_layout(model).items())
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize(("kind", "placement"), [("SGD", "gradient"), ("AdamW", "update")])
 def test_attaching_breaks_the_graph_no_more_often_than_torch_does(kind: str, placement: str) -> None:
     options = MOMENTUM if kind == "SGD" else {"lr": 0.01}
     breaks = []
@@ -182,7 +181,7 @@ def test_attaching_breaks_the_graph_no_more_often_than_torch_does(kind: str, pla
     assert breaks[1] == breaks[0]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["SGD", "attached AdamW"])
 def test_later_steps_compile_nothing(name: str) -> None:
     model = Net()
     optimizer = ALL[name](model, "update")
@@ -201,13 +200,18 @@ def test_a_learning_rate_that_is_a_tensor_can_change_without_a_compilation() -> 
         optimizer = gradcentral.SGD(model, **MOMENTUM | {"lr": torch.tensor(0.05)})
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
         step = _compile(lambda: optimizer.step()) if compiled else optimizer.step
-        return _train(model, lambda _: (step(), schedule.step()), optimizer)
+
+        def both(_: int) -> None:
+            step()
+            schedule.step()
+
+        return _train(model, both, optimizer)
 
     _assert_equal(trained(True), trained(False))
     assert counters["stats"]["unique_graphs"] <= 2  # the first step makes the state
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["AdamW", "attached SGD"])
 @pytest.mark.parametrize(("placement", "expected"), [("gradient", ["center_"]), ("update", ["means", "restore_"])])
 def test_centering_is_one_node_of_the_graph(name: str, placement: str, expected: list[str]) -> None:
     seen: list[str] = []
