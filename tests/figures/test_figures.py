@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,16 @@ def study(task: Task, **changes: Any) -> Study:
         "track": lambda iterable, total: iterable,
     }
     return Study(**fields | changes)
+
+
+@pytest.fixture(autouse=True)
+def like_a_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Comparisons as in a worker, to the bit, and without the report, which takes longer than their runs."""
+    monkeypatch.setattr("gradcentral.experiment.report.write_report", lambda comparison: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

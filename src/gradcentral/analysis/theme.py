@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from gradcentral.extras import optional
 
-__all__ = ["DARK", "LIGHT", "STYLES", "Theme", "new_figure", "style", "to_png", "to_svg"]
+__all__ = ["DARK", "LIGHT", "STYLES", "Theme", "new_figure", "recolored", "style", "to_png", "to_svg"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,15 @@ def to_png(figure: Any, title: str) -> bytes:
 def to_svg(figure: Any) -> bytes:
     """The figure as vectors, letters included."""
     return _save(figure, format="svg", metadata={"Date": None})
+
+
+def recolored(svg: bytes, theme: Theme, other: Theme) -> bytes:
+    """A figure that `to_svg` wrote in one theme, in another: drawing it anew takes much longer."""
+    colors = [(getattr(theme, name), getattr(other, name)) for name in ("background", "text", "faint")]
+    colors += [(color, other.arms[arm]) for arm, color in theme.arms.items()]
+    # All at once: one theme's color may be the other's for something else.
+    table = {one.encode(): another.encode() for one, another in colors}
+    return re.sub(b"|".join(table), lambda found: table[found.group()], svg)
 
 
 def _save(figure: Any, **options: Any) -> bytes:

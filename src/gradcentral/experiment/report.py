@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from gradcentral.analysis.charts import shares
-from gradcentral.analysis.theme import DARK, LIGHT, Theme, to_png, to_svg
+from gradcentral.analysis.theme import DARK, LIGHT, Theme, recolored, to_png, to_svg
 from gradcentral.experiment.checks import NONE
 from gradcentral.experiment.plots import Series, curves, differences
 from gradcentral.experiment.results import Comparison
@@ -23,11 +23,11 @@ def write_report(comparison: Comparison) -> None:
     comparison.out.joinpath("summary.csv").write_text(comparison.to_csv(), encoding="utf-8")
     figures = {}
     for name, (title, draw) in _figures(comparison).items():
-        comparison.out.joinpath(f"{name}.png").write_bytes(to_png(draw(LIGHT), f"{comparison.task}: {title}"))
-        figures[name] = {"title": title} | {
-            scheme: base64.b64encode(to_svg(draw(theme))).decode()
-            for scheme, theme in (("light", LIGHT), ("dark", DARK))
-        }
+        figure = draw(LIGHT)
+        light = to_svg(figure)
+        comparison.out.joinpath(f"{name}.png").write_bytes(to_png(figure, f"{comparison.task}: {title}"))
+        schemes = {"light": light, "dark": recolored(light, LIGHT, DARK)}
+        figures[name] = {"title": title} | {key: base64.b64encode(svg).decode() for key, svg in schemes.items()}
     environment = optional("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = resources.files("gradcentral.experiment").joinpath("report.html.jinja2").read_text(encoding="utf-8")
     html = environment.from_string(template).render(

@@ -30,9 +30,8 @@ class Figure:
 
     def write(self, folder: Path, name: str) -> None:
         """Write ``name.png``, ``name.svg`` and ``name.csv`` into a folder."""
-        (folder / f"{name}.png").write_bytes(to_png(self.draw(LIGHT), self.title))
         figure = self.draw(LIGHT)
-        figure.suptitle(self.title, x=0.01, ha="left", fontweight="bold")
+        (folder / f"{name}.png").write_bytes(to_png(figure, self.title))
         (folder / f"{name}.svg").write_bytes(to_svg(figure))
         write_csv(folder / f"{name}.csv", self.header, self.rows)
 
