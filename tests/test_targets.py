@@ -1,0 +1,90 @@
+"""An optimizer whose parameters are no longer the model's, or no longer what they were, is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim import SGD, Optimizer
+
+import gradcentral
+from gradcentral import centralize
+
+
+def _model() -> Any:
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+@pytest.fixture(params=["hook", "fused"])
+def attached(request: pytest.FixtureRequest) -> tuple[Any, Optimizer]:
+    """A model and an optimizer that has not stepped yet."""
+    model = _model()
+    if request.param == "fused":
+        return model, gradcentral.SGD(model, lr=0.1)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    return model, optimizer
+
+
+def test_partitions_put_into_the_optimizer_are_noticed(attached: tuple[Any, Optimizer]) -> None:
+    _, optimizer = attached
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in optimizer.param_groups[0]["params"]]))
+    optimizer.param_groups[0]["params"] = [flat]  # as DeepSpeed's ZeRO does
+    with pytest.raises(RuntimeError, match=r"lost all parameters .*fully_shard \(FSDP2\)"):
+        optimizer.step()
+
+
+def test_parameters_that_changed_their_shape_are_noticed(attached: tuple[Any, Optimizer]) -> None:
+    model, optimizer = attached
+    model[2].weight.data = model[2].weight.data.flatten()
+    with pytest.raises(RuntimeError, match=r"2.weight had shape \(3, 6\) .* has \(18,\) now"):
+        optimizer.step()
+
+
+def test_a_replaced_layer_is_noticed(attached: tuple[Any, Optimizer]) -> None:
+    model, optimizer = attached
+    model[2] = nn.Linear(6, 5)
+    with pytest.raises(RuntimeError, match=r"no longer the model's .*\(2.weight\)"):
+        optimizer.step()
+
+
+def test_a_parametrization_of_all_layers_is_noticed(attached: tuple[Any, Optimizer]) -> None:
+    model, optimizer = attached
+    for layer in (model[0], model[2]):
+        weight_norm(layer)
+    with pytest.raises(RuntimeError, match=r"no longer the model's .*\(0.weight, 2.weight\)"):
+        optimizer.step()
+
+
+def test_a_removed_layer_is_no_reason_to_stop(attached: tuple[Any, Optimizer]) -> None:
+    model, optimizer = attached
+    del model[2]
+    torch.autograd.backward(model(torch.ones(2, 4)).sum())
+    optimizer.step()
+
+
+def test_after_the_first_step_layers_may_come_and_go(attached: tuple[Any, Optimizer]) -> None:
+    model, optimizer = attached
+    torch.autograd.backward(model(torch.ones(2, 4)).sum())
+    optimizer.step()
+    model[2] = nn.Linear(6, 5)
+    optimizer.step()
+
+
+def test_flat_partitions_are_refused_when_attaching() -> None:
+    model = _model()
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    with pytest.raises(ValueError, match="flat partitions, as of DeepSpeed's ZeRO, can't be centered"):
+        centralize(SGD([flat], lr=0.1), model)
+
+
+def test_partitioned_parameters_are_refused_when_attaching() -> None:
+    model = _model()
+    weight: Any = model[0].weight
+    weight.ds_id, weight.ds_shape = 0, weight.shape  # as DeepSpeed's ZeRO-3 marks them
+    weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match="0.weight of shape .* made by DeepSpeed ZeRO-3"):
+        gradcentral.SGD(model, lr=0.1)
