@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 import gradcentral
-from gradcentral import kernels
+from gradcentral import kernels, sharded
 from tests.distributed.workers import Workers
 
 STEPS, BATCH = 20, 16
@@ -215,6 +217,21 @@ class Outcome(NamedTuple):
     difference: float
     moved: float
     equal: bool
+    all_reduces: int
+    """That centering took, in all steps."""
+
+
+@contextlib.contextmanager
+def _counting_all_reduces() -> Iterator[list[int]]:
+    """The sizes of what centering sends, without what FSDP2 sends."""
+    sent: list[int] = []
+
+    def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        sent.append(tensor.numel())
+        return dist.all_reduce(tensor, *arguments, **options)
+
+    with mock.patch.object(sharded, "dist", SimpleNamespace(all_reduce=counted)):
+        yield sent
 
 
 def compare_with_one_rank(scheme: str, recipe: Recipe) -> Outcome:
@@ -224,7 +241,8 @@ def compare_with_one_rank(scheme: str, recipe: Recipe) -> Outcome:
     one.load_state_dict(start.state_dict())
     several.load_state_dict(start.state_dict())
     _train(Scaled(one), recipe)
-    _train(SCHEMES[scheme](several), recipe)
+    with _counting_all_reduces() as sent:
+        _train(SCHEMES[scheme](several), recipe)
     difference = moved = 0.0
     equal = True
     for before, expected, parameter in zip(*(net.parameters() for net in (start, one, several)), strict=True):
@@ -233,14 +251,20 @@ def compare_with_one_rank(scheme: str, recipe: Recipe) -> Outcome:
         difference = max(difference, float((got - expected.detach()).abs().max()))
         moved = max(moved, float((got - before.detach()).abs().max()))
         equal = equal and torch.equal(got, expected)
-    return Outcome(difference, moved, equal)
+    return Outcome(difference, moved, equal, len(sent))
 
 
 def _check(workers: Workers, scheme: str, recipe: Recipe) -> list[Outcome]:
     outcomes = workers.run(compare_with_one_rank, scheme, recipe)
     assert max(outcome.difference for outcome in outcomes) <= 1e-6
     assert min(outcome.moved for outcome in outcomes) > 0.01
+    assert [outcome.all_reduces for outcome in outcomes] == workers.ranks * [STEPS * _all_reduces(scheme, workers)]
     return outcomes
+
+
+def _all_reduces(scheme: str, workers: Workers) -> int:
+    """Per step. Four ranks cut the groups of the transposed convolution; TP splits the rows of the narrow layer."""
+    return int(scheme in ("TP", "FSDP2 x TP") or (scheme == "FSDP2" and workers.ranks == 4))
 
 
 @pytest.mark.parametrize(("ranks", "scheme", "placement", "kind"), MATRIX, indirect=["ranks"])
