@@ -437,3 +437,22 @@ def test_runs_of_axes() -> None:
     assert runs((3, 4, 5), (0,), (12, 5)) == [[(3, True)], [(4, True)], [(5, False)]]
     assert runs((4, 6), (0,), (2, 12)) == [[(2, True), (2, False)], [(6, False)]]
     assert runs((4, 6), (0,), (6, 4)) is None
+
+
+def count_of_columns_sharded_by(axis: int) -> tuple[float, int]:
+    """Columns, as GPT-2 stores its weights, under FSDP2."""
+    model = nn.Linear(6, 4, bias=False)
+    fully_shard(model, mesh=_mesh(), shard_placement_fn=lambda _: Shard(axis))
+    layout = weight_layout(model, overrides={"weight": WeightVectors((0,))})
+    torch.autograd.backward(model(torch.randn(3, 6)).square().sum())
+    with CommDebugMode() as counted:
+        gradcentral.centralize_gradients(layout=layout)
+    gradient: Any = model.weight.grad
+    return float(gradient.full_tensor().mean(0).abs().max()), counted.get_total_counts()
+
+
+@pytest.mark.parametrize(("axis", "all_reduces"), [(0, 1), (1, 0)])
+def test_fsdp2_by_the_other_axis_leaves_columns_whole(axis: int, all_reduces: int, two_ranks: Workers) -> None:
+    for worst, counted in two_ranks.run(count_of_columns_sharded_by, axis):
+        assert worst <= 1e-6
+        assert counted == all_reduces
