@@ -101,6 +101,7 @@ def probe(
     batches: Annotated[int, typer.Option(min=1, help="How many of the task's batches.")] = DEFAULT_BATCHES,
     seed: Annotated[int, typer.Option(min=0, help="Of the fresh weights and the order of the batches.")] = 0,
     device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
+    amp: Annotated[bool, typer.Option("--amp", help="In mixed precision.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for probe.csv and probe.png; without it nothing is written.")
     ] = None,
@@ -109,8 +110,8 @@ def probe(
     loaded = load_task(task)
     if isinstance(loaded, CustomTask):
         raise TaskError(f"task {loaded.name!r} has a trainer of its own: call gradcentral.probe(model, loss, batches)")
-    check_device(device, amp=False)
-    report = probe_task(loaded, seed=seed, batches=batches, device=device)
+    check_device(device, amp)
+    report = probe_task(loaded, seed=seed, batches=batches, device=device, amp=amp)
     typer.echo(str(report))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

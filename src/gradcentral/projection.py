@@ -78,7 +78,7 @@ def share(tensor: Tensor, vectors: WeightVectors) -> Tensor:
     """Part of the tensor's energy that centering removes: 1 − ‖Φ(g)‖²/‖g‖² = ‖eᵀg‖²/‖g‖², between 0 and 1.
 
     Returns:
-        A real scalar tensor; 0 where the tensor is all zero (nothing is removed).
+        A real scalar tensor; 0 where the tensor is all zero (nothing is removed), NaN where it is not finite.
 
     Raises:
         TypeError, ValueError: as `center`.
@@ -95,7 +95,7 @@ def share(tensor: Tensor, vectors: WeightVectors) -> Tensor:
     fan_in = vectors.for_shape(tensor.shape).fan_in
     total = _wide(tensor).abs().square().sum()
     removed = fan_in * means.abs().square().sum()
-    return torch.where(total > 0, removed / torch.where(total > 0, total, 1), 0.0)
+    return torch.where(total == 0, 0.0, removed / torch.where(total == 0, 1, total))
 
 
 def projection_matrix(

@@ -67,3 +67,11 @@ def test_sparse_gradients_are_read() -> None:
 def test_dtypes_may_differ() -> None:
     first, second = effects([(torch.ones(1, 2), ROWS), (torch.ones(1, 2, dtype=torch.float64), ROWS)])
     assert first == pytest.approx(second)
+
+
+def test_what_is_not_finite_has_no_share() -> None:
+    for bad in (math.nan, math.inf):
+        (effect,) = effects([(torch.tensor([[1.0, bad]]), ROWS)])
+        assert math.isnan(effect.share)
+        assert math.isnan(effect.cosine)
+        assert math.isnan(together([effect, effect]).share)

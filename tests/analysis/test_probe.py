@@ -3,7 +3,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -151,13 +151,15 @@ def test_frozen_unreached_and_broken_layers_are_told() -> None:
         model.used.weight[0, 0] = torch.inf
     report = probe(model, mse, batches())
     assert layers(report)["used.weight"].kind == NOT_FINITE
+    assert math.isnan(layers(report)["used.weight"].share)
+    assert math.isnan(layers(report)["used.weight"].spread)
     assert report.finding == "Nothing can be said: gradients are not finite."
 
 
 def test_a_model_where_gc_changes_nothing_is_told_so() -> None:
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))
     finding = probe(model, mse, batches()).finding
-    assert "is a no-op on 1. It would change next to nothing" in finding
+    assert "is a no-op on 1. With placement gradient it would change next to nothing" in finding
     nothing = nn.Sequential(nn.Linear(1, 8), nn.LayerNorm(8))
     assert probe(nothing, mse, batches(1, 8)).finding.startswith("GC centers nothing here")
 
@@ -175,6 +177,121 @@ def test_mappings_are_passed_by_name() -> None:
     data = batches(count=2)
     named = probe(model, lambda output, batch: output["loss"], [{"x": x, "y": y} for x, y in data])
     assert named.losses == probe(model.linear, mse, data).losses
+
+
+class Pair(NamedTuple):
+    a: Tensor
+    b: Tensor
+
+
+def test_inputs_keep_their_form() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(3, 5)
+
+        def forward(self, x: Pair) -> Tensor:
+            packed = nn.utils.rnn.pack_sequence([x.a, x.b], enforce_sorted=False)
+            return torch.as_tensor(self.rnn(packed, 7 + torch.zeros(1, 2, 5))[1][0])
+
+    batch = (Pair(torch.rand(4, 3), torch.rand(2, 3)), torch.rand(2, 5))
+    found = layers(probe(Model(), mse, [batch]))["rnn.weight_ih_l0"].input
+    assert found is not None
+    assert found.mean == pytest.approx(float(torch.cat(batch[0]).mean()))  # of the sequences, not of the first state
+
+
+def test_steps_taken_in_the_backward_pass_are_not_taken() -> None:
+    model = nn.Linear(8, 4)
+    before = model.weight.detach().clone()
+
+    def step(parameter: Tensor) -> None:
+        with torch.no_grad():
+            parameter -= torch.as_tensor(parameter.grad)
+        parameter.grad = None
+
+    model.weight.register_post_accumulate_grad_hook(step)
+    assert probe(model, mse, batches()).layers[0].kind == ACTS
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_models_are_probed(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.last(checkpoint(self.first, x.requires_grad_(), use_reentrant=reentrant)))
+
+    model, data = Model(), batches()
+    plain = nn.Sequential(model.first, model.last)
+    shares = [layer.share for layer in probe(model, mse, data).layers]
+    assert shares == pytest.approx([layer.share for layer in probe(plain, mse, data).layers])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loss_with_weights_and_a_loaders_order_are_left_alone() -> None:
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return mse(self.norm(output), target)
+
+    order = torch.Generator().manual_seed(3)
+    examples = list(zip(torch.randn(12, 8), torch.randn(12, 4), strict=True))
+    loader = torch.utils.data.DataLoader(examples, 4, shuffle=True, generator=order)  # type: ignore[arg-type, var-annotated]
+    loss, state = Learned(), order.get_state()
+    probe(nn.Linear(8, 4), loss, loader)
+    assert torch.equal(order.get_state(), state)
+    assert loss.norm.num_batches_tracked == 0
+    assert loss.norm.weight.grad is None
+
+
+def test_a_cause_is_named_only_where_it_is_one() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    layout = weight_layout(attention)
+    x = torch.randn(2, 5, 8)
+    for memory, seen in ((x, True), (x + 3, False)):
+        with InputMeans(attention, layout) as inputs:
+            attention(x, memory, memory)
+        assert (inputs.of(attention.in_proj_weight) is not None) == seen
+    far = [(0.5 + torch.randn(512, 64), torch.full((512, 4), 50.0))]
+    report = probe(nn.Linear(64, 4), mse, far)
+    assert report.layers[0].kind == ERASES
+    assert report.layers[0].finding.endswith("over the batch the rest cancels")
+    assert "little but its mean" not in report.finding
+
+
+def test_layers_that_read_something_else_first_are_not_looked_at() -> None:
+    class Timed(nn.Conv2d):
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x) * t.mean()
+
+    module = Timed(2, 3, 3)
+    with InputMeans(module, weight_layout(module)) as inputs:
+        module(torch.rand(4), torch.rand(1, 2, 5, 5))
+    assert inputs.of(module.weight) is None
+
+
+def test_watching_inputs_computes_no_parametrization() -> None:
+    module = nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3))
+    x = torch.rand(1, 2, 5, 5)
+    torch.manual_seed(1)
+    plain = module(x)
+    again = nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3))
+    again.load_state_dict(module.state_dict())
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    expected = again(x)
+    with InputMeans(module, weight_layout(module)) as inputs:
+        assert torch.equal(module(x), expected)
+    assert inputs.of(module.parametrizations.weight.original) is not None  # type: ignore[union-attr, arg-type]
+    assert state.keys() == module.state_dict().keys()
+    assert plain.shape == expected.shape
 
 
 def test_batches_are_taken_up_to_a_limit() -> None:

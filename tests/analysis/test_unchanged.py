@@ -71,3 +71,39 @@ def test_an_exception_leaves_no_trace_either() -> None:
 def test_a_lazy_model_is_refused() -> None:
     with pytest.raises(ValueError, match="weight has no values yet"), unchanged(nn.LazyLinear(3)):
         pass
+
+
+class Caching(nn.Module):
+    """Fills a buffer that was None and makes one that was not there."""
+
+    cache: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", None)
+        self.table = nn.Embedding(5, 3, max_norm=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.table(x)
+        self.cache = found.detach()
+        self.register_buffer("made", found.detach(), persistent=False)
+        return found
+
+
+def test_weights_and_new_buffers_are_put_back_too() -> None:
+    model = Caching()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with unchanged(model):
+        model(torch.arange(5))
+        assert not torch.equal(model.table.weight, before["table.weight"])
+        assert set(model.state_dict()) == {"table.weight", "cache"}
+    assert set(model.state_dict()) == set(before) == {"table.weight"}
+    assert torch.equal(model.table.weight, before["table.weight"])
+    assert not hasattr(model, "made")
+    assert model.cache is None
+
+
+def test_a_lazy_buffer_is_refused() -> None:
+    norm = nn.LazyBatchNorm1d(affine=False)
+    with pytest.raises(ValueError, match="running_mean has no values yet"), unchanged(norm):
+        pass

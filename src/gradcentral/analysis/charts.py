@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from gradcentral.analysis.findings import ERASES, NO_OP
@@ -33,10 +34,11 @@ def shares(report: ProbeReport, theme: Theme) -> Any:
                 low, high = max(0.0, layer.share - layer.spread), min(1.0, layer.share + layer.spread)
                 axis.plot([low, high], [-at, -at], color=theme.text, lw=1.4, zorder=3)
             text = f"{layer.share:.0%}" if layer.share >= 0.01 or layer.share == 0 else f"{layer.share:.1%}"
+            known = math.isfinite(layer.share)
             axis.text(
-                min(layer.share + layer.spread, 1.0) + 0.01,
+                min(layer.share + layer.spread, 1.0) + 0.01 if known else 0.01,
                 -at,
-                f"{text}  {layer.kind}",
+                f"{text}  {layer.kind}" if known else layer.kind,
                 va="center",
                 color=theme.text,
                 fontsize=9,

@@ -19,7 +19,8 @@ class Effect(NamedTuple):
     """What Φ does to one gradient g.
 
     Attributes:
-        share: 1 − ‖Φ(g)‖²/‖g‖², the part of its energy that centering removes; 0 for a zero gradient.
+        share: 1 − ‖Φ(g)‖²/‖g‖², the part of its energy that centering removes; 0 for a zero gradient, NaN
+            for one that is not finite.
         norm, centered_norm: ‖g‖ and ‖Φ(g)‖ (L2).
         largest, centered_largest: the largest absolute entry of g and of Φ(g).
     """
@@ -33,7 +34,9 @@ class Effect(NamedTuple):
     @property
     def cosine(self) -> float:
         """Cosine of the angle between g and Φ(g): √(1 − share), Φ being an orthogonal projection; NaN for zero g."""
-        return math.sqrt(max(0.0, 1.0 - self.share)) if self.norm != 0 else math.nan
+        if self.norm == 0 or math.isnan(self.share):
+            return math.nan
+        return math.sqrt(max(0.0, 1.0 - self.share))
 
 
 def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Effect]:

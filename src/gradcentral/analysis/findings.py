@@ -36,6 +36,8 @@ class Finding(NamedTuple):
 
     kind: str
     text: str
+    constant_input: bool = False
+    """Whether the layer's input is little but its mean."""
 
 
 def finding_of_layer(
@@ -60,12 +62,17 @@ def finding_of_layer(
     kind = ACTS if share <= _MOST else ERASES
     if offset is None:
         return Finding(kind, kind)
-    like = ", as after a sigmoid" if kind == ERASES and offset > _CONSTANT else ""
-    return Finding(kind, f"{kind}: {offset:.0%} of its input's energy is their mean{like}")
+    text = f"{kind}: {offset:.0%} of its input's energy is their mean"
+    if kind == ACTS:
+        return Finding(kind, text)
+    if offset > _CONSTANT:
+        return Finding(kind, f"{text}, as after a sigmoid", constant_input=True)
+    return Finding(kind, f"{text}, and over the batch the rest cancels")
 
 
-def finding_of_model(share: float, kinds: Sequence[str]) -> str:
-    """What centering does to a model, from the kinds of its centered parameters."""
+def finding_of_model(share: float, findings: Sequence[Finding]) -> str:
+    """What centering does to a model, from the findings on its centered parameters."""
+    kinds = [finding.kind for finding in findings]
     if not kinds:
         return "GC centers nothing here: every parameter is left alone."
     if math.isnan(share):
@@ -76,7 +83,10 @@ def finding_of_model(share: float, kinds: Sequence[str]) -> str:
     text = f"GC removes {share:.1%} of the whole gradient's energy: of {len(kinds)} centered parameters it "
     text += f"{', '.join(parts)}."
     if count.keys() <= {NO_OP, NO_GRADIENT}:
-        return f"{text} It would change next to nothing in this model."
-    if ERASES in count:
-        text += " Where it nearly erases, the mean of the input is nearly all there is: center that input, too."
+        return (
+            f"{text} With placement gradient it would change next to nothing in this model; update still keeps weight "
+            "decay and adaptive steps from moving the means."
+        )
+    if any(finding.constant_input for finding in findings):
+        text += " Where an input is little but its mean, centering that input may do more than GC."
     return f"{text} This says where GC acts, not whether it helps: for that there is gradcentral compare."

@@ -55,9 +55,9 @@ class InputMeans:
                 parameter: Tensor = parameter,
                 vectors: WeightVectors = vectors,
             ) -> None:
-                inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+                x = _input(module, args, kwargs)
                 with torch.no_grad():
-                    if inputs and (sums := _sums(module, inputs[0].detach(), vectors)) is not None:
+                    if x is not None and (sums := _sums(module, x.detach(), parameter, vectors)) is not None:
                         self._sums[parameter] = self._sums.get(parameter, 0.0) + sums
 
             self._hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
@@ -97,16 +97,29 @@ def _reads_first_input(module: nn.Module, name: str) -> bool:
     return not isinstance(module, nn.Bilinear) and "weight_hh" not in name
 
 
-def _sums(module: nn.Module, x: Tensor, vectors: WeightVectors) -> Tensor | None:
+def _input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What a layer's weights are applied to: its first argument."""
+    given = (*args, *kwargs.values())
+    if isinstance(module, nn.MultiheadAttention) and len(given) >= 3 and not given[0] is given[1] is given[2]:
+        return None  # its weights are applied to three different things
+    first = given[0] if given else None
+    if isinstance(first, nn.utils.rnn.PackedSequence):
+        first = first.data
+    return first if isinstance(first, Tensor) else None
+
+
+def _sums(module: nn.Module, x: Tensor, parameter: Tensor, vectors: WeightVectors) -> Tensor | None:
     """Number of weight vectors' inputs, sums of their means, of M·mean² and of their energies ‖x‖²."""
     if not x.is_floating_point() or x.numel() == 0:
         return None
     x = x.float() if x.dtype.itemsize < 4 else x
+    if isinstance(module, _ConvNd) and not _fits(module, x):
+        return None  # a subclass whose first argument is something else
     if isinstance(module, _ConvTransposeNd):
         # Each position is met through all taps; what a unit sees of it at once is its group's channels.
         means, energies, size = _of_channels(module, x)
     elif isinstance(module, _ConvNd):
-        means, energies, size = _of_patches(module, x)
+        means, energies, size = _of_patches(module, x, parameter)
     elif x.ndim and x.shape[-1] == vectors.fan_in:
         means, energies, size = x.mean(-1), x.square().sum(-1), vectors.fan_in
     else:
@@ -115,9 +128,15 @@ def _sums(module: nn.Module, x: Tensor, vectors: WeightVectors) -> Tensor | None
     return torch.stack([count, means.sum(), size * means.square().sum(), energies.sum()]).cpu().double()
 
 
-def _of_patches(module: _ConvNd, x: Tensor) -> tuple[Tensor, Tensor, int]:
+def _fits(module: _ConvNd, x: Tensor) -> bool:
+    axes = len(module.kernel_size)
+    return x.ndim in (axes + 1, axes + 2) and x.shape[-axes - 1] == module.in_channels
+
+
+def _of_patches(module: _ConvNd, x: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor, int]:
     """Mean and energy of every patch that a filter is laid on, padding included."""
-    ones = x.new_ones(module.groups, *module.weight.shape[1:])
+    # Not module.weight: a parametrized one is computed, and may change, each time it is looked at.
+    ones = x.new_ones(module.groups, *parameter.shape[1:])
     size = math.prod(ones.shape[1:])
     convolve: Any = module._conv_forward
     return convolve(x, ones, None) / size, convolve(x.square(), ones, None), size

@@ -7,13 +7,15 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradcentral.analysis.batches import loss_of, moved
 from gradcentral.analysis.effect import Effect, effects, together
 from gradcentral.analysis.findings import Finding, finding_of_layer, finding_of_model
 from gradcentral.analysis.inputs import InputMean, InputMeans
@@ -53,6 +55,8 @@ class LayerReport:
     @property
     def spread(self) -> float:
         """Standard deviation of the share over the batches; 0 for one batch."""
+        if math.isnan(self.share):
+            return math.nan
         return statistics.stdev(e.share for e in self.effects) if len(self.effects) > 1 else 0.0
 
     @property
@@ -107,7 +111,7 @@ class ProbeReport:
     @property
     def finding(self) -> str:
         """In plain words, about the model."""
-        return finding_of_model(self.share, [layer.kind for layer in self.centered])
+        return finding_of_model(self.share, [layer._finding for layer in self.centered])
 
     def __str__(self) -> str:
         """A table of the centered parameters, the others by reason, and the finding."""
@@ -115,9 +119,9 @@ class ProbeReport:
         rows = [
             (
                 layer.name,
-                f"{layer.share:.1%} ± {layer.spread:.1%}",
+                "–" if math.isnan(layer.share) else f"{layer.share:.1%} ± {layer.spread:.1%}",
                 *(_number(layer.mean(what)) for what in ("norm", "centered_norm", "largest", "centered_largest")),
-                f"{layer.cosine:.3f}",
+                "–" if math.isnan(layer.cosine) else f"{layer.cosine:.3f}",
                 _number(layer.input.mean) if layer.input else "–",
                 layer.finding,
             )
@@ -171,8 +175,9 @@ def probe(
     nothing after LayerNorm, nearly all after a sigmoid. The share says where GC acts, not whether it helps; for that
     there is `gradcentral.compare`.
 
-    The model is left exactly as it was: weights, gradients, buffers, modes and random numbers. It is run in training
-    mode; parts that are in evaluation mode while the model trains (frozen BatchNorm) stay so.
+    The model is left exactly as it was: weights, gradients, buffers, modes and random numbers, a ``DataLoader``'s own
+    included. So is a loss that is a module; what else a loss function holds, such as another network, can't be seen.
+    The model is run in training mode; parts that are in evaluation mode while it trains (frozen BatchNorm) stay so.
 
     Args:
         model: on any device; batches are moved there.
@@ -201,24 +206,28 @@ def probe(
         raise ValueError(f"max_batches must be at least 1, not {max_batches}")
     layout = layout if layout is not None else weight_layout(model)
     entries = [entry for entry in layout.entries if entry.parameter.requires_grad]
+    parameters = [entry.parameter for entry in entries]
     found: dict[str, list[Effect]] = {entry.name: [] for entry in layout.entries}
     whole, losses = [], []
-    device = next((entry.parameter.device for entry in entries), torch.device("cpu"))
-    with unchanged(model), InputMeans(model, layout) as inputs, torch.enable_grad():
+    device = parameters[0].device if parameters else torch.device("cpu")
+    with ExitStack() as put_back, torch.enable_grad():
+        put_back.enter_context(_generators_unchanged(batches))
+        put_back.enter_context(unchanged(model))
+        if isinstance(loss, nn.Module):
+            put_back.enter_context(unchanged(loss))
+        inputs = put_back.enter_context(InputMeans(model, layout))
         if not model.training:
             model.train()
         for batch in itertools.islice(batches, max_batches):
-            value = _loss(model, loss, _to(batch, device))
-            model.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
-            reached = [entry for entry in entries if entry.parameter.grad is not None]
-            seen = effects([(_gradient(entry.parameter), entry.vectors) for entry in reached])
-            for entry, effect in zip(reached, seen, strict=True):
-                found[entry.name].append(effect)
+            value, gradients = _gradients(model, loss, moved(batch, device), parameters)
+            reached = [(entry, g) for entry, g in zip(entries, gradients, strict=True) if g is not None]
             if not reached:
                 raise ValueError("loss: does not depend on the model's parameters; is it made from the output?")
+            seen = effects([(gradient, entry.vectors) for entry, gradient in reached])
+            for (entry, _), effect in zip(reached, seen, strict=True):
+                found[entry.name].append(effect)
             whole.append(together(seen))
-            losses.append(float(value.detach()))
+            losses.append(value)
         if not whole:
             raise ValueError("batches: there is no batch")
         layers = [_layer(entry, found[entry.name], inputs) for entry in layout.entries]
@@ -232,33 +241,36 @@ def _layer(entry: Entry, seen: list[Effect], inputs: InputMeans) -> LayerReport:
     return LayerReport(entry.name, entry.vectors, entry.reason, tuple(seen), x)
 
 
-def _loss(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) -> Tensor:
-    if isinstance(batch, Mapping):
-        value = loss(model(**batch), batch)
-    elif isinstance(batch, Sequence) and len(batch) == 2:
-        value = loss(model(batch[0]), batch[1])
-    else:
-        found = f"{len(batch)} things" if isinstance(batch, Sequence) else f"a {type(batch).__name__}"
-        raise TypeError(f"batches: a batch must be a pair (input, target) or a mapping, not {found}")
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        found = f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise ValueError(f"loss: must return a scalar tensor, not {found}")
-    if not value.requires_grad:
-        raise ValueError("loss: does not depend on the model's parameters; is it made from the output?")
-    return value
+def _gradients(
+    model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any, parameters: list[Tensor]
+) -> tuple[float, list[Tensor | None]]:
+    """The loss of a batch and the gradients; hooks that step the optimizer in the backward pass do not run."""
+    value = loss_of(model, loss, batch)
+    try:
+        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        return float(value.detach()), list(gradients)
+    except RuntimeError as error:
+        if "checkpoint" not in str(error).lower():
+            raise
+    # Reentrant checkpoints know no other way than to accumulate.
+    value = loss_of(model, loss, batch)
+    value.backward()  # type: ignore[no-untyped-call]
+    found = [parameter.grad for parameter in parameters]
+    model.zero_grad(set_to_none=True)
+    return float(value.detach()), found
 
 
-def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in value.items()}
-    return [_to(item, device) for item in value] if isinstance(value, (list, tuple)) else value
+@contextmanager
+def _generators_unchanged(batches: object) -> Iterator[None]:
+    """Put a loader's own random generator back, so that training draws what it would have drawn."""
+    holders = (batches, getattr(batches, "sampler", None))
+    generators = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)}
+    states = [(generator, generator.get_state()) for generator in generators.values()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _number(value: float) -> str:

@@ -17,12 +17,13 @@ __all__ = ["random_numbers_unchanged", "unchanged"]
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Put a model back as it was when the block ends, also by an exception.
 
-    Its gradients (the very tensors, with their values), its buffers such as BatchNorm's running statistics, the mode
-    of each of its modules, and the generators of Python, NumPy and torch. Inside the block every ``p.grad`` is None.
-    Weights are not copied: who moves them puts them back.
+    Its weights and buffers (an ``Embedding`` with ``max_norm`` rescales its weights in each forward pass, BatchNorm
+    keeps running statistics), its gradients (the very tensors, with their values), the mode of each of its modules, and
+    the generators of Python, NumPy and torch. Inside the block every ``p.grad`` is None. Takes the memory of one more
+    copy of the model.
 
     Raises:
-        ValueError: a parameter is lazy, so that running the model would make its values.
+        ValueError: a parameter or buffer is lazy, so that running the model would make its values.
 
     Examples:
         >>> import torch
@@ -32,12 +33,14 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         >>> norm.num_batches_tracked
         tensor(0)
     """
-    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
-    if lazy:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if lazy := [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]:
         raise ValueError(f"model: {lazy[0]} has no values yet: run one forward of the model first")
     modes = [(module, module.training) for module in model.modules()]
-    # A module may write into a buffer or put another tensor in its place.
-    buffers = [(m, name, b, b.detach().clone()) for m in model.modules() for name, b in _own_buffers(m)]
+    values = [(tensor, tensor.detach().clone()) for _, tensor in tensors]
+    # A module may write into a buffer, put another tensor in its place, or make one where there was none.
+    places = [(m._buffers, {**m._buffers}) for m in model.modules()]
+    persistence = [(m._non_persistent_buffers_set, {*m._non_persistent_buffers_set}) for m in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
     with random_numbers_unchanged():
         try:
@@ -47,18 +50,23 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+            for buffers, before in places:
+                buffers.clear()
+                buffers.update(before)
+            for names, before_names in persistence:
+                names.clear()
+                names.update(before_names)
             with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
-                    module._buffers[name] = buffer
+                for tensor, value in values:
+                    if not torch.equal(tensor, value):
+                        tensor.copy_(value)
             for module, mode in modes:
                 module.training = mode
 
 
 @contextmanager
 def random_numbers_unchanged() -> Iterator[None]:
-    """Put the generators of Python, of NumPy where it is in use, and of torch on every device back afterwards."""
+    """Put the generators of Python, of NumPy where it is in use, and of torch on the CPU and CUDA back afterwards."""
     numpy = sys.modules.get("numpy")
     python, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     # Named one by one: torch warns when it is left to find several devices by itself.
@@ -69,7 +77,3 @@ def random_numbers_unchanged() -> Iterator[None]:
             random.setstate(python)
             if numpy is not None:
                 numpy.random.set_state(numpy_state)
-
-
-def _own_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [(name, buffer) for name, buffer in module._buffers.items() if buffer is not None]

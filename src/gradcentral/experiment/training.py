@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from gradcentral.analysis.batches import moved
 from gradcentral.analysis.effect import Effect
 from gradcentral.experiment.checks import CheckedArm
 from gradcentral.experiment.digest import digest
@@ -242,7 +243,7 @@ class _Trainer:
 
     def _step(self, inputs: Any, targets: Any, seen: list[Effect] | None) -> Tensor:
         with self._autocast():
-            loss = self._loss(self.model(_move(inputs, self.device)), _move(targets, self.device))
+            loss = self._loss(self.model(moved(inputs, self.device)), moved(targets, self.device))
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
@@ -266,9 +267,9 @@ class _Trainer:
         with torch.inference_mode():
             for batch in DataLoader(dataset, 4 * self.task.batch_size, sampler=indices, generator=torch.Generator()):
                 inputs, targets = pair_of(batch)
-                targets = _move(targets, self.device)
+                targets = moved(targets, self.device)
                 with self._autocast():
-                    output = self.model(_move(inputs, self.device))
+                    output = self.model(moved(inputs, self.device))
                     loss = float(self._loss(output, targets))
                 if not math.isfinite(loss):
                     return {"loss": loss, "metric": math.nan}
@@ -318,14 +319,6 @@ def pair_of(batch: Any) -> tuple[Any, Any]:
         found = f"{len(batch)} things" if isinstance(batch, (list, tuple)) else f"a {type(batch).__name__}"
         raise TaskError(f"train and test: an example must be a pair (input, target), not {found}")
     return batch[0], batch[1]
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _move(item, device) for key, item in value.items()}
-    return [_move(item, device) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _count(targets: Any) -> int:
