@@ -212,6 +212,8 @@ def test_steps_taken_in_the_backward_pass_are_not_taken() -> None:
     model.weight.register_post_accumulate_grad_hook(step)
     assert probe(model, mse, batches()).layers[0].kind == ACTS
     assert torch.equal(model.weight, before)
+    mse(model(torch.randn(2, 8)), torch.zeros(2, 4)).backward()
+    assert not torch.equal(model.weight, before)  # the hook is in place again
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

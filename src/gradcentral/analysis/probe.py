@@ -206,10 +206,9 @@ def probe(
         raise ValueError(f"max_batches must be at least 1, not {max_batches}")
     layout = layout if layout is not None else weight_layout(model)
     entries = [entry for entry in layout.entries if entry.parameter.requires_grad]
-    parameters = [entry.parameter for entry in entries]
     found: dict[str, list[Effect]] = {entry.name: [] for entry in layout.entries}
     whole, losses = [], []
-    device = parameters[0].device if parameters else torch.device("cpu")
+    device = entries[0].parameter.device if entries else torch.device("cpu")
     with ExitStack() as put_back, torch.enable_grad():
         put_back.enter_context(_generators_unchanged(batches))
         put_back.enter_context(unchanged(model))
@@ -219,15 +218,18 @@ def probe(
         if not model.training:
             model.train()
         for batch in itertools.islice(batches, max_batches):
-            value, gradients = _gradients(model, loss, moved(batch, device), parameters)
-            reached = [(entry, g) for entry, g in zip(entries, gradients, strict=True) if g is not None]
+            value = loss_of(model, loss, moved(batch, device))
+            model.zero_grad(set_to_none=True)
+            # Not autograd.grad, which in silence gives none for what lies behind a reentrant checkpoint.
+            value.backward()  # type: ignore[no-untyped-call]
+            reached = [(entry, g) for entry in entries if (g := entry.parameter.grad) is not None]
             if not reached:
                 raise ValueError("loss: does not depend on the model's parameters; is it made from the output?")
             seen = effects([(gradient, entry.vectors) for entry, gradient in reached])
             for (entry, _), effect in zip(reached, seen, strict=True):
                 found[entry.name].append(effect)
             whole.append(together(seen))
-            losses.append(value)
+            losses.append(float(value.detach()))
         if not whole:
             raise ValueError("batches: there is no batch")
         layers = [_layer(entry, found[entry.name], inputs) for entry in layout.entries]
@@ -239,25 +241,6 @@ def _layer(entry: Entry, seen: list[Effect], inputs: InputMeans) -> LayerReport:
         return LayerReport(entry.name, None, "does not train", (), None)
     x = inputs.of(entry.parameter) if entry.vectors is not None else None
     return LayerReport(entry.name, entry.vectors, entry.reason, tuple(seen), x)
-
-
-def _gradients(
-    model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any, parameters: list[Tensor]
-) -> tuple[float, list[Tensor | None]]:
-    """The loss of a batch and the gradients; hooks that step the optimizer in the backward pass do not run."""
-    value = loss_of(model, loss, batch)
-    try:
-        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-        return float(value.detach()), list(gradients)
-    except RuntimeError as error:
-        if "checkpoint" not in str(error).lower():
-            raise
-    # Reentrant checkpoints know no other way than to accumulate.
-    value = loss_of(model, loss, batch)
-    value.backward()  # type: ignore[no-untyped-call]
-    found = [parameter.grad for parameter in parameters]
-    model.zero_grad(set_to_none=True)
-    return float(value.detach()), found
 
 
 @contextmanager

@@ -19,8 +19,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
     Its weights and buffers (an ``Embedding`` with ``max_norm`` rescales its weights in each forward pass, BatchNorm
     keeps running statistics), its gradients (the very tensors, with their values), the mode of each of its modules, and
-    the generators of Python, NumPy and torch. Inside the block every ``p.grad`` is None. Takes the memory of one more
-    copy of the model.
+    the generators of Python, NumPy and torch. Inside the block every ``p.grad`` is None, and hooks on accumulated
+    gradients, which may step an optimizer, do not run. Takes the memory of one more copy of the model.
 
     Raises:
         ValueError: a parameter or buffer is lazy, so that running the model would make its values.
@@ -42,14 +42,19 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     places = [(m._buffers, {**m._buffers}) for m in model.modules()]
     persistence = [(m._non_persistent_buffers_set, {*m._non_persistent_buffers_set}) for m in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
+    hooks = [(h, {**h}) for p in model.parameters() if (h := getattr(p, "_post_accumulate_grad_hooks", None))]
     with random_numbers_unchanged():
         try:
             for parameter, _ in gradients:
                 parameter.grad = None
+            for registered, _ in hooks:
+                registered.clear()
             yield
         finally:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+            for registered, before_hooks in hooks:
+                registered.update(before_hooks)
             for buffers, before in places:
                 buffers.clear()
                 buffers.update(before)
