@@ -6,7 +6,7 @@ import json
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -181,6 +181,7 @@ def bench(
         bool, typer.Option("--iteration/--no-iteration", help="Also a whole training iteration of ResNet-18.")
     ] = True,
     peers: Annotated[bool, typer.Option("--peers", help="Also other libraries' GC, where installed.")] = False,
+    device: Annotated[str, typer.Option(help="Where, as torch names it: cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.md and bench.png.")] = Path("runs/bench"),
 ) -> None:
     """Measure optimizer steps with and without GC on this machine, as ratios in one run."""
@@ -192,19 +193,22 @@ def bench(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    benchmark = runs.Benchmark(machine=runs.machine())
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise TaskError(f"--device {device}: torch finds no CUDA device here")
+    benchmark = runs.Benchmark(machine=runs.machine(device))
     console = Console(highlight=False)
     console.print(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()), soft_wrap=True)
     chosen = list(MODELS) if models is None else _names(models)
+    how: dict[str, Any] = {"rounds": rounds, "seconds": seconds, "peers": peers, "device": device}
     try:
-        for case in runs.bench(chosen, _names(optimizers), _names(dtypes), rounds=rounds, seconds=seconds, peers=peers):
+        for case in runs.bench(chosen, _names(optimizers), _names(dtypes), **how):
             benchmark.cases.append(case)
             ours = case.ratios[OURS]
             typer.echo(f"{case.model} {case.dtype} {case.algorithm}: {case.milliseconds:.2f} ms, ours ÷ that {ours}")
     except ValueError as error:
         raise TaskError(str(error)) from error
     if iteration:
-        benchmark.cases.append(runs.iteration())
+        benchmark.cases.append(runs.iteration(device=device, dtype="f32" if device == "cpu" else "bf16"))
     benchmark.write(out / "bench.json")
     table.plot(benchmark, out / "bench.png")
     (out / "bench.md").write_text(table.markdown(benchmark), encoding="utf-8")

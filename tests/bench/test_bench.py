@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from gradcentral.bench import Benchmark, Case, bench
+from gradcentral.bench.device import copying
 from gradcentral.bench.network import resnet18
 from gradcentral.bench.runs import NOISY
 from gradcentral.bench.shapes import MODELS
@@ -89,6 +91,35 @@ def test_unknown_names_are_refused() -> None:
         next(bench(["ResNet-51"]))
     with pytest.raises(ValueError, match="dtypes: 'f8' is unknown"):
         next(bench(dtypes=["f8"]))
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match="device: 'mps' is unknown"):
+        next(bench(["tiny CNN"], device="mps"))
+    if not torch.cuda.is_available():
+        run = CliRunner().invoke(app, ["bench", "--device", "cuda"])
+        assert "no CUDA device" in str(run.exception)
+
+
+def test_a_clock_of_ones_own_times_every_call() -> None:
+    """As the events of a device do."""
+    counted: list[int] = []
+
+    def clock(run: Callable[[], object], count: int) -> float:
+        counted.append(count)
+        run()
+        return count * 1e-3
+
+    times = interleave({"a": lambda: None}, rounds=3, warm_up=0, clock=clock)
+    assert counted == [1, 2, 2, 2]  # two milliseconds at least for one measurement
+    assert times == {"a": [1e-3] * 3}
+
+
+def test_copying_touches_as_many_bytes_as_said() -> None:
+    run = copying([torch.zeros(1)], 4096)
+    target = run()
+    assert isinstance(target, torch.Tensor)
+    assert 2 * target.nbytes == 4096
 
 
 def _case(ours: Ratio, noise: float) -> Case:

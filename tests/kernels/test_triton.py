@@ -26,8 +26,6 @@ from gradcentral.kernels.triton.division import Shape
 from tests.strategies import Case, cases, shapes_and_vectors
 
 why_not = triton.missing()
-if not why_not and not triton.interpreted and torch.version.hip is not None:
-    why_not = "the Triton kernels are for CUDA devices"
 pytestmark = pytest.mark.skipif(
     bool(why_not),
     reason=f"needs a CUDA device, or TRITON_INTERPRET=1 and GRADCENTRAL_KERNELS=triton in the environment ({why_not})",
@@ -386,6 +384,24 @@ def test_what_the_plan_needs_is_looked_at_anew_at_each_step() -> None:
             take(exact, truth, gradients)
     for p, q in zip(model, truth, strict=True):
         torch.testing.assert_close(p.double(), q, rtol=1e-5, atol=1e-5)
+
+
+def test_a_captured_step_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager steps with gradients elsewhere leave the pointers alone that a CUDA graph will read again."""
+    from gradcentral.kernels.triton.plans import _Table
+
+    table = _Table(torch.device(DEVICE), 3)
+    eager, _ = table.uploaded([16, 32, 48])
+    with monkeypatch.context() as capture:
+        capture.setattr(_Table, "_capturing", lambda self: True)
+        captured, aligned = table.uploaded([64, 80, 97])
+        assert not aligned
+        with pytest.raises(RuntimeError, match="capture one step at a time"):
+            table.uploaded([1, 2, 3])
+    assert table.uploaded([16, 32, 48]) == (eager, True)
+    table.uploaded([112, 128, 144])
+    assert captured.tolist() == [64, 80, 97]
+    assert eager.tolist() == [112, 128, 144]
 
 
 NAMES = ["middle aligned", "across"]

@@ -18,10 +18,11 @@ from torch import nn
 
 import gradcentral
 from gradcentral.analysis.monitor import EVERY, Monitor
+from gradcentral.bench.device import DeviceFacts, clock_of, describe, facts
 from gradcentral.bench.network import resnet18
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import ALGORITHMS, ATTACHED, BASELINE, OURS, STREAM, STREAM_GRADIENTS, alternatives
-from gradcentral.bench.timing import Ratio, interleave, ratio
+from gradcentral.bench.timing import Clock, Ratio, interleave, ratio
 from gradcentral.kernels import available, native
 
 __all__ = ["DTYPES", "Benchmark", "Case", "bench", "iteration"]
@@ -50,6 +51,8 @@ class Case:
     """What `centralize` adds, over reading and writing the gradients once."""
     attaching_us: float | None = None
     """… and in microseconds for each centered parameter."""
+    on_device: DeviceFacts | None = None
+    """Of a CUDA device."""
     monitoring: float | None = None
     """What `Monitor` adds to an iteration at its default interval: a record's time over that of so many iterations."""
 
@@ -81,6 +84,7 @@ def bench(
     rounds: int = 60,
     seconds: float = 12.0,
     peers: bool = False,
+    device: str = "cpu",
 ) -> Iterator[Case]:
     """Measure the optimizer steps of models, one case after another.
 
@@ -89,6 +93,7 @@ def bench(
         rounds: how often each alternative is timed, at most.
         seconds: how long a case may take.
         peers: also other libraries' GC.
+        device: where, as torch names it.
 
     Raises:
         ValueError: a name is unknown.
@@ -101,24 +106,32 @@ def bench(
         for name in chosen:
             if name not in known:
                 raise ValueError(f"{what}: {name!r} is unknown; there are {', '.join(known)}")
+    if torch.device(device).type not in ("cpu", "cuda"):
+        raise ValueError(f"device: {device!r} is unknown; there are cpu and cuda")
     for model in models:
         for dtype in dtypes:
             for algorithm in algorithms:
                 shapes = list(MODELS[model]())
-                runs = alternatives(shapes, algorithm, DTYPES[dtype], peers=peers)
-                times = interleave(runs, rounds, seconds)
+                runs = alternatives(shapes, algorithm, DTYPES[dtype], device, peers=peers)
+                times = interleave(runs, rounds, seconds, clock=clock_of(device))
                 centered = sum(vectors is not None for _, vectors in shapes)
-                yield _case(model, dtype, algorithm, times, centered)
+                case = _case(model, dtype, algorithm, times, centered)
+                if device != "cpu":
+                    steps = {name: run for name, run in runs.items() if name not in (STREAM, STREAM_GRADIENTS)}
+                    case = replace(case, on_device=facts(steps, OURS, BASELINE, rounds, seconds / 4))
+                yield case
 
 
-def iteration(*, rounds: int = 8, seconds: float = 120.0, batch: int = 128) -> Case:
+def iteration(
+    *, rounds: int = 8, seconds: float = 120.0, batch: int = 128, device: str = "cpu", dtype: str = "f32"
+) -> Case:
     """A whole training iteration of ResNet-18 on 32×32 images: forward, backward and step.
 
     With and without GC, and with `Monitor`. What a monitor adds is less than the noise of an iteration, so that the
     time of a record, which can be measured, is divided by that of the iterations that it comes in.
     """
-    x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-    model = resnet18()
+    x, y = torch.randn(batch, 3, 32, 32).to(device, DTYPES[dtype]), torch.randint(10, (batch,)).to(device)
+    model = resnet18().to(device, DTYPES[dtype])
 
     def training(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
         def run() -> None:
@@ -143,17 +156,19 @@ def iteration(*, rounds: int = 8, seconds: float = 120.0, batch: int = 128) -> C
         OURS: training(gradcentral.SGD(model, **options)),
         MONITORED: training(watched),
     }
-    case = _case("ResNet-18, whole iteration", "f32", "SGD", interleave(runs, rounds, seconds, warm_up=1), 0)
-    record = _record_seconds(model, options, rounds)
+    clock = clock_of(device)
+    times = interleave(runs, rounds, seconds, warm_up=1, clock=clock)
+    case = _case("ResNet-18, whole iteration", dtype, "SGD", times, 0)
+    record = _record_seconds(model, options, rounds, clock)
     return replace(case, monitoring=record / (EVERY * case.milliseconds * 1e-3))
 
 
-def _record_seconds(model: nn.Module, options: dict[str, Any], rounds: int) -> float:
+def _record_seconds(model: nn.Module, options: dict[str, Any], rounds: int, clock: Clock) -> float:
     """What a step takes longer when it is recorded; the model has its gradients."""
     plain = torch.optim.SGD(model.parameters(), fused=True, **options)
     recorded = torch.optim.SGD(model.parameters(), fused=True, **options)
     Monitor(model, recorded, every=1)
-    times = interleave({"plain": plain.step, "recorded": recorded.step}, rounds)
+    times = interleave({"plain": plain.step, "recorded": recorded.step}, rounds, clock=clock)
     return statistics.median(b - a for a, b in zip(times["plain"], times["recorded"], strict=True))
 
 
@@ -184,9 +199,10 @@ def _case(model: str, dtype: str, algorithm: str, times: dict[str, list[float]],
     )
 
 
-def machine() -> dict[str, str]:
+def machine(device: str = "cpu") -> dict[str, str]:
     """Where it was measured."""
     return {
+        **describe(device),
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
         "system": platform.platform(terse=True),

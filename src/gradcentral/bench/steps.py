@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gradcentral
+from gradcentral.bench.device import copying
 from gradcentral.bench.shapes import Shape
 from gradcentral.kernels import native
 from gradcentral.layout import WeightLayout, weight_layout
@@ -39,14 +40,22 @@ def alternatives(
     makes.
     """
     kind, options = ALGORITHMS[algorithm]
+    # torch captures no step of Adam in a CUDA graph without it; its fused step is the same with it.
+    fused = {"fused": True, **({"capturable": True} if device != "cpu" and kind == "AdamW" else {})}
     params, layout = _model(shapes, dtype, device)
     pairs = list(layout.items())
     torchs = getattr(torch.optim, kind)
-    plain = torchs(params, fused=True, **options)
+    plain = torchs(params, **fused, **options)
     plain.step()  # makes the state that all share
 
     def sharing(optimizer: Optimizer) -> Optimizer:
         optimizer.state = plain.state
+        return optimizer
+
+    def with_own_steps(optimizer: Optimizer) -> Optimizer:
+        # torch's unfused step counts on the host; counters on a device it would wait for, one by one.
+        for p, state in plain.state.items():
+            optimizer.state[p] = {**state, "step": state["step"].cpu().clone()} if "step" in state else state
         return optimizer
 
     def naive_loop() -> None:
@@ -56,15 +65,15 @@ def alternatives(
             g.sub_(g.mean(vectors.span, keepdim=True))
         plain.step()
 
-    hooked = sharing(torchs(params, fused=True, **options))
+    hooked = sharing(torchs(params, **fused, **options))
     gradcentral.centralize(hooked, layout=layout)
-    hooked_update = sharing(torchs(params, fused=True, **options))
+    hooked_update = sharing(torchs(params, **fused, **options))
     gradcentral.centralize(hooked_update, layout=layout, placement="update")
     ours = getattr(gradcentral, kind)
     runs: dict[str, Callable[[], object]] = {
         BASELINE: plain.step,
         f"{BASELINE}, again": plain.step,
-        "torch default, no GC": sharing(torchs(params, **options)).step,
+        "torch default, no GC": with_own_steps(torchs(params, **options)).step,
         "loop + torch fused": naive_loop,
         ATTACHED: hooked.step,
         "centralize update + torch fused": hooked_update.step,
@@ -79,6 +88,10 @@ def alternatives(
         centered = [p.grad for p in layout if p.grad is not None]
         runs[STREAM] = lambda: native.stream(params, gradients, states)
         runs[STREAM_GRADIENTS] = lambda: native.stream(centered, centered, [])
+    elif device != "cpu":
+        touched = sum(p.nbytes for p in params) * (3 + 2 * len(_states(plain, params)))  # reads w, g; writes w; states
+        runs[STREAM] = copying(params, touched)
+        runs[STREAM_GRADIENTS] = copying(params, 2 * sum(p.nbytes for p in layout))
     return runs
 
 

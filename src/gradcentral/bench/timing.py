@@ -8,7 +8,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Ratio", "interleave", "ratio"]
+__all__ = ["Clock", "Ratio", "host_seconds", "interleave", "ratio"]
+
+Clock = Callable[[Callable[[], object], int], float]
+"""Seconds of so many calls."""
 
 _AT_LEAST = 2e-3  # seconds: a clock reading and a thread's wake-up are lost in that
 
@@ -30,8 +33,20 @@ class Ratio:
         return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
+def host_seconds(run: Callable[[], object], count: int) -> float:
+    """By the clock of the host."""
+    started = time.perf_counter()
+    for _ in range(count):
+        run()
+    return time.perf_counter() - started
+
+
 def interleave(
-    runs: Mapping[str, Callable[[], object]], rounds: int, budget: float = float("inf"), warm_up: int = 3
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    budget: float = float("inf"),
+    warm_up: int = 3,
+    clock: Clock = host_seconds,
 ) -> dict[str, list[float]]:
     """Seconds of one call of each alternative, once a round, in an order that rotates.
 
@@ -40,6 +55,7 @@ def interleave(
         rounds: how often each is measured.
         budget: seconds after which no new round starts (three are always made).
         warm_up: unmeasured calls of each at first.
+        clock: what times the calls.
 
     What is quick is called several times for one measurement.
     """
@@ -47,9 +63,7 @@ def interleave(
     for name, run in runs.items():
         for _ in range(warm_up):
             run()
-        started = time.perf_counter()
-        run()
-        repeats[name] = max(1, round(_AT_LEAST / max(time.perf_counter() - started, 1e-7)))
+        repeats[name] = max(1, round(_AT_LEAST / max(clock(run, 1), 1e-7)))
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     enabled = gc.isenabled()
@@ -60,11 +74,7 @@ def interleave(
             if turn >= 3 and time.perf_counter() - begun > budget:
                 break
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                run, count = runs[name], repeats[name]
-                started = time.perf_counter()
-                for _ in range(count):
-                    run()
-                seconds[name].append((time.perf_counter() - started) / count)
+                seconds[name].append(clock(runs[name], repeats[name]) / repeats[name])
     finally:
         if enabled:
             gc.enable()

@@ -7,6 +7,7 @@ tests.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +35,8 @@ __all__ = [
     "unavailable",
 ]
 
+_OLDEST = (3, 4)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _choice = os.environ.get("GRADCENTRAL_KERNELS", "")
@@ -60,6 +63,14 @@ def _why_not() -> str:
         return "GRADCENTRAL_KERNELS=reference"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install gradcentral[triton]"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # of another make, under another name
+        version = ""
+    if version and tuple(map(int, version.split(".")[:2])) < _OLDEST:
+        return f"Triton {version} is too old: {'.'.join(map(str, _OLDEST))} or a newer one (torch 2.8) is needed"
+    if torch.version.hip is not None:
+        return "torch is built for ROCm, where these kernels were never run"
     if _interpret and not interpreted:
         return "TRITON_INTERPRET is set, which only GRADCENTRAL_KERNELS=triton makes use of"
     return ""

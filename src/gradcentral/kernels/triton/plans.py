@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from ctypes import c_float
 from typing import Any
 
-import numpy
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -110,7 +110,7 @@ class _Launch:
         self.table = _Table(device, _COLUMNS * len(loops))
         self.beside = columns_beside(grad.itemsize)
         self.options = {"num_warps": WARPS}
-        if device.type == "cuda" and torch.version.cuda is not None:
+        if device.type == "cuda":
             self.options["maxnreg"] = REGISTERS
         self.stream = None if device.type != "cuda" else torch.cuda.current_stream(device)
 
@@ -172,11 +172,13 @@ class _Launch:
     @contextmanager
     def _on_device(self) -> Iterator[None]:
         if self.stream is None:
+            import numpy
+
             with numpy.errstate(all="ignore"):  # a GPU does not warn of infinities either
                 yield
             return
         current = torch.cuda.current_stream(self.device)
-        if current != self.stream:
+        if current != self.stream and not torch.cuda.is_current_stream_capturing():
             for tensor in (self.items, self.pieces, self.progress, self.partials):
                 tensor.record_stream(current)
         elsewhere = torch.cuda.current_device() != self.device.index
@@ -212,7 +214,7 @@ def _logarithms(rule: Rule) -> tuple[float, ...]:
     parts: list[float] = []
     for beta in (rule.beta1, rule.beta2):
         whole = math.log(beta) if beta > 0 else -math.inf
-        upper = float(numpy.float32(whole))
+        upper = c_float(whole).value
         parts += [upper, whole - upper if math.isfinite(whole) else 0.0]
     return tuple(parts)
 

@@ -1,0 +1,224 @@
+"""Everything that has to be found out on a CUDA device, in one call of under ten minutes.
+
+    python benchmarks/gpu.py --out DIR              where there are a CUDA device, torch built for it, Triton, pytest
+    python benchmarks/gpu.py --out DIR --dry-run    anywhere: small models on the CPU, to see that the script runs
+
+Runs the kernels' tests on the device; measures optimizer steps with and without GC as `gradcentral bench --device cuda`
+does (by the device's events, with kernel launches, peak memory and steps replayed from CUDA graphs); a bf16 training
+iteration of ResNet-18; and how the kernel's own settings change its time. Writes gpu.md, gpu.json, bench.json and
+tests.txt on the way, so that what is done is kept. A part that fails says so and the next one starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+# Most important first: what the clock cuts off is the end.
+MODELS = ("ResNet-50", "GPT-2", "4096×11008", "ViT-S", "MobileNetV2", "tiny CNN", "DCGAN")
+SETTINGS = [
+    {},
+    {"WARPS": 4},
+    {"REGISTERS": 48},
+    {"REGISTERS": 96},
+    {"REGISTERS": 128},
+    {"TILE": 2048, "REGISTERS": 128},
+    {"PIECE": 4096},
+    {"PIECE": 16384},
+    {"LONGEST": 1 << 15},
+    {"LONGEST": 1 << 17},
+]
+
+
+class Run:
+    """One call: its results so far, and how much time is left."""
+
+    def __init__(self, out: Path, minutes: float, dry: bool) -> None:
+        self.out, self.dry = out, dry
+        self.end = time.monotonic() + 60 * minutes
+        self.results: dict[str, Any] = {"complete": False, "dry run": dry}
+        self.lines: list[str] = []
+        out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
+    def part(self, name: str, do: Callable[[], Any]) -> None:
+        started = time.monotonic()
+        print(f"== {name} ({self.left:.0f} s left)", flush=True)
+        try:
+            self.results[name] = do()
+        except Exception:
+            self.results[name] = {"failed": traceback.format_exc()}
+            self.say(f"**{name} failed**: {traceback.format_exc().splitlines()[-1]}")
+        self.results[name + ", seconds"] = round(time.monotonic() - started, 1)
+        self.write()
+
+    def say(self, line: str = "") -> None:
+        print(line, flush=True)
+        self.lines.append(line)
+        (self.out / "gpu.md").write_text("\n".join(self.lines) + "\n", encoding="utf-8")
+
+    def write(self) -> None:
+        (self.out / "gpu.json").write_text(json.dumps(self.results, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def tests(run: Run) -> Any:
+    """The kernels' own tests, on the device; under Triton's interpreter when dry."""
+    files = ["tests/kernels/test_triton.py", "tests/kernels/test_triton_division.py"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "--durations=5"]
+    if run.dry:
+        environment |= {"TRITON_INTERPRET": "1", "GRADCENTRAL_KERNELS": "triton"}
+        options += ["-k", "one_launch or what_is_served or tiles_fit"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=max(30.0, min(240.0, run.left)),
+    )
+    (run.out / "tests.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
+    last = [line for line in done.stdout.splitlines() if line][-1:]
+    run.say(f"Tests on the device: {' '.join(last)} (exit code {done.returncode})\n")
+    return {"exit code": done.returncode, "summary": last}
+
+
+def steps(run: Run) -> Any:
+    """Optimizer steps of every model, type and optimizer, one row each as soon as it is known."""
+    from gradcentral.bench import runs, table
+    from gradcentral.bench.steps import BASELINE, OURS
+
+    benchmark = runs.Benchmark(machine=runs.machine(run.device))
+    models, dtypes = (["tiny CNN"], ["f32"]) if run.dry else (MODELS, ["f32", "bf16"])
+    columns = {
+        OURS: "ours",
+        "gradcentral update": "ours, update",
+        "centralize + torch fused": "centralize",
+        "loop + torch fused": "loop",
+        "torch default, no GC": "torch default",
+    }
+    heads = ["model", "type", "optimizer", "torch fused, ms", *columns.values()]
+    heads += ["ours ÷ copy", "captured", "launches", "peak, MB", "noise"]
+    run.say("| " + " | ".join(heads) + " |")
+    run.say("|---|---|---" + "|--:" * (len(heads) - 3) + "|")
+    failed: dict[str, str] = {}
+    for model in models:
+        for dtype in dtypes:
+            for algorithm in ("SGD", "AdamW"):
+                if run.left < 60 and not run.dry:
+                    failed[f"{model} {dtype} {algorithm}"] = "no time left"
+                    continue
+                try:
+                    how: dict[str, Any] = {"rounds": 3, "seconds": 0.5} if run.dry else {"rounds": 30, "seconds": 3.0}
+                    case = next(runs.bench([model], [algorithm], [dtype], device=run.device, **how))
+                except Exception:
+                    failed[f"{model} {dtype} {algorithm}"] = traceback.format_exc()
+                    continue
+                benchmark.cases.append(case)
+                benchmark.write(run.out / "bench.json")
+                found = [case.ratios.get(name) for name in columns]
+                cells = ["–" if r is None else f"{r.median:.2f}" for r in (*found, case.over_streaming)]
+                on = case.on_device
+                if on is None or on.captured is None:
+                    cells += ["–"] * 3
+                else:
+                    launched = f"{on.launches[BASELINE]} → {on.launches[OURS]}"
+                    cells += [f"{on.captured.median:.2f}", launched, f"{on.peak_bytes[OURS] / 1e6:.1f}"]
+                start = [model, dtype, algorithm, f"{case.milliseconds:.3f}"]
+                run.say("| " + " | ".join([*start, *cells, f"±{case.noise:.0%}"]) + " |")
+    if benchmark.cases:
+        run.say("\n" + table.verdict(benchmark) + "\n")
+    for name in failed:
+        run.say(f"Not measured: {name}: {failed[name].splitlines()[-1]}")
+    return {"machine": benchmark.machine, "cases": [asdict(case) for case in benchmark.cases], "failed": failed}
+
+
+def iteration(run: Run) -> Any:
+    """A whole training iteration of ResNet-18 in bf16."""
+    from gradcentral.bench import runs
+
+    how: dict[str, Any] = {"rounds": 2, "batch": 2} if run.dry else {"rounds": 20, "seconds": 30.0}
+    case = runs.iteration(device=run.device, dtype="bf16", **how)
+    ratios = ", ".join(f"{name} {found}" for name, found in case.ratios.items())
+    run.say(f"ResNet-18 iteration, bf16: {case.milliseconds:.2f} ms; ÷ that: {ratios}; noise ±{case.noise:.0%}\n")
+    return asdict(case)
+
+
+def settings(run: Run) -> Any:
+    """Our step's time over torch's fused one, for other settings of the kernel than those it has."""
+    import torch
+
+    from gradcentral.bench import steps as bench_steps
+    from gradcentral.bench.device import clock_of
+    from gradcentral.bench.shapes import MODELS as SHAPES
+    from gradcentral.bench.timing import interleave, ratio
+    from gradcentral.kernels.triton import division, plans
+
+    ours, baseline = bench_steps.OURS, bench_steps.BASELINE
+    found: dict[str, Any] = {}
+    for model, algorithm in (("ResNet-50", "AdamW"), ("GPT-2", "SGD")) if not run.dry else (("tiny CNN", "SGD"),):
+        for dtype in ("f32", "bf16") if not run.dry else ("f32",):
+            for setting in SETTINGS:
+                if run.left < 20 and not run.dry:
+                    return found
+                homes = [(home, name) for name in setting for home in (division, plans) if hasattr(home, name)]
+                before = [(home, name, getattr(home, name)) for home, name in homes]
+                try:
+                    for home, name in homes:
+                        setattr(home, name, setting[name])
+                    kind = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
+                    runs = bench_steps.alternatives(SHAPES[model](), algorithm, kind, run.device)
+                    chosen = {name: runs[name] for name in (baseline, ours)}
+                    times = interleave(chosen, 10, 1.0, clock=clock_of(run.device))
+                    took = ratio(times[ours], times[baseline])
+                    found[f"{model} {dtype} {algorithm} {setting}"] = took.median
+                    run.say(f"- {model} {dtype} {algorithm}, {setting or 'as it is'}: {took}")
+                finally:
+                    for home, name, value in before:
+                        setattr(home, name, value)
+    return found
+
+
+def main() -> None:
+    """Parse, and run every part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.md, gpu.json, bench.json and tests.txt")
+    parser.add_argument("--minutes", type=float, default=9.0, help="how long it may take")
+    parser.add_argument("--dry-run", action="store_true", help="small, on the CPU: is the script itself all right?")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "src"))
+    run = Run(arguments.out, arguments.minutes, arguments.dry_run)
+    import torch
+
+    if not run.dry and not torch.cuda.is_available():
+        sys.exit("torch finds no CUDA device here; --dry-run tries the script without one")
+    run.part("tests", lambda: tests(run))
+    run.part("steps", lambda: steps(run))
+    run.part("iteration", lambda: iteration(run))
+    run.part("settings", lambda: settings(run))
+    run.results["complete"] = True
+    run.write()
+    print(f"{arguments.out / 'gpu.md'}, gpu.json and tests.txt")
+
+
+if __name__ == "__main__":
+    main()
