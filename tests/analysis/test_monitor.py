@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 
 import gradcentral
 from gradcentral import centralize, weight_layout
+from gradcentral.analysis.drift import Drift
 from gradcentral.analysis.history import history
 from gradcentral.analysis.monitor import Monitor
 from gradcentral.analysis.record import Memory, Reading, Record
@@ -76,7 +77,7 @@ def test_numbers_are_those_of_the_formulas() -> None:
     # One step has moved the rows' means by −2 and 1.5: drift is √2 times that; the sums were 3 and 1.
     assert (first.layers["weight"].drift, first.layers["weight"].largest_drift) == (0.0, 0.0)
     assert layer.largest_drift == pytest.approx(2 * math.sqrt(2))
-    assert layer.drift == pytest.approx(math.sqrt((8 + 4.5) / 2))
+    assert layer.drift == pytest.approx(math.sqrt(8 + 4.5))
     assert first.layers["weight"].largest_sensitivity == 3.0
     assert first.layers["weight"].sensitivity == pytest.approx(math.sqrt((9 + 1) / 2))
     assert layer.largest_sensitivity == 4.0  # 3 − 4 and 1 + 3
@@ -96,8 +97,20 @@ def test_the_nets_drift_is_over_all_units() -> None:
     ]
     _train(model, optimizer, 1)
     net = monitor.records[-1].net
-    assert net.drift == pytest.approx(float(torch.cat(moved).square().mean().sqrt()))
+    assert net.drift == pytest.approx(float(torch.cat(moved).norm()))
     assert net.largest_drift == pytest.approx(float(torch.cat(moved).abs().max()))
+
+
+def test_drift_is_the_one_of_comparisons() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    layout = weight_layout(model)
+    drift, monitor = Drift(layout), Monitor(model, optimizer, every=3, layout=layout)
+    _train(model, optimizer, 3)
+    total, of_one = drift.total(), float(drift.of(model[0].weight).norm())
+    _train(model, optimizer, 1)
+    assert monitor.records[-1].net.drift == pytest.approx(total, rel=1e-12)
+    assert monitor.records[-1].layers["0.weight"].drift == pytest.approx(of_one, rel=1e-12)
 
 
 def test_drift_is_zero_under_update_and_not_under_plain_sgd() -> None:
@@ -127,7 +140,8 @@ def test_complex_weights() -> None:
     layer = monitor.records[-1].layers["weight"]
     assert layer.share == pytest.approx(1.0)
     assert layer.largest == 1.0
-    assert layer.drift == pytest.approx(0.1 * math.sqrt(3))
+    assert layer.largest_drift == pytest.approx(0.1 * math.sqrt(3))
+    assert layer.drift == pytest.approx(0.1 * math.sqrt(3) * math.sqrt(2))
 
 
 # Which gradient.
@@ -454,6 +468,22 @@ def test_a_resumed_monitor_goes_on_as_if_it_had_not_been_interrupted() -> None:
     assert second.state_dict()["step"] == 9
 
 
+def test_records_do_not_run_backwards_where_a_training_goes_back() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer, every=2)
+    _train(model, optimizer, 5)
+    weights, state = {name: tensor.clone() for name, tensor in model.state_dict().items()}, monitor.state_dict()
+    _train(model, optimizer, 6)
+    expected = monitor.records
+    model.load_state_dict(weights)
+    monitor.load_state_dict(state)
+    assert [record.step for record in monitor.records] == [0, 2, 4]
+    _train(model, optimizer, 6)
+    assert monitor.records == expected
+    assert [record.step for record in expected] == [0, 2, 4, 6, 8, 10]
+
+
 def test_a_state_of_another_model_is_refused() -> None:
     model, other = nn.Linear(3, 2), nn.Linear(3, 4)
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -534,6 +564,34 @@ def test_memory_is_bounded_evenly_spread_and_has_the_first_and_the_newest(limit:
         assert steps == list(range(step + 1)) or len(steps) > limit // 2
 
 
+@pytest.mark.parametrize("limit", [2, 3, 8, 9])
+@pytest.mark.parametrize("back", [0, 1, 37, 60, 99])
+def test_memory_goes_back(limit: int, back: int) -> None:
+    memory = Memory(limit)
+    for step in range(100):
+        memory.add(Record(step, None, False, Reading(), {}))
+    before = [record.step for record in memory.records if record.step < back]
+    memory.go_back(back)
+    assert [record.step for record in memory.records] == before
+    for step in range(back, back + 50):
+        memory.add(Record(step, None, False, Reading(), {}))
+        steps = [record.step for record in memory.records]
+        assert steps == sorted(set(steps))
+        assert len(steps) <= limit
+        assert (steps[0], steps[-1]) == (0, step)
+        if back == 0:
+            assert steps == list(range(step + 1)) or len(steps) > limit // 2
+
+
+def test_memory_that_need_not_go_back_stays() -> None:
+    memory, other = Memory(4), Memory(4)
+    for step in range(23):
+        memory.add(Record(step, None, False, Reading(), {}))
+        other.add(Record(step, None, False, Reading(), {}))
+        memory.go_back(step + 1)
+    assert memory.records == other.records
+
+
 def test_plot(tmp_path: Any) -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -546,7 +604,7 @@ def test_plot(tmp_path: Any) -> None:
     figure = monitor.plot(DARK)
     norm, _, drift, _, shares, _ = figure.axes
     titles = [axis.get_title("left") for axis in figure.axes]
-    assert titles[:3] == ["Gradient norm", "Largest entry of the gradient", "Drift  |eᵀ(w − w⁰)|"]
+    assert titles[:3] == ["Gradient norm", "Largest entry of the gradient", "Drift  ‖eᵀ(w − w⁰)‖"]
     before, after = norm.lines
     assert list(before.get_xdata()) == [0, 2, 4, 6, 8]
     assert list(before.get_ydata()) == [record.net.norm for record in monitor.records]

@@ -27,10 +27,12 @@ def _record(step: int, placement: str | None = "gradient") -> Record:
     return Record(step, placement, False, Reading(norm=3.0, drift=0.5), {'a,"b".weight': layer, "c": Reading()})
 
 
-def _train(steps: int, **arguments: Any) -> Monitor:
+def _train(steps: int, state: dict[str, Any] | None = None, **arguments: Any) -> Monitor:
     model = nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Monitor(model, optimizer, **arguments) as monitor:
+        if state is not None:
+            monitor.load_state_dict(state)
         for _ in range(steps):
             optimizer.zero_grad()
             model(torch.rand(3, 4)).square().sum().backward()
@@ -69,13 +71,37 @@ def test_the_formats_are_plain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_restarted_run_appends_and_counts_on(name: str, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_by_its_state_appends(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    state = _train(5, every=2, to=path).state_dict()
+    again = _train(3, state, every=2, to=path)
+    assert [record.step for record in again.records] == [6]
+    assert [record.step for record in read_records(path)] == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_goes_on_by_its_step_appends(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     _train(5, every=2, to=path)
-    again = _train(3, every=2, to=path)
-    assert [record.step for record in again.records] == [4, 6]
+    _train(3, every=2, to=path, step=5)
     assert [record.step for record in read_records(path)] == [0, 2, 4, 6]
-    assert again.read(path)[-1].layers["weight"].drift is not None
+    _train(3, every=2, to=path, step=0)
+    assert [record.step for record in read_records(path)] == [0, 2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_trainings_are_not_mixed_in_one_file(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    _train(5, every=2, to=path)
+    content = path.read_bytes()
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer, to=path)
+    for _ in range(2):  # not only the first time
+        with pytest.raises(ValueError, match=rf"to: .*{name} has the records of a training, the last of step 4"):
+            optimizer.step()
+    assert (monitor.step, monitor.records) == (0, [])
+    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,6 +164,43 @@ def test_a_file_of_something_else_is_left_as_it_is(name: str, content: str, tmp_
     with pytest.raises(ValueError, match="line 1"):
         read_records(path)
     assert path.read_bytes() == content.encode("latin-1") + b"tail"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.jsonl", '{"precious": 1}'),
+        ("run.jsonl", '{"step": 1, "loss": 0.5}'),
+        ("run.jsonl", '{"step": 1, "placement": "last"}'),
+        ("run.jsonl", '{"step": 1, "lo'),
+        ("run.jsonl", "7"),
+        ("run.csv", "a,b,c"),
+        ("run.csv", "step,placement,skipped,parameter,loss"),
+        ("run.csv", "1,2"),
+    ],
+)
+def test_a_single_line_of_something_else_without_its_end_is_left_as_it_is(
+    name: str, content: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{name}, line 1: is no record of Monitor .* give another path"):
+        sinks(path)
+    with pytest.raises(ValueError, match="line 1"):
+        read_records(path)
+    assert path.read_text(encoding="utf-8") == content
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_first_record_torn_anywhere_is_written_anew(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    RecordFile(path)(_record(120))
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert read_records(path) == []
+        RecordFile(path)(_record(0))
+        assert read_records(path) == [_record(0)]
 
 
 def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:

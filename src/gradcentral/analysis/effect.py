@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradcentral.projection import center, share
+from gradcentral.projection import subtract_means_, unit_means
 from gradcentral.vectors import WeightVectors
 
-__all__ = ["Effect", "effects", "together"]
+__all__ = ["Effect", "effects", "norms", "to_numbers", "together"]
 
 
 class Effect(NamedTuple):
@@ -50,22 +51,20 @@ def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Ef
         >>> effects([(torch.tensor([[3.0, 1.0]]), WeightVectors(span=(1,)))])[0].centered_norm
         1.4142135381698608
     """
-    rows = []
+    fan_ins, sizes = [], []
     with torch.no_grad():
         for gradient, vectors in gradients:
             g = gradient.to_dense() if gradient.layout != torch.strided else gradient
-            whole = [_norm(g), _largest(g)]
             if vectors is None:
-                removed, after = torch.zeros_like(whole[0]), whole
+                fan_ins.append(0)
+                sizes += [*norms([g]) * 3, *norms([g], torch.inf) * 2]
             else:
-                centered = center(g, vectors)
-                removed, after = share(g, vectors).to(whole[0].dtype), [_norm(centered), _largest(centered)]
-            rows.append(torch.stack([removed, whole[0], after[0], whole[1], after[1]]))
-        if not rows:
-            return []
-        dtype = max((row.dtype for row in rows), key=lambda dtype: dtype.itemsize)
-        table = torch.stack([row.to(rows[0].device, dtype) for row in rows]).tolist()
-    return [Effect(*row) for row in table]
+                means = unit_means(g, vectors)
+                centered = subtract_means_(g.clone(), means, vectors)
+                fan_ins.append(g.numel() // means.numel())
+                sizes += norms([means, g, centered]) + norms([g, centered], torch.inf)
+    numbers = iter(to_numbers(sizes))
+    return [_effect(fan_in, *itertools.islice(numbers, 5)) for fan_in in fan_ins]
 
 
 def together(parts: Sequence[Effect]) -> Effect:
@@ -86,11 +85,25 @@ def together(parts: Sequence[Effect]) -> Effect:
     )
 
 
-def _norm(tensor: Tensor, order: float = 2.0) -> Tensor:
+def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[Tensor]:
+    """The norm of each tensor as a scalar tensor, by default L2; that of infinite order is the largest entry's size."""
     # Squares of half-precision numbers overflow, and sums of them stall.
-    norm: Tensor = torch.linalg.vector_norm(tensor.float() if tensor.dtype.itemsize < 4 else tensor, order)
-    return norm
+    wide = [tensor.float() if tensor.dtype.itemsize < 4 else tensor for tensor in tensors]
+    return list(torch._foreach_norm(wide, order))
 
 
-def _largest(tensor: Tensor) -> Tensor:
-    return _norm(tensor, torch.inf)
+def to_numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """Scalar tensors, real, of any device and dtype, as Python's numbers; they travel together."""
+    if not scalars:
+        return []
+    dtype = max((scalar.dtype for scalar in scalars), key=lambda dtype: dtype.itemsize)
+    found: list[float] = torch.stack([scalar.to(scalars[0].device, dtype) for scalar in scalars]).tolist()
+    return found
+
+
+def _effect(
+    fan_in: int, means_norm: float, norm: float, centered_norm: float, largest: float, centered_largest: float
+) -> Effect:
+    # `projection.share` of numbers that are there already; rounding may lead beyond 1.
+    share = min(fan_in * (means_norm / norm) ** 2, 1.0) if norm != 0 else 0.0
+    return Effect(share, norm, centered_norm, largest, centered_largest)

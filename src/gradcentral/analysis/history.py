@@ -52,12 +52,14 @@ def history(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
         largest.set_ylabel("absolute value")
         handles, labels = norm.get_legend_handles_labels()
         top.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
-        _spread(drift, records, "drift", "largest_drift", theme)
-        drift.set_title("Drift  |eᵀ(w − w⁰)|", loc="left", fontweight="bold")
-        _spread(sensitivity, records, "sensitivity", "largest_sensitivity", theme)
+        _spread(drift, records, ("drift", "whole net"), ("largest_drift", "largest weight vector"), theme)
+        drift.set_title("Drift  ‖eᵀ(w − w⁰)‖", loc="left", fontweight="bold")
+        drift.set_ylabel("L2 norm")
+        largest_unit = ("largest_sensitivity", "largest")
+        _spread(sensitivity, records, ("sensitivity", "root mean square"), largest_unit, theme)
         sensitivity.set_title("Sensitivity  |1ᵀw|", loc="left", fontweight="bold")
+        sensitivity.set_ylabel("per output unit")
         for axis in (drift, sensitivity):
-            axis.set_ylabel("per output unit")
             axis.set_xlabel("steps taken")
             axis.legend(frameon=False)
         if names:
@@ -75,10 +77,13 @@ def _before_and_after(axis: Any, records: Sequence[Record], before: str, after: 
         axis.set_yscale("log")
 
 
-def _spread(axis: Any, records: Sequence[Record], mean: str, largest: str, theme: Theme) -> None:
+def _spread(
+    axis: Any, records: Sequence[Record], whole: tuple[str, str], largest: tuple[str, str], theme: Theme
+) -> None:
+    """Two numbers, each with its label."""
     steps = [record.step for record in records]
-    axis.plot(steps, _values(records, largest), ":", color=theme.arms["update"], lw=1.3, label="largest")
-    axis.plot(steps, _values(records, mean), "-", color=theme.arms["update"], lw=1.3, label="root mean square")
+    for line, (name, label) in ((":", largest), ("-", whole)):
+        axis.plot(steps, _values(records, name), line, color=theme.arms["update"], lw=1.3, label=label)
     # Rounding alone must not fill the panel.
     axis.set_ylim(0, max(axis.get_ylim()[1], 1e-4))
 

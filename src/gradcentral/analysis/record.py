@@ -22,9 +22,9 @@ class Reading:
         share: part of the gradient's energy that centering removes, between 0 and 1.
         norm, centered_norm: L2 norm of the gradient g and of Φ(g).
         largest, centered_largest: largest absolute entry of g and of Φ(g).
-        drift, largest_drift: root mean square and largest, over the output units, of |eᵀ(w − w⁰)|.
-        sensitivity, largest_sensitivity: the same of |1ᵀw|: by how much a unit's output moves when 1 is added to each
-            of its inputs (γ·1ᵀw with γ = 1).
+        drift, largest_drift: ‖eᵀ(w − w⁰)‖ over all weight vectors together (L2), and the largest of one.
+        sensitivity, largest_sensitivity: root mean square and largest, over the output units, of |1ᵀw|: by how much a
+            unit's output moves when 1 is added to each of its inputs (γ·1ᵀw with γ = 1).
     """
 
     share: float | None = None
@@ -122,18 +122,35 @@ class Memory:
     def __init__(self, limit: int = 1000) -> None:
         self.records: list[Record] = []
         self._limit = limit
+        self._begin()
+
+    def _begin(self) -> None:
         self._stride = 1
         self._added = 0
+        self._between = False
+        """Whether the newest is there for being the newest only."""
 
     def add(self, record: Record) -> None:
         """Take one in; every second one goes when there is no room."""
-        if self._added and (self._added - 1) % self._stride:
+        if self._between:
             self.records.pop()
         if len(self.records) == self._limit:
             del self.records[1::2]
             self._stride *= 2
         self.records.append(record)
+        self._between = self._added % self._stride != 0
         self._added += 1
+
+    def go_back(self, step: int) -> None:
+        """Forget the records of this step and later: the training goes on from before it."""
+        kept = [record for record in self.records if record.step < step]
+        if len(kept) == len(self.records):
+            return
+        self.records = kept
+        if not kept:
+            self._begin()
+        self._added = len(kept) * self._stride
+        self._between = False
 
 
 def _rounded(reading: Reading) -> dict[str, float | None]:

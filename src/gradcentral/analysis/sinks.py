@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +17,10 @@ from gradcentral.extras import optional
 __all__ = ["RecordFile", "Sink", "TensorBoard", "read_records", "sinks"]
 
 Sink: TypeAlias = Callable[[Record], object]
+
+_HEADER = ",".join(COLUMNS) + "\n"
+_LINE = '{"step": 0, "placement": '
+"""How a record begins in JSON, whatever its step."""
 
 
 def sinks(to: Any) -> list[Sink]:
@@ -48,7 +54,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     left half written at the end is passed over.
 
     Raises:
-        ValueError: the file is neither .jsonl nor .csv, or a line of it is no record (naming it).
+        ValueError: the file is neither .jsonl nor .csv, or a line of it is no record (naming it), nor the beginning
+            of one.
 
     Examples:
         >>> import tempfile, pathlib
@@ -61,7 +68,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     path = Path(path)
     read = _format(path)
     kept: list[Record] = []
-    for record in read(path, _whole_lines(path).decode("utf-8", errors="replace")):
+    for record in read(path, _whole_lines(path)):
         while kept and kept[-1].step >= record.step:
             kept.pop()
         kept.append(record)
@@ -71,10 +78,12 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 class RecordFile:
     """A file of records: one line of JSON each, or one row of CSV a parameter.
 
-    A file that is there is gone on with, after what a killed run left half written at its end has been cut off. It is
-    opened for each record, so that nothing is lost whatever ends the run.
+    A file that is there is gone on with, after what a killed run left half written at its end has been cut off: after
+    records, or where it begins as a record does. It is opened for each record, so that nothing is lost whatever ends
+    the run.
 
     Attributes:
+        path: where it is.
         last: the last record in the file when it was opened, or None.
 
     Raises:
@@ -83,26 +92,24 @@ class RecordFile:
 
     def __init__(self, path: Path) -> None:
         read = _format(path)
-        self._path = path
+        self.path = path
         self._is_csv = read is _read_csv
         self.last: Record | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab"):  # fails now where it would fail at the first record
             pass
         whole = _whole_lines(path)
-        if self._is_csv and not whole:
-            whole = _csv_lines([COLUMNS]).encode()
-            path.write_bytes(whole)
-        for self.last in read(path, whole.decode("utf-8", errors="replace")):
+        for self.last in read(path, whole):
             pass
-        if path.stat().st_size > len(whole):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+        if self._is_csv and not whole:
+            path.write_text(_HEADER, encoding="utf-8", newline="")
 
     def __call__(self, record: Record) -> None:
         """Append a record."""
         text = _csv_lines(record.to_rows()) if self._is_csv else record.to_line() + "\n"
-        with self._path.open("a", encoding="utf-8", newline="") as file:
+        with self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(text)
 
 
@@ -138,7 +145,7 @@ def _to_path(path: Path) -> Sink:
     return RecordFile(path)
 
 
-def _format(path: Path) -> Callable[[Path, str], Iterator[Record]]:
+def _format(path: Path) -> Callable[[Path, bytes], Iterator[Record]]:
     reader = {".jsonl": _read_jsonl, ".csv": _read_csv}.get(path.suffix)
     if reader is None:
         raise ValueError(
@@ -149,20 +156,45 @@ def _format(path: Path) -> Callable[[Path, str], Iterator[Record]]:
 
 
 def _whole_lines(path: Path) -> bytes:
+    """The file without what was left half written at its end; where it is nothing of ours, there is none to leave."""
     content = path.read_bytes()
-    return content[: content.rfind(b"\n") + 1]
+    whole, torn = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
+    begins = _begins_header if path.suffix == ".csv" else _begins_record
+    if not whole and not begins(_text(torn)):
+        raise _no_record(path, 1, ValueError("nor the beginning of one"))
+    return whole
 
 
-def _read_jsonl(path: Path, text: str) -> Iterator[Record]:
-    for number, line in enumerate(text.splitlines(), start=1):
+def _begins_header(torn: str) -> bool:
+    return _HEADER.startswith(torn)
+
+
+def _begins_record(torn: str) -> bool:
+    try:
+        Record.from_line(torn)
+    except json.JSONDecodeError:
+        return _LINE.startswith(re.sub(r"\d+", "0", torn, count=1)[: len(_LINE)])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return True
+
+
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", errors="replace")
+
+
+def _read_jsonl(path: Path, content: bytes) -> Iterator[Record]:
+    for number, line in enumerate(_text(content).splitlines(), start=1):
         try:
             yield Record.from_line(line)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise _no_record(path, number, error) from error
 
 
-def _read_csv(path: Path, text: str) -> Iterator[Record]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+def _read_csv(path: Path, content: bytes) -> Iterator[Record]:
+    if not content:
+        return
+    reader = csv.DictReader(io.StringIO(_text(content), newline=""))
     if tuple(reader.fieldnames or ()) != COLUMNS:
         raise _no_record(path, 1, ValueError("the columns are others"))
     rows: list[dict[str, str]] = []
