@@ -14,7 +14,6 @@ from torch.func import functional_call
 
 from gradcentral import center, projection_matrix, weight_layout
 from gradcentral.analysis.hessian import (
-    Batch,
     hessian_matrix,
     hessian_vector_product,
     lanczos,
@@ -23,6 +22,7 @@ from gradcentral.analysis.hessian import (
 )
 
 mse = nn.functional.mse_loss
+Pair = tuple[Tensor, Tensor]
 
 
 class Quadratic(nn.Module):
@@ -46,19 +46,19 @@ def symmetric(n: int, seed: int) -> Tensor:
     return A + A.T
 
 
-def network(seed: int = 0) -> tuple[nn.Module, Batch]:
+def network(seed: int = 0) -> tuple[nn.Module, Pair]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4)).double()
     return model, (torch.randn(5, 2, 4, 4).double(), torch.randn(5, 4).double())
 
 
-def small(seed: int) -> tuple[nn.Module, Batch]:
+def small(seed: int) -> tuple[nn.Module, Pair]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2)).double()
     return model, (torch.randn(7, 4).double() + 1, torch.randn(7, 2).double())
 
 
-def loss_at(model: nn.Module, batch: Batch) -> Callable[..., Tensor]:
+def loss_at(model: nn.Module, batch: Pair) -> Callable[..., Tensor]:
     names = [name for name, _ in model.named_parameters()]
 
     def loss(*weights: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def test_hessian_of_linear_regression_is_the_inputs_second_moment() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: network(), lambda: small(0)])
-def test_product_is_the_gradients_finite_difference(make: Callable[[], tuple[nn.Module, Batch]]) -> None:
+def test_product_is_the_gradients_finite_difference(make: Callable[[], tuple[nn.Module, Pair]]) -> None:
     model, batch = make()
     vector = {p: torch.randn_like(p) for p in model.parameters()}
     product = hessian_vector_product(model, mse, batch, vector)
@@ -276,3 +276,58 @@ def test_bad_arguments_are_refused_by_name() -> None:
         top_eigenvalue(model, mse, batch, parameters=model.parameters())
     with pytest.raises(TypeError, match="weight is complex"):
         top_eigenvalue(nn.Linear(2, 1, dtype=torch.complex64), mse, batch)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_sparse_embedding_tables_are_differentiated_like_dense_ones(sparse: bool) -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(5, 2, sparse=sparse)
+    model = nn.Sequential(table, nn.Flatten(), nn.Tanh(), nn.Linear(4, 3)).double()
+    ids, y = torch.randint(0, 5, (6, 2)), torch.randn(6, 3).double()
+    H = hessian_matrix(model, mse, (ids, y))
+    weights = tuple(model.parameters())
+    every = tuple(range(3))
+    table.sparse = False
+    blocks = torch.func.jacrev(torch.func.jacrev(loss_at(model, (ids, y)), every), every)(*weights)
+    expected = torch.cat(
+        [torch.cat([b.reshape(w.numel(), -1) for b in row], dim=1) for row, w in zip(blocks, weights, strict=True)]
+    )
+    torch.testing.assert_close(H, expected.detach())
+    top = top_eigenvalue(model, mse, (ids, y), tolerance=1e-6)
+    assert abs(top.value) == pytest.approx(float(torch.linalg.eigvalsh(H).abs().max()), rel=1e-5)
+
+
+def test_a_mapping_is_a_batch() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, *, x: Tensor, y: Tensor) -> Tensor:
+            return self.layer(x)  # type: ignore[no-any-return]
+
+    model = Named()
+    x, y = torch.randn(5, 3), torch.randn(5, 2)
+    named = hessian_matrix(model, lambda output, batch: mse(output, batch["y"]), {"x": x, "y": y})
+    torch.testing.assert_close(named, hessian_matrix(model.layer, mse, (x, y)))
+
+
+@pytest.mark.parametrize("larger", [-1.0, 1.0])
+def test_lanczos_finds_the_larger_of_two_ends_that_are_nearly_as_far_out(larger: float) -> None:
+    # The far end is crowded, and the starting vector has little of it: the near end converges first.
+    crowd = torch.linspace(0.9, 1.003, 30)
+    A = larger * torch.cat([crowd, torch.tensor([-1.0]), torch.linspace(-0.5, 0.5, 200)]).double()
+    start = torch.ones_like(A)
+    start[:30] = 0.03
+    found = lanczos(lambda v: A * v, start, tolerance=1e-3, max_iterations=100)
+    assert found.converged
+    assert found.value == pytest.approx(larger * 1.003, rel=1e-3)
+
+
+def test_half_precision_is_measured_with_a_basis_of_single_precision() -> None:
+    model, batch = small(3)
+    data = (batch[0].bfloat16(), batch[1].bfloat16())
+    exact = top_eigenvalue(model, mse, batch)
+    found = top_eigenvalue(model.bfloat16(), mse, data)
+    assert found.converged
+    assert found.value == pytest.approx(exact.value, rel=0.05)

@@ -81,7 +81,7 @@ def test_centered_weights_and_gc_make_a_network_blind_to_intensity() -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    for response in intensity_responses(model, before, x, gamma=3.0):
+    for response in intensity_responses(model, before, (x, None), gamma=3.0):
         assert float(response.measured.abs().max()) < 1e-5 * float(response.scale.min())
     torch.testing.assert_close(model(x + 3.0), model(x), rtol=0, atol=1e-4)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradcentral.analysis.batches import loss_of
 from gradcentral.analysis.unchanged import unchanged
 from gradcentral.layout import WeightLayout
 from gradcentral.projection import center
@@ -28,8 +29,9 @@ __all__ = [
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss(output, target)`` -> scalar tensor."""
-Batch: TypeAlias = "tuple[Any, Any]"
-"""``(input, target)``; the model is called with the input alone."""
+Batch: TypeAlias = "tuple[Any, Any] | Mapping[str, Any]"
+"""``(input, target)``, the model being called with the input alone; or a mapping, passed as ``model(**batch)`` and
+``loss(output, batch)``."""
 _P = TypeVar("_P", bound=Tensor)
 _Multiply: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -41,7 +43,8 @@ class Eigenvalue(NamedTuple):
         value: the eigenvalue λ, with its sign.
         residual: ‖Av − λv‖ for its unit vector v: some eigenvalue of A is at least as near to ``value``.
         iterations: multiplications by A that it took.
-        converged: whether the residual is within the tolerance asked for.
+        converged: whether the residual is within the tolerance asked for, and no eigenvalue of the other sign may be
+            larger by what the iteration knows of it.
     """
 
     value: float
@@ -59,7 +62,7 @@ def hessian_vector_product(model: nn.Module, loss: Loss, batch: Batch, vector: M
     Args:
         model: at its present weights.
         loss: ``loss(output, target)`` -> scalar.
-        batch: ``(input, target)``.
+        batch: ``(input, target)``, or a mapping (see `Batch`).
         vector: {parameter: its part of v, of the same shape}.
 
     Returns:
@@ -67,7 +70,8 @@ def hessian_vector_product(model: nn.Module, loss: Loss, batch: Batch, vector: M
 
     Raises:
         ValueError: no parameter; one that is not the model's or needs no gradient; a part of another shape.
-        TypeError: a parameter is complex.
+        TypeError: a parameter is complex; the batch is neither a pair nor a mapping.
+        NotImplementedError: torch can't differentiate a part of the model twice (``nn.EmbeddingBag``).
 
     Examples:
         L(w) = ½(3w₀² + w₁²):
@@ -85,7 +89,8 @@ def hessian_vector_product(model: nn.Module, loss: Loss, batch: Batch, vector: M
         if part.shape != p.shape:
             raise ValueError(f"vector: {name} has shape {tuple(p.shape)}, its part {tuple(part.shape)}")
     with _hessian(model, loss, batch, parameters) as multiply:
-        return dict(zip(vector, _split(multiply(_flat(vector.values())), parameters), strict=True))
+        products = _split(multiply(_flat(vector.values())), parameters)
+    return {p: product.to(p.dtype) for p, product in zip(vector, products, strict=True)}
 
 
 def hessian_matrix(
@@ -108,7 +113,7 @@ def hessian_matrix(
         A symmetric matrix (to rounding), ``[n, n]`` for n elements.
 
     Raises:
-        ValueError, TypeError: as `hessian_vector_product`.
+        ValueError, TypeError, NotImplementedError: as `hessian_vector_product`.
 
     Examples:
         >>> import torch
@@ -159,7 +164,8 @@ def top_eigenvalue(
         An `Eigenvalue`. Look at ``converged``.
 
     Raises:
-        ValueError, TypeError: as `hessian_vector_product`; the tolerance is not positive; max_iterations < 1.
+        ValueError, TypeError, NotImplementedError: as `hessian_vector_product`; the tolerance is not positive;
+            max_iterations < 1.
 
     Source: Lanczos iteration with full reorthogonalization; products by differentiating twice (Pearlmutter 1994).
 
@@ -204,7 +210,7 @@ def projected_norm(
         An `Eigenvalue` whose ``value`` is the norm.
 
     Raises:
-        ValueError, TypeError: as `top_eigenvalue`.
+        ValueError, TypeError, NotImplementedError: as `top_eigenvalue`.
 
     Source: ‖∇Φ(∇L)‖ of theorem 4.2, Yong et al. 2020: (P∇²L)ᵀ(P∇²L) = ∇²L P ∇²L.
 
@@ -263,22 +269,24 @@ def lanczos(multiply: Callable[[Tensor], Tensor], start: Tensor, tolerance: floa
             for earlier in basis:
                 image = image - (earlier @ image) * earlier
         beside.append(float(image.norm()))
-        value, residual = _ritz(diagonal, beside)
-        converged = residual <= tolerance * abs(value)
+        (value, residual), (other, other_residual) = _ritz(diagonal, beside)
+        # Where the two ends of the spectrum are nearly as far out, the nearer one may be found first.
+        settled = abs(other) + other_residual <= abs(value) or other_residual <= tolerance * abs(other)
+        converged = residual <= tolerance * abs(value) and settled
         if converged or not math.isfinite(residual) or len(basis) in (max_iterations, start.numel()):
             return Eigenvalue(value, residual, len(basis), converged)
         basis.append(image / beside[-1])
 
 
-def _ritz(diagonal: list[float], beside: list[float]) -> tuple[float, float]:
-    """The top eigenvalue of A within the basis so far, and its residual."""
+def _ritz(diagonal: list[float], beside: list[float]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The two ends of A's spectrum within the basis so far, the larger one first, each with its residual."""
     if not all(map(math.isfinite, (*diagonal, *beside))):
-        return math.nan, math.nan
+        return (math.nan, math.nan), (math.nan, math.nan)
     T = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     off = torch.tensor(beside[:-1], dtype=torch.float64)
     values, vectors = torch.linalg.eigh(T + torch.diag(off, 1) + torch.diag(off, -1))
-    top = int(values.abs().argmax())
-    return float(values[top]), beside[-1] * abs(float(vectors[-1, top]))
+    low, high = ((float(values[end]), beside[-1] * abs(float(vectors[-1, end]))) for end in (0, -1))
+    return (high, low) if abs(high[0]) >= abs(low[0]) else (low, high)
 
 
 @contextmanager
@@ -286,9 +294,13 @@ def _hessian(model: nn.Module, loss: Loss, batch: Batch, parameters: Sequence[Te
     """v -> ∇²L v on flat vectors. The gradient's graph is built once and walked for each product."""
     # The fast attention kernels can't be differentiated twice.
     with unchanged(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        gradients = torch.autograd.grad(
-            loss(model(batch[0]), batch[1]), parameters, create_graph=True, materialize_grads=True
-        )
+        # An embedding table may have a sparse gradient.
+        gradients = [
+            gradient.to_dense()
+            for gradient in torch.autograd.grad(
+                loss_of(model, loss, batch), parameters, create_graph=True, materialize_grads=True
+            )
+        ]
         # Where the loss is linear in a parameter, or does not see it, its gradient is a constant.
         curved = [index for index, gradient in enumerate(gradients) if gradient.requires_grad]
 
@@ -299,7 +311,7 @@ def _hessian(model: nn.Module, loss: Loss, batch: Batch, parameters: Sequence[Te
             products = torch.autograd.grad(
                 [gradients[index] for index in curved],
                 parameters,
-                [parts[index] for index in curved],
+                [parts[index].to(gradients[index].dtype) for index in curved],
                 retain_graph=True,
                 materialize_grads=True,
             )
@@ -347,15 +359,16 @@ def _named(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[tuple[str
 
 def _start(parameters: Sequence[Tensor], seed: int) -> Tensor:
     like = _flat(p.detach() for p in parameters)
-    # Drawn on the CPU, so that every device starts from the same vector.
+    # Drawn on the CPU, so that every device starts from the same vector. In half precision the basis of an iteration
+    # would not stay orthogonal.
     drawn = torch.randn(like.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn.to(like)
+    return drawn.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
 def _flat(parts: Iterable[Tensor]) -> Tensor:
-    return torch.cat([part.flatten() for part in parts])
+    return torch.cat([part.to_dense().flatten() for part in parts])
 
 
 def _split(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     parts = torch.split(vector, [p.numel() for p in parameters])
-    return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+    return [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
+from gradcentral.analysis.hessian import Batch
+from gradcentral.analysis.measured import NotMeasurableError
 from gradcentral.analysis.unchanged import unchanged
 from gradcentral.layout import WeightLayout, weight_layout
 
@@ -40,18 +42,18 @@ class Response(NamedTuple):
 
 
 def intensity_responses(
-    model: nn.Module, before: nn.Module, input: Any, gamma: float = 1.0, *, layout: WeightLayout | None = None
+    model: nn.Module, before: nn.Module, batch: Batch, gamma: float = 1.0, *, layout: WeightLayout | None = None
 ) -> list[Response]:
     """Add γ to all inputs of each layer, one layer at a time, and compare its outputs with γ·1ᵀw⁰.
 
-    Measured on the inputs that the layers have when the model runs on ``input``, at those positions of a convolution
+    Measured on the inputs that the layers have when the model runs on ``batch``, at those positions of a convolution
     that no zero-padding touches, with the weights of now in double precision. Under placement ``"update"``, and under
     SGD without weight decay under both placements, 1ᵀw = 1ᵀw⁰ and the two agree.
 
     Args:
         model: trained; left as it is.
         before: the same model with its initial weights w⁰ (``copy.deepcopy`` it before training).
-        input: what the model is called with.
+        batch: ``(input, target)``, or a mapping, passed as ``model(**batch)``; the target is not looked at.
         gamma: the constant γ, in the unit of the layers' inputs.
         layout: which layers: their weights are in it; None: ``weight_layout(model)``.
 
@@ -59,7 +61,8 @@ def intensity_responses(
         A `Response` for each Linear and convolution (these very classes) that runs and has such positions.
 
     Raises:
-        ValueError: gamma is 0; there is no such layer; ``before`` is another model.
+        NotMeasurableError: there is no such layer; a ValueError.
+        ValueError: gamma is 0; ``before`` is another model.
 
     Source: Yong et al. 2020, theorem 4.1: (wᵗ)ᵀ(x + γ1) − (wᵗ)ᵀx = γ1ᵀw⁰.
 
@@ -70,14 +73,14 @@ def intensity_responses(
         >>> optimizer = gradcentral.SGD(model, lr=0.1)
         >>> model(torch.randn(8, 4)).square().sum().backward()
         >>> optimizer.step()
-        >>> (response,) = intensity_responses(model, before, torch.randn(5, 4), gamma=2.0)
+        >>> (response,) = intensity_responses(model, before, (torch.randn(5, 4), None), gamma=2.0)
         >>> bool(response.error.max() < 1e-6)
         True
     """
     if gamma == 0:
         raise ValueError("gamma must not be 0: adding nothing changes nothing")
     layers = dict(plain_layers(model, weight_layout(model) if layout is None else layout))
-    inputs = _inputs(model, layers, input)
+    inputs = _inputs(model, layers, batch)
     found = []
     with torch.no_grad():
         for name, x in inputs.items():
@@ -88,7 +91,10 @@ def intensity_responses(
             if response is not None:
                 found.append(response)
     if not found:
-        raise ValueError("model: no centered Linear or convolution ran at a position that no padding touches")
+        raise NotMeasurableError(
+            "model: no centered Linear or convolution ran at a position that no padding touches (subclasses and "
+            "parametrized ones are not looked at)"
+        )
     return found
 
 
@@ -110,7 +116,7 @@ def counterpart(before: nn.Module, name: str, weight: Tensor) -> Tensor:
     return initial
 
 
-def _inputs(model: nn.Module, layers: dict[str, nn.Module], input: Any) -> dict[str, Tensor]:
+def _inputs(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
     """The input of each layer's first call."""
     inputs: dict[str, Tensor] = {}
 
@@ -124,7 +130,10 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Module], input: Any) -> dict[
     hooks = [watch(name, layer) for name, layer in layers.items()]
     try:
         with unchanged(model), torch.no_grad():
-            model(input)
+            if isinstance(batch, Mapping):
+                model(**batch)
+            else:
+                model(batch[0])
     finally:
         for hook in hooks:
             hook.remove()

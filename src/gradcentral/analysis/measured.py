@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Measured", "worst"]
+__all__ = ["LeftOut", "Measured", "NotMeasurableError", "Statements", "worst"]
+
+
+class NotMeasurableError(ValueError):
+    """The network has nothing that a statement speaks of. It says nothing about other statements."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,36 @@ class Measured:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "holds", self.value <= self.bound)
+
+
+class LeftOut(NamedTuple):
+    """A statement that was not measured.
+
+    Attributes:
+        source, statement: as those of a `Measured`.
+        reason: why not.
+    """
+
+    source: str
+    statement: str
+    reason: str
+
+
+class Statements(list[Measured]):
+    """The statements that were measured, and those that could not be.
+
+    Args:
+        measured: the items of this list.
+        left_out: the others.
+
+    Examples:
+        >>> Statements([], [LeftOut("theorem 4.1", "outputs change by γ1ᵀw⁰", "there is no Linear")]).left_out
+        (LeftOut(source='theorem 4.1', statement='outputs change by γ1ᵀw⁰', reason='there is no Linear'),)
+    """
+
+    def __init__(self, measured: Iterable[Measured] = (), left_out: Sequence[LeftOut] = ()) -> None:
+        super().__init__(measured)
+        self.left_out = tuple(left_out)
 
 
 def worst(numbers: Iterable[tuple[str, Tensor]]) -> tuple[float, str]:
