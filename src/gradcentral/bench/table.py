@@ -90,8 +90,9 @@ def verdict(benchmark: Benchmark) -> str:
     if slower:
         text += " Slower: " + ", ".join(f"{_name(case)} {case.ratios[OURS].median:.2f}" for case in slower) + "."
     for case in benchmark.cases:
-        if case.monitoring is not None:
-            text += f" Monitor adds {case.monitoring:.2%} to an iteration at its default interval."
+        if case.monitoring:
+            added = ", ".join(f"{added:.2%} ({network})" for network, added in case.monitoring.items())
+            text += f" Monitor adds to an iteration at its default interval: {added}."
     return text
 
 
