@@ -50,7 +50,7 @@ class Monitor:
     Args:
         model: whose parameters are looked at, as far as they are in the optimizer.
         optimizer: any ``torch.optim.Optimizer`` with step hooks.
-        every: steps from one record to the next; the first is at step 0. In between a step takes about a microsecond more.
+        every: steps from one record to the next; the first is at step 0. In between a step takes a microsecond more.
         to: where records go besides `records`: a path that ends in .jsonl or .csv, a folder for TensorBoard or a
             ``SummaryWriter``, a function of a `Record`, or a list of these. With several processes give it in one of
             them. A file that holds records already is appended to by a training that goes on, that is after
