@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from ctypes import c_float
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ _TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.uint16 if INTERPRETED else tl.bfloat16,  # see rules.py
 }
+_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
 _NO_RULE = DeviceRule(Rule(), 0.0)
 WARPS, REGISTERS = 8, 64
 """Of a program. With that few registers a thread, four programs share a multiprocessor and hide each other's waits."""
@@ -122,7 +124,7 @@ class _Launch:
 
     def __call__(
         self,
-        columns: Sequence[Sequence[Tensor] | None],
+        pointers: list[int],
         kind: int,
         placement: int,
         types: tuple[torch.dtype, torch.dtype, torch.dtype],
@@ -132,10 +134,6 @@ class _Launch:
     ) -> None:
         if self.n_pieces == 0:
             return
-        pointers: list[int] = []
-        for column in columns:
-            pointers += [0] * self.n_items if column is None else map(Tensor.data_ptr, column)
-        pointers += [0] * (_COLUMNS * self.n_items - len(pointers))
         with self._on_device():
             table, aligned = self.table.uploaded(pointers)
             lr = rule.lr
@@ -242,8 +240,9 @@ class StepPlan:
         self.params = params
         self.states = states
         self._lasting = [*params, *(tensor for column in states if column is not None for tensor in column)]
-        self._lasting_form = _form(self._lasting)
-        self._grad_form = _form(grads)
+        self._lasting_form = self._form_of_lasting()
+        self._lasting_pointers = self._lasting_form[0]
+        self._grad_form = _form_of_gradients(grads)
         state = params[0].dtype if states[0] is None else states[0][0].dtype
         self._types = (params[0].dtype, grads[0].dtype, state)
         self._placement = max((placement for _, placement in loops), default=0) or _GRADIENT
@@ -255,7 +254,30 @@ class StepPlan:
         for new, old in zip(states, self.states, strict=True):
             if (new is None) != (old is None) or (new is not None and old is not None and not same_objects(new, old)):
                 return False
-        return _form(self._lasting) == self._lasting_form and _form(grads) == self._grad_form
+        form = self._form_of_lasting()
+        self._lasting_pointers = form[0]
+        return form == self._lasting_form and _form_of_gradients(grads) == self._grad_form
+
+    def _form_of_lasting(self) -> tuple[list[int], list[Any]]:
+        """Of parameters and states, which are the same objects: that nobody has swapped their data.
+
+        New data has another pointer, for it was there beside the old. Parameters, with which people do such things, are
+        also viewed otherwise where they lie. A step must not cost the host more than the device, so no more is asked.
+        """
+        return [*map(Tensor.data_ptr, self._lasting)], [*map(Tensor.stride, self.params)]
+
+    def _pointers(self, grads: list[Tensor]) -> list[int]:
+        """A column after the other: those that `fits` has just read, and the gradients'; 0 where there is none."""
+        count, lasting = len(grads), self._lasting_pointers
+        pointers = [*lasting[:count], *map(Tensor.data_ptr, grads)]
+        position = count
+        for column in self.states:
+            if column is None:
+                pointers += [0] * count
+            else:
+                pointers += lasting[position : position + count]
+                position += count
+        return pointers
 
     def run(self, grads: list[Tensor], rule: DeviceRule, new: list[bool]) -> None:
         """Take the step, right after `fits`, on the current stream; the host waits for nothing.
@@ -269,7 +291,7 @@ class StepPlan:
         if dampened and any(new):
             self._fresh.copy_(torch.tensor(new))
         fresh = self._fresh if dampened else None
-        self.launch([self.params, grads, *self.states], self.kind, self._placement, self._types, rule, fresh)
+        self.launch(self._pointers(grads), self.kind, self._placement, self._types, rule, fresh)
         torch.autograd.graph.increment_version(self.params)
 
 
@@ -304,22 +326,39 @@ class CenteringPlan:
         self._run(tensors, _RESTORE, means)
 
     def _run(self, tensors: list[Tensor], what: int, means: Tensor | None) -> None:
-        self.launch([tensors, tensors], what, _GRADIENT, self._types, means=means)
+        pointers = [*map(Tensor.data_ptr, tensors)]
+        table = [*pointers, *pointers, *[0] * ((_COLUMNS - 2) * len(pointers))]
+        self.launch(table, what, _GRADIENT, self._types, means=means)
         if what != _MEANS:
             torch.autograd.graph.increment_version(tensors)
 
 
-def _form(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
-    """What a plan depends on; pointers are no part of it."""
-    layouts = [t.layout for t in tensors]
-    if any(layout != torch.strided for layout in layouts):  # a sparse tensor has no strides to ask for
+def _form_of_gradients(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What a step depends on in gradients, of which torch sees to it that device and shape are their parameters'."""
+    layouts = set(map(_layout, tensors))
+    if layouts != {torch.strided}:  # a sparse tensor has no strides to ask for
+        return (layouts,)
+    return (
+        layouts,
+        [*map(Tensor.numel, tensors)],
+        [*map(Tensor.stride, tensors)],
+        [*map(_dtype, tensors)],
+        set(map(type, tensors)),
+        any(map(Tensor.is_neg, tensors)),
+    )
+
+
+def _form(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What a plan depends on in tensors that are others at each call; pointers are no part of it."""
+    layouts = set(map(_layout, tensors))
+    if layouts != {torch.strided}:  # a sparse tensor has no strides to ask for
         return (layouts,)
     return (
         layouts,
         [*map(Tensor.size, tensors)],
         [*map(Tensor.stride, tensors)],
-        [t.dtype for t in tensors],
-        [t.device for t in tensors],
+        [*map(_dtype, tensors)],
+        [*map(Tensor.get_device, tensors)],
         [*map(type, tensors)],
-        [*map(Tensor.is_neg, tensors)],
+        any(map(Tensor.is_neg, tensors)),
     )
