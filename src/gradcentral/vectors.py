@@ -77,6 +77,8 @@ class WeightVectors:
 
     def for_shape(self, shape: Sequence[int]) -> WeightVectors:
         """The same weight vectors, checked against a parameter of this shape and knowing it."""
+        if self.shape == tuple(shape):
+            return self
         return WeightVectors(self.span, self.view, tuple(shape))
 
     @property
