@@ -129,13 +129,14 @@ def figures(
     optimizer: Annotated[str | None, typer.Option(help="One of the task's; by default its first.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many runs the numbers with a spread are of.")] = 5,
     epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the task's own.")] = None,
+    device: Annotated[str, typer.Option(help="Where to train and measure, as torch names it.")] = "cpu",
     out: Annotated[
         Path | None, typer.Option(help="Output folder; by default runs/figures- and the task's name.")
     ] = None,
 ) -> None:
     """Measure and draw the paper's figures and statements on a real network: PNG, SVG and CSV."""
     chosen = None if only is None else _names(only)
-    drawn = draw_all(task, out=out, only=chosen, optimizer=optimizer, seeds=seeds, epochs=epochs)
+    drawn = draw_all(task, out=out, only=chosen, optimizer=optimizer, seeds=seeds, epochs=epochs, device=device)
     console = Console(highlight=False)
     if drawn.statements:
         console.print(statement_table(drawn.statements))

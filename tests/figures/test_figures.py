@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from gradcentral.analysis.theme import LIGHT
 from gradcentral.experiment import CustomTask, Task, TaskError, compare, load_task
-from gradcentral.figures.draw import FIGURES, STATEMENTS, draw_all
+from gradcentral.figures.draw import FIGURES, STATEMENTS, draw_all, statement_table
 from gradcentral.figures.landscape import landscape
 from gradcentral.figures.study import Study
 from tests.experiment.conftest import make_task
@@ -206,6 +208,7 @@ def test_the_example_task(tmp_path: Path) -> None:
         ({"optimizer": "lion"}, "optimizer: there is no 'lion'; there is sgd"),
         ({"seeds": 0}, "seeds: give a whole number"),
         ({"epochs": 0}, "epochs: give a whole number"),
+        ({"device": "nowhere"}, "device: 'nowhere' can't be used here; there is cpu"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -224,3 +227,129 @@ def test_built_in_digits_have_a_convolution_and_a_linear_layer() -> None:
     task = load_task("digits")
     assert isinstance(task, Task)
     assert [entry.name for entry in study(task).examples] == ["4.weight", "7.weight"]
+
+
+def only_transposed() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (6, 1)), nn.ConvTranspose1d(6, 1, 2), nn.Tanh(), nn.Flatten())
+
+
+def test_statements_that_a_network_has_nothing_for_are_named(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    drawn = draw_all(make_task(model=only_transposed), out=tmp_path, seeds=1, epochs=1, progress=False,
+                     only=["geometry", STATEMENTS])  # fmt: skip
+    assert list(drawn.titles) == ["geometry"]
+    assert all(measured.holds for measured in drawn.statements)
+    assert [left.source for left in drawn.statements.left_out] == ["theorem 4.1", "section 4.1"]
+    rows = {row["statement"]: row for row in table(tmp_path / "statements.csv")}
+    assert len(rows) > 8
+    for left in drawn.statements.left_out:
+        assert rows[left.statement]["where"] == f"left out: {left.reason}"
+        assert rows[left.statement]["holds"] == rows[left.statement]["value"] == ""
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(statement_table(drawn.statements))
+    assert "left out: model: no centered Linear or convolution" in capture.get()
+
+
+def test_a_sparse_table_can_be_drawn(tmp_path: Path) -> None:
+    def embedded() -> nn.Module:
+        return nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(12, 2))
+
+    ids = torch.randint(0, 10, (20, 3), generator=torch.Generator().manual_seed(0))
+    data = torch.utils.data.TensorDataset(ids, torch.randn(20, 2))
+    task = make_task(model=embedded, train=data, test=data, optimizers={"sgd": lambda p: torch.optim.SGD(p, lr=0.1)})
+    drawn = draw_all(task, out=tmp_path, seeds=1, progress=False, only=["landscape", "gradient-norms", STATEMENTS])
+    assert all(measured.holds for measured in drawn.statements)
+    assert len(table(tmp_path / "landscape.csv")) == 2 * 3
+
+
+def refused(tmp_path: Path, task: Task, **options: Any) -> str:
+    """The error, which must come before anything is made."""
+    with pytest.raises(TaskError) as caught:
+        draw_all(task, out=tmp_path / "out", progress=False, **options)
+    assert not (tmp_path / "out").exists()
+    return str(caught.value)
+
+
+def test_a_network_without_weight_vectors_is_refused_with_the_reason(tmp_path: Path) -> None:
+    message = refused(tmp_path, make_task(model=lambda: nn.Sequential(nn.LayerNorm(6), nn.AdaptiveAvgPool1d(2))))
+    assert "task 'tiny': nothing that trains is centered" in message
+    assert "norm" in message
+
+
+def test_a_single_step_is_refused_where_a_figure_needs_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradcentral.figures.draw.Figure.write", lambda figure, folder, name: figure.draw(LIGHT))
+    whole = make_task(batch_size=40, epochs=1)
+    message = refused(tmp_path, whole)
+    assert message.startswith("epochs: 1 of this task is 1 step, and geometry, gradient-norms, learning, landscape")
+    drawn = draw_all(whole, out=tmp_path, progress=False, only=["operation", "shares"])
+    assert list(drawn.titles) == ["operation", "shares"]
+    both = draw_all(whole, out=tmp_path, progress=False, only=["geometry", "landscape", STATEMENTS], epochs=2)
+    assert list(both.titles) == ["geometry", "landscape"]
+
+
+def test_what_the_statements_cannot_measure_is_an_error_of_the_task(tmp_path: Path) -> None:
+    def old() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 4)), nn.Linear(4, 2))
+
+    with pytest.raises(TaskError, match=r"statements: model: 0\.weight .*parametrizations\.weight_norm"):
+        draw_all(make_task(model=old), out=tmp_path, progress=False, only=[STATEMENTS])
+
+
+def test_a_network_that_torch_cannot_differentiate_twice_has_no_landscape(tmp_path: Path) -> None:
+    ids = torch.randint(0, 10, (40, 3))
+    data = torch.utils.data.TensorDataset(ids, torch.randn(40, 2))
+    bag = make_task(model=lambda: nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 2)), train=data, test=data)
+    with pytest.raises(TaskError, match="landscape: torch can't do this with the task's network: .*embedding_bag"):
+        draw_all(bag, out=tmp_path, progress=False, only=["landscape"])
+
+
+def test_a_study_is_made_on_its_device() -> None:
+    there = study(make_task(), device="meta")
+    assert all(p.is_meta for p in there.fresh_model().parameters())
+    assert all(part.is_meta for batch in there.batches(0) for part in batch)
+
+
+def test_every_figure_shows_how_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def track(bars: Any, name: str) -> Callable[[Any, int], Any]:
+        def follow(iterable: Any, total: int) -> Any:
+            taken = 0
+            for item in iterable:
+                yield item
+                taken += 1
+            assert taken == total
+            names.append(name)
+
+        return follow
+
+    shown: list[bool] = []
+    monkeypatch.setattr("gradcentral.figures.draw.Figure.write", lambda figure, folder, name: None)
+
+    def silently(task: Task, **options: Any) -> Any:
+        shown.append(options.pop("progress"))
+        return compare(task, **options, progress=False, jobs=1)
+
+    monkeypatch.setattr("gradcentral.figures.draw._Bars.track", track)
+    monkeypatch.setattr("gradcentral.figures.learning.compare", silently)
+    draw_all(make_task(), out=tmp_path, seeds=1, epochs=1)
+    assert set(names) == {*FIGURES, STATEMENTS} - {"learning"}
+    assert shown == [True]
+
+
+def test_on_a_terminal_there_is_a_bar_and_elsewhere_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gradcentral.figures.draw.Figure.write", lambda figure, folder, name: None)
+    draw_all(make_task(), out=tmp_path, only=["operation"])
+    assert capsys.readouterr().out == "operation: done\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    draw_all(make_task(), out=tmp_path, only=["operation"])
+    out = capsys.readouterr().out
+    assert "100%" in out
+    assert "operation: done\n" in out

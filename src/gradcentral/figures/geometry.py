@@ -18,7 +18,10 @@ __all__ = ["geometry"]
 
 
 def geometry(study: Study) -> Figure:
-    """Figure 2 of the paper, of a real neuron: of the largest linear layer, the one that drifts most without GC."""
+    """Figure 2 of the paper, of a real neuron of the largest linear layer.
+
+    Of its neurons it is the one whose first gradient has the largest mean.
+    """
     name = study.examples[-1].name
     ways: dict[str, Tensor] = {}
     unit = -1
@@ -28,9 +31,9 @@ def geometry(study: Study) -> Figure:
             parameter = moment.model.get_parameter(name)
             vectors = moment.layout[parameter]
             if unit < 0:
-                # Which one will drift most is not known yet; the one whose gradient has the largest mean is likely.
+                # GC changes its way most, at least at the start.
                 unit = int(as_rows(gradient_of(parameter), vectors).mean(1).abs().argmax())
-            rows.append(as_rows(parameter.detach(), vectors)[unit].double().clone())
+            rows.append(as_rows(parameter.detach(), vectors)[unit].cpu().double().clone())
         ways[arm] = torch.stack(rows) - rows[0]
     fan_in = ways[NONE].shape[1]
     e = torch.full((fan_in,), 1 / math.sqrt(fan_in), dtype=torch.float64)

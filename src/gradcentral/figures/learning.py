@@ -15,18 +15,20 @@ from gradcentral.figures.study import Study
 __all__ = ["learning"]
 
 
-def learning(study: Study, runs: Path) -> Figure:
-    """Figure 6 of the paper: a comparison of all arms; finished runs are kept in the folder ``runs``."""
+def learning(study: Study, runs: Path, *, progress: bool) -> Figure:
+    """Figure 6 of the paper: a comparison of all arms, which shows its own progress.
+
+    Finished runs are kept in the folder ``runs``.
+    """
     comparison = compare(
         study.source,
         seeds=study.seeds,
         epochs=study.epochs,
         optimizers=[study.optimizer],
+        device=study.device,
         out=runs,
-        progress=False,
+        progress=progress,
     )
-    for _ in study.track([None], 1):
-        pass
     numbers = ("train_loss", "test_loss", "test_metric", "share", "gradient_norm", "centered_norm", "drift")
     return Figure(
         f"{study.task.name}, {study.optimizer}: learning, mean and 95% interval of {study.runs}",

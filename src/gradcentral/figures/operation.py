@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -30,12 +31,11 @@ class _Pair(NamedTuple):
 def operation(study: Study) -> Figure:
     """Figure 1 of the paper, with real gradients: those of the first step of training."""
     pairs = []
-    training = study.train("none", study.seed)
-    moment = next(training)
+    (moment,) = study.track(itertools.islice(study.train("none", study.seed), 1), 1)
     for entry in study.examples:
         parameter = moment.model.get_parameter(entry.name)
         vectors = moment.layout[parameter]
-        g = gradient_of(parameter)
+        g = gradient_of(parameter).cpu()
         rows = as_rows(g, vectors)
         # The units with the longest gradients, in the layer's order: many others would be blank.
         units = rows.norm(dim=1).topk(min(_UNITS, vectors.count)).indices.sort().values

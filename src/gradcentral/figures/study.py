@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from gradcentral.analysis.batches import moved
 from gradcentral.analysis.unchanged import random_numbers_unchanged
 from gradcentral.centralize import centralize
 from gradcentral.experiment.checks import NONE
@@ -56,6 +57,7 @@ class Study:
         seeds: for numbers with a spread; figures of a single run take the first.
         epochs: of each run.
         track: shows progress: ``track(iterable, total)`` yields what the iterable does.
+        device: where, as torch names it.
     """
 
     task: Task
@@ -64,6 +66,7 @@ class Study:
     seeds: tuple[int, ...]
     epochs: int
     track: Callable[[Iterable[Any], int], Iterable[Any]]
+    device: str = "cpu"
 
     @property
     def seed(self) -> int:
@@ -84,7 +87,7 @@ class Study:
     def fresh_model(self) -> nn.Module:
         """The model as a run of the first seed begins with it; nobody's random numbers change."""
         with random_numbers_unchanged():
-            return fresh_model(self.task, self.seed)
+            return fresh_model(self.task, self.seed).to(self.device)
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """All batches of a run in its order, the same as in a comparison."""
@@ -92,9 +95,8 @@ class Study:
         order = torch.Generator().manual_seed(derive(seed, "order"))
         for _ in range(self.epochs):
             indices = torch.randperm(len(train), generator=order).tolist()
-            yield from map(
-                pair_of, DataLoader(train, self.task.batch_size, sampler=indices, generator=torch.Generator())
-            )
+            for batch in DataLoader(train, self.task.batch_size, sampler=indices, generator=torch.Generator()):
+                yield moved(pair_of(batch), self.device)
 
     def train(self, arm: str, seed: int) -> Iterator[Moment]:
         """Train once: yields after each backward pass, and steps when it is resumed.
@@ -107,7 +109,7 @@ class Study:
         """
         task = self.task
         with random_numbers_unchanged():
-            model = fresh_model(task, seed)
+            model = fresh_model(task, seed).to(self.device)
             optimizer = fresh_optimizer(task, self.optimizer, model)
             schedule = fresh_schedule(task, optimizer, self.steps)
             layout = weight_layout(model) if arm == NONE else centralize(optimizer, model, arm).layout
@@ -139,5 +141,5 @@ def kind_of(entry: Entry) -> str:
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """A parameter's gradient; zero where the loss did not reach it."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
+    """A parameter's gradient, dense; zero where the loss did not reach it."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().to_dense()
