@@ -24,16 +24,19 @@ lint: $(VENV)/dev
 types: $(VENV)/dev
 	$(BIN)/mypy
 
+# On several cores: a file of tests to a process, each of one thread, for threads that share cores wait for each other.
+JOBS ?= 2
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 tests: $(VENV)/dev
-	$(BIN)/pytest --ignore tests/zoo
+	$(PARALLEL) --dist loadfile --ignore tests/zoo
 
 # The kernels for CUDA devices, without one: Triton reads the variable when it is imported, hence a run of its own.
 triton: $(VENV)/dev
-	TRITON_INTERPRET=1 GRADCENTRAL_KERNELS=triton $(BIN)/pytest tests/kernels/test_triton.py
+	TRITON_INTERPRET=1 GRADCENTRAL_KERNELS=triton $(PARALLEL) tests/kernels/test_triton.py
 
 # The layouts of real models; see the extra "zoo" in pyproject.toml.
 zoo: $(VENV)/zoo
-	PYTHONPATH=$(VENV)/torchvision $(BIN)/pytest tests/zoo
+	PYTHONPATH=$(VENV)/torchvision $(PARALLEL) --dist loadfile tests/zoo
 
 # Comparisons on a Ray and a Dask of this machine; see the extras of that name.
 cluster: $(VENV)/cluster
