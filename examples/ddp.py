@@ -18,7 +18,7 @@ from gradcentral.experiment.tasks import digits
 
 
 def accuracy(model: nn.Module, device: torch.device) -> float:
-    """Part of the test images whose largest output is the digit; each rank looks at all of them."""
+    """Part of the test images whose largest output is the digit; for one rank alone, hence without DDP around it."""
     images, targets = (tensor.to(device) for tensor in digits.test.tensors)
     with torch.no_grad():
         return float((model(images).argmax(1) == targets).float().mean())
@@ -52,7 +52,10 @@ def main() -> None:
             torch.autograd.backward(loss)
             optimizer.step()
         if dist.get_rank() == 0:
-            print(f"epoch {epoch + 1}: loss {loss.item():.3f}, test accuracy {accuracy(model, device):.3f}", flush=True)
+            print(
+                f"epoch {epoch + 1}: loss {loss.item():.3f}, test accuracy {accuracy(model.module, device):.3f}",
+                flush=True,
+            )
 
     dist.destroy_process_group()
 

@@ -88,3 +88,47 @@ def test_partitioned_parameters_are_refused_when_attaching() -> None:
     weight.data = torch.empty(0)
     with pytest.raises(ValueError, match="0.weight of shape .* made by DeepSpeed ZeRO-3"):
         gradcentral.SGD(model, lr=0.1)
+
+
+def test_parameters_that_only_got_another_name_still_train() -> None:
+    for change in (_wrap, _parametrize, _tie, _replace_and_add):
+        for kind in ("attached", "ours"):
+            model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            optimizer: torch.optim.Optimizer
+            if kind == "ours":
+                optimizer = gradcentral.SGD(model, lr=0.1)
+            else:
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+                gradcentral.centralize(optimizer, model)
+            change(model, optimizer)
+            model(torch.randn(3, 4)).square().sum().backward()
+            optimizer.step()
+
+
+def _wrap(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model[0] = nn.Sequential(model[0])
+    model[1] = nn.Sequential(model[1])
+
+
+def _parametrize(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    for layer in model:
+        nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+
+
+def _tie(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model[1].weight = model[0].weight
+
+
+def _replace_and_add(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model[1] = nn.Linear(4, 4)
+    optimizer.add_param_group({"params": list(model[1].parameters())})
+
+
+def test_what_is_refused_is_refused_again() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = gradcentral.SGD(model, lr=0.1)
+    model[0] = nn.Linear(4, 4)
+    model(torch.randn(3, 4)).square().sum().backward()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no longer the model's"):
+            optimizer.step()

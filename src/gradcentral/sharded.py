@@ -218,6 +218,7 @@ class Sharding:
         self._layout = layout
         self._targets: list[Pair] | None = None
         self._division: Division | None = None
+        self._trained: list[bool] = []
 
     def of(self, targets: list[Pair]) -> Division | None:
         """How the parameters are divided; None where none of them is a DTensor.
@@ -225,11 +226,16 @@ class Sharding:
         Raises:
             ValueError: a parameter is sharded in a way that can't be centered (naming it, with the way out).
         """
-        if targets is not self._targets:
+        if targets is not self._targets or (self._division is not None and self._trained != _trained(targets)):
             sharded = any_sharded(parameter for parameter, _ in targets)
             self._division = divide(targets, self._layout.names) if sharded else None
-            self._targets = targets
+            self._targets, self._trained = targets, _trained(targets)
         return self._division
+
+
+def _trained(targets: list[Pair]) -> list[bool]:
+    """Which of them train: layers may be unfrozen in the course of it."""
+    return [parameter.requires_grad for parameter, _ in targets]
 
 
 def divide(targets: list[Pair], names: Mapping[Tensor, str]) -> Division:
@@ -249,6 +255,8 @@ def divide(targets: list[Pair], names: Mapping[Tensor, str]) -> Division:
                 split.append(found)
             elif local(parameter).numel():
                 whole.append((parameter, found))
+    # What is sent must be in the same order on all ranks, whose optimizers may have theirs in another.
+    split.sort(key=lambda one: names[one.parameter])
     return Division(whole, split, names)
 
 

@@ -104,7 +104,7 @@ class Targets:
         """
         if torch.compiler.is_compiling() or not self._attached:
             return
-        attached, self._attached = self._attached, []
+        attached = self._attached
         standing = self.layout.standing()
         held = {p for group in optimizer.param_groups for p in group["params"]}
         if not any(p in held for _, p, _ in attached):
@@ -118,11 +118,22 @@ class Targets:
                     f"{name} had shape {vectors.shape} when Gradient Centralization was attached and has "
                     f"{tuple(p.shape)} now: attach after all that re-shapes parameters; {_KEEPS_SHAPES}"
                 )
-        if standing is None:
-            return
-        lost = [name for name, p, _ in attached if _is_lost(p, standing.get(name))]
+        if standing is not None:
+            self._check_standing(attached, standing, held)
+        self._attached = []
+
+    def _check_standing(
+        self, attached: list[tuple[str, Tensor, WeightVectors]], standing: dict[str, Tensor], held: set[Tensor]
+    ) -> None:
+        here = set(standing.values())
+        lost = [
+            name
+            for name, p, _ in attached
+            # Under another name it still trains, and so does another one in its place that the optimizer has got.
+            if p not in here and _is_lost(p, standing.get(name)) and standing.get(name) not in held
+        ]
         # A layer that was taken out of the model and not replaced is no reason to stop.
-        if len(lost) == len(attached) or any(name in standing for name in lost):
+        if lost and (len(lost) == len(attached) or any(name in standing for name in lost)):
             raise RuntimeError(
                 "the optimizer holds parameters that are no longer the model's and trains nothing by them "
                 f"({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}): make the optimizer, and attach Gradient "

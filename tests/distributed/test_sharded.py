@@ -456,3 +456,64 @@ def test_fsdp2_by_the_other_axis_leaves_columns_whole(axis: int, all_reduces: in
     for worst, counted in two_ranks.run(count_of_columns_sharded_by, axis):
         assert worst <= 1e-6
         assert counted == all_reduces
+
+
+def step_in_another_order(placement: str, fused: bool) -> float:
+    """Each rank's optimizer holds the parameters in an order of its own; two of them are of one shape."""
+    model = Rows(Shard(1), ((6, 8), (6, 8), (5, 6)))
+    weights: list[Any] = [*model.parameters()]
+    before = [weight.detach().full_tensor() for weight in weights]
+    order = weights if dist.get_rank() % 2 else weights[::-1]
+    optimizer: Optimizer
+    if fused:
+        optimizer = gradcentral.SGD(order, lr=0.1, model=model, placement=placement)
+    else:
+        optimizer = torch.optim.SGD(order, lr=0.1)
+        gradcentral.centralize(optimizer, model, placement)
+    for weight, gradient in zip(weights, model.gradients(2), strict=True):
+        weight.grad = gradient
+    whole = [weight.grad.full_tensor() for weight in weights]
+    optimizer.step()
+    expected = [weight - 0.1 * change for weight, change in zip(before, _center_rows(whole), strict=True)]
+    after = [weight.detach().full_tensor() for weight in weights]
+    return max(float((one - other).abs().max()) for one, other in zip(after, expected, strict=True))
+
+
+@FUSED
+@BOTH
+def test_ranks_may_hold_parameters_in_different_orders(placement: str, fused: bool, two_ranks: Workers) -> None:
+    assert max(two_ranks.run(step_in_another_order, placement, fused)) < 1e-6
+
+
+def train_what_changes(placement: str, fused: bool) -> tuple[float, float]:
+    """FSDP2: a layer is frozen at first, and later all parameters get new memory. Drift, and the smallest movement."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
+    for layer in model:
+        fully_shard(layer, mesh=_mesh())
+    fully_shard(model, mesh=_mesh())
+    model[0].requires_grad_(False)
+    optimizer = _optimizer(model, placement, fused)
+    weights: list[Any] = [layer.weight for layer in model]
+    start = [weight.full_tensor().mean(1) for weight in weights]
+    before: list[Tensor] = []
+    for step in range(4):
+        if step == 1:
+            model[0].requires_grad_(True)
+        if step == 3:
+            model.double().float()
+            before = [weight.full_tensor().clone() for weight in weights]
+        optimizer.zero_grad()
+        model(torch.randn(3, 6)).square().sum().backward()
+        optimizer.step()
+    moved = min(float((w.full_tensor() - old).abs().max()) for w, old in zip(weights, before, strict=True))
+    drift = max(float((w.full_tensor().mean(1) - old).abs().max()) for w, old in zip(weights, start, strict=True))
+    return drift, moved
+
+
+@FUSED
+@BOTH
+def test_unfreezing_and_new_memory_are_noticed(placement: str, fused: bool, two_ranks: Workers) -> None:
+    for drift, moved in two_ranks.run(train_what_changes, placement, fused):
+        assert drift < 1e-6
+        assert moved > 1e-4

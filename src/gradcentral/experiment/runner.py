@@ -98,13 +98,17 @@ _one_at_a_time = threading.Lock()
 
 def _run_in_worker(task: Address | Parcel, key: Key, settings: Settings | None, progress: Path | None) -> Run | Failure:
     # A Dask worker may have several threads, but torch has one stream of random numbers for all of them.
-    with _one_at_a_time:
+    # It may also be a thread of the caller's own process, whose random numbers and threads are not ours.
+    with _one_at_a_time, random_numbers_unchanged():
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             reference = open_parcel(task) if isinstance(task, Parcel) else follow_address(task)
+            return _run(reference, key, settings, progress)
         except ExperimentError as error:
             return Failure(type(error), str(error), traceback.format_exc())
-        return _run(reference, key, settings, progress)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _run(reference: TaskReference, key: Key, settings: Settings | None, progress: Path | None) -> Run | Failure:

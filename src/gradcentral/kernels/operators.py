@@ -60,7 +60,8 @@ def traced_center(pairs: Sequence[Pair]) -> list[Tensor]:
     """Φ of every tensor, as new tensors, in a graph."""
     served, _ = _divide(pairs)
     found = iter(torch.ops.gradcentral.center([tensor for tensor, _ in served], _encode(served)) if served else [])
-    return [next(found) if _is_served(tensor) else center(tensor, vectors) for tensor, vectors in pairs]
+    device = _device(pairs)
+    return [next(found) if _is_served(tensor, device) else center(tensor, vectors) for tensor, vectors in pairs]
 
 
 def traced_means(pairs: Sequence[Pair]) -> Means:
@@ -79,14 +80,23 @@ def restore_traced_(pairs: Sequence[Pair], means: Means) -> None:
         subtract_means_(tensor, unit_means(tensor, vectors) - old, vectors)
 
 
-def _is_served(tensor: Tensor) -> bool:
+def _device(pairs: Sequence[Pair]) -> torch.device | None:
+    """The device of the tensors that the operators take: one call, and one tensor of means, is for one device."""
+    return next((tensor.device for tensor, _ in pairs if tensor.device.type in ("cpu", "cuda")), None)
+
+
+def _is_served(tensor: Tensor, device: torch.device | None) -> bool:
     """Whether the operators take it: means travel as real numbers in double."""
-    return tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda")
+    return tensor.is_floating_point() and tensor.device == device
 
 
 def _divide(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     """What the operators take, and what is left to the reference path."""
-    return [pair for pair in pairs if _is_served(pair[0])], [pair for pair in pairs if not _is_served(pair[0])]
+    device = _device(pairs)
+    return (
+        [pair for pair in pairs if _is_served(pair[0], device)],
+        [pair for pair in pairs if not _is_served(pair[0], device)],
+    )
 
 
 def _encode(pairs: Sequence[Pair]) -> list[int]:

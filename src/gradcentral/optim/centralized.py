@@ -38,6 +38,10 @@ class _GroupPlan(NamedTuple):
     """Of each plan's parameters; looking them up by parameter is slow."""
     all_states: list[Any]
     """Of the optimizer, as they were when the plan was made."""
+    all_params: list[Tensor]
+    """Of the group, with gradients or without."""
+    sharded: bool
+    """Whether some of them are DTensors."""
 
 
 class _Work(NamedTuple):
@@ -182,9 +186,15 @@ class Centralized(Optimizer):
             return loss
         self._targets.check(self)
         fuse = not torch.compiler.is_compiling()
-        with torch.no_grad():
-            here = self._here()
-            sums = here.division.sums() if here is not None and self.placement == "update" else []
+        found_inf = getattr(self, "found_inf", None)
+        # Before any state is made. A device's verdict is left to the kernels there: looking would wait for it.
+        if found_inf is not None and fuse and found_inf.is_cpu and found_inf.item():
+            return loss
+        here, sums = None, []
+        if self._any_sharded():
+            with torch.no_grad():
+                here = self._here()
+                sums = here.division.sums() if self.placement == "update" else []
         work: list[_Work] = []
         wanted = served = 0
         for index, group in enumerate(self.param_groups):
@@ -192,7 +202,9 @@ class Centralized(Optimizer):
             wanted += len(params)
             if fuse and _may_fuse(group):
                 work += self._fused_work(index, group, params, here)
-        if any(isinstance(planned.plan, native.StepPlan) for planned in work) and _must_skip(self):
+        # A first step that the device skips would pass for the first all the same: once, it is worth waiting for.
+        by_host = self._fresh or any(isinstance(planned.plan, native.StepPlan) for planned in work)
+        if found_inf is not None and by_host and found_inf.item():
             return loss
         for planned in work:
             served += len(planned.owners)
@@ -231,10 +243,18 @@ class Centralized(Optimizer):
 
     # The two ways to step.
 
-    def _here(self) -> _Here | None:
+    def _any_sharded(self) -> bool:
+        """Whether parameters are DTensors; looked up in the plans, where they are those of last time."""
+        plans = self._plans
+        for index, group in enumerate(self.param_groups):
+            planned, params = plans.get(index), group["params"]
+            known = planned is not None and same_objects(params, planned.all_params)
+            if planned.sharded if known and planned is not None else any_sharded(params):
+                return True
+        return False
+
+    def _here(self) -> _Here:
         """What this rank has, where parameters are DTensors."""
-        if not any(any_sharded(group["params"]) for group in self.param_groups):
-            return None
         if self.defaults.get("differentiable", False):
             raise ValueError("differentiable=True can't be used with DTensors: what is centered is a rank's part alone")
         targets = self._targets.of(self)
@@ -260,6 +280,9 @@ class Centralized(Optimizer):
             return None
         work: list[_Work] = []
         for plan, owners, states in zip(planned.plans, planned.owners, planned.states, strict=True):
+            # A DTensor may have got another part in the place of the one that was planned for.
+            if here is not None and not same_objects([*map(local, owners)], plan.params):
+                return None
             grads = [cast("Tensor", p.grad) if here is None else _gradient(p, here) for p in owners]
             try:
                 columns = self._columns(group, states)
@@ -305,7 +328,10 @@ class Centralized(Optimizer):
             columns = _parts(self._columns(group, states[-1]))
             parts = [*map(local, owners[-1])]
             plans.append(kernels.StepPlan(kind, parts, grads, columns, [loop for _, loop in chosen]))
-        return _GroupPlan(params, kind, plans, owners, states, [*self.state.values()])
+        everything = [*group["params"]]
+        return _GroupPlan(
+            params, kind, plans, owners, states, [*self.state.values()], everything, any_sharded(everything)
+        )
 
     def _tensors_of(self, kernels: Any, group: dict[str, Any], p: Tensor, here: _Here | None) -> list[Tensor] | None:
         """A parameter, its gradient and its state, this rank's parts, where the kernels can step it with them."""
@@ -402,12 +428,6 @@ def _may_fuse(group: dict[str, Any]) -> bool:
         and not group["differentiable"]
         and not any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
     )
-
-
-def _must_skip(optimizer: Optimizer) -> bool:
-    """Whether a GradScaler found an infinite gradient (it tells fused optimizers so, instead of not calling them)."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf.item())
 
 
 def _grad_scale(optimizer: Optimizer) -> float:
