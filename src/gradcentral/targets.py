@@ -102,7 +102,7 @@ class Targets:
                 no longer the model's, or has changed their shapes.
             ValueError: the model has been wrapped in FSDP1.
         """
-        if torch.compiler.is_compiling() or not self._attached:
+        if not self._attached or torch.compiler.is_compiling():
             return
         attached = self._attached
         standing = self.layout.standing()

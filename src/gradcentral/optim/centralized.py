@@ -180,12 +180,12 @@ class Centralized(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() and self._can_be_traced():
+        fuse = not torch.compiler.is_compiling()
+        if not fuse and self._can_be_traced():
             self._refuse_sparse()
             self._traced_step()
             return loss
         self._targets.check(self)
-        fuse = not torch.compiler.is_compiling()
         found_inf = getattr(self, "found_inf", None)
         # Before any state is made. A device's verdict is left to the kernels there: looking would wait for it.
         if found_inf is not None and fuse and found_inf.is_cpu and found_inf.item():
@@ -203,9 +203,10 @@ class Centralized(Optimizer):
             if fuse and _may_fuse(group):
                 work += self._fused_work(index, group, params, here)
         # A first step that the device skips would pass for the first all the same: once, it is worth waiting for.
-        by_host = self._fresh or any(isinstance(planned.plan, native.StepPlan) for planned in work)
-        if found_inf is not None and by_host and found_inf.item():
-            return loss
+        if found_inf is not None:
+            by_host = self._fresh or any(isinstance(planned.plan, native.StepPlan) for planned in work)
+            if by_host and found_inf.item():
+                return loss
         for planned in work:
             served += len(planned.owners)
         if served < wanted:
