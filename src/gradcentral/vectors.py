@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["Loop", "WeightVectors"]
+__all__ = ["Loop", "WeightVectors", "loop_over"]
 
 
 class Loop(NamedTuple):
@@ -128,6 +128,19 @@ class WeightVectors:
     def agrees_with(self, other: WeightVectors) -> bool:
         """Whether both mean the same sets of elements of a parameter of the same shape."""
         return self == other or _labels(self) == _labels(other)
+
+
+def loop_over(vectors: WeightVectors | None, shape: Sequence[int], strides: Sequence[int]) -> Loop | None:
+    """The loop over a tensor with these vectors; without any, every element is one of its own.
+
+    Examples:
+        >>> loop_over(None, (4, 3), (3, 1))
+        Loop(group=12, a=1, unit=1, b=1)
+    """
+    if vectors is not None:
+        return vectors.for_shape(shape).loop(strides)
+    whole = WeightVectors(tuple(range(max(len(shape), 1))), shape=tuple(shape) or (1,))
+    return None if whole.loop(tuple(strides) or (1,)) is None else Loop(math.prod(shape), 1, 1, 1)
 
 
 def _loop_of_runs(runs: list[tuple[bool, int]]) -> Loop | None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from gradcentral.analysis.findings import ERASES, NO_OP
 from gradcentral.analysis.theme import Theme, new_figure, style
-
-if TYPE_CHECKING:
-    from gradcentral.analysis.probe import ProbeReport
 
 __all__ = ["shares"]
 
@@ -17,9 +15,27 @@ __all__ = ["shares"]
 _MOST_BARS = 40
 
 
-def shares(report: ProbeReport, theme: Theme) -> Any:
-    """A bar a centered parameter: the part of its gradient's energy that GC removes, with its spread over batches."""
-    layers = report.centered
+class Bar(Protocol):
+    """What is shown of a parameter, such as a `LayerReport`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def spread(self) -> float: ...
+    @property
+    def kind(self) -> str: ...
+
+
+def shares(layers: Sequence[Bar], whole: float, theme: Theme) -> Any:
+    """A bar a centered parameter: the part of its gradient's energy that GC removes, with its spread over batches.
+
+    Args:
+        layers: the centered parameters.
+        whole: the share of the whole model.
+        theme: colors.
+    """
     shown = layers
     if len(layers) > _MOST_BARS:
         shown = tuple(sorted(layers, key=lambda layer: -layer.share)[:_MOST_BARS])
@@ -44,14 +60,14 @@ def shares(report: ProbeReport, theme: Theme) -> Any:
                 fontsize=9,
                 bbox={"facecolor": theme.background, "edgecolor": "none", "pad": 1},
             )
-        axis.axvline(report.share, color=theme.text, lw=1, ls=":", zorder=1)
+        axis.axvline(whole, color=theme.text, lw=1, ls=":", zorder=1)
         names = [layer.name for layer in shown]
         axis.set_yticks([-at for at in range(len(names))], [_short(name) for name in names])
         axis.set_ylim(-len(names) + 0.4, 0.6)
         axis.set_xlim(0, 1.16)
         axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
         axis.grid(visible=False, axis="y")
-        label = f"share: part of the gradient's energy that GC removes    (dotted: the whole model, {report.share:.0%})"
+        label = f"share: part of the gradient's energy that GC removes    (dotted: the whole model, {whole:.0%})"
         if len(shown) < len(layers):
             label = f"{label}\nthe {len(shown)} largest of {len(layers)} centered parameters"
         axis.set_xlabel(label)

@@ -158,7 +158,7 @@ class ProbeReport:
         from gradcentral.analysis.charts import shares
         from gradcentral.analysis.theme import LIGHT
 
-        return shares(self, LIGHT)
+        return shares(self.centered, self.share, LIGHT)
 
 
 def probe(

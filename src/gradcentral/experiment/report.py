@@ -57,7 +57,10 @@ def _figures(comparison: Comparison) -> dict[str, tuple[str, Callable[[Theme], A
         if any(value is not None for run in comparison.records for value in series.values(run)):
             figures[name] = (title, functools.partial(curves, comparison, series))
     if comparison.probe is not None and comparison.probe.centered:
-        figures["share"] = ("Where GC acts", functools.partial(shares, comparison.probe))
+        figures["share"] = (
+            "Where GC acts",
+            functools.partial(shares, comparison.probe.centered, comparison.probe.share),
+        )
     return figures
 
 

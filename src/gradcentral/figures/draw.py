@@ -183,7 +183,7 @@ def _shares(study: Study) -> Figure:
     (report,) = study.track((probe_task(study.task, seed=seed, device=study.device) for seed in (study.seed,)), 1)
 
     def draw(theme: Theme) -> Any:
-        return shares(report, theme)
+        return shares(report.centered, report.share, theme)
 
     title = f"{study.task.name}: where GC acts before training"
     columns = ("name", "kind", "share", "spread", "finding")

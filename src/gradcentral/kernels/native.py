@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradcentral.targets import same_objects
-from gradcentral.vectors import Loop, WeightVectors
+from gradcentral.vectors import Loop, WeightVectors, loop_over
 
 __all__ = ["CenteringPlan", "Rule", "StepPlan", "alike", "loop_of", "stream", "unavailable"]
 
@@ -107,10 +107,7 @@ def loop_of(tensor: Tensor, vectors: WeightVectors | None) -> Loop | None:
         return None
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_neg():
         return None
-    if vectors is None:
-        whole = WeightVectors(tuple(range(max(tensor.ndim, 1))), shape=tuple(tensor.shape) or (1,))
-        return None if whole.loop(tensor.stride() or (1,)) is None else Loop(tensor.numel(), 1, 1, 1)
-    return vectors.for_shape(tensor.shape).loop(tensor.stride())
+    return loop_over(vectors, tensor.shape, tensor.stride())
 
 
 def alike(parameter: Tensor, tensor: Tensor) -> bool:
