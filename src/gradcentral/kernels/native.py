@@ -22,7 +22,18 @@ from torch import Tensor
 from gradcentral.targets import same_objects
 from gradcentral.vectors import Loop, WeightVectors, loop_over
 
-__all__ = ["CenteringPlan", "Rule", "StepPlan", "alike", "loop_of", "stream", "unavailable"]
+__all__ = [
+    "CenteringPlan",
+    "Rule",
+    "StepPlan",
+    "alike",
+    "is_plain",
+    "lies_as",
+    "loop_of",
+    "same_columns",
+    "stream",
+    "unavailable",
+]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 PLACEMENTS = {None: 0, "gradient": 1, "update": 2}
@@ -103,22 +114,27 @@ def loop_of(tensor: Tensor, vectors: WeightVectors | None) -> Loop | None:
 
     Without vectors every element is one of its own.
     """
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype not in DTYPES:
-        return None
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_neg():
+    if not is_plain(tensor) or tensor.dtype not in DTYPES or tensor.device.type != "cpu":
         return None
     return loop_over(vectors, tensor.shape, tensor.stride())
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's memory holds just its elements: no subclass, not sparse, no lazy negation."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_neg()
+
+
 def alike(parameter: Tensor, tensor: Tensor) -> bool:
-    """Whether a gradient or state tensor lies in memory as its parameter does, so that one loop serves both."""
+    """Whether a gradient or state tensor lies in memory as its parameter does, in the same type."""
+    return lies_as(parameter, tensor) and tensor.dtype == parameter.dtype
+
+
+def lies_as(parameter: Tensor, tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory as a parameter does, so that one loop serves both."""
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.layout == torch.strided
-        and tensor.dtype == parameter.dtype
+        is_plain(tensor)
         and tensor.device == parameter.device
         and tensor.shape == parameter.shape
-        and not tensor.is_neg()
         and all(
             size == 1 or one == other
             for size, one, other in zip(tensor.shape, tensor.stride(), parameter.stride(), strict=True)
@@ -138,6 +154,14 @@ def is_number(tensor: object, device: torch.device) -> bool:
         and tensor.device == device
         and tensor.dtype in (torch.float32, torch.float64)
     )
+
+
+def same_columns(states: Sequence[list[Tensor] | None], others: Sequence[list[Tensor] | None]) -> bool:
+    """Whether two tables of states hold the very same tensors, and none where the other has none."""
+    for one, other in zip(states, others, strict=True):
+        if (one is None) != (other is None) or (one is not None and other is not None and not same_objects(one, other)):
+            return False
+    return True
 
 
 class Work:
@@ -242,9 +266,8 @@ class StepPlan:
 
     def fits(self, grads: list[Tensor], states: Sequence[list[Tensor] | None]) -> bool:
         """Whether parameters, gradients and states have the form they had when it was planned."""
-        for new, old in zip(states, self.states, strict=True):
-            if (new is None) != (old is None) or (new is not None and old is not None and not same_objects(new, old)):
-                return False
+        if not same_columns(states, self.states):
+            return False
         form = self._form_of_lasting()
         self._lasting_pointers = form[0]
         return form == self._lasting_form and _Form.of(grads) == self._grad_form

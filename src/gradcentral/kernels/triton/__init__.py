@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradcentral.kernels.native import Rule
+from gradcentral.kernels.native import Rule, is_plain, lies_as
 from gradcentral.vectors import Loop, WeightVectors, loop_over
 
 if TYPE_CHECKING:
@@ -97,27 +97,14 @@ def loop_of(tensor: Tensor, vectors: WeightVectors | None) -> Loop | None:
 
     Without vectors every element is one of its own.
     """
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype not in DTYPES or not serves(tensor):
-        return None
-    if tensor.layout != torch.strided or tensor.is_neg():
+    if not is_plain(tensor) or tensor.dtype not in DTYPES or not serves(tensor):
         return None
     return loop_over(vectors, tensor.shape, tensor.stride())
 
 
 def alike(parameter: Tensor, tensor: Tensor) -> bool:
     """Whether a gradient or state tensor lies in memory as its parameter does; its type may be another one."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.layout == torch.strided
-        and tensor.dtype in DTYPES
-        and tensor.device == parameter.device
-        and tensor.shape == parameter.shape
-        and not tensor.is_neg()
-        and all(
-            size == 1 or one == other
-            for size, one, other in zip(tensor.shape, tensor.stride(), parameter.stride(), strict=True)
-        )
-    )
+    return lies_as(parameter, tensor) and tensor.dtype in DTYPES
 
 
 def is_state(parameter: Tensor, tensor: Tensor) -> bool:

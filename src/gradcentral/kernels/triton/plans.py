@@ -17,7 +17,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from gradcentral.kernels.native import MOMENTUM, Rule
+from gradcentral.kernels.native import MOMENTUM, Rule, same_columns
 from gradcentral.kernels.triton import DeviceRule
 from gradcentral.kernels.triton.division import TILE, Division, columns_beside, divide
 from gradcentral.kernels.triton.rules import INTERPRETED
@@ -251,9 +251,8 @@ class StepPlan:
 
     def fits(self, grads: list[Tensor], states: Sequence[list[Tensor] | None]) -> bool:
         """Whether parameters, gradients and states have the form they had when it was planned."""
-        for new, old in zip(states, self.states, strict=True):
-            if (new is None) != (old is None) or (new is not None and old is not None and not same_objects(new, old)):
-                return False
+        if not same_columns(states, self.states):
+            return False
         form = self._form_of_lasting()
         self._lasting_pointers = form[0]
         return form == self._lasting_form and _form_of_gradients(grads) == self._grad_form

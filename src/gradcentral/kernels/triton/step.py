@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from gradcentral.kernels.triton.division import FIELDS, Shape
-from gradcentral.kernels.triton.rules import first, second, step
+from gradcentral.kernels.triton.rules import ADAM, CENTER, first, second, step
 
 __all__ = ["run"]
 
@@ -27,8 +27,6 @@ _ROWS = tl.constexpr(0)
 _RUNS = tl.constexpr(1)
 _BESIDE = tl.constexpr(2)
 
-_ADAM = tl.constexpr(2)
-_CENTER = tl.constexpr(4)
 _MEANS = tl.constexpr(5)
 _RESTORE = tl.constexpr(6)
 _UPDATE = tl.constexpr(2)
@@ -146,7 +144,7 @@ def _coefficients(
         keep = tl.where(known, keep, 1.0)
     step_size = lr
     root_correction = 1.0
-    if RULE == _ADAM or RULE == _ADAM + 1:
+    if RULE == ADAM or RULE == ADAM + 1:
         t = tl.load(tl.load(pointers + 5 * n_items + item).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
         power1 = tl.exp(t * (tl.cast(log1, tl.float64) + log1_rest))
         power2 = tl.exp(t * (tl.cast(log2, tl.float64) + log2_rest))
@@ -178,7 +176,7 @@ def _finish(pointers, progress, fresh, n_items, n_counters, skipped, RULE: tl.co
     if skipped == 0:
         for i in range(0, n_items, 1024):
             at, mask = i + each, i + each < n_items
-            if RULE == _ADAM or RULE == _ADAM + 1:
+            if RULE == ADAM or RULE == ADAM + 1:
                 steps = tl.load(pointers + 5 * n_items + at, mask=mask, other=0).to(tl.pointer_type(tl.float32))
                 tl.store(steps, tl.load(steps, mask=mask, other=0.0) + 1.0, mask=mask)
             if DAMPENED:
@@ -278,10 +276,10 @@ def run(
         size, size16 = (b.to(tl.int32), near, far), (1, near // 16 * 16, far // 16 * 16)
         nv16, nk16 = nv // 16 * 16, nk // 16 * 16
         if shape == _PLAIN:
-            if RULE < _CENTER:
+            if RULE < CENTER:
                 _plain(at, nv, c, TILE, RULE)
         elif shape == _PLAIN_ALIGNED:
-            if RULE < _CENTER:
+            if RULE < CENTER:
                 _plain(at16, nv16, c, TILE, RULE)
         elif shape == _LONG:
             _vectors(at, c, nv, nk, size, what, places, 1, TILE, _RUNS, RULE, PLACEMENT)
@@ -295,7 +293,7 @@ def run(
             _vectors(at, c, nv, nk, size, what, places, BESIDE, TILE // BESIDE, _BESIDE, RULE, PLACEMENT)
         else:
             _vectors(at16, c, nv16, nk, size16, what, places, BESIDE, TILE // BESIDE, _BESIDE, RULE, PLACEMENT)
-    if WAITS or RULE == _ADAM or RULE == _ADAM + 1 or DAMPENED:
+    if WAITS or RULE == ADAM or RULE == ADAM + 1 or DAMPENED:
         tl.debug_barrier()  # all threads have read what the last program changes
         if tl.atomic_add(progress + 1, 1) == tl.num_programs(0) - 1:
             _finish(pointers, progress, fresh, n_items, n_counters, skipped, RULE, DAMPENED)
