@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+from gradcentral.experiment import threads
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """The networks are tiny, and two threads wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads.one_thread():
+        yield

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from gradcentral.experiment import Task
+from gradcentral.experiment import Task, threads
 
 
 def mean_absolute_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,5 @@ def tiny() -> Callable[..., Task]:
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """As in a worker, so that runs here and there are the same to the bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads.one_thread():
+        yield

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gradcentral.analysis.theme import LIGHT
-from gradcentral.experiment import CustomTask, Task, TaskError, compare, load_task
+from gradcentral.experiment import CustomTask, Task, TaskError, compare, load_task, threads
 from gradcentral.figures.draw import FIGURES, STATEMENTS, draw_all, statement_table
 from gradcentral.figures.landscape import landscape
 from gradcentral.figures.study import Study
@@ -51,10 +51,8 @@ def study(task: Task, **changes: Any) -> Study:
 def like_a_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Comparisons as in a worker, to the bit, and without the report, which takes longer than their runs."""
     monkeypatch.setattr("gradcentral.experiment.report.write_report", lambda comparison: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads.one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch.utils.data import DataLoader
 
 from gradcentral.analysis.probe import DEFAULT_BATCHES, ProbeReport, probe
 from gradcentral.analysis.unchanged import random_numbers_unchanged
@@ -13,7 +10,7 @@ from gradcentral.experiment.errors import TaskError
 from gradcentral.experiment.loading import describe, where
 from gradcentral.experiment.randomness import derive, seed_everything
 from gradcentral.experiment.task import Task
-from gradcentral.experiment.training import amp_dtype, fresh_model, pair_of
+from gradcentral.experiment.training import amp_dtype, fresh_model, loader_of, orders_of, pair_of
 
 __all__ = ["probe_task"]
 
@@ -35,11 +32,8 @@ def probe_task(
     """
     with random_numbers_unchanged():
         model = fresh_model(task, seed).to(device)
-        order = torch.Generator().manual_seed(derive(seed, "order"))
-        examples: Any = task.train
-        shuffled = torch.randperm(len(examples), generator=order).tolist()
         seed_everything(derive(seed, "training"))
-        loader = DataLoader(examples, task.batch_size, sampler=shuffled, generator=torch.Generator())
+        loader = loader_of(task, next(orders_of(task, seed)))
         half = amp and amp_dtype(torch.device(device)) == torch.bfloat16
         try:
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):

@@ -21,6 +21,7 @@ from gradcentral.experiment.errors import ArmError, ExperimentError, RunError
 from gradcentral.experiment.loading import Address, Parcel, TaskReference, describe, follow_address, open_parcel, where
 from gradcentral.experiment.records import Key, Run
 from gradcentral.experiment.task import CustomTask
+from gradcentral.experiment.threads import one_thread
 from gradcentral.experiment.training import Settings, follow, train
 from gradcentral.extras import optional
 
@@ -99,16 +100,12 @@ _one_at_a_time = threading.Lock()
 def _run_in_worker(task: Address | Parcel, key: Key, settings: Settings | None, progress: Path | None) -> Run | Failure:
     # A Dask worker may have several threads, but torch has one stream of random numbers for all of them.
     # It may also be a thread of the caller's own process, whose random numbers and threads are not ours.
-    with _one_at_a_time, random_numbers_unchanged():
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+    with _one_at_a_time, random_numbers_unchanged(), one_thread():
         try:
             reference = open_parcel(task) if isinstance(task, Parcel) else follow_address(task)
             return _run(reference, key, settings, progress)
         except ExperimentError as error:
             return Failure(type(error), str(error), traceback.format_exc())
-        finally:
-            torch.set_num_threads(threads)
 
 
 def _run(reference: TaskReference, key: Key, settings: Settings | None, progress: Path | None) -> Run | Failure:

@@ -6,7 +6,7 @@ import inspect
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -35,6 +35,8 @@ __all__ = [
     "fresh_model",
     "fresh_optimizer",
     "fresh_schedule",
+    "loader_of",
+    "orders_of",
     "pair_of",
     "train",
 ]
@@ -86,11 +88,11 @@ def train(task: Task, key: Key, settings: Settings, on_epoch: Listener) -> Run:
     trainer = _Trainer(task, settings, model, optimizer, schedule, arm)
     # The model's factory may draw a different amount of random numbers than last week's; dropout must not care.
     seed_everything(derive(key.seed, "training"))
-    order = torch.Generator().manual_seed(derive(key.seed, "order"))
+    orders = orders_of(task, key.seed)
     epochs: list[dict[str, Any]] = []
     train_metric = diverged_at = None
     for epoch in range(1, settings.epochs + 1):
-        record = {"epoch": epoch, **trainer.epoch(torch.randperm(_length(task.train), generator=order).tolist())}
+        record = {"epoch": epoch, **trainer.epoch(next(orders))}
         epochs.append(record)
         on_epoch(record)
         if not all(math.isfinite(record[name]) for name in ("train_loss", "test_loss", "test_metric")):
@@ -153,6 +155,18 @@ def fresh_model(task: Task, seed: int) -> nn.Module:
         with torch.no_grad():
             model.eval()(inputs)
     return model.train()
+
+
+def orders_of(task: Task, seed: int) -> Iterator[list[int]]:
+    """The order of the training examples in each epoch of a run, without end."""
+    generator = torch.Generator().manual_seed(derive(seed, "order"))
+    while True:
+        yield torch.randperm(_length(task.train), generator=generator).tolist()
+
+
+def loader_of(task: Task, order: list[int]) -> DataLoader[Any]:
+    """The batches of one epoch; that they are loaded draws no random number from anybody."""
+    return DataLoader(task.train, task.batch_size, sampler=order, generator=torch.Generator())
 
 
 def fresh_optimizer(task: Task, name: str, model: nn.Module) -> Optimizer:
@@ -221,7 +235,7 @@ class _Trainer:
         self.model.train()
         losses: list[tuple[Tensor, int]] = []
         seen: list[Effect] = []
-        batches = DataLoader(self.task.train, self.task.batch_size, sampler=order, generator=torch.Generator())
+        batches = loader_of(self.task, order)
         data = ""
         for step, batch in enumerate(batches, start=1):
             inputs, targets = pair_of(batch)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from gradcentral.experiment.errors import TaskError
 from gradcentral.experiment.loading import refer_to
 from gradcentral.experiment.probing import probe_task
 from gradcentral.experiment.task import CustomTask, Task, check_count
+from gradcentral.experiment.threads import one_thread
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import optional
 from gradcentral.figures.figure import Figure, write_csv
@@ -109,7 +109,7 @@ def draw_all(
     folder.mkdir(parents=True, exist_ok=True)
     titles: dict[str, str] = {}
     statements = Statements()
-    with _one_thread(), _Bars(progress) as bars:
+    with one_thread(), _Bars(progress) as bars:
         for name in chosen:
             study = replace(study, track=bars.track(name))
             if name == STATEMENTS:
@@ -217,17 +217,6 @@ def _chosen(only: Sequence[str] | None) -> tuple[str, ...]:
         if name not in known:
             raise TaskError(f"only: there is no {name!r}; there is {', '.join(known)}")
     return tuple(name for name in known if name in only)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """As in a comparison's workers, so that runs here and there are the same to the bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Bars:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from gradcentral.analysis.batches import moved
 from gradcentral.analysis.unchanged import random_numbers_unchanged
@@ -19,7 +19,7 @@ from gradcentral.centralize import centralize
 from gradcentral.experiment.checks import NONE
 from gradcentral.experiment.randomness import derive, seed_everything
 from gradcentral.experiment.task import Task
-from gradcentral.experiment.training import fresh_model, fresh_optimizer, fresh_schedule, pair_of
+from gradcentral.experiment.training import fresh_model, fresh_optimizer, fresh_schedule, loader_of, orders_of, pair_of
 from gradcentral.layout import Entry, WeightLayout, weight_layout
 
 __all__ = ["Batch", "Moment", "Study"]
@@ -91,11 +91,8 @@ class Study:
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """All batches of a run in its order, the same as in a comparison."""
-        train: Any = self.task.train
-        order = torch.Generator().manual_seed(derive(seed, "order"))
-        for _ in range(self.epochs):
-            indices = torch.randperm(len(train), generator=order).tolist()
-            for batch in DataLoader(train, self.task.batch_size, sampler=indices, generator=torch.Generator()):
+        for order in itertools.islice(orders_of(self.task, seed), self.epochs):
+            for batch in loader_of(self.task, order):
                 yield moved(pair_of(batch), self.device)
 
     def train(self, arm: str, seed: int) -> Iterator[Moment]:
