@@ -46,7 +46,7 @@ bench: $(VENV)/experiments
 	$(BIN)/gradcentral bench
 
 # Installed where there is no C compiler, the package runs its reference path.
-KERNEL_TESTS := tests/kernels/test_native.py tests/optim tests/test_centralize.py
+KERNEL_TESTS := tests/kernels/test_native.py tests/optim tests/test_attach.py
 without-compiler: $(VENV)/dev
 	rm -rf build/without-compiler
 	CC=/nonexistent $(PIP) --no-deps --target build/without-compiler .

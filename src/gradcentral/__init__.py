@@ -10,17 +10,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gradcentral.centralize import Handle, centralize, centralize_gradients
+from gradcentral.attach import Handle, centralize, centralize_gradients
 from gradcentral.layout import Entry, LeaveAlone, WeightLayout, register_layout, weight_layout
 from gradcentral.optim import SGD, Adam, AdamW
 from gradcentral.projection import center, projection_matrix, share
-from gradcentral.vectors import WeightVectors
+from gradcentral.weight_vectors import WeightVectors
 
 if TYPE_CHECKING:
-    from gradcentral.analysis.initialization import center_weights_
-    from gradcentral.analysis.monitor import Monitor
-    from gradcentral.analysis.probe import probe
+    from gradcentral.diagnostics.monitor import Monitor
+    from gradcentral.diagnostics.probing import probe
     from gradcentral.experiment import compare
+    from gradcentral.initialization import center_weights_
 
 __all__ = [
     "SGD",
@@ -49,10 +49,10 @@ __version__ = "0.1.0"
 
 # What is seldom wanted, or needs an extra, is imported when it is asked for.
 _LATER = {
-    "Monitor": "gradcentral.analysis.monitor",
-    "center_weights_": "gradcentral.analysis.initialization",
+    "Monitor": "gradcentral.diagnostics.monitor",
+    "center_weights_": "gradcentral.initialization",
     "compare": "gradcentral.experiment",
-    "probe": "gradcentral.analysis.probe",
+    "probe": "gradcentral.diagnostics.probing",
 }
 
 

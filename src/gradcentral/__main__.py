@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line; without its extra installed, say in one line how to get it."""
     try:
-        from gradcentral.cli import run
+        from gradcentral.cli.main import run
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] == "gradcentral":
             raise

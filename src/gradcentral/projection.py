@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradcentral.vectors import WeightVectors
+from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["center", "center_", "projection_matrix", "share", "unit_means"]
 

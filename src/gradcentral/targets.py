@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradcentral.layout import WeightLayout
-from gradcentral.vectors import WeightVectors
+from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["PLACEMENTS", "Targets", "check_placement", "refuse_sparse", "same_objects"]
 

@@ -19,7 +19,7 @@ from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import ATTACHED, BASELINE, OURS, alternatives
 from gradcentral.bench.table import markdown, plot, table, verdict
 from gradcentral.bench.timing import Ratio, interleave, ratio
-from gradcentral.cli import app
+from gradcentral.cli.main import app
 
 
 @pytest.mark.parametrize(

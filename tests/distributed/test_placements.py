@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 import gradcentral
 from gradcentral import WeightLayout, WeightVectors, kernels, weight_layout
-from gradcentral.optim.centralized import Centralized
-from gradcentral.sharded import divide
+from gradcentral.distributed import divide
+from gradcentral.optim.base import Centralized
 from tests.distributed.workers import Workers
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], WeightVectors]] = {

@@ -15,7 +15,7 @@ import torch
 from gradcentral.experiment import Comparison, RunError, Task, TaskError, backends
 from gradcentral.experiment import compare as compare_loudly
 from gradcentral.experiment.loading import open_parcel, refer_to
-from gradcentral.experiment.records import RESULTS, Run, Store
+from gradcentral.experiment.store import RESULTS, Run, Store
 from gradcentral.extras import MissingExtraError
 
 compare = functools.partial(compare_loudly, progress=False)

@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 import gradcentral
 from gradcentral.experiment import ArmError, Comparison, CustomTask, ResultsError, RunError, Task, TaskError
 from gradcentral.experiment import compare as compare_loudly
-from gradcentral.experiment.records import RESULTS, Run, Store
+from gradcentral.experiment.store import RESULTS, Run, Store
 
 compare = functools.partial(compare_loudly, progress=False)
 
@@ -438,7 +438,7 @@ def test_without_a_terminal_a_run_is_a_plain_line(
 
 
 def test_jobs_follow_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradcentral.experiment.runner import default_jobs
+    from gradcentral.experiment.workers import default_jobs
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
     assert default_jobs("cpu", 30) == 6

@@ -19,7 +19,7 @@ from torch import Tensor
 import gradcentral
 from gradcentral import WeightLayout, WeightVectors, center
 from gradcentral.kernels import Centering, available, native
-from gradcentral.vectors import Loop
+from gradcentral.weight_vectors import Loop
 from tests.strategies import Case, cases
 
 SERVED = (torch.float64, torch.float32, torch.bfloat16)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gradcentral.bench.shapes import MODELS
 from gradcentral.kernels.triton.division import FIELDS, REACH, STEP, SUM, Shape, _Item, divide
-from gradcentral.vectors import Loop
+from gradcentral.weight_vectors import Loop
 
 LOOPS = st.tuples(
     st.builds(Loop, *[st.integers(1, size) for size in (5, 3000, 200, 30)]).map(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gradcentral.layouts.libraries import LIBRARIES, rules_of
-from gradcentral.layouts.rules import matching_rule
+from gradcentral.layout.library_tables import LIBRARIES, rules_of
+from gradcentral.layout.rules import matching_rule
 from tests.zoo.declarations import declarations
 
 # Declared on another module than self, or on one that the rules of torch.nn speak for.

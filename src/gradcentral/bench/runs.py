@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import gradcentral
-from gradcentral.analysis.monitor import EVERY, Monitor
 from gradcentral.bench.device import DeviceFacts, clock_of, describe, facts
 from gradcentral.bench.network import resnet18
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import ALGORITHMS, ATTACHED, BASELINE, OURS, STREAM, STREAM_GRADIENTS, alternatives
 from gradcentral.bench.timing import Clock, Ratio, interleave, ratio
+from gradcentral.diagnostics.monitor import EVERY, Monitor
 from gradcentral.kernels import available, native
 
 __all__ = ["DTYPES", "Benchmark", "Case", "bench", "iteration"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from gradcentral.vectors import WeightVectors
+from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["MODELS", "Shape"]
 

@@ -14,7 +14,7 @@ from gradcentral.bench.device import copying
 from gradcentral.bench.shapes import Shape
 from gradcentral.kernels import native
 from gradcentral.layout import WeightLayout, weight_layout
-from gradcentral.vectors import WeightVectors
+from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["ALGORITHMS", "ATTACHED", "BASELINE", "OURS", "STREAM", "STREAM_GRADIENTS", "alternatives"]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from gradcentral.experiment.comparison import compare
+from gradcentral.experiment.comparing import compare
+from gradcentral.experiment.comparison import Comparison, Row
 from gradcentral.experiment.errors import ArmError, ExperimentError, ResultsError, RunError, TaskError
 from gradcentral.experiment.loading import load_task
-from gradcentral.experiment.records import Run
-from gradcentral.experiment.results import Comparison, Row
 from gradcentral.experiment.statistics import Paired, Verdict
+from gradcentral.experiment.store import Run
 from gradcentral.experiment.task import CustomTask, Task
 
 __all__ = [

@@ -1,245 +1,258 @@
-"""`compare`: train with and without GC, from the same weights on the same batches, and say whether it helped."""
+"""What a comparison found: its runs, summed up per optimizer and arm, and the verdicts."""
 
 from __future__ import annotations
 
-import os
-import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import csv
+import io
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gradcentral.experiment.backends import check_backend
-from gradcentral.experiment.checks import ARMS, NONE
-from gradcentral.experiment.display import Display
-from gradcentral.experiment.errors import ArmError, TaskError
-from gradcentral.experiment.fingerprint import fingerprint
-from gradcentral.experiment.loading import TaskReference, refer_to
-from gradcentral.experiment.probing import probe_task
-from gradcentral.experiment.records import Key, Run, Store
-from gradcentral.experiment.results import Comparison
-from gradcentral.experiment.runner import default_jobs, run_all
-from gradcentral.experiment.task import CustomTask, Task, check_count
-from gradcentral.experiment.training import Settings, check_device
+from gradcentral.diagnostics.probing import ProbeReport
+from gradcentral.experiment.arms import NONE
+from gradcentral.experiment.statistics import Paired, Verdict, epochs_to_reach, judge, mean_std, paired
+from gradcentral.experiment.store import Key, Run
+from gradcentral.extras import optional
 
-__all__ = ["compare"]
-
-DEFAULT_SEEDS = 5
-CUSTOM_OPTIMIZER = "custom"
+__all__ = ["Comparison", "Row"]
 
 
-def compare(
-    task: Task | CustomTask | Callable[..., Any] | str | Path,
-    *,
-    seeds: int | Sequence[int] = DEFAULT_SEEDS,
-    epochs: int | None = None,
-    arms: Sequence[str] = ARMS,
-    optimizers: Sequence[str] | None = None,
-    jobs: int | None = None,
-    backend: str = "loky",
-    device: str = "cpu",
-    amp: bool = False,
-    out: str | Path | None = None,
-    resume: bool = True,
-    progress: bool = True,
-) -> Comparison:
-    """Train a task with and without Gradient Centralization and judge whether it helped.
+@dataclass(frozen=True)
+class Row:
+    """One arm under one optimizer; runs that diverged count in ``diverged`` and nowhere else.
 
-    Runs of one seed are paired: identical initial weights, identical batches. Every run checks that its arm did what
-    it says. Finished runs are kept in ``out`` one by one: stopped at any moment, the same call goes on from there,
-    and asking for more seeds, arms or optimizers runs only what is missing.
-
-    Args:
-        task: a `Task`, a `CustomTask`, a bare ``run(seed, arm)`` function, a file that defines ``task``, or the name
-            of a built-in task: ``digits``, ``digits-batchnorm``, ``digits-vit``.
-        seeds: how many (0, 1, …), or which.
-        epochs: instead of the task's own.
-        arms: of ``none``, ``gradient`` and ``update``; ``none`` must be among them.
-        optimizers: names of those of the task's to use; all of them by default.
-        jobs: worker processes, each with one torch thread. 1 runs in this process, with the threads torch has here.
-            By default one a core on the CPU and 1 on an accelerator; on a cluster all its workers.
-        backend: where the workers are: ``"loky"``, processes of this machine; ``"ray"`` or ``"dask"``, those of a
-            cluster (see docs/scaling.md).
-        device: where to train, as torch names it.
-        amp: train in mixed precision: bfloat16 where the device has it, else float16 with loss scaling.
-        out: output folder; by default ``runs/`` and the task's name.
-        resume: keep and use the finished runs in ``out``; False moves them aside.
-        progress: show how it goes, live on a terminal, else a line a run.
-
-    Returns:
-        A `Comparison`.
-
-    Raises:
-        TaskError: the task or an option is not usable.
-        ResultsError: ``out`` holds runs of another task, or is in use.
-        ArmError: a run did not do what its arm says, or paired runs did not start alike.
-        RunError: the task's own code raised in a run.
+    Attributes:
+        optimizer, arm: which.
+        runs: how many, diverged ones included.
+        diverged: how many of them diverged.
+        test_metric: at the end, one number a run.
+        train_loss: running mean over the last epoch.
+        epochs_to_baseline: the epoch in which the training loss first was at most the baseline's final one of the
+            same seed; None where it never was.
+        gap: how much better the metric is on training examples than on test examples, both in eval mode.
+        share: part of the raw gradient's energy that GC removes or would remove, mean over a run's checked steps.
+        seconds: what a run took.
     """
-    reference = refer_to(task)
-    loaded = reference.task
-    arms, optimizers, seeds = _arms(arms), _optimizers(loaded, optimizers), _seeds(seeds)
-    if jobs is not None:
-        check_count("jobs", jobs)
-    check_backend(backend)
-    settings = _settings(loaded, epochs, device, amp)
-    setup = fingerprint(reference, settings, optimizers)
-    # Before the runs: where it fails, they would too.
-    probed = probe_task(loaded, seed=seeds[0], device=device, amp=amp) if isinstance(loaded, Task) else None
-    keys = [Key(optimizer, arm, seed) for seed in seeds for optimizer in optimizers for arm in arms]
-    with Store(Path(out) if out is not None else Path("runs") / loaded.name) as store:
-        store.begin(setup, resume=resume)
-        before = [store.runs[key] for key in keys if key in store.runs]
-        missing = [key for key in keys if key not in store.runs]
-        with (
-            _progress_file(store.folder) as file,
-            Display(keys, before, settings.epochs if settings else None, loaded.metric_name, file, progress) as display,
-        ):
-            pairs = _Pairs(before)
-            if jobs is None and backend == "loky":
-                jobs = default_jobs(device, len(missing))
-            if missing:
-                count = None if jobs is None else min(jobs, len(missing))
-                for run in run_all(reference, missing, settings, jobs=count, progress=file, backend=backend):
-                    pairs.check(run)
-                    store.add(run)
-                    display.finished(run)
-        comparison = Comparison(
-            task=loaded.name,
-            metric=loaded.metric_name,
-            higher_is_better=loaded.higher_is_better,
-            arms=arms,
-            optimizers=optimizers,
-            seeds=seeds,
-            records=tuple(store.runs[key] for key in keys),
-            checked=isinstance(loaded, Task),
-            out=store.folder,
-            command=_command(reference, seeds, epochs, arms, optimizers, device, amp),
-            setup=setup,
-            probe=probed,
+
+    optimizer: str
+    arm: str
+    runs: int
+    diverged: int
+    test_metric: list[float]
+    train_loss: list[float]
+    epochs_to_baseline: list[int | None]
+    gap: list[float]
+    share: list[float]
+    seconds: list[float]
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "test {metric}": lambda row: spread(row.test_metric),
+    "final training loss": lambda row: spread(row.train_loss),
+    "epochs to none's final loss": lambda row: _epochs(row.epochs_to_baseline),
+    "generalization gap": lambda row: spread(row.gap),
+    "share removed": lambda row: f"{mean_std(row.share)[0]:.0%}" if row.share else NOTHING,
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of `gradcentral.compare`; ``print`` it for the tables and verdicts.
+
+    Attributes:
+        task: the task's name.
+        metric: the metric's name.
+        higher_is_better: whether more of it is better.
+        arms, optimizers, seeds: what was asked for.
+        records: the finished runs, those of earlier calls included.
+        checked: whether every run proved that its arm did what it says; False for a trainer of one's own.
+        out: the folder with ``results.jsonl``, ``summary.csv``, the plots and ``report.html``.
+        command: what to type to repeat it.
+        setup: what was run, part by part.
+        probe: what GC would do to the first seed's model before training; None for a trainer of one's own.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    arms: tuple[str, ...]
+    optimizers: tuple[str, ...]
+    seeds: tuple[int, ...]
+    records: tuple[Run, ...]
+    checked: bool
+    out: Path
+    command: str
+    setup: dict[str, str]
+    probe: ProbeReport | None = None
+
+    @property
+    def report(self) -> Path:
+        """The report's file."""
+        return self.out / "report.html"
+
+    @cached_property
+    def _by_key(self) -> dict[Key, Run]:
+        return {run.key: run for run in self.records}
+
+    def runs(self, optimizer: str, arm: str) -> list[Run]:
+        """The runs of one arm under one optimizer, in the order of the seeds."""
+        return [self._by_key[Key(optimizer, arm, seed)] for seed in self.seeds]
+
+    def paired(self, optimizer: str, arm: str, name: str = "test_metric") -> Paired:
+        """Final numbers of one arm against those of ``none``: ``test_metric``, ``train_loss`` or ``test_loss``."""
+        baseline, other = ([run.final(name) for run in self.runs(optimizer, which)] for which in (NONE, arm))
+        return paired(baseline, other, arms=len(self.arms) - 1)
+
+    @cached_property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """One for every optimizer and arm other than ``none``, on the final test metric."""
+        return tuple(
+            judge(
+                self.paired(optimizer, arm),
+                optimizer=optimizer,
+                arm=arm,
+                metric=self.metric,
+                higher_is_better=self.higher_is_better,
+                baseline=NONE,
+            )
+            for optimizer in self.optimizers
+            for arm in self.arms
+            if arm != NONE
         )
-        from gradcentral.experiment.report import write_report
 
-        write_report(comparison)
-    return comparison
+    def row(self, optimizer: str, arm: str) -> Row:
+        """The summary of one arm under one optimizer."""
+        runs = self.runs(optimizer, arm)
+        finished = [run for run in runs if run.diverged_at is None]
+        sign = 1 if self.higher_is_better else -1
+        shares = [[e["share"] for e in run.epochs if e.get("share") is not None] for run in finished]
+        return Row(
+            optimizer,
+            arm,
+            runs=len(runs),
+            diverged=len(runs) - len(finished),
+            test_metric=_present(run.final("test_metric") for run in finished),
+            train_loss=_present(run.final("train_loss") for run in finished),
+            epochs_to_baseline=[
+                epochs_to_reach([e["train_loss"] for e in run.epochs], target)
+                for run in finished
+                if (target := self._by_key[Key(optimizer, NONE, run.seed)].final("train_loss")) is not None
+            ],
+            gap=_present(
+                None if run.train_metric is None else sign * (run.train_metric - (run.final("test_metric") or 0.0))
+                for run in finished
+            ),
+            share=[sum(values) / len(values) for values in shares if values],
+            seconds=[run.seconds for run in runs],
+        )
+
+    def table(self, optimizer: str) -> list[Row]:
+        """One row an arm."""
+        return [self.row(optimizer, arm) for arm in self.arms]
+
+    def columns(self) -> dict[str, Callable[[Row], str]]:
+        """Titles of the table's columns and how to write their cells; columns without any number are left out."""
+        rows = [row for optimizer in self.optimizers for row in self.table(optimizer)]
+        return {
+            title.format(metric=self.metric): cell
+            for title, cell in COLUMNS.items()
+            if any(cell(row) != NOTHING for row in rows)
+        }
+
+    def to_csv(self) -> str:
+        """One line for every optimizer and arm, with full precision; empty where there is no number."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        numbers = ("test_metric", "train_loss", "epochs_to_baseline", "gap", "share", "seconds")
+        writer.writerow(
+            ["optimizer", "arm", "runs", "diverged"]
+            + [f"{name}_{what}" for name in numbers for what in ("mean", "std")]
+            + ["never_reached_baseline", "difference", "low", "high", "p_corrected", "outcome"]
+        )
+        verdicts = {(verdict.optimizer, verdict.arm): verdict for verdict in self.verdicts}
+        for row in (row for optimizer in self.optimizers for row in self.table(optimizer)):
+            cells: list[Any] = [row.optimizer, row.arm, row.runs, row.diverged]
+            for name in numbers:
+                values = _present(getattr(row, name))
+                cells += mean_std(values) if values else (None, None)
+            cells.append(row.epochs_to_baseline.count(None))
+            if (verdict := verdicts.get((row.optimizer, row.arm))) is not None:
+                evidence = verdict.evidence
+                cells += [evidence.mean, *(evidence.interval or (None, None)), evidence.p, verdict.outcome]
+            writer.writerow(cells + [None] * (4 + 2 * len(numbers) + 6 - len(cells)))
+        return file.getvalue()
+
+    def __rich__(self) -> Any:
+        """The tables and verdicts for a rich console."""
+        console, table_of, text = optional("rich.console"), optional("rich.table"), optional("rich.text")
+        parts: list[Any] = []
+        for optimizer in self.optimizers:
+            table = table_of.Table(
+                title=f"{self.task}, {optimizer}: mean ± std of {len(self.seeds)} runs",
+                title_justify="left",
+                title_style="bold",
+                header_style="dim",
+                box=None,
+                pad_edge=False,
+                padding=(0, 1, 0, 0),
+            )
+            table.add_column("arm")
+            for title in self.columns():
+                table.add_column(textwrap.fill(title, 12, break_long_words=False), justify="right")
+            for row in self.table(optimizer):
+                label = row.arm if not row.diverged else f"{row.arm}, {row.diverged} of {row.runs} diverged"
+                table.add_row(label, *(cell(row) for cell in self.columns().values()))
+            parts.append(table)
+            for verdict in self.verdicts:
+                if verdict.optimizer == optimizer:
+                    line = text.Text.assemble((f"{verdict.arm}: ", "bold"), verdict.sentence)
+                    parts.append(optional("rich.padding").Padding(line, (0, 0, 0, 2)))
+            parts.append("")
+        return console.Group(*parts[:-1])
+
+    def __str__(self) -> str:
+        console = optional("rich.console").Console(file=io.StringIO(), width=118, color_system=None)
+        console.print(self)
+        return str(console.file.getvalue()).rstrip()
 
 
-class _Pairs:
-    """Refuses runs of one seed that did not start from the same weights or saw other batches."""
-
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self._first: dict[tuple[int, str], tuple[str, Run]] = {}
-        for run in runs:
-            self.check(run)
-
-    def check(self, run: Run) -> None:
-        found = {"initial weights": run.weights}
-        found |= {f"batches of epoch {epoch['epoch']}": epoch.get("data") for epoch in run.epochs}
-        for what, value in found.items():
-            if value is None:
-                continue
-            other, first = self._first.setdefault((run.seed, what), (value, run))
-            if other != value:
-                raise ArmError(
-                    f"runs of seed {run.seed} are not paired: ({run.key}) and ({first.key}) have different {what}; "
-                    "the task must draw its random numbers from torch, NumPy or random, without a seed of its own"
-                )
+NOTHING = "–"
 
 
-def _arms(arms: Sequence[str]) -> tuple[str, ...]:
-    chosen = _names("arms", arms, ARMS)
-    if NONE not in chosen:
-        raise TaskError(f"arms: {NONE!r} must be among them, it is what the others are compared with")
-    if len(chosen) == 1:
-        raise TaskError(f"arms: {NONE!r} alone is nothing to compare; add {' or '.join(map(repr, ARMS[1:]))}")
-    return tuple(arm for arm in ARMS if arm in chosen)
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, with the digits that the deviation gives meaning to: one, or two from 10 to 29.
+
+    >>> spread([0.95, 0.96, 0.97]), spread([0.93, 0.96, 0.99]), spread([0.5]), spread([])
+    ('0.960 ± 0.010', '0.96 ± 0.03', '0.5', '–')
+    """
+    if not values:
+        return NOTHING
+    mean, std = mean_std(values)
+    if std is None:
+        return f"{mean:.4g}"
+    if std < 1e-9 * abs(mean) or std == 0:
+        return f"{mean:.4g} ± 0"
+    exponent = math.floor(math.log10(std))
+    places = -exponent + (std / 10**exponent < 2.95)
+    if not -4 <= places <= 6 or abs(mean) >= 1e7:
+        return f"{mean:.2e} ± {std:.0e}"
+    return f"{mean:.{max(0, places)}f} ± {std:.{max(0, places)}f}"
 
 
-def _optimizers(task: Task | CustomTask, optimizers: Sequence[str] | None) -> tuple[str, ...]:
-    if isinstance(task, CustomTask):
-        if optimizers is not None:
-            raise TaskError("optimizers: a CustomTask brings its own trainer; leave them out")
-        return (CUSTOM_OPTIMIZER,)
-    return tuple(task.optimizers) if optimizers is None else _names("optimizers", optimizers, tuple(task.optimizers))
+def _epochs(values: Sequence[int | None]) -> str:
+    reached = [float(value) for value in values if value is not None]
+    if not values:
+        return NOTHING
+    if not reached:
+        return "never"
+    never = len(values) - len(reached)
+    mean, std = mean_std(reached)
+    return f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}") + (f", {never} never" if never else "")
 
 
-def _names(field: str, chosen: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
-    if isinstance(chosen, str):
-        raise TaskError(f"{field}: give a list of names, such as [{chosen!r}]")
-    for name in chosen:
-        if name not in known:
-            raise TaskError(f"{field}: there is no {name!r}; there is {', '.join(known)}")
-    if not chosen or len(set(chosen)) != len(chosen):
-        raise TaskError(f"{field}: name at least one, each once; there is {', '.join(known)}")
-    return tuple(chosen)
-
-
-def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(seeds, int):
-        check_count("seeds", seeds)
-        return tuple(range(seeds))
-    if (
-        not seeds
-        or len(set(seeds)) != len(seeds)
-        or not all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds)
-    ):
-        raise TaskError(f"seeds: give how many, or different whole numbers from 0 to 2**32 - 1, not {seeds!r}")
-    return tuple(seeds)
-
-
-def _settings(task: Task | CustomTask, epochs: int | None, device: str, amp: bool) -> Settings | None:
-    if isinstance(task, CustomTask):
-        for name, given in (("epochs", epochs is not None), ("device", device != "cpu"), ("amp", amp)):
-            if given:
-                raise TaskError(f"{name}: a CustomTask brings its own trainer; set it there")
-        return None
-    if epochs is not None:
-        check_count("epochs", epochs)
-    check_device(device, amp)
-    return Settings(task.epochs if epochs is None else epochs, device, amp)
-
-
-@contextmanager
-def _progress_file(folder: Path) -> Iterator[Path]:
-    for left_over in folder.glob("progress-*.jsonl"):  # of a comparison that was killed
-        left_over.unlink(missing_ok=True)
-    path = folder / f"progress-{os.getpid()}.jsonl"
-    path.touch()
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _command(
-    reference: TaskReference,
-    seeds: tuple[int, ...],
-    epochs: int | None,
-    arms: tuple[str, ...],
-    optimizers: tuple[str, ...],
-    device: str,
-    amp: bool,
-) -> str:
-    """What to type, or to write in Python for a task that has no file, to get the same runs on any machine."""
-    task = reference.task
-    count = len(seeds) if seeds == tuple(range(len(seeds))) else None
-    options: dict[str, Any] = {"seeds": count if count is not None else seeds}
-    if epochs is not None:
-        options["epochs"] = epochs
-    if arms != ARMS:
-        options["arms"] = arms
-    if isinstance(task, Task) and optimizers != tuple(task.optimizers):
-        options["optimizers"] = optimizers
-    if device != "cpu":
-        options["device"] = device
-    if amp:
-        options["amp"] = True
-    if reference.address.kind == "value":
-        return f"gradcentral.compare(task, {', '.join(f'{name}={value!r}' for name, value in options.items())})"
-    source = task.name if reference.address.kind == "built-in" else Path(reference.address.location).name
-    words = ["gradcentral", "compare", source]
-    for name, value in options.items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        if name == "seeds" and len(seeds) == 1 and count is None:
-            text += ","  # which seed, not how many
-        words += [f"--{name}"] if value is True else [f"--{name}", text]
-    return shlex.join(words)
+def _present(values: Any) -> list[float]:
+    return [float(value) for value in values if value is not None]

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gradcentral.experiment.records import Key, Run
-from gradcentral.experiment.results import spread
+from gradcentral.experiment.comparison import spread
+from gradcentral.experiment.store import Key, Run
 from gradcentral.extras import optional
 
 __all__ = ["Display"]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from gradcentral.analysis.unchanged import random_numbers_unchanged
+from gradcentral.diagnostics.preserve import random_numbers_unchanged
 from gradcentral.experiment.digest import digest, digest_of_callable, digest_of_source
 from gradcentral.experiment.errors import ExperimentError, TaskError
 from gradcentral.experiment.loading import TaskReference, describe, where

@@ -7,11 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gradcentral.analysis.theme import STYLES, Theme, new_figure, style
-from gradcentral.experiment.checks import NONE
-from gradcentral.experiment.records import Run
-from gradcentral.experiment.results import Comparison
+from gradcentral.experiment.arms import NONE
+from gradcentral.experiment.comparison import Comparison
 from gradcentral.experiment.statistics import interval_of_mean
+from gradcentral.experiment.store import Run
+from gradcentral.plotting import STYLES, Theme, new_figure, style
 
 __all__ = ["Series", "curves", "differences", "draw_series", "scale"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gradcentral.analysis.probe import DEFAULT_BATCHES, ProbeReport, probe
-from gradcentral.analysis.unchanged import random_numbers_unchanged
+from gradcentral.diagnostics.preserve import random_numbers_unchanged
+from gradcentral.diagnostics.probing import DEFAULT_BATCHES, ProbeReport, probe
 from gradcentral.experiment.errors import TaskError
 from gradcentral.experiment.loading import describe, where
 from gradcentral.experiment.randomness import derive, seed_everything

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
-from gradcentral.analysis.charts import shares
-from gradcentral.analysis.theme import DARK, LIGHT, Theme, recolored, to_png, to_svg
-from gradcentral.experiment.checks import NONE
+from gradcentral.diagnostics.probe_plot import shares
+from gradcentral.experiment.arms import NONE
+from gradcentral.experiment.comparison import Comparison
 from gradcentral.experiment.plots import Series, curves, differences
-from gradcentral.experiment.results import Comparison
 from gradcentral.extras import optional
+from gradcentral.plotting import DARK, LIGHT, Theme, recolored, to_png, to_svg
 
 __all__ = ["write_report"]
 

@@ -18,13 +18,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from gradcentral.analysis.batches import moved
-from gradcentral.analysis.effect import Effect
-from gradcentral.experiment.checks import CheckedArm
+from gradcentral.diagnostics.batches import moved
+from gradcentral.diagnostics.centering_effect import Effect
+from gradcentral.experiment.arms import CheckedArm
 from gradcentral.experiment.digest import digest
 from gradcentral.experiment.errors import TaskError
 from gradcentral.experiment.randomness import derive, seed_everything
-from gradcentral.experiment.records import Key, Run
+from gradcentral.experiment.store import Key, Run
 from gradcentral.experiment.task import CustomTask, Task
 
 __all__ = [

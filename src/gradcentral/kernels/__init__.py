@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradcentral.kernels import native, triton
 from gradcentral.projection import center_, subtract_means_, unit_means
-from gradcentral.vectors import Loop, WeightVectors
+from gradcentral.weight_vectors import Loop, WeightVectors
 
 __all__ = ["Centering", "Means", "Pair", "available", "kernels_for"]
 

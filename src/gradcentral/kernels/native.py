@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradcentral.targets import same_objects
-from gradcentral.vectors import Loop, WeightVectors, loop_over
+from gradcentral.weight_vectors import Loop, WeightVectors, loop_over
 
 __all__ = [
     "CenteringPlan",

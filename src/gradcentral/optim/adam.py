@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradcentral.kernels import native, triton
-from gradcentral.optim.centralized import Centralized, States
+from gradcentral.optim.base import Centralized, States
 
 __all__ = ["Adam", "AdamW"]
 

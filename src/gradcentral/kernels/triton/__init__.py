@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradcentral.kernels.native import Rule, is_plain, lies_as
-from gradcentral.vectors import Loop, WeightVectors, loop_over
+from gradcentral.weight_vectors import Loop, WeightVectors, loop_over
 
 if TYPE_CHECKING:
     from gradcentral.kernels.triton.plans import CenteringPlan, StepPlan

@@ -23,7 +23,7 @@ from gradcentral.kernels.triton.division import TILE, Division, columns_beside, 
 from gradcentral.kernels.triton.rules import INTERPRETED
 from gradcentral.kernels.triton.step import run
 from gradcentral.targets import same_objects
-from gradcentral.vectors import Loop, WeightVectors
+from gradcentral.weight_vectors import Loop, WeightVectors
 
 __all__ = ["CenteringPlan", "StepPlan"]
 

@@ -1,0 +1,109 @@
+"""What centering does to gradients, in a few numbers each."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradcentral.projection import subtract_means_, unit_means
+from gradcentral.weight_vectors import WeightVectors
+
+__all__ = ["Effect", "effects", "norms", "to_numbers", "together"]
+
+
+class Effect(NamedTuple):
+    """What Φ does to one gradient g.
+
+    Attributes:
+        share: 1 − ‖Φ(g)‖²/‖g‖², the part of its energy that centering removes; 0 for a zero gradient, NaN
+            for one that is not finite.
+        norm, centered_norm: ‖g‖ and ‖Φ(g)‖ (L2).
+        largest, centered_largest: the largest absolute entry of g and of Φ(g).
+    """
+
+    share: float
+    norm: float
+    centered_norm: float
+    largest: float
+    centered_largest: float
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between g and Φ(g): √(1 − share), Φ being an orthogonal projection; NaN for zero g."""
+        if self.norm == 0 or math.isnan(self.share):
+            return math.nan
+        return math.sqrt(max(0.0, 1.0 - self.share))
+
+
+def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Effect]:
+    """The `Effect` of centering on each gradient; without vectors it is left alone, and nothing changes.
+
+    However many there are, numbers travel from the device to Python once.
+
+    Examples:
+        >>> import torch
+        >>> from gradcentral import WeightVectors
+        >>> effects([(torch.tensor([[3.0, 1.0]]), WeightVectors(span=(1,)))])[0].centered_norm
+        1.4142135381698608
+    """
+    fan_ins, sizes = [], []
+    with torch.no_grad():
+        for gradient, vectors in gradients:
+            g = gradient.to_dense() if gradient.layout != torch.strided else gradient
+            if vectors is None:
+                fan_ins.append(0)
+                sizes += [*norms([g]) * 3, *norms([g], torch.inf) * 2]
+            else:
+                means = unit_means(g, vectors)
+                centered = subtract_means_(g.clone(), means, vectors)
+                fan_ins.append(g.numel() // means.numel())
+                sizes += norms([means, g, centered]) + norms([g, centered], torch.inf)
+    numbers = iter(to_numbers(sizes))
+    return [_effect(fan_in, *itertools.islice(numbers, 5)) for fan_in in fan_ins]
+
+
+def together(parts: Sequence[Effect]) -> Effect:
+    """The effect on several gradients seen as one vector.
+
+    Examples:
+        >>> together([Effect(1.0, 3.0, 0.0, 3.0, 0.0), Effect(0.0, 4.0, 4.0, 4.0, 4.0)])
+        Effect(share=0.36, norm=5.0, centered_norm=4.0, largest=4.0, centered_largest=4.0)
+    """
+    norm = math.hypot(*(part.norm for part in parts))
+    removed = math.fsum(part.share * (part.norm / norm) ** 2 for part in parts) if norm != 0 else 0.0
+    return Effect(
+        share=removed,
+        norm=norm,
+        centered_norm=math.hypot(*(part.centered_norm for part in parts)),
+        largest=max((part.largest for part in parts), default=0.0),
+        centered_largest=max((part.centered_largest for part in parts), default=0.0),
+    )
+
+
+def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[Tensor]:
+    """The norm of each tensor as a scalar tensor, by default L2; that of infinite order is the largest entry's size."""
+    # Squares of half-precision numbers overflow, and sums of them stall.
+    wide = [tensor.float() if tensor.dtype.itemsize < 4 else tensor for tensor in tensors]
+    return list(torch._foreach_norm(wide, order))
+
+
+def to_numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """Scalar tensors, real, of any device and dtype, as Python's numbers; they travel together."""
+    if not scalars:
+        return []
+    dtype = max((scalar.dtype for scalar in scalars), key=lambda dtype: dtype.itemsize)
+    found: list[float] = torch.stack([scalar.to(scalars[0].device, dtype) for scalar in scalars]).tolist()
+    return found
+
+
+def _effect(
+    fan_in: int, means_norm: float, norm: float, centered_norm: float, largest: float, centered_largest: float
+) -> Effect:
+    # `projection.share` of numbers that are there already; rounding may lead beyond 1.
+    share = min(fan_in * (means_norm / norm) ** 2, 1.0) if norm != 0 else 0.0
+    return Effect(share, norm, centered_norm, largest, centered_largest)

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+
+from gradcentral import WeightVectors, center
+from gradcentral.diagnostics.centering_effect import effects, together
+from tests.strategies import Case, cases
+
+ROWS = WeightVectors(span=(1,))
+
+
+@given(cases(dtypes=(torch.float64,)))
+def test_numbers_are_those_of_the_gradient_and_of_its_projection(case: Case) -> None:
+    g, centered = case.tensor, center(*case)
+    (effect,) = effects([case])
+    assert effect.norm == pytest.approx(float(g.norm()))
+    assert effect.centered_norm == pytest.approx(float(centered.norm()), abs=1e-12)
+    assert effect.largest == float(g.abs().max())
+    assert effect.centered_largest == pytest.approx(float(centered.abs().max()), abs=1e-12)
+    assert effect.share == pytest.approx(1 - float(centered.norm() / g.norm()) ** 2, abs=1e-12)
+    assert (
+        effect.cosine
+        == pytest.approx(float((g * centered).sum()) / (effect.norm * max(effect.centered_norm, 1e-300)), abs=1e-6)
+        or effect.share > 1 - 1e-12
+    )
+
+
+def test_what_is_left_alone_does_not_change() -> None:
+    g = torch.tensor([[3.0, 4.0]])
+    assert effects([(g, None)]) == [(0.0, 5.0, 5.0, 4.0, 4.0)]
+
+
+def test_several_gradients_together_are_as_one_vector() -> None:
+    a, b, bias = torch.randn(3, 4).double(), torch.randn(5, 4).double(), torch.randn(7).double()
+    whole = together(effects([(a, ROWS), (b, ROWS), (bias, None)]))
+    g = torch.cat([a.flatten(), b.flatten(), bias])
+    centered = torch.cat([center(a, ROWS).flatten(), center(b, ROWS).flatten(), bias])
+    assert whole.norm == pytest.approx(float(g.norm()))
+    assert whole.centered_norm == pytest.approx(float(centered.norm()))
+    assert whole.share == pytest.approx(1 - float(centered.norm() / g.norm()) ** 2)
+    assert whole.largest == float(g.abs().max())
+
+
+def test_a_zero_gradient_has_no_direction() -> None:
+    (effect,) = effects([(torch.zeros(2, 3), ROWS)])
+    assert effect.share == 0
+    assert math.isnan(effect.cosine)
+    assert together([effect]).share == 0
+    assert effects([]) == []
+
+
+def test_half_precision_does_not_overflow() -> None:
+    (effect,) = effects([(torch.full((1, 64), 300.0, dtype=torch.float16), ROWS)])
+    assert effect.norm == pytest.approx(2400)
+    assert effect.share == pytest.approx(1)
+
+
+def test_sparse_gradients_are_read() -> None:
+    g = torch.tensor([[0.0, 3.0], [4.0, 0.0]])
+    assert effects([(g.to_sparse(), None)])[0].norm == pytest.approx(5)
+
+
+def test_dtypes_may_differ() -> None:
+    first, second = effects([(torch.ones(1, 2), ROWS), (torch.ones(1, 2, dtype=torch.float64), ROWS)])
+    assert first == pytest.approx(second)
+
+
+def test_what_is_not_finite_has_no_share() -> None:
+    for bad in (math.nan, math.inf):
+        (effect,) = effects([(torch.tensor([[1.0, bad]]), ROWS)])
+        assert math.isnan(effect.share)
+        assert math.isnan(effect.cosine)
+        assert math.isnan(together([effect, effect]).share)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradcentral.diagnostics.preserve import unchanged
+
+
+class Replacing(nn.Module):
+    """Puts a new tensor in its buffer's place at every call, as some modules do."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return torch.as_tensor(self.linear(x))
+
+
+def use(model: nn.Module) -> None:
+    model.train()
+    model(torch.rand(4, 3) + random.random() + np.random.rand()).sum().backward()
+
+
+def fail(model: nn.Module) -> None:
+    use(model)
+    raise RuntimeError("stop")
+
+
+def test_gradients_buffers_modes_and_random_numbers_come_back() -> None:
+    model = nn.Sequential(Replacing(), nn.BatchNorm1d(3), nn.Dropout()).eval()
+    model[0].train()
+    use(model)
+    model.eval()
+    model[0].train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = [(p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+    modes = [module.training for module in model.modules()]
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index]
+    with unchanged(model):
+        assert all(p.grad is None for p in model.parameters())
+        use(model)
+        assert not torch.equal(model.state_dict()["1.running_mean"], before["1.running_mean"])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for parameter, (tensor, value) in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is tensor
+        assert torch.equal(tensor, value)
+    assert [module.training for module in model.modules()] == modes
+    assert random.getstate() == states[0]
+    assert (np.random.get_state()[1] == states[1]).all()  # type: ignore[index]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_an_exception_leaves_no_trace_either() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    with pytest.raises(RuntimeError, match="stop"), unchanged(model):
+        fail(model)
+    assert model[0].num_batches_tracked == 0
+    assert model[0].weight.grad is None
+
+
+def test_a_lazy_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="weight has no values yet"), unchanged(nn.LazyLinear(3)):
+        pass
+
+
+class Caching(nn.Module):
+    """Fills a buffer that was None and makes one that was not there."""
+
+    cache: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", None)
+        self.table = nn.Embedding(5, 3, max_norm=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.table(x)
+        self.cache = found.detach()
+        self.register_buffer("made", found.detach(), persistent=False)
+        return found
+
+
+def test_weights_and_new_buffers_are_put_back_too() -> None:
+    model = Caching()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with unchanged(model):
+        model(torch.arange(5))
+        assert not torch.equal(model.table.weight, before["table.weight"])
+        assert set(model.state_dict()) == {"table.weight", "cache"}
+    assert set(model.state_dict()) == set(before) == {"table.weight"}
+    assert torch.equal(model.table.weight, before["table.weight"])
+    assert not hasattr(model, "made")
+    assert model.cache is None
+
+
+def test_a_lazy_buffer_is_refused() -> None:
+    norm = nn.LazyBatchNorm1d(affine=False)
+    with pytest.raises(ValueError, match="running_mean has no values yet"), unchanged(norm):
+        pass

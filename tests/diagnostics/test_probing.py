@@ -1,0 +1,433 @@
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradcentral
+from gradcentral import WeightVectors, probe, share, weight_layout
+from gradcentral.diagnostics.findings import ACTS, ERASES, LEFT_ALONE, NO_GRADIENT, NO_OP, NOT_FINITE
+from gradcentral.diagnostics.input_means import InputMeans
+from gradcentral.diagnostics.probing import LayerReport, ProbeReport
+from gradcentral.experiment import load_task
+from gradcentral.experiment.probing import probe_task
+
+mse = nn.functional.mse_loss
+
+
+def batches(inputs: int = 8, outputs: int = 4, count: int = 3) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(32, inputs), torch.randn(32, outputs)) for _ in range(count)]
+
+
+def layers(report: ProbeReport) -> dict[str, LayerReport]:
+    return {layer.name: layer for layer in report.layers}
+
+
+def feeding(*before: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 64), *before, nn.Linear(64, 4))
+
+
+def test_after_layer_norm_the_share_is_zero_to_rounding() -> None:
+    found = layers(probe(feeding(nn.LayerNorm(64)).double(), mse, [(x.double(), y.double()) for x, y in batches()]))
+    assert 0 <= found["2.weight"].share < 1e-28
+    assert found["2.weight"].kind == NO_OP
+    assert "centered already (as after LayerNorm)" in found["2.weight"].finding
+    assert found["2.weight"].input is not None
+    assert found["2.weight"].input.offset < 1e-28
+
+
+def test_after_a_sigmoid_the_share_is_near_one() -> None:
+    # The errors of one sign, as at the start of training for targets that are all positive.
+    data = [(x, y.abs() + 1) for x, y in batches()]
+    found = layers(probe(feeding(nn.Sigmoid()), mse, data))
+    assert found["2.weight"].share > 0.9
+    assert found["2.weight"].kind == ERASES
+    assert found["2.weight"].finding.startswith("near-erasure: ")
+    assert "as after a sigmoid" in found["2.weight"].finding
+
+
+def test_after_relu_it_acts() -> None:
+    found = layers(probe(feeding(nn.ReLU()), mse, batches()))
+    assert 0.05 < found["2.weight"].share < 0.9
+    assert found["2.weight"].kind == ACTS
+
+
+def test_numbers_are_those_of_each_batch() -> None:
+    model, data = feeding(nn.ReLU()), batches()
+    expected = []
+    for x, y in data:
+        model.zero_grad()
+        mse(model(x), y).backward()
+        gradient = model[2].weight.grad
+        assert isinstance(gradient, Tensor)
+        expected.append((float(share(gradient, WeightVectors((1,)))), float(gradient.norm())))
+    model.zero_grad()
+    layer = layers(probe(model, mse, data))["2.weight"]
+    assert [effect.share for effect in layer.effects] == pytest.approx([s for s, _ in expected])
+    assert layer.share == pytest.approx(sum(s for s, _ in expected) / 3)
+    assert layer.spread == pytest.approx(float(torch.tensor([s for s, _ in expected]).std()))
+    assert layer.mean("norm") == pytest.approx(sum(n for _, n in expected) / 3)
+
+
+def test_the_whole_gradient_counts_what_is_left_alone() -> None:
+    report = probe(nn.Linear(8, 4), mse, batches(count=1))
+    weight, bias = report.layers
+    energy = weight.mean("norm") ** 2 + bias.mean("norm") ** 2
+    assert report.share == pytest.approx(weight.share * weight.mean("norm") ** 2 / energy)
+    assert bias.kind == LEFT_ALONE
+    assert bias.share == 0
+    assert bias.finding == "left alone: bias"
+
+
+class Traced(nn.Module):
+    """With everything that a pass could change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.net(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_exactly_as_it_was(training: bool) -> None:
+    model = Traced().train(training)
+    mse(model(torch.randn(9, 8)), torch.randn(9, 4)).backward()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = [(p.grad, torch.as_tensor(p.grad).clone()) for p in model.parameters()]
+    state = torch.get_rng_state()
+    data = batches()
+    after_data = torch.get_rng_state()
+    probe(model, mse, data)
+    assert torch.equal(torch.get_rng_state(), after_data)
+    assert not torch.equal(state, after_data)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for parameter, (tensor, value) in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is tensor
+        assert torch.equal(torch.as_tensor(tensor), value)
+    assert all(module.training == training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_it_is_probed_as_it_will_train() -> None:
+    model = Traced().eval()
+    data = batches(count=1)
+    evaluated = probe(model, mse, data)
+    model.train()
+    torch.manual_seed(1)
+    trained = probe(model, mse, data)
+    torch.manual_seed(1)
+    assert probe(model.eval(), mse, data).losses == trained.losses
+    assert evaluated.losses != trained.losses  # other dropout
+    frozen = model.train()
+    frozen.net[1].eval()
+    torch.manual_seed(1)
+    assert probe(frozen, mse, data).losses != trained.losses
+
+
+def test_frozen_unreached_and_broken_layers_are_told() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.frozen, self.unused, self.cut = (nn.Linear(8, 8) for _ in range(4))
+            self.frozen.requires_grad_(False)
+            self.end = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.end(self.frozen(self.used(x)) + 0 * self.cut(x)))
+
+    model = Odd()
+    found = layers(probe(model, mse, batches()))
+    assert found["frozen.weight"].finding == "left alone: does not train"
+    assert found["unused.weight"].kind == found["cut.weight"].kind == NO_GRADIENT
+    assert math.isnan(found["unused.weight"].cosine)
+    with torch.no_grad():
+        model.used.weight[0, 0] = torch.inf
+    report = probe(model, mse, batches())
+    assert layers(report)["used.weight"].kind == NOT_FINITE
+    assert math.isnan(layers(report)["used.weight"].share)
+    assert math.isnan(layers(report)["used.weight"].spread)
+    assert report.finding == "Nothing can be said: gradients are not finite."
+
+
+def test_a_model_where_gc_changes_nothing_is_told_so() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))
+    finding = probe(model, mse, batches()).finding
+    assert "is a no-op on 1. With placement gradient it would change next to nothing" in finding
+    nothing = nn.Sequential(nn.Linear(1, 8), nn.LayerNorm(8))
+    assert probe(nothing, mse, batches(1, 8)).finding.startswith("GC centers nothing here")
+
+
+def test_mappings_are_passed_by_name() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            return {"loss": mse(self.linear(x), y)}
+
+    model = Model()
+    data = batches(count=2)
+    named = probe(model, lambda output, batch: output["loss"], [{"x": x, "y": y} for x, y in data])
+    assert named.losses == probe(model.linear, mse, data).losses
+
+
+class Pair(NamedTuple):
+    a: Tensor
+    b: Tensor
+
+
+def test_inputs_keep_their_form() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(3, 5)
+
+        def forward(self, x: Pair) -> Tensor:
+            packed = nn.utils.rnn.pack_sequence([x.a, x.b], enforce_sorted=False)
+            return torch.as_tensor(self.rnn(packed, 7 + torch.zeros(1, 2, 5))[1][0])
+
+    batch = (Pair(torch.rand(4, 3), torch.rand(2, 3)), torch.rand(2, 5))
+    found = layers(probe(Model(), mse, [batch]))["rnn.weight_ih_l0"].input
+    assert found is not None
+    assert found.mean == pytest.approx(float(torch.cat(batch[0]).mean()))  # of the sequences, not of the first state
+
+
+def test_steps_taken_in_the_backward_pass_are_not_taken() -> None:
+    model = nn.Linear(8, 4)
+    before = model.weight.detach().clone()
+
+    def step(parameter: Tensor) -> None:
+        with torch.no_grad():
+            parameter -= torch.as_tensor(parameter.grad)
+        parameter.grad = None
+
+    model.weight.register_post_accumulate_grad_hook(step)
+    assert probe(model, mse, batches()).layers[0].kind == ACTS
+    assert torch.equal(model.weight, before)
+    mse(model(torch.randn(2, 8)), torch.zeros(2, 4)).backward()
+    assert not torch.equal(model.weight, before)  # the hook is in place again
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_models_are_probed(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.last(checkpoint(self.first, x.requires_grad_(), use_reentrant=reentrant)))
+
+    model, data = Model(), batches()
+    plain = nn.Sequential(model.first, model.last)
+    shares = [layer.share for layer in probe(model, mse, data).layers]
+    assert shares == pytest.approx([layer.share for layer in probe(plain, mse, data).layers])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loss_with_weights_and_a_loaders_order_are_left_alone() -> None:
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return mse(self.norm(output), target)
+
+    order = torch.Generator().manual_seed(3)
+    examples = list(zip(torch.randn(12, 8), torch.randn(12, 4), strict=True))
+    loader = torch.utils.data.DataLoader(examples, 4, shuffle=True, generator=order)  # type: ignore[arg-type, var-annotated]
+    loss, state = Learned(), order.get_state()
+    probe(nn.Linear(8, 4), loss, loader)
+    assert torch.equal(order.get_state(), state)
+    assert loss.norm.num_batches_tracked == 0
+    assert loss.norm.weight.grad is None
+
+
+def test_a_cause_is_named_only_where_it_is_one() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    layout = weight_layout(attention)
+    x = torch.randn(2, 5, 8)
+    for memory, seen in ((x, True), (x + 3, False)):
+        with InputMeans(attention, layout) as inputs:
+            attention(x, memory, memory)
+        assert (inputs.of(attention.in_proj_weight) is not None) == seen
+    far = [(0.5 + torch.randn(512, 64), torch.full((512, 4), 50.0))]
+    report = probe(nn.Linear(64, 4), mse, far)
+    assert report.layers[0].kind == ERASES
+    assert report.layers[0].finding.endswith("over the batch the rest cancels")
+    assert "little but its mean" not in report.finding
+
+
+def test_layers_that_read_something_else_first_are_not_looked_at() -> None:
+    class Timed(nn.Conv2d):
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x) * t.mean()
+
+    module = Timed(2, 3, 3)
+    with InputMeans(module, weight_layout(module)) as inputs:
+        module(torch.rand(4), torch.rand(1, 2, 5, 5))
+    assert inputs.of(module.weight) is None
+
+
+def test_watching_inputs_computes_no_parametrization() -> None:
+    module = nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3))
+    x = torch.rand(1, 2, 5, 5)
+    torch.manual_seed(1)
+    plain = module(x)
+    again = nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3))
+    again.load_state_dict(module.state_dict())
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    expected = again(x)
+    with InputMeans(module, weight_layout(module)) as inputs:
+        assert torch.equal(module(x), expected)
+    assert inputs.of(module.parametrizations.weight.original) is not None  # type: ignore[union-attr, arg-type]
+    assert state.keys() == module.state_dict().keys()
+    assert plain.shape == expected.shape
+
+
+def test_batches_are_taken_up_to_a_limit() -> None:
+    drawn: list[int] = []
+
+    def endless() -> Any:
+        while True:
+            drawn.append(1)
+            yield batches(count=1)[0]
+
+    assert len(probe(nn.Linear(8, 4), mse, endless(), max_batches=2).losses) == len(drawn) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "data", "options", "error", "message"),
+    [
+        (nn.Linear(8, 4), mse, [], {}, ValueError, "batches: there is no batch"),
+        (nn.Linear(8, 4), mse, [torch.ones(2)], {}, TypeError, "a pair (input, target) or a mapping, not a Tensor"),
+        (nn.Linear(8, 4), mse, [(1, 2, 3)], {}, TypeError, "not 3 things"),
+        (nn.Linear(8, 4), lambda o, t: o, batches(), {}, ValueError, "scalar tensor, not one of shape (32, 4)"),
+        (nn.Linear(8, 4), lambda o, t: 1.0, batches(), {}, ValueError, "must return a scalar tensor, not a float"),
+        (nn.Linear(8, 4), lambda o, t: t.sum(), batches(), {}, ValueError, "loss: does not depend on"),
+        (nn.Linear(8, 4), lambda o, t: t.requires_grad_().sum(), batches(), {}, ValueError, "loss: does not depend on"),
+        (nn.Linear(8, 4), mse, batches(), {"max_batches": 0}, ValueError, "max_batches must be at least 1"),
+        (nn.LazyLinear(4), mse, batches(), {}, ValueError, "model: weight has no values yet"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(
+    model: nn.Module, loss: Callable[[Any, Any], Any], data: Any, options: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        probe(model, loss, data, **options)
+    assert message in str(caught.value)
+
+
+def test_table_and_csv(capsys: pytest.CaptureFixture[str]) -> None:
+    report = probe(feeding(nn.LayerNorm(64)), mse, batches())
+    text = str(report)
+    assert text.splitlines()[0].split()[:2] == ["parameter", "share"]
+    assert "\n  bias: {0..2}.bias ×3\n" in text
+    assert report.finding in text
+    rows = {row["parameter"]: row for row in csv.DictReader(report.to_csv().splitlines())}
+    assert list(rows) == [layer.name for layer in report.layers]
+    assert float(rows["0.weight"]["share"]) == report.layers[0].share
+    assert rows["1.weight"]["input_mean"] == ""
+
+
+def patches(module: nn.Conv2d, x: Tensor) -> Tensor:
+    unfolded = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
+    return unfolded.unflatten(1, (module.groups, -1)).transpose(2, 3)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Conv2d(4, 6, 3, stride=2, dilation=2),
+        nn.Conv2d(4, 6, (1, 3), groups=2, padding=(0, 1)),
+    ],
+)
+def test_inputs_of_convolutions_are_their_patches(module: nn.Conv2d) -> None:
+    x = torch.rand(2, 4, 9, 9)
+    with InputMeans(module, weight_layout(module)) as inputs:
+        module(x)
+    found = inputs.of(module.weight)
+    seen = patches(module, x)
+    assert found is not None
+    assert found.mean == pytest.approx(float(seen.mean()))
+    in_mean = seen.shape[-1] * seen.mean(-1).square().sum()
+    assert found.offset == pytest.approx(float(in_mean / seen.square().sum()))
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "parameter"),
+    [
+        (nn.Linear(5, 3), torch.rand(2, 4, 5), "weight"),
+        (nn.GRU(5, 3), torch.rand(2, 4, 5), "weight_ih_l0"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)), torch.rand(2, 5), "parametrizations.weight.original1"),
+    ],
+)
+def test_inputs_of_linear_layers_are_their_last_axis(module: nn.Module, x: Tensor, parameter: str) -> None:
+    layout = weight_layout(module)
+    with InputMeans(module, layout) as inputs:
+        module(x)
+        module(x)  # called twice: both count
+    found = inputs.of(dict(module.named_parameters())[parameter])
+    assert found is not None
+    assert found.mean == pytest.approx(float(x.mean()))
+    assert found.offset == pytest.approx(float(5 * x.mean(-1).square().sum() / x.square().sum()))
+
+
+def test_transposed_convolutions_read_their_groups_channels() -> None:
+    module, x = nn.ConvTranspose1d(4, 6, 3, groups=2), torch.rand(2, 4, 7)
+    with InputMeans(module, weight_layout(module)) as inputs:
+        module(x)
+    grouped = x.unflatten(1, (2, 2))
+    found = inputs.of(module.weight)
+    assert found is not None
+    assert found.offset == pytest.approx(float(2 * grouped.mean(2).square().sum() / x.square().sum()))
+
+
+def test_what_can_not_be_seen_is_not_guessed() -> None:
+    module = nn.Bilinear(4, 4, 3)
+    with InputMeans(module, weight_layout(module)) as inputs:
+        module(torch.rand(2, 4), torch.rand(2, 4))
+    assert inputs.of(module.weight) is None
+
+
+def test_the_removed_part_is_what_the_input_mean_contributes() -> None:
+    """eᵀg for each unit is √M Σ δ·mean(x), the cause that the findings name."""
+    model = nn.Linear(8, 4).double()
+    x, y = torch.rand(32, 8).double(), torch.rand(32, 4).double()
+    output = model(x)
+    output.retain_grad()
+    mse(output, y).backward()
+    assert isinstance(model.weight.grad, Tensor)
+    torch.testing.assert_close(model.weight.grad.mean(1), torch.as_tensor(output.grad).T @ x.mean(1))
+
+
+@pytest.mark.parametrize("name", ["digits", "examples/my_task.py"])
+def test_tasks_are_probed_on_their_own_batches(name: str) -> None:
+    task = load_task(name)
+    assert not isinstance(task, gradcentral.experiment.CustomTask)
+    state = torch.get_rng_state()
+    report = probe_task(task, batches=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert probe_task(task, batches=2) == report
+    assert probe_task(task, batches=2, seed=1) != report
+    assert all(layer.kind in (ACTS, ERASES) for layer in report.centered)
+
+
+def test_the_chart_shows_every_centered_parameter() -> None:
+    report = probe(feeding(nn.ReLU()), mse, batches())
+    (axis,) = report.plot().axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["0.weight", "2.weight"]
+    widths = [bar.get_width() for bar in axis.patches]
+    assert widths == pytest.approx([layer.share for layer in report.centered])

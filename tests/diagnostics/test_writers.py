@@ -1,0 +1,255 @@
+"""Files of records survive kills and restarts; writers and functions get every record."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gradcentral.diagnostics.monitor import Monitor
+from gradcentral.diagnostics.record import Reading, Record
+from gradcentral.diagnostics.writers import RecordFile, read_records, sinks
+from gradcentral.extras import MissingExtraError
+
+NAMES = ("run.jsonl", "run.csv")
+
+
+def _record(step: int, placement: str | None = "gradient") -> Record:
+    layer = Reading(0.25, 2.0, 1.5, 1.0, 0.875, 1e-9, 2e-9, 0.5, 12345.0)
+    return Record(step, placement, False, Reading(norm=3.0, drift=0.5), {'a,"b".weight': layer, "c": Reading()})
+
+
+def _train(steps: int, state: dict[str, Any] | None = None, **arguments: Any) -> Monitor:
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, **arguments) as monitor:
+        if state is not None:
+            monitor.load_state_dict(state)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.rand(3, 4)).square().sum().backward()
+            optimizer.step()
+    return monitor
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_gives_back_what_was_written(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "new" / name
+    file = RecordFile(path)
+    written = [_record(0), _record(100, None), _record(200, "update")]
+    for record in written:
+        file(record)
+    assert read_records(path) == written
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_monitor_writes_every_record_with_six_digits(name: str, tmp_path: Path) -> None:
+    monitor = _train(5, every=2, to=str(tmp_path / name))
+    read = read_records(tmp_path / name)
+    assert [record.step for record in read] == [0, 2, 4]
+    for one, other in zip(read, monitor.records, strict=True):
+        assert one.net.norm == pytest.approx(other.net.norm, rel=1e-5)
+        assert one.layers["weight"].share == pytest.approx(other.layers["weight"].share, rel=1e-5)
+
+
+def test_the_formats_are_plain(tmp_path: Path) -> None:
+    _train(3, every=1, to=[tmp_path / "run.jsonl", tmp_path / "run.csv"])
+    lines = (tmp_path / "run.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+    assert 0 <= json.loads(lines[0])["layers"]["weight"]["share"] <= 1
+    with (tmp_path / "run.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["parameter"]) for row in rows[:3]] == [("0", "weight"), ("0", "(net)"), ("1", "weight")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_goes_on_by_its_state_appends(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    state = _train(5, every=2, to=path).state_dict()
+    again = _train(3, state, every=2, to=path)
+    assert [record.step for record in again.records] == [6]
+    assert [record.step for record in read_records(path)] == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_goes_on_by_its_step_appends(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    _train(5, every=2, to=path)
+    _train(3, every=2, to=path, step=5)
+    assert [record.step for record in read_records(path)] == [0, 2, 4, 6]
+    _train(3, every=2, to=path, step=0)
+    assert [record.step for record in read_records(path)] == [0, 2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_trainings_are_not_mixed_in_one_file(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    _train(5, every=2, to=path)
+    content = path.read_bytes()
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer, to=path)
+    for _ in range(2):  # not only the first time
+        with pytest.raises(ValueError, match=rf"to: .*{name} has the records of a training, the last of step 4"):
+            optimizer.step()
+    assert (monitor.step, monitor.records) == (0, [])
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_later_records_stand_where_a_run_went_back_to_a_checkpoint(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    _train(9, every=2, to=path)
+    _train(2, every=1, to=path, step=3)
+    assert [record.step for record in read_records(path)] == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_killed_while_writing_breaks_nothing(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    file = RecordFile(path)
+    file(_record(0))
+    whole = path.read_bytes()
+    file(_record(100))
+    both = path.read_bytes()
+    for length in range(len(whole), len(both), 7):
+        path.write_bytes(both[:length])
+        assert read_records(path) == [_record(0)]
+        RecordFile(path)(_record(200))
+        assert read_records(path) == [_record(0), _record(200)]
+        path.write_bytes(both[:length])
+        RecordFile(path)(_record(100))
+        assert read_records(path) == [_record(0), _record(100)]
+
+
+def test_the_first_rows_of_a_torn_record_are_no_part_of_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "run.csv"
+    file = RecordFile(path)
+    file(Record(0, None, False, Reading(), {"gone": Reading(share=0.5)}))
+    path.write_bytes(path.read_bytes()[:-3])
+    RecordFile(path)(_record(100))
+    assert read_records(path) == [_record(100)]
+
+
+def test_a_header_torn_at_once_is_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "run.csv"
+    path.write_text("step,pla", encoding="utf-8")
+    RecordFile(path)(_record(0))
+    assert read_records(path) == [_record(0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.jsonl", "not json\n"),
+        ("run.jsonl", '{"step": 1}\n'),
+        ("run.jsonl", "[1, 2]\n"),
+        ("run.csv", "epoch,loss\n1,2\n"),
+        ("run.csv", "\xff\n"),
+    ],
+)
+def test_a_file_of_something_else_is_left_as_it_is(name: str, content: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.encode("latin-1") + b"tail")
+    with pytest.raises(ValueError, match=rf"{name}, line 1: is no record of Monitor .* give another path"):
+        sinks(path)
+    with pytest.raises(ValueError, match="line 1"):
+        read_records(path)
+    assert path.read_bytes() == content.encode("latin-1") + b"tail"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.jsonl", '{"precious": 1}'),
+        ("run.jsonl", '{"step": 1, "loss": 0.5}'),
+        ("run.jsonl", '{"step": 1, "placement": "last"}'),
+        ("run.jsonl", '{"step": 1, "lo'),
+        ("run.jsonl", "7"),
+        ("run.csv", "a,b,c"),
+        ("run.csv", "step,placement,skipped,parameter,loss"),
+        ("run.csv", "1,2"),
+    ],
+)
+def test_a_single_line_of_something_else_without_its_end_is_left_as_it_is(
+    name: str, content: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{name}, line 1: is no record of Monitor .* give another path"):
+        sinks(path)
+    with pytest.raises(ValueError, match="line 1"):
+        read_records(path)
+    assert path.read_text(encoding="utf-8") == content
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_first_record_torn_anywhere_is_written_anew(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    RecordFile(path)(_record(120))
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert read_records(path) == []
+        RecordFile(path)(_record(0))
+        assert read_records(path) == [_record(0)]
+
+
+def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"to: .*run.json: a file of records ends in .jsonl or .csv, not '.json'"):
+        sinks(tmp_path / "run.json")
+    with pytest.raises(ValueError, match="ends in .jsonl or .csv"):
+        read_records(tmp_path / "run.txt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_functions_and_lists() -> None:
+    seen: list[Record] = []
+    also: list[int] = []
+    monitor = _train(3, every=2, to=[seen.append, lambda record: also.append(record.step)])
+    assert seen == monitor.records
+    assert also == [0, 2]
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.scalars: dict[tuple[str, int], float] = {}
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.scalars[tag, step] = value
+
+
+def test_a_writer_gets_scalars_and_no_gaps() -> None:
+    writer = _Writer()
+    (sink,) = sinks(writer)
+    sink(_record(5))
+    assert writer.scalars["gc/norm", 5] == 3.0
+    assert writer.scalars['gc_share/a,"b".weight', 5] == 0.25
+    assert ("gc/share", 5) not in writer.scalars
+    assert len(writer.scalars) == 2 + 9
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_a_folder_is_tensorboards(tmp_path: Path) -> None:
+    events_of = importlib.import_module("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    monitor = _train(4, every=2, to=tmp_path / "board")
+    events = events_of(str(tmp_path / "board")).Reload()
+    scalars = events.Scalars("gc_share/weight")
+    assert [scalar.step for scalar in scalars] == [0, 2]
+    assert scalars[0].value == pytest.approx(monitor.records[0].layers["weight"].share, rel=1e-6)
+
+
+def test_without_tensorboard_a_folder_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r"this needs tensorboard: pip install 'gradcentral\[tensorboard\]'"):
+        sinks(tmp_path / "board")

@@ -1,0 +1,165 @@
+"""A run proves that its arm did what it says; here the proof is made to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import gradcentral
+from gradcentral import centralize
+from gradcentral.experiment import ArmError
+from gradcentral.experiment.arms import ARMS, CheckedArm
+
+MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.1),
+    "huge steps": lambda params: torch.optim.SGD(params, lr=1e4),
+}
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(16, 3)).to(dtype)
+
+
+def gradients(model: nn.Module) -> None:
+    dtype = next(model.parameters()).dtype
+    model.zero_grad()
+    model(torch.rand(8, 2, 4, 4, dtype=dtype)).square().mean().backward()
+
+
+def step(checked: CheckedArm, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    gradients(model)
+    checked.watch()
+    optimizer.step()
+    checked.verify()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_honest_run_passes(arm: str, maker: str, dtype: torch.dtype) -> None:
+    model = network(dtype)
+    optimizer = MAKERS[maker](model.parameters())
+    checked = CheckedArm(arm, model, optimizer)
+    for _ in range(3):
+        step(checked, model, optimizer)
+
+
+@pytest.mark.parametrize("arm", ["gradient", "update"])
+def test_a_handle_removed_behind_its_back(arm: str) -> None:
+    model = network()
+    optimizer = MAKERS["sgd"](model.parameters())
+    checked = CheckedArm(arm, model, optimizer)
+    step(checked, model, optimizer)
+    assert checked.handle is not None
+    checked.handle.remove()
+    with pytest.raises(ArmError, match=f"arm '{arm}' was tampered with: attached to the optimizer is nothing"):
+        step(checked, model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("gradient", r"0\.weight: a weight vector's gradient has a mean"),
+        ("update", r"0\.weight: the step moved the mean"),
+    ],
+)
+def test_a_handle_that_does_nothing(arm: str, message: str) -> None:
+    model = network()
+    optimizer = MAKERS["sgd"](model.parameters())
+    checked = CheckedArm(arm, model, optimizer)
+    assert checked.handle is not None
+    with checked.handle.paused(), pytest.raises(ArmError, match=message):
+        step(checked, model, optimizer)
+
+
+def test_a_centering_attached_in_none() -> None:
+    model = network()
+    optimizer = MAKERS["sgd"](model.parameters())
+    checked = CheckedArm("none", model, optimizer)
+    step(checked, model, optimizer)
+    centralize(optimizer, model)
+    with pytest.raises(ArmError, match="arm 'none' was tampered with"):
+        step(checked, model, optimizer)
+
+
+def test_an_optimizer_that_comes_with_a_centering() -> None:
+    model = network()
+    optimizer = MAKERS["sgd"](model.parameters())
+    centralize(optimizer, model)
+    with pytest.raises(ArmError, match="centers already"):
+        CheckedArm("none", model, optimizer)
+
+
+def test_an_optimizer_that_centers_inside_its_step() -> None:
+    model = network()
+    with pytest.raises(ArmError, match="centers already"):
+        CheckedArm("none", model, gradcentral.SGD(model, lr=0.1))
+
+
+@pytest.mark.parametrize("arm", ["none", "update"])
+def test_gradients_changed_before_the_optimizer_sees_them(arm: str) -> None:
+    model = network()
+    optimizer = MAKERS["sgd"](model.parameters())
+
+    def tamper(*_: object) -> None:
+        gradient = model[3].bias.grad  # type: ignore[index]
+        gradient[0] += 1e-3 * gradient.abs().max()
+
+    optimizer.register_step_pre_hook(tamper)
+    checked = CheckedArm(arm, model, optimizer)
+    with pytest.raises(ArmError, match=r"3\.bias: its gradient was changed"):
+        step(checked, model, optimizer)
+
+
+def test_a_centered_gradient_that_was_scaled_too() -> None:
+    model = network()
+    optimizer = MAKERS["sgd"](model.parameters())
+
+    def scale(*_: object) -> None:
+        model[0].weight.grad.mul_(1.01)  # type: ignore[index]
+
+    optimizer.register_step_pre_hook(scale)
+    checked = CheckedArm("gradient", model, optimizer)
+    with pytest.raises(ArmError, match=r"0\.weight: its centered gradient is not Φ of the raw one"):
+        step(checked, model, optimizer)
+
+
+def test_a_step_that_moves_the_mean_after_all() -> None:
+    model = network()
+    optimizer = MAKERS["adamw"](model.parameters())
+    checked = CheckedArm("update", model, optimizer)
+
+    def nudge(*_: object) -> None:
+        with torch.no_grad():
+            model[3].weight[1] += 1e-4  # type: ignore[index]
+
+    optimizer.register_step_post_hook(nudge)
+    with pytest.raises(ArmError, match=r"3\.weight: the step moved the mean of a weight vector by 1\.0e-04"):
+        step(checked, model, optimizer)
+
+
+def test_gradients_that_are_not_finite_prove_nothing() -> None:
+    model = network()
+    optimizer = MAKERS["sgd"](model.parameters())
+    checked = CheckedArm("gradient", model, optimizer)
+    gradients(model)
+    model[0].weight.grad.fill_(torch.inf)  # type: ignore[index]
+    checked.watch()
+    optimizer.step()
+    checked.verify()
+
+
+def test_share_is_that_of_the_whole_raw_gradient() -> None:
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    checked = CheckedArm("gradient", model, optimizer)
+    # One row all mean, one without any, and a bias that is left alone: 4 of 4 + 4 + 8.
+    model.weight.grad = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1]])
+    model.bias.grad = torch.tensor([2.0, 2.0])
+    checked.watch()
+    assert checked.effect().share == pytest.approx(0.25)

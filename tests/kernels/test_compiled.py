@@ -1,0 +1,289 @@
+"""A training step under ``torch.compile`` is the eager one: the same numbers, few graphs, one node that centers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.optim import Optimizer
+
+import gradcentral
+from gradcentral import WeightVectors, center, centralize_gradients, weight_layout
+from gradcentral.kernels import compiled
+from gradcentral.projection import unit_means
+from gradcentral.targets import PLACEMENTS
+
+# torch's compiler imports parts of torch that torch itself has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _with_inductor(*cases: tuple[str, str]) -> list[Any]:
+    needs = pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler: install g++, or set CXX")
+    return [pytest.param(*case, "inductor", marks=needs) for case in cases]
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_others() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class Net(nn.Module):
+    """Rows, grouped transposed filters (a view of the weight), and parameters that are left alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.up = nn.ConvTranspose2d(4, 4, 2, groups=2)
+        self.norm = nn.GroupNorm(2, 4)
+        self.head = nn.Linear(4 * 49, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(self.up(self.conv(x).relu())).flatten(1))
+        return out
+
+
+def _attached(kind: type[Optimizer], **options: Any) -> Callable[..., Optimizer]:
+    def make(model: nn.Module, placement: str) -> Optimizer:
+        optimizer = kind(model.parameters(), **options)
+        gradcentral.centralize(optimizer, model, placement)
+        return optimizer
+
+    return make
+
+
+MOMENTUM: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+OURS: dict[str, Callable[..., Optimizer]] = {
+    "SGD": lambda model, placement: gradcentral.SGD(model, placement=placement, **MOMENTUM),
+    "AdamW": lambda model, placement: gradcentral.AdamW(model, lr=0.01, placement=placement),
+}
+ALL = OURS | {
+    "attached SGD": _attached(torch.optim.SGD, **MOMENTUM),
+    "attached AdamW": _attached(torch.optim.AdamW, lr=0.01),
+}
+
+
+def _loss(model: nn.Module, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    x, y = torch.randn(5, 1, 8, 8, generator=generator), torch.randint(3, (5,), generator=generator)
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def _train(model: nn.Module, step: Callable[[int], object], optimizer: Optimizer, count: int = 4) -> list[Tensor]:
+    for number in range(count):
+        optimizer.zero_grad()
+        _loss(model, number).backward()
+        step(number)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def _compile(function: Callable[..., Any], backend: Any = "aot_eager", **options: Any) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(function, backend=backend, **options)
+    return compiled
+
+
+def _assert_equal(compiled: list[Tensor], eager: list[Tensor]) -> None:
+    for one, other in zip(compiled, eager, strict=True):
+        # Adam divides by the root of a mean square that starts near zero: roundings are of the size of lr · 2⁻²⁴ / ε.
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "placement", "backend"),
+    [(name, placement, "aot_eager") for name in ALL for placement in PLACEMENTS]
+    # A compilation takes seconds: each way of centering once.
+    + _with_inductor(
+        ("SGD", "gradient"), ("SGD", "update"), ("attached SGD", "gradient"), ("attached AdamW", "update")
+    ),
+)
+def test_a_compiled_step_equals_the_eager_one(name: str, placement: str, backend: str) -> None:
+    model = Net()
+    twin = copy.deepcopy(model)
+    eager, compiled = ALL[name](model, placement), ALL[name](twin, placement)
+    step = _compile(lambda: compiled.step(), backend, fullgraph=name in OURS)
+    _assert_equal(_train(twin, lambda _: step(), compiled), _train(model, lambda _: eager.step(), eager))
+    gradients = [(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True)]
+    _assert_equal([g for _, g in gradients if g is not None], [g for g, _ in gradients if g is not None])
+
+
+@pytest.mark.parametrize(
+    ("name", "placement", "backend"),
+    [
+        ("AdamW", "gradient", "aot_eager"),
+        ("attached SGD", "update", "aot_eager"),
+        *_with_inductor(("attached SGD", "gradient")),
+    ],
+)
+def test_a_whole_training_step_in_one_compiled_function_equals_the_eager_one(
+    name: str, placement: str, backend: str
+) -> None:
+    def trained(backend: str | None) -> list[Tensor]:
+        torch.manual_seed(1)
+        model = Net()
+        optimizer = ALL[name](model, placement)
+
+        def step(x: Tensor, y: Tensor) -> None:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+        run = step if backend is None else _compile(step, backend)
+        for number in range(4):
+            generator = torch.Generator().manual_seed(number)
+            run(torch.randn(5, 1, 8, 8, generator=generator), torch.randint(3, (5,), generator=generator))
+        return [p.detach() for p in model.parameters()]
+
+    _assert_equal(trained(backend), trained(None))
+
+
+@pytest.mark.parametrize("name", ["SGD", "attached AdamW"])
+def test_a_compiled_model_and_an_eager_optimizer(name: str) -> None:
+    model = Net()
+    twin = copy.deepcopy(model)
+    eager, other = ALL[name](model, "gradient"), ALL[name](twin, "gradient")
+    forward: Any = torch.compile(twin, backend="aot_eager")
+    assert set(forward.parameters()) == set(twin.parameters())
+    _assert_equal(_train(forward, lambda _: other.step(), other), _train(model, lambda _: eager.step(), eager))
+
+
+def test_a_compiled_model_has_the_layout_of_the_model() -> None:
+    model = Net()
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    layout = weight_layout(compiled)
+    assert {p: layout[p] for p in layout} == dict(weight_layout(model).items())
+
+
+@pytest.mark.parametrize(("kind", "placement"), [("SGD", "gradient"), ("AdamW", "update")])
+def test_attaching_breaks_the_graph_no_more_often_than_torch_does(kind: str, placement: str) -> None:
+    options = MOMENTUM if kind == "SGD" else {"lr": 0.01}
+    breaks = []
+    for attach in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        model = Net()
+        optimizer = getattr(torch.optim, kind)(model.parameters(), **options)
+        if attach:
+            gradcentral.centralize(optimizer, model, placement)
+        step = _compile(lambda optimizer=optimizer: optimizer.step())
+        _train(model, lambda _, step=step: step(), optimizer)  # type: ignore[misc]
+        breaks.append(sum(counters["graph_break"].values()))
+    assert breaks[1] == breaks[0]
+
+
+@pytest.mark.parametrize("name", ["SGD", "attached AdamW"])
+def test_later_steps_compile_nothing(name: str) -> None:
+    model = Net()
+    optimizer = ALL[name](model, "update")
+    step = _compile(lambda: optimizer.step())
+    _train(model, lambda _: step(), optimizer, 3)  # the first makes the state, the second sees it
+    before = counters["frames"]["total"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        _train(model, lambda _: step(), optimizer, 3)
+    assert counters["frames"]["total"] == before
+
+
+def test_a_learning_rate_that_is_a_tensor_can_change_without_a_compilation() -> None:
+    def trained(compiled: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        model = Net()
+        optimizer = gradcentral.SGD(model, **MOMENTUM | {"lr": torch.tensor(0.05)})
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        step = _compile(lambda: optimizer.step()) if compiled else optimizer.step
+
+        def both(_: int) -> None:
+            step()
+            schedule.step()
+
+        return _train(model, both, optimizer)
+
+    _assert_equal(trained(True), trained(False))
+    assert counters["stats"]["unique_graphs"] <= 2  # the first step makes the state
+
+
+@pytest.mark.parametrize("name", ["AdamW", "attached SGD"])
+@pytest.mark.parametrize(("placement", "expected"), [("gradient", ["center_"]), ("update", ["means", "restore_"])])
+def test_centering_is_one_node_of_the_graph(name: str, placement: str, expected: list[str]) -> None:
+    seen: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        targets = [str(node.target) for node in graph.graph.nodes]
+        seen.extend(target.split(".")[1] for target in targets if target.startswith("gradcentral."))
+        return graph.forward
+
+    model = Net()
+    optimizer = ALL[name](model, placement)
+    _train(model, lambda _: _compile(lambda: optimizer.step(), look)(), optimizer, 1)
+    assert seen == (["center"] if (name in OURS and placement == "gradient") else expected)
+
+
+def test_gradients_can_be_centered_in_a_compiled_loop() -> None:
+    model = Net()
+    twin = copy.deepcopy(model)
+    layout = weight_layout(twin)
+    _loss(model, 0).backward()
+    _loss(twin, 0).backward()
+    centralize_gradients(model)
+    _compile(lambda: centralize_gradients(layout=layout), fullgraph=True)()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
+
+
+# The operators themselves.
+
+VECTORS = [WeightVectors((1, 2, 3)), WeightVectors((1, 3), view=(2, 2, 3, 4)), WeightVectors((0,))]
+
+
+def _tensors(dtype: torch.dtype) -> list[Tensor]:
+    tensors = [torch.randn(4, 3, 2, 2), torch.randn(4, 3, 4), torch.randn(6, 5)]
+    tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+def test_traced_centering_equals_the_reference(dtype: torch.dtype) -> None:
+    """Complex tensors are no business of the operators: they take the reference path, in the same graph."""
+    tensors = _tensors(dtype)
+    pairs = [*zip(tensors, VECTORS, strict=True)]
+    expected = [center(*pair) for pair in pairs]
+    shifted = [(tensor + 1, vectors) for tensor, vectors in pairs]
+
+    def both() -> None:
+        means = compiled.traced_means(pairs)
+        compiled.restore_traced_(shifted, means)
+        compiled.center_traced_(pairs)
+
+    before = [unit_means(*pair) for pair in pairs]
+    _compile(both, fullgraph=True)()
+    atol = 4 * torch.finfo(dtype).eps
+    for (tensor, _), wanted in zip(pairs, expected, strict=True):
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=atol)
+    for pair, mean in zip(shifted, before, strict=True):
+        torch.testing.assert_close(unit_means(*pair), mean, rtol=0, atol=atol)
+
+
+def test_the_operators_keep_what_they_promise_the_compiler() -> None:
+    tensors = _tensors(torch.float32)
+    numbers = compiled._encode([*zip(tensors, VECTORS, strict=True)])
+    ops = torch.ops.gradcentral
+    torch.library.opcheck(ops.center_.default, (tensors, numbers))
+    torch.library.opcheck(ops.center.default, (tensors, numbers))
+    torch.library.opcheck(ops.means.default, (tensors, numbers))
+    torch.library.opcheck(ops.restore_.default, (tensors, ops.means(tensors, numbers), numbers))
+
+
+def test_means_of_other_tensors_are_refused() -> None:
+    tensors = [torch.randn(7, 11)]
+    numbers = compiled._encode([(tensors[0], WeightVectors((1,)))])
+    with pytest.raises(RuntimeError, match="what gradcentral::means of the same tensors has found"):
+        torch.ops.gradcentral.restore_(tensors, torch.zeros(7, dtype=torch.float64), numbers)

@@ -1,0 +1,353 @@
+"""The figures are made from real training, and show what they say."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gradcentral.experiment import CustomTask, Task, TaskError, compare, load_task, threads
+from gradcentral.paper.draw import FIGURES, STATEMENTS, draw_all, statement_table
+from gradcentral.paper.landscape import landscape
+from gradcentral.paper.study import Study
+from gradcentral.plotting import LIGHT
+from tests.experiment.conftest import make_task
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "my_task.py"
+
+
+def network() -> nn.Module:
+    """A convolution and linear layers, with everything that a look could disturb."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2),
+        nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2),
+    )  # fmt: skip
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def study(task: Task, **changes: Any) -> Study:
+    fields: dict[str, Any] = {
+        "task": task,
+        "source": task,
+        "optimizer": next(iter(task.optimizers)),
+        "seeds": (0, 1),
+        "epochs": 2,
+        "track": lambda iterable, total: iterable,
+    }
+    return Study(**fields | changes)
+
+
+@pytest.fixture(autouse=True)
+def like_a_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Comparisons as in a worker, to the bit, and without the report, which takes longer than their runs."""
+    monkeypatch.setattr("gradcentral.experiment.report.write_report", lambda comparison: None)
+    with threads.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("figures")
+    result = draw_all(make_task(model=network), out=out, seeds=2, epochs=2, progress=False)
+    assert result.out == out
+    assert tuple(result.titles) == FIGURES
+    return out
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_an_image_with_its_data_beside_it(drawn: Path, name: str) -> None:
+    from matplotlib import image
+
+    pixels = image.imread(drawn / f"{name}.png")
+    assert pixels.shape[0] > 300
+    assert pixels.shape[1] == 1960
+    assert pixels[..., :3].std() > 0.02
+    assert (drawn / f"{name}.svg").read_text().lstrip().startswith("<?xml")
+    assert len(table(drawn / f"{name}.csv")) > 1
+
+
+def test_the_operation_removes_each_rows_mean(drawn: Path) -> None:
+    rows: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for cell in table(drawn / "operation.csv"):
+        rows.setdefault((cell["layer"], cell["unit_row"]), []).append(
+            (float(cell["gradient"]), float(cell["centered"]))
+        )
+    assert {layer for layer, _ in rows} == {"convolution 1.weight", "linear 6.weight"}
+    moved = 0
+    for row in rows.values():
+        before, after = torch.tensor(row, dtype=torch.float64).T
+        torch.testing.assert_close(after, before - before.mean(), rtol=1e-4, atol=1e-8)
+        moved += int(before.mean().abs() > 1e-6)
+    assert moved > 4
+
+
+def test_only_the_way_without_gc_leaves_the_hyperplane(drawn: Path) -> None:
+    rows = table(drawn / "geometry.csv")
+    distance = {
+        arm: max(abs(float(row["along_e"])) for row in rows if row["arm"] == arm)
+        for arm in ("none", "gradient", "update")
+    }
+    assert distance["update"] < 1e-6
+    assert distance["gradient"] < 1e-3 < distance["none"]  # a little weight decay
+    assert all(abs(float(row["within_1"])) < 1e-9 for row in rows if row["step"] == "0")
+
+
+def test_initial_means_are_of_every_weight_vector_of_resnet50(drawn: Path) -> None:
+    rows = table(drawn / "initial-means.csv")
+    for scheme in ("xavier_normal", "kaiming_normal"):
+        assert sum(int(row["count"]) for row in rows if row["scheme"] == scheme) == 27_560
+
+
+def test_a_centered_gradient_is_no_longer_than_the_raw_one_of_the_same_weights(drawn: Path) -> None:
+    first = {(row["place"], row["arm"]): row for row in table(drawn / "gradient-norms.csv") if row["step"] == "0"}
+    assert {place for place, _ in first} == {"convolution 1.weight", "linear 6.weight", "whole network"}
+    for place, arm in first:
+        if arm == "gradient":
+            assert float(first[place, arm]["norm_median"]) < float(first[place, "none"]["norm_median"])
+
+
+def test_learning_is_that_of_a_comparison(drawn: Path, tmp_path: Path) -> None:
+    expected = compare(make_task(model=network), seeds=2, epochs=2, jobs=1, out=tmp_path, progress=False)
+    found = {
+        (row["arm"], int(row["seed"]), int(row["epoch"])): float(row["train_loss"])
+        for row in table(drawn / "learning.csv")
+    }
+    for run in expected.records:
+        for epoch in run.epochs:
+            assert found[run.arm, run.seed, epoch["epoch"]] == epoch["train_loss"]
+
+
+def test_the_statements_hold(drawn: Path) -> None:
+    rows = table(drawn / "statements.csv")
+    assert {row["source"] for row in rows} >= {"eq. 2", "section 4.1", "theorem 4.1", "theorem 4.2"}
+    assert all(row["holds"] == "True" for row in rows)
+    assert all(float(row["value"]) <= float(row["bound"]) for row in rows)
+
+
+@pytest.mark.parametrize("arm", ["none", "gradient", "update"])
+def test_training_is_that_of_a_comparison(arm: str, tmp_path: Path) -> None:
+    task = make_task(model=network)
+    losses = [moment.loss for moment in study(task).train(arm, seed=1)]
+    record = compare(task, seeds=[1], epochs=2, jobs=1, out=tmp_path, progress=False).runs("sgd", arm)[0]
+    assert len(losses) == study(task).steps == 6
+    sizes = [16, 16, 8]
+    mean = sum(loss * size for loss, size in zip(losses[3:], sizes, strict=True)) / 40
+    assert record.epochs[1]["train_loss"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_looking_around_does_not_disturb_training() -> None:
+    task = make_task(model=network)
+    plain: list[float] = []
+    looked: list[float] = []
+
+    def keep(into: list[float]) -> Callable[[Any, int], Any]:
+        def track(moments: Any, total: int) -> Any:
+            for moment in moments:
+                into.append(moment.loss)
+                yield moment
+
+        return track
+
+    for arm in ("none", "gradient"):
+        plain += [moment.loss for moment in study(task).train(arm, 0)]
+    rows = landscape(study(task, track=keep(looked))).rows
+    assert looked == plain
+    assert len(rows) == 2 * 5  # where each of six steps but the last went
+    assert all(row[2] <= row[3] and row[4] > 0 and row[5] > 0 for row in rows)
+
+
+def test_the_landscape_is_exact_where_it_is_known() -> None:
+    """A quadratic loss: the gradient changes by H αΔw, and H is the same everywhere."""
+    task = make_task(
+        model=lambda: nn.Linear(6, 1, bias=False).double(),
+        train=torch.utils.data.TensorDataset(torch.randn(8, 6).double(), torch.zeros(8, 1).double()),
+        batch_size=8,
+        optimizers={"sgd": lambda params: torch.optim.SGD(params, lr=0.1)},
+    )
+    x, _ = task.train.tensors  # type: ignore[attr-defined]
+    hessian = 2 * x.T @ x / 8
+    ways = study(task, epochs=3)
+    weights = [next(moment.model.parameters()).detach().clone() for moment in ways.train("none", 0)]
+    for row, before, after in zip(landscape(ways).rows[:2], weights, weights[1:], strict=False):
+        assert row[4] == pytest.approx(float((4 * (after - before) @ hessian).norm()), rel=1e-6)
+        assert row[5] == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=0.02)
+        losses = [
+            float(((before + reach * (after - before)) @ x.T).square().mean()) for reach in (0, 0.25, 0.5, 1, 2, 4)
+        ]
+        assert (row[2], row[3]) == pytest.approx((min(losses), max(losses)), rel=1e-6)
+
+
+def test_the_example_task(tmp_path: Path) -> None:
+    drawn = draw_all(EXAMPLE, out=tmp_path, seeds=1, epochs=1, optimizer="adam", progress=False,
+                     only=["gradient-norms", "shares", STATEMENTS])  # fmt: skip
+    assert list(drawn.titles) == ["gradient-norms", "shares"]
+    assert drawn.titles["shares"] == "wine: where GC acts before training"
+    assert all(measured.holds for measured in drawn.statements)
+    # No convolution: the two largest layers.
+    places = {row["place"] for row in table(tmp_path / "gradient-norms.csv")}
+    assert places == {"linear 2.weight", "linear 0.weight", "whole network"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"only": ["shapes"]}, "only: there is no 'shapes'; there is operation, geometry"),
+        ({"only": "shares"}, "only: give a list of names, such as ['shares']"),
+        ({"optimizer": "lion"}, "optimizer: there is no 'lion'; there is sgd"),
+        ({"seeds": 0}, "seeds: give a whole number"),
+        ({"epochs": 0}, "epochs: give a whole number"),
+        ({"device": "nowhere"}, "device: 'nowhere' can't be used here; there is cpu"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(TaskError) as caught:
+        draw_all(make_task(), out=tmp_path, progress=False, **options)
+    assert message in str(caught.value)
+
+
+def test_a_trainer_of_ones_own_is_refused() -> None:
+    task: Any = CustomTask("mine", lambda seed, arm: [])
+    with pytest.raises(TaskError, match="has a trainer of its own, into which the figures can't look"):
+        draw_all(task)
+
+
+def test_built_in_digits_have_a_convolution_and_a_linear_layer() -> None:
+    task = load_task("digits")
+    assert isinstance(task, Task)
+    assert [entry.name for entry in study(task).examples] == ["4.weight", "7.weight"]
+
+
+def only_transposed() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (6, 1)), nn.ConvTranspose1d(6, 1, 2), nn.Tanh(), nn.Flatten())
+
+
+def test_statements_that_a_network_has_nothing_for_are_named(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    drawn = draw_all(make_task(model=only_transposed), out=tmp_path, seeds=1, epochs=1, progress=False,
+                     only=["geometry", STATEMENTS])  # fmt: skip
+    assert list(drawn.titles) == ["geometry"]
+    assert all(measured.holds for measured in drawn.statements)
+    assert [left.source for left in drawn.statements.left_out] == ["theorem 4.1", "section 4.1"]
+    rows = {row["statement"]: row for row in table(tmp_path / "statements.csv")}
+    assert len(rows) > 8
+    for left in drawn.statements.left_out:
+        assert rows[left.statement]["where"] == f"left out: {left.reason}"
+        assert rows[left.statement]["holds"] == rows[left.statement]["value"] == ""
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(statement_table(drawn.statements))
+    assert "left out: model: no centered Linear or convolution" in capture.get()
+
+
+def test_a_sparse_table_can_be_drawn(tmp_path: Path) -> None:
+    def embedded() -> nn.Module:
+        return nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(12, 2))
+
+    ids = torch.randint(0, 10, (20, 3), generator=torch.Generator().manual_seed(0))
+    data = torch.utils.data.TensorDataset(ids, torch.randn(20, 2))
+    task = make_task(model=embedded, train=data, test=data, optimizers={"sgd": lambda p: torch.optim.SGD(p, lr=0.1)})
+    drawn = draw_all(task, out=tmp_path, seeds=1, progress=False, only=["landscape", "gradient-norms", STATEMENTS])
+    assert all(measured.holds for measured in drawn.statements)
+    assert len(table(tmp_path / "landscape.csv")) == 2 * 3
+
+
+def refused(tmp_path: Path, task: Task, **options: Any) -> str:
+    """The error, which must come before anything is made."""
+    with pytest.raises(TaskError) as caught:
+        draw_all(task, out=tmp_path / "out", progress=False, **options)
+    assert not (tmp_path / "out").exists()
+    return str(caught.value)
+
+
+def test_a_network_without_weight_vectors_is_refused_with_the_reason(tmp_path: Path) -> None:
+    message = refused(tmp_path, make_task(model=lambda: nn.Sequential(nn.LayerNorm(6), nn.AdaptiveAvgPool1d(2))))
+    assert "task 'tiny': nothing that trains is centered" in message
+    assert "norm" in message
+
+
+def test_a_single_step_is_refused_where_a_figure_needs_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradcentral.paper.draw.Figure.write", lambda figure, folder, name: figure.draw(LIGHT))
+    whole = make_task(batch_size=40, epochs=1)
+    message = refused(tmp_path, whole)
+    assert message.startswith("epochs: 1 of this task is 1 step, and geometry, gradient-norms, learning, landscape")
+    drawn = draw_all(whole, out=tmp_path, progress=False, only=["operation", "shares"])
+    assert list(drawn.titles) == ["operation", "shares"]
+    both = draw_all(whole, out=tmp_path, progress=False, only=["geometry", "landscape", STATEMENTS], epochs=2)
+    assert list(both.titles) == ["geometry", "landscape"]
+
+
+def test_what_the_statements_cannot_measure_is_an_error_of_the_task(tmp_path: Path) -> None:
+    def old() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 4)), nn.Linear(4, 2))
+
+    with pytest.raises(TaskError, match=r"statements: model: 0\.weight .*parametrizations\.weight_norm"):
+        draw_all(make_task(model=old), out=tmp_path, progress=False, only=[STATEMENTS])
+
+
+def test_a_network_that_torch_cannot_differentiate_twice_has_no_landscape(tmp_path: Path) -> None:
+    ids = torch.randint(0, 10, (40, 3))
+    data = torch.utils.data.TensorDataset(ids, torch.randn(40, 2))
+    bag = make_task(model=lambda: nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 2)), train=data, test=data)
+    with pytest.raises(TaskError, match="landscape: torch can't do this with the task's network: .*embedding_bag"):
+        draw_all(bag, out=tmp_path, progress=False, only=["landscape"])
+
+
+def test_a_study_is_made_on_its_device() -> None:
+    there = study(make_task(), device="meta")
+    assert all(p.is_meta for p in there.fresh_model().parameters())
+    assert all(part.is_meta for batch in there.batches(0) for part in batch)
+
+
+def test_every_figure_shows_how_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def track(bars: Any, name: str) -> Callable[[Any, int], Any]:
+        def follow(iterable: Any, total: int) -> Any:
+            taken = 0
+            for item in iterable:
+                yield item
+                taken += 1
+            assert taken == total
+            names.append(name)
+
+        return follow
+
+    shown: list[bool] = []
+    monkeypatch.setattr("gradcentral.paper.draw.Figure.write", lambda figure, folder, name: None)
+
+    def silently(task: Task, **options: Any) -> Any:
+        shown.append(options.pop("progress"))
+        return compare(task, **options, progress=False, jobs=1)
+
+    monkeypatch.setattr("gradcentral.paper.draw._Bars.track", track)
+    monkeypatch.setattr("gradcentral.paper.learning.compare", silently)
+    draw_all(make_task(), out=tmp_path, seeds=1, epochs=1)
+    assert set(names) == {*FIGURES, STATEMENTS} - {"learning"}
+    assert shown == [True]
+
+
+def test_on_a_terminal_there_is_a_bar_and_elsewhere_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gradcentral.paper.draw.Figure.write", lambda figure, folder, name: None)
+    draw_all(make_task(), out=tmp_path, only=["operation"])
+    assert capsys.readouterr().out == "operation: done\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    draw_all(make_task(), out=tmp_path, only=["operation"])
+    out = capsys.readouterr().out
+    assert "100%" in out
+    assert "operation: done\n" in out

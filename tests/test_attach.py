@@ -1,0 +1,526 @@
+"""Attaching to an optimizer: hooks, closures, pausing, copies, and everything that must not pass in silence."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from gradcentral import WeightLayout, WeightVectors, center, centralize, centralize_gradients, weight_layout
+from gradcentral.attach import attached
+
+ROWS = WeightVectors((1,))
+
+
+def _model() -> Any:  # indexing nn.Sequential gives a type without weights
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+
+
+def _loss(model: nn.Module) -> Tensor:
+    x = torch.arange(20, dtype=torch.float64).reshape(5, 4) / 10
+    output: Tensor = model(x)
+    return (output - 1).square().mean()
+
+
+def _backward(model: nn.Module) -> None:
+    model.zero_grad()
+    torch.autograd.backward(_loss(model))
+
+
+def _means(model: nn.Module) -> list[Tensor]:
+    return [p.detach().mean(1) for p in model.parameters() if p.ndim == 2]
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_gradient_placement_hands_the_centered_gradient_to_the_optimizer() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = centralize(optimizer, model)
+    _backward(model)
+    expected = [
+        center(p.grad, ROWS) if p.ndim == 2 else p.grad.clone() for p in model.parameters() if p.grad is not None
+    ]
+    before = _weights(model)
+    optimizer.step()
+    for p, w, g in zip(model.parameters(), before, expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=0, atol=1e-15)
+        torch.testing.assert_close(p.detach(), w - 0.1 * g, rtol=0, atol=1e-15)
+    assert handle.layout[model[0].weight].span == (1,)
+    assert handle.placement == "gradient"
+
+
+def test_update_placement_keeps_the_gradient_and_the_means() -> None:
+    model = _model()
+    optimizer = Adam(model.parameters(), lr=0.1, weight_decay=0.1)
+    centralize(optimizer, model, "update")
+    _backward(model)
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    before, means = _weights(model), _means(model)
+    optimizer.step()
+    for p, g in zip(model.parameters(), gradients, strict=True):
+        assert p.grad is not None
+        assert torch.equal(p.grad, g)
+    for new, old in zip(_means(model), means, strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=1e-15)
+    assert not any(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+def test_gradients_are_centered_in_place(placement: str) -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model, placement)
+    _backward(model)
+    before = [p.grad for p in model.parameters()]
+    optimizer.step()
+    assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True))
+
+
+# Closures: the gradients appear inside step().
+
+
+def _closure_steps(optimizer: Optimizer, model: nn.Module, how: str) -> None:
+    def closure() -> float:
+        _backward(model)
+        return _loss(model).item()
+
+    for _ in range(3):
+        if how == "keyword":
+            loss = optimizer.step(closure=closure)
+        elif how == "positional":
+            loss = optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step(None)  # accelerate passes None
+            continue
+        assert isinstance(loss, float)
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+@pytest.mark.parametrize("how", ["positional", "keyword", "None"])
+def test_closures_give_the_same_steps(how: str, placement: str) -> None:
+    plain, closed = _model(), _model()
+    closed.load_state_dict(plain.state_dict())
+    optimizer = SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    centralize(optimizer, plain, placement)
+    for _ in range(3):
+        _backward(plain)
+        optimizer.step()
+    optimizer = SGD(closed.parameters(), lr=0.1, momentum=0.9)
+    centralize(optimizer, closed, placement)
+    _closure_steps(optimizer, closed, how)
+    for one, other in zip(plain.parameters(), closed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_lbfgs_searches_in_the_centered_space(line_search: str | None) -> None:
+    model = _model()
+    start = _means(model)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=8, line_search_fn=line_search)
+    centralize(optimizer, model)
+    first = _loss(model).item()
+    _closure_steps(optimizer, model, "positional")
+    assert _loss(model).item() < first
+    # Its directions are combinations of centered gradients, so that the weights keep their means.
+    for new, old in zip(_means(model), start, strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=1e-12)
+
+
+# The handle.
+
+
+def test_remove_ends_it_and_twice_is_harmless() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for placement in ("gradient", "update"):
+        handle = centralize(optimizer, model, placement)
+        assert attached(optimizer) == [handle]
+        handle.remove()
+        handle.remove()
+        assert attached(optimizer) == []
+        assert "removed" in repr(handle)
+        _backward(model)
+        raw = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        before = _weights(model)
+        optimizer.step()
+        for p, w, g in zip(model.parameters(), before, raw, strict=True):
+            torch.testing.assert_close(p.detach(), w - 0.1 * g, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+def test_paused_steps_are_plain(placement: str) -> None:
+    model, reference = _model(), _model()
+    reference.load_state_dict(model.state_dict())
+    optimizer, plain = SGD(model.parameters(), lr=0.1), SGD(reference.parameters(), lr=0.1)
+    handle = centralize(optimizer, model, placement)
+    for net, opt in ((model, optimizer), (reference, plain)):
+        _backward(net)
+        with handle.paused(), handle.paused():
+            assert "paused" in repr(handle)
+            opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), reference.parameters(), strict=True))
+    start = _means(model)
+    _backward(model)
+    optimizer.step()
+    assert "active" in repr(handle)
+    assert all(torch.allclose(m, s, rtol=0, atol=1e-15) for m, s in zip(_means(model), start, strict=True))
+
+
+def test_handle_makes_no_reference_cycle_with_the_optimizer() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = centralize(optimizer, model)
+    alive = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert alive() is None
+    finally:
+        gc.enable()
+    handle.remove()
+
+
+def test_attaching_again_with_the_same_settings_changes_nothing() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = centralize(optimizer, model)
+    assert centralize(optimizer, model) is handle
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+
+
+def test_attaching_again_with_other_settings_is_refused() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    with pytest.raises(ValueError, match=r"0.weight is centered in this optimizer already \(placement 'gradient'"):
+        centralize(optimizer, model, "update")
+    with pytest.raises(ValueError, match="centered in this optimizer already"):
+        centralize(optimizer, layout=weight_layout(model, exclude=["2.weight"]))
+
+
+def test_two_models_in_one_optimizer() -> None:
+    one, two = _model(), _model()
+    optimizer = SGD([*one.parameters(), *two.parameters()], lr=0.1)
+    centralize(optimizer, one)
+    _backward(one)
+    _backward(two)
+    optimizer.step()
+    assert two[0].weight.grad is not None
+    assert two[0].weight.grad.mean(1).abs().max() > 1e-6
+    centralize(optimizer, two, "update")
+    assert len(attached(optimizer)) == 2
+
+
+# Copies, checkpoints, parameter groups.
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_copies_of_an_optimizer_have_no_hooks_as_in_torch(copier: Any) -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    twin = copier(optimizer)
+    assert attached(twin) == []
+    assert len(attached(optimizer)) == 1
+
+
+def test_copying_model_and_optimizer_together_and_attaching_anew() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    centralize(optimizer, model)
+    _backward(model)
+    optimizer.step()
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    centralize(twin_optimizer, twin)
+    for net, opt in ((model, optimizer), (twin, twin_optimizer)):
+        _backward(net)
+        opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+def test_state_dict_is_torchs_own_and_loads_both_ways(placement: str) -> None:
+    model, reference = _model(), _model()
+    plain = Adam(reference.parameters())
+    optimizer = Adam(model.parameters())
+    centralize(optimizer, model, placement)
+    _backward(model)
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert state.keys() == plain.state_dict().keys()
+    assert state["param_groups"] == plain.state_dict()["param_groups"]
+    plain.load_state_dict(state)
+    optimizer.load_state_dict(plain.state_dict())
+    start = _means(model)
+    _backward(model)
+    optimizer.step()
+    assert len(attached(optimizer)) == 1
+    if placement == "update":
+        assert all(torch.allclose(m, s, rtol=0, atol=1e-15) for m, s in zip(_means(model), start, strict=True))
+
+
+def test_layers_added_later_are_centered() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = centralize(optimizer, model)
+    model.append(nn.Linear(3, 2).double())
+    optimizer.add_param_group({"params": model[3].parameters(), "lr": 0.01})
+    _backward(model)
+    optimizer.step()
+    assert "3.weight" in handle.layout
+    assert model[3].weight.grad is not None
+    assert model[3].weight.grad.mean(1).abs().max() < 1e-15
+
+
+def test_parameters_of_another_model_added_later_are_reported_once() -> None:
+    model, other = _model(), _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    optimizer.add_param_group({"params": other.parameters()})
+    _backward(model)
+    with pytest.warns(UserWarning, match=r"not the model's, of shape \(6, 4\).*centralize on the optimizer"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+def test_lazy_models_are_centered_from_the_first_step(placement: str) -> None:
+    model = nn.Sequential(nn.LazyLinear(6), nn.ReLU(), nn.LazyLinear(3)).double()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = centralize(optimizer, model, placement)
+    assert not handle.layout
+    _backward(model)
+    start = _means(model)
+    optimizer.step()
+    assert len(handle.layout) == 2
+    assert all(torch.allclose(m, s, rtol=0, atol=1e-15) for m, s in zip(_means(model), start, strict=True))
+
+
+def test_lazy_models_with_a_closure_and_update_placement_say_what_to_do() -> None:
+    model = nn.Sequential(nn.LazyLinear(3)).double()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model, "update")
+    with pytest.raises(RuntimeError, match="run one forward"):
+        _closure_steps(optimizer, model, "positional")
+
+
+def test_learning_rate_schedulers_center_once_and_work() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    _backward(model)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_unscales_before_or_after_and_skips_bad_steps(fused: bool) -> None:
+    """Φ is linear: centering the still scaled gradient of a fused optimizer changes nothing."""
+    model, reference = _model().float(), _model().float()
+    reference.load_state_dict(model.state_dict())
+    x = torch.randn(5, 4)
+    optimizer, plain = SGD(model.parameters(), lr=0.1, fused=fused), SGD(reference.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    centralize(plain, reference)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(model(x).square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    reference(x).square().mean().backward()
+    plain.step()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-7)
+    before = _weights(model)
+    optimizer.zero_grad()
+    scaler.scale(model(x).square().mean() * float("inf")).backward()
+    scaler.step(optimizer)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+
+
+# Hand-written loops.
+
+
+def test_centralize_gradients_in_a_loop() -> None:
+    model = _model()
+    _backward(model)
+    expected = [center(p.grad, ROWS) for p in model.parameters() if p.ndim == 2 and p.grad is not None]
+    centralize_gradients(model)
+    found = [p.grad for p in model.parameters() if p.ndim == 2]
+    assert all(g is not None and torch.equal(g, e) for g, e in zip(found, expected, strict=True))
+    model.append(nn.Linear(3, 2).double())
+    _backward(model)
+    centralize_gradients(model)
+    assert model[3].weight.grad is not None
+    assert model[3].weight.grad.mean(1).abs().max() < 1e-15
+
+
+def test_centralize_gradients_forgets_models_that_are_gone() -> None:
+    model = _model()
+    _backward(model)
+    centralize_gradients(model)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_centralize_gradients_with_a_layout() -> None:
+    model = _model()
+    _backward(model)
+    raw = model[2].weight.grad
+    assert raw is not None
+    raw = raw.clone()
+    centralize_gradients(layout=weight_layout(model, exclude=["2.*"]))
+    assert torch.equal(model[2].weight.grad, raw)
+    assert model[0].weight.grad.mean(1).abs().max() < 1e-15
+
+
+# Gradients that need care.
+
+
+def test_expanded_gradients_are_centered_out_of_place() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    shared = torch.arange(4.0).expand(3, 4)
+    model.weight.grad = shared
+    optimizer.step()
+    assert torch.equal(model.weight.grad, torch.tensor([-1.5, -0.5, 0.5, 1.5]).expand(3, 4))
+    assert torch.equal(shared[0], torch.arange(4.0))
+
+
+def test_sparse_gradients_raise_with_the_name_and_the_way_out() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2))
+    layout = weight_layout(model, overrides={"0.weight": ROWS})
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, layout=layout)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"0.weight has a sparse gradient.*exclude=\['0.weight'\]"):
+        optimizer.step()
+
+
+def test_sparse_embeddings_are_left_alone_by_default() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    model(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+def test_parameters_without_a_gradient_are_untouched(placement: str) -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    centralize(optimizer, model, placement)
+    before = _weights(model)
+    optimizer.step()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+def test_nan_stays_in_its_weight_vector(placement: str) -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model, placement)
+    _backward(model)
+    assert model[0].weight.grad is not None
+    model[0].weight.grad[2, 1] = torch.nan
+    optimizer.step()
+    finite = model[0].weight.isfinite().all(1)
+    assert finite.tolist() == [True, True, False, True, True, True]
+
+
+def test_complex_and_channels_last_parameters() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    model(torch.randn(2, 3, 3, 3)).sum().backward()
+    strides = model[0].weight.grad.stride()
+    optimizer.step()
+    assert model[0].weight.grad.stride() == strides
+    assert model[0].weight.grad.mean((1, 2, 3)).abs().max() < 1e-6
+    linear = nn.Linear(4, 2, dtype=torch.complex64)
+    optimizer = SGD(linear.parameters(), lr=0.1)
+    centralize(optimizer, linear)
+    linear(torch.randn(3, 4, dtype=torch.complex64) + 1).abs().sum().backward()
+    optimizer.step()
+    assert linear.weight.grad is not None
+    assert linear.weight.grad.mean(1).abs().max() < 1e-6
+
+
+# Nothing is silent.
+
+
+def test_unknown_placement() -> None:
+    model = _model()
+    with pytest.raises(ValueError, match="placement must be 'gradient' or 'update', not 'weights'"):
+        centralize(SGD(model.parameters()), model, "weights")
+
+
+def test_model_or_layout() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters())
+    calls: list[Callable[..., Any]] = [lambda **k: centralize(optimizer, **k), centralize_gradients]
+    for call in calls:
+        with pytest.raises(ValueError, match="give model=.*from_shapes"):
+            call()
+        with pytest.raises(ValueError, match="model or layout, not both"):
+            call(model=model, layout=weight_layout(model))
+        with pytest.raises(TypeError, match="layout must be a WeightLayout"):
+            call(layout={})
+    handle = centralize(optimizer, layout=WeightLayout.from_shapes(model.parameters()))
+    assert len(handle.layout) == 2
+
+
+def test_a_model_that_is_not_in_the_optimizer() -> None:
+    model = _model()
+    with pytest.raises(ValueError, match="none of the model's parameters is in the optimizer"):
+        centralize(SGD(model.parameters()), copy.deepcopy(model))
+
+
+def test_nothing_left_to_center() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4))
+    with pytest.raises(ValueError, match=r"nothing is left to center.*0.weight: lookup table.*1.weight: gain"):
+        centralize(SGD(model.parameters()), model)
+    with pytest.raises(ValueError, match="nothing to center: 0 of 3"):
+        centralize_gradients(model)
+    linear = _model()
+    with pytest.raises(ValueError, match=r"nothing is left to center in this optimizer \(0.bias: bias"):
+        centralize(SGD([p for p in linear.parameters() if p.ndim == 1]), linear)
+
+
+def test_what_is_no_optimizer() -> None:
+    model = _model()
+    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer with step hooks, not Sequential"):
+        centralize(model, model)
+
+
+def test_wrapped_optimizers_are_unwrapped() -> None:
+    """accelerate's AcceleratedOptimizer is an Optimizer without hooks around the one that steps."""
+
+    class Accelerated(Optimizer):
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.optimizer = optimizer
+
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = centralize(Accelerated(optimizer), model)
+    assert attached(optimizer) == [handle]
