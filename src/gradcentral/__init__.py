@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gradcentral.attach import Handle, centralize, centralize_gradients
+from gradcentral.attach import Handle, attached, centralize, centralize_gradients
 from gradcentral.layout import Entry, LeaveAlone, WeightLayout, register_layout, weight_layout
 from gradcentral.optim import SGD, Adam, AdamW
 from gradcentral.projection import center, projection_matrix, share
@@ -32,6 +32,7 @@ __all__ = [
     "Monitor",
     "WeightLayout",
     "WeightVectors",
+    "attached",
     "center",
     "center_weights_",
     "centralize",

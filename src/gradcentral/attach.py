@@ -13,16 +13,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradcentral.distributed import Division, Sharding, local
-from gradcentral.kernels import Centering, Means, Pair
+from gradcentral.kernels import Centering, Means
 from gradcentral.kernels.compiled import CompilableCentering
 from gradcentral.layout import WeightLayout, weight_layout
-from gradcentral.projection import center
+from gradcentral.projection import Pair, center
 from gradcentral.targets import PLACEMENTS, Targets, check_placement, refuse_sparse
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["PLACEMENTS", "Handle", "attached", "centralize", "centralize_gradients"]
+__all__ = [
+    "PLACEMENTS",
+    "Handle",
+    "attached",
+    "centering_of",
+    "centralize",
+    "centralize_gradients",
+    "closure_of",
+    "hooked_optimizer",
+    "replace_closure",
+]
 
-_Hook = tuple[tuple[Any, ...], dict[str, Any]]
+HookedCall = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments and keyword arguments, as a step pre-hook may replace them."""
 
 
 def centralize(
@@ -70,18 +81,18 @@ def centralize(
         >>> bool(model.weight.grad.mean(1).abs().max() < 1e-6)
         True
     """
-    check_placement(placement)
-    optimizer = _with_hooks(optimizer)
-    if isinstance(getattr(optimizer, "layout", None), WeightLayout):
+    optimizer = hooked_optimizer(optimizer)
+    if isinstance(getattr(optimizer, "targets", None), Targets):
         raise ValueError(f"gradcentral.{type(optimizer).__name__} centers already: give it the placement you want")
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise ValueError(
             "this ZeroRedundancyOptimizer steps inside DDP's communication, past all hooks: make it with "
             "overlap_with_ddp=False"
         )
+    check_placement(placement)
     layout = _layout(model, layout)
     handle = Handle(layout, placement)
-    targets = handle._targets.first(optimizer)
+    targets = handle.targets.first(optimizer)
     handle._sharding.of(targets)
     if (present := _same_as_attached(optimizer, handle, targets)) is not None:
         return present
@@ -129,11 +140,9 @@ class Handle:
     """
 
     def __init__(self, layout: WeightLayout, placement: str) -> None:
-        self._layout = layout
-        self._placement = placement
         self._paused = 0
         self._hooks: list[Any] = []
-        self._targets = Targets(layout)
+        self.targets = Targets(layout, placement)
         self._centering = CompilableCentering()
         self._sharding = Sharding(layout)
         self._before: _Kept | None = None
@@ -141,12 +150,12 @@ class Handle:
     @property
     def layout(self) -> WeightLayout:
         """The layout in use."""
-        return self._layout
+        return self.targets.layout
 
     @property
     def placement(self) -> str:
         """``"gradient"`` or ``"update"``."""
-        return self._placement
+        return self.targets.placement
 
     def remove(self) -> None:
         """End it: the optimizer is plain again. Calling it twice is harmless."""
@@ -159,10 +168,12 @@ class Handle:
     def paused(self) -> Iterator[None]:
         """Steps taken inside the ``with`` block are plain ones."""
         self._paused += 1
+        self.targets.paused = True
         try:
             yield
         finally:
             self._paused -= 1
+            self.targets.paused = self._paused > 0
 
     def __repr__(self) -> str:
         state = "removed" if not self._hooks else "paused" if self._paused else "active"
@@ -173,14 +184,14 @@ class Handle:
         if self.placement == "update":
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Hook | None:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCall | None:
         self._before = None
-        self._targets.check(optimizer)
+        self.targets.check(optimizer)
         if self._paused:
             return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        closure = closure_of(args, kwargs)
         if self.placement == "update":
-            targets = self._targets.of(optimizer)
+            targets = self.targets.of(optimizer)
             if closure is not None and self.layout.pending:
                 raise RuntimeError(
                     "lazy parameters get their values inside this step's closure, so that there is no weight to keep "
@@ -193,10 +204,7 @@ class Handle:
                 self._before = _Kept(pairs, self._centering.means(pairs), division, sums)
             return None
         if closure is not None:
-            # torch gives (optimizer, *arguments of step); the closure is the first of them.
-            return (args[0], self._centered(optimizer, closure), *args[2:]), {
-                name: value for name, value in kwargs.items() if name != "closure"
-            }
+            return replace_closure(args, kwargs, self._centered(optimizer, closure))
         self._center_gradients(optimizer)
         return None
 
@@ -220,15 +228,35 @@ class Handle:
         return centered_closure
 
     def _center_gradients(self, optimizer: Optimizer) -> None:
-        targets = self._targets.of(optimizer)
+        targets = self.targets.of(optimizer)
         _center_gradients(self.layout, targets, self._centering, self._sharding.of(targets))
 
 
 def attached(optimizer: Optimizer) -> list[Handle]:
     """The handles that `centralize` has put on an optimizer and that have not been removed."""
-    hooks = getattr(_with_hooks(optimizer), "_optimizer_step_pre_hooks", {})
+    hooks = getattr(hooked_optimizer(optimizer), "_optimizer_step_pre_hooks", {})
     owners = (getattr(hook, "__self__", None) for hook in hooks.values())
     return [owner for owner in owners if isinstance(owner, Handle)]
+
+
+def centering_of(optimizer: Optimizer) -> list[Targets]:
+    """Everything that centers in this optimizer's step: its own centering and what `centralize` has attached.
+
+    The one answer to "what does this optimizer center?": empty for a plain optimizer.
+    """
+    own = getattr(optimizer, "targets", None)
+    attached_to = [handle.targets for handle in attached(optimizer)]
+    return [own, *attached_to] if isinstance(own, Targets) else attached_to
+
+
+def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+    """The closure among the arguments of a step hook: torch passes (optimizer, *arguments of step)."""
+    return args[1] if len(args) > 1 else kwargs.get("closure")
+
+
+def replace_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[[], Any]) -> HookedCall:
+    """What a step pre-hook returns so that ``step`` receives this closure instead of its own."""
+    return (args[0], closure, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
 
 
 def _center_gradients(
@@ -294,7 +322,7 @@ def _remembered_layout(model: nn.Module) -> WeightLayout:
     return layout
 
 
-def _with_hooks(optimizer: Optimizer) -> Optimizer:
+def hooked_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer itself, or the one that a wrapper such as accelerate's AcceleratedOptimizer steps."""
     inner: Any = optimizer
     while isinstance(inner, Optimizer) and not hasattr(inner, "_optimizer_step_pre_hooks"):
@@ -310,7 +338,7 @@ def _same_as_attached(
     """The handle that does just this already; raises where one does something else to the same parameters."""
     wanted = dict(targets)
     for other in attached(optimizer):
-        present = dict(other._targets.of(optimizer))
+        present = dict(other.targets.of(optimizer))
         if wanted and wanted == present and other.placement == handle.placement:
             return other
         for parameter in wanted:
@@ -318,6 +346,6 @@ def _same_as_attached(
                 raise ValueError(
                     f"{handle.layout.names[parameter]} is centered in this optimizer already (placement "
                     f"{other.placement!r}, {len(present)} parameters; asked for: {handle.placement!r}, {len(wanted)}): "
-                    "call remove() on the first handle, gradcentral.centralize.attached(optimizer)[0], before this"
+                    "call remove() on the first handle, gradcentral.attached(optimizer)[0], before this"
                 )
     return None

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcentral.kernels import Pair
 from gradcentral.layout import WeightLayout
-from gradcentral.weight_vectors import WeightVectors, runs_of_axes
+from gradcentral.projection import Pair
+from gradcentral.weight_vectors import WeightVectors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -361,3 +361,35 @@ def _labels(axis: int, runs: list[tuple[int, bool]], indices: Tensor) -> _Labels
         if not spanned:
             units = units * size + indices // step % size
     return _Labels(axis, units, math.prod(size for size, spanned in runs if not spanned))
+
+
+def runs_of_axes(vectors: WeightVectors) -> list[list[tuple[int, bool]]] | None:
+    """Each axis of the parameter as runs (size, is it spanned), the slowest first; axes of size 1 have none.
+
+    None where the view cuts through axes, so that an index of the view is no matter of single axes.
+
+    Examples:
+        A transposed convolution with 2 groups: of the axis "in" a weight vector runs over one group's part.
+
+        >>> runs_of_axes(WeightVectors(span=(1, 3), view=(2, 4, 3, 5), shape=(8, 3, 5)))
+        [[(2, False), (4, True)], [(3, False)], [(5, True)]]
+    """
+    assert vectors.shape is not None, "the runs are those of a parameter's axes: for_shape(tensor.shape)"
+    dims = iter(enumerate(vectors.dims))
+    axis, left = -1, 1
+    found: list[list[tuple[int, bool]]] = []
+    for rest in vectors.shape:
+        runs: list[tuple[int, bool]] = []
+        while rest > 1:
+            while left == 1:
+                axis, left = next(dims)
+            size = min(rest, left)
+            if rest % size or left % size:
+                return None
+            rest, left = rest // size, left // size
+            spanned = axis in vectors.span
+            if runs and runs[-1][1] == spanned:
+                size *= runs.pop()[0]
+            runs.append((size, spanned))
+        found.append(runs)
+    return found

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["center", "center_", "projection_matrix", "share", "unit_means"]
+__all__ = ["Pair", "center", "center_", "projection_matrix", "share", "unit_means"]
+
+Pair = tuple[Tensor, WeightVectors]
+"""A tensor and the weight vectors in it."""
 
 # Sums of a thousand half-precision numbers lose the mean; f32 holds it.
 _ACCUMULATE_IN = {torch.complex32: torch.complex64}

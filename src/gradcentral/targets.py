@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["PLACEMENTS", "Targets", "check_placement", "refuse_sparse", "same_objects"]
+__all__ = ["PLACEMENTS", "Targets", "check_placement", "refuse_sparse"]
 
 PLACEMENTS = ("gradient", "update")
 
@@ -26,14 +25,22 @@ def check_placement(placement: str) -> None:
 
 
 class Targets:
-    """The parameters of an optimizer that a layout centers, as they are at each step.
+    """What an optimizer's step centers: a layout, a placement, and the parameters as they are at each step.
 
-    Follows what changes while training: parameter groups added later, lazy parameters that have got their shape,
+    Follows what changes while training: parameter groups added later, lazy parameters that have received their shape,
     layers added to the model.
+
+    Attributes:
+        layout: the weight vectors of the model's parameters.
+        placement: one of `PLACEMENTS`.
+        paused: whether steps are plain for now.
     """
 
-    def __init__(self, layout: WeightLayout) -> None:
+    def __init__(self, layout: WeightLayout, placement: str) -> None:
+        check_placement(placement)
         self.layout = layout
+        self.placement = placement
+        self.paused = False
         self._strangers: set[Tensor] = set()
         # What was found, and for which parameters and decisions: seldom do they change.
         self._found: list[tuple[Tensor, WeightVectors]] = []
@@ -158,11 +165,6 @@ def _is_lost(parameter: Tensor, now: Tensor | None) -> bool:
 def _mesh_dimensions(tensor: Tensor) -> int:
     mesh = getattr(tensor, "device_mesh", None)
     return 0 if mesh is None else int(mesh.ndim)
-
-
-def same_objects(one: Sequence[object], other: Sequence[object]) -> bool:
-    """Whether two sequences hold the very same objects; ``==`` would compare tensors element by element."""
-    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def refuse_sparse(gradient: Tensor, parameter: Tensor, layout: WeightLayout) -> None:

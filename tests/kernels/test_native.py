@@ -19,7 +19,7 @@ from torch import Tensor
 import gradcentral
 from gradcentral import WeightLayout, WeightVectors, center
 from gradcentral.kernels import Centering, available, native
-from gradcentral.weight_vectors import Loop
+from gradcentral.kernels.loops import Loop, loop_of_vectors
 from tests.strategies import Case, cases
 
 SERVED = (torch.float64, torch.float32, torch.bfloat16)
@@ -231,7 +231,7 @@ def test_memory_of_a_plan_is_less_than_a_number_for_each_weight_vector_of_gpt2()
     from gradcentral.bench.shapes import MODELS
 
     shapes = [(shape, vectors) for shape, vectors in MODELS["GPT-2"]() if vectors is not None]
-    loops = [(loop, 1) for _, vectors in shapes if (loop := vectors.loop()) is not None]
+    loops = [(loop, 1) for _, vectors in shapes if (loop := loop_of_vectors(vectors)) is not None]
     numbers = native.Work(loops, 0, with_scratch=False).scratch_bytes / 8
     assert numbers <= sum(vectors.count for _, vectors in shapes)
 

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gradcentral.bench.shapes import MODELS
+from gradcentral.kernels.loops import Loop, loop_of_vectors
 from gradcentral.kernels.triton.division import FIELDS, REACH, STEP, SUM, Shape, _Item, divide
-from gradcentral.weight_vectors import Loop
 
 LOOPS = st.tuples(
     st.builds(Loop, *[st.integers(1, size) for size in (5, 3000, 200, 30)]).map(
@@ -114,7 +114,7 @@ def test_tiles_fit_the_weight_vectors(loop: Loop, placement: int, shape: Shape) 
 def test_pieces_of_the_measured_models_are_of_like_size(model: str, itemsize: int) -> None:
     """No program does much more than others, and there are enough of them for a large device."""
     loops = [
-        (Loop(math.prod(shape), 1, 1, 1), 0) if vectors is None else (vectors.loop() or Loop(0, 0, 0, 0), 1)
+        (Loop(math.prod(shape), 1, 1, 1), 0) if vectors is None else (loop_of_vectors(vectors) or Loop(0, 0, 0, 0), 1)
         for shape, vectors in MODELS[model]()
     ]
     division = divide(loops, itemsize)

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from gradcentral.attach import _with_hooks, attached
+from gradcentral.attach import HookedCall, centering_of, closure_of, hooked_optimizer, replace_closure
 from gradcentral.diagnostics.centering_effect import Effect, effects, norms, to_numbers, together
 from gradcentral.diagnostics.monitor_plot import history
 from gradcentral.diagnostics.record import Memory, Reading, Record
 from gradcentral.diagnostics.writers import RecordFile, TensorBoard, read_records, sinks
 from gradcentral.layout import WeightLayout, weight_layout
-from gradcentral.optim.base import Centralized
 from gradcentral.plotting import LIGHT, Theme
 from gradcentral.projection import unit_means
 from gradcentral.weight_vectors import WeightVectors
@@ -34,8 +33,6 @@ EVERY = 200
 Measured in processor time on one thread: 0.6 % of three linear layers of at most 32 (batch 20, 0.8 ms an iteration),
 0.2 % of the digits CNN (batch 32, 3 ms), 0.05 % of ResNet-18 (32×32, batch 16).
 """
-
-_Hook = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Monitor:
@@ -112,7 +109,7 @@ class Monitor:
         self._start: dict[Tensor, tuple[WeightVectors, Tensor]] = {}
         self._loaded: dict[str, Tensor] = {}
         self._memory = Memory()
-        optimizer = _with_hooks(optimizer)
+        optimizer = hooked_optimizer(optimizer)
         self._check(optimizer)
         self._sinks = sinks(to)
         self._step = 0 if step is None else _whole_number("step", step, at_least=0)
@@ -207,21 +204,18 @@ class Monitor:
             if part.vectors is not None:
                 self._start_of(part, unit_means(part.parameter.detach(), part.vectors))
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Hook | None:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCall | None:
         if not self._may_append:
             self._check_files()
         step = self._step
         self._step += 1
         if step % self._every:
             return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        closure = closure_of(args, kwargs)
         if closure is None:
             self._record(optimizer, step)
             return None
-        # torch gives (optimizer, *arguments of step); the closure is the first of them.
-        return (args[0], self._recording(optimizer, step, closure), *args[2:]), {
-            name: value for name, value in kwargs.items() if name != "closure"
-        }
+        return replace_closure(args, kwargs, self._recording(optimizer, step, closure))
 
     def _check_files(self) -> None:
         """Not before the first step: a state may be loaded until then."""
@@ -340,9 +334,7 @@ class _Weights(NamedTuple):
 
 def _layouts_in_use(optimizer: Optimizer, parameters: list[Tensor]) -> list[WeightLayout]:
     """The layouts of the GC that is attached to the optimizer, as far as they know some of these parameters."""
-    layouts = [handle.layout for handle in attached(optimizer)]
-    if isinstance(optimizer, Centralized):
-        layouts.append(optimizer.layout)
+    layouts = [targets.layout for targets in centering_of(optimizer)]
     for layout in layouts:
         if layout.pending or not all(layout.knows(p) for p in parameters):
             layout.refresh()
@@ -351,10 +343,8 @@ def _layouts_in_use(optimizer: Optimizer, parameters: list[Tensor]) -> list[Weig
 
 def _placement(optimizer: Optimizer, parts: list[_Part]) -> str | None:
     """Of the GC that acts on some of these parameters; several where they differ."""
-    acting = [(handle.layout, handle.placement) for handle in attached(optimizer) if not handle._paused]
-    if isinstance(optimizer, Centralized):
-        acting.append((optimizer.layout, optimizer.placement))
-    found = {placement for layout, placement in acting if any(part.parameter in layout for part in parts)}
+    acting = [targets for targets in centering_of(optimizer) if not targets.paused]
+    found = {targets.placement for targets in acting if any(part.parameter in targets.layout for part in parts)}
     return " and ".join(sorted(found)) or None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradcentral.attach import PLACEMENTS, attached, centralize
+from gradcentral.attach import PLACEMENTS, attached, centering_of, centralize
 from gradcentral.diagnostics.centering_effect import Effect, effects, together
 from gradcentral.diagnostics.drift import Drift
 from gradcentral.experiment.errors import ArmError
@@ -41,8 +41,7 @@ class CheckedArm:
     """
 
     def __init__(self, arm: str, model: nn.Module, optimizer: Optimizer) -> None:
-        own = any(cls.__module__.partition(".")[0] == "gradcentral" for cls in type(optimizer).__mro__)
-        if own or attached(optimizer):
+        if centering_of(optimizer):
             raise ArmError(
                 "the task's optimizer centers already: give a plain one, such as torch.optim's; the arms add GC"
             )

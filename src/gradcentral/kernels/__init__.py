@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gradcentral.kernels import native, triton
-from gradcentral.projection import center_, subtract_means_, unit_means
-from gradcentral.weight_vectors import Loop, WeightVectors
+from gradcentral.kernels.loops import Loop
+from gradcentral.projection import Pair, center_, subtract_means_, unit_means
+from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["Centering", "Means", "Pair", "available", "kernels_for"]
-
-Pair = tuple[Tensor, WeightVectors]
+__all__ = ["Centering", "Means", "available", "kernels_for"]
 
 _CHOICES = ("", "reference", "native", "triton")
 

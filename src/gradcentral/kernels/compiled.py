@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcentral.kernels import Centering, Means, Pair
-from gradcentral.projection import center, center_, subtract_means_, unit_means
+from gradcentral.kernels import Centering, Means
+from gradcentral.projection import Pair, center, center_, subtract_means_, unit_means
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["CompilableCentering", "center_traced_", "restore_traced_", "traced_center", "traced_means"]

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradcentral.targets import same_objects
-from gradcentral.weight_vectors import Loop, WeightVectors, loop_over
+from gradcentral.kernels.forms import same_objects
+from gradcentral.kernels.loops import Loop, loop_over
+from gradcentral.weight_vectors import WeightVectors
 
 __all__ = [
     "CenteringPlan",

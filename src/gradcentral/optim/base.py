@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from gradcentral.distributed import Division, Sharding, any_sharded, local, with_local
 from gradcentral.kernels import kernels_for, native, triton
 from gradcentral.kernels.compiled import restore_traced_, traced_center, traced_means
+from gradcentral.kernels.forms import same_objects
+from gradcentral.kernels.loops import Loop
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.projection import center, subtract_means_, unit_means
-from gradcentral.targets import Targets, check_placement, refuse_sparse, same_objects
-from gradcentral.weight_vectors import Loop
+from gradcentral.targets import Targets, check_placement, refuse_sparse
 
 __all__ = ["Centralized", "States"]
 
@@ -112,7 +113,7 @@ class Centralized(Optimizer):
         if layout is None:
             layout = self._shape_layout() if model is None else weight_layout(model)
         self._follow(layout)
-        self._sharding.of(self._targets.first(self))
+        self._sharding.of(self.targets.first(self))
 
     @property
     def placement(self) -> str:
@@ -122,7 +123,7 @@ class Centralized(Optimizer):
     @property
     def layout(self) -> WeightLayout:
         """The layout in use."""
-        return self._targets.layout
+        return self.targets.layout
 
     def _shape_layout(self) -> WeightLayout:
         warnings.warn(
@@ -171,7 +172,7 @@ class Centralized(Optimizer):
             self._follow(WeightLayout.from_shapes(self.param_groups))
 
     def _follow(self, layout: WeightLayout) -> None:
-        self._targets = Targets(layout)
+        self.targets = Targets(layout, self._placement)
         self._sharding = Sharding(layout)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -185,7 +186,7 @@ class Centralized(Optimizer):
             self._refuse_sparse()
             self._traced_step()
             return loss
-        self._targets.check(self)
+        self.targets.check(self)
         found_inf = getattr(self, "found_inf", None)
         # Before any state is made. A device's verdict is left to the kernels there: looking would wait for it.
         if found_inf is not None and fuse and found_inf.is_cpu and found_inf.item():
@@ -258,7 +259,7 @@ class Centralized(Optimizer):
         """What this rank has, where parameters are DTensors."""
         if self.defaults.get("differentiable", False):
             raise ValueError("differentiable=True can't be used with DTensors: what is centered is a rank's part alone")
-        targets = self._targets.of(self)
+        targets = self.targets.of(self)
         division = self._sharding.of(targets) or Division(targets, [], self.layout.names)
         division.place_gradients(p for group in self.param_groups for p in group["params"])
         return _Here(division, division.centered_gradients() if self.placement == "gradient" else {})
@@ -308,7 +309,7 @@ class Centralized(Optimizer):
 
     def _plan(self, kind: int, group: dict[str, Any], params: list[Tensor], here: _Here | None) -> _GroupPlan:
         """Divide a group among plans, one for each device and dtype; what none takes is left to torch's own step."""
-        targets = dict(self._targets.of(self) if here is None else here.division.whole)
+        targets = dict(self.targets.of(self) if here is None else here.division.whole)
         candidates: dict[Any, list[tuple[Tensor, tuple[Loop, int]]]] = {}
         with torch.no_grad():
             for p in params:
@@ -349,14 +350,14 @@ class Centralized(Optimizer):
 
     def _refuse_sparse(self) -> None:
         if self._placement == "gradient":
-            for p, _ in self._targets.of(self):
+            for p, _ in self.targets.of(self):
                 if p.grad is not None:
                     refuse_sparse(p.grad, p, self.layout)
 
     def _torchs_step(self, served: list[Tensor], here: _Here | None) -> None:
         """The reference path: torch's own step for what is not served yet, fed with centered gradients."""
         done = set(served)
-        targets = self._targets.of(self) if here is None else here.division.whole
+        targets = self.targets.of(self) if here is None else here.division.whole
         targets = [(p, vectors) for p, vectors in targets if p.grad is not None and p not in done]
         gradients = {p: p.grad for p in served}
         kept = []
@@ -394,7 +395,7 @@ class Centralized(Optimizer):
         Replacing ``p.grad`` would break the graph: it gets the centered values and then its own again, of which the
         compiled code keeps nothing. (Inductor loses the second write where an operator has centered in place.)
         """
-        targets = [(p, vectors) for p, vectors in self._targets.of(self) if p.grad is not None]
+        targets = [(p, vectors) for p, vectors in self.targets.of(self) if p.grad is not None]
         if self._placement == "update":
             means = traced_means(targets)
             _plain_step(self._torchs_own)(self)

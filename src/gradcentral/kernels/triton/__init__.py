@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradcentral.kernels.loops import Loop, loop_over
 from gradcentral.kernels.native import Rule, is_plain, lies_as
-from gradcentral.weight_vectors import Loop, WeightVectors, loop_over
+from gradcentral.weight_vectors import WeightVectors
 
 if TYPE_CHECKING:
     from gradcentral.kernels.triton.plans import CenteringPlan, StepPlan

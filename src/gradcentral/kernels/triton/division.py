@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradcentral.weight_vectors import Loop
+from gradcentral.kernels.loops import Loop
 
 __all__ = ["FIELDS", "LONGEST", "TILE", "Division", "Shape", "divide"]
 

@@ -17,13 +17,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from gradcentral.kernels.forms import same_objects
+from gradcentral.kernels.loops import Loop
 from gradcentral.kernels.native import MOMENTUM, Rule, same_columns
 from gradcentral.kernels.triton import DeviceRule
 from gradcentral.kernels.triton.division import TILE, Division, columns_beside, divide
 from gradcentral.kernels.triton.rules import INTERPRETED
 from gradcentral.kernels.triton.step import run
-from gradcentral.targets import same_objects
-from gradcentral.weight_vectors import Loop, WeightVectors
+from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["CenteringPlan", "StepPlan"]
 
