@@ -23,9 +23,9 @@ from torch.optim import Optimizer
 
 import gradcentral
 from gradcentral.targets import PLACEMENTS
-from tests import killed_training
+from tests.optim import killed_training
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def trainings() -> dict[str, list[dict[str, Any]]]:
         pytest.skip("needs os.fork: run it on Linux or macOS")
     path = os.pathsep.join([str(Path(gradcentral.__file__).parents[1]), str(ROOT)])
     done = subprocess.run(
-        [sys.executable, "-m", "tests.killed_training"],
+        [sys.executable, "-m", "tests.optim.killed_training"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
