@@ -231,7 +231,7 @@ def _counting_all_reduces() -> Iterator[list[int]]:
         sent.append(tensor.numel())
         return dist.all_reduce(tensor, *arguments, **options)
 
-    with mock.patch.object(sharded, "dist", SimpleNamespace(all_reduce=counted)):
+    with mock.patch.object(distributed, "dist", SimpleNamespace(all_reduce=counted)):
         yield sent
 
 
