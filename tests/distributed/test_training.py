@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 import gradcentral
-from gradcentral import kernels, sharded
+from gradcentral import distributed, kernels
 from tests.distributed.workers import Workers
 
 STEPS, BATCH = 20, 16
