@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def test_my_task(tmp_path: Path) -> None:
     result = compare(EXAMPLES / "my_task.py", seeds=2, epochs=3, jobs=1, out=tmp_path, progress=False)
     assert result.task == "wine"
-    assert len(result.records) == 2 * 2 * 3
+    assert len(result.all_runs) == 2 * 2 * 3
     assert result.report.exists()
 
 
@@ -20,4 +20,4 @@ def test_learning_rates(tmp_path: Path) -> None:
     path = EXAMPLES / "learning_rates.py"
     result = compare(path, seeds=2, epochs=1, optimizers=["adamw-0.001"], jobs=1, out=tmp_path, progress=False)
     assert result.task == "learning-rates"
-    assert len(result.records) == 2 * 3
+    assert len(result.all_runs) == 2 * 3

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from gradcentral.experiment import threads
+from gradcentral.experiment import determinism
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """The networks are tiny, and two threads wait for each other where the machine is busy."""
-    with threads.one_thread():
+    with determinism.one_thread():
         yield

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from gradcentral.experiment import Task, threads
+from gradcentral.experiment import Task, determinism
 
 
 def mean_absolute_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -46,6 +46,6 @@ def tiny() -> Callable[..., Task]:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in a worker, so that runs here and there are the same to the bit."""
-    with threads.one_thread():
+    """Use one thread as workers do, so that runs in this process and in workers are bit-identical."""
+    with determinism.one_thread():
         yield

@@ -1,4 +1,4 @@
-"""A run proves that its arm did what it says; here the proof is made to fail."""
+"""The check that a run trains as its arm requires: it passes honest runs and detects every manipulation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def step(checked: CheckedArm, model: nn.Module, optimizer: torch.optim.Optimizer
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("arm", ARMS)
-def test_an_honest_run_passes(arm: str, maker: str, dtype: torch.dtype) -> None:
+def test_an_unmodified_run_passes(arm: str, maker: str, dtype: torch.dtype) -> None:
     model = network(dtype)
     optimizer = MAKERS[maker](model.parameters())
     checked = CheckedArm(arm, model, optimizer)
@@ -50,7 +50,7 @@ def test_an_honest_run_passes(arm: str, maker: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("arm", ["gradient", "update"])
-def test_a_handle_removed_behind_its_back(arm: str) -> None:
+def test_a_removed_handle_is_detected(arm: str) -> None:
     model = network()
     optimizer = MAKERS["sgd"](model.parameters())
     checked = CheckedArm(arm, model, optimizer)
@@ -68,7 +68,7 @@ def test_a_handle_removed_behind_its_back(arm: str) -> None:
         ("update", r"0\.weight: the step moved the mean"),
     ],
 )
-def test_a_handle_that_does_nothing(arm: str, message: str) -> None:
+def test_a_paused_handle_is_detected(arm: str, message: str) -> None:
     model = network()
     optimizer = MAKERS["sgd"](model.parameters())
     checked = CheckedArm(arm, model, optimizer)
@@ -77,7 +77,7 @@ def test_a_handle_that_does_nothing(arm: str, message: str) -> None:
         step(checked, model, optimizer)
 
 
-def test_a_centering_attached_in_none() -> None:
+def test_gc_attached_in_arm_none_is_detected() -> None:
     model = network()
     optimizer = MAKERS["sgd"](model.parameters())
     checked = CheckedArm("none", model, optimizer)
@@ -87,22 +87,22 @@ def test_a_centering_attached_in_none() -> None:
         step(checked, model, optimizer)
 
 
-def test_an_optimizer_that_comes_with_a_centering() -> None:
+def test_an_optimizer_with_gc_attached_is_refused() -> None:
     model = network()
     optimizer = MAKERS["sgd"](model.parameters())
     centralize(optimizer, model)
-    with pytest.raises(ArmError, match="centers already"):
+    with pytest.raises(ArmError, match="already centers gradients"):
         CheckedArm("none", model, optimizer)
 
 
-def test_an_optimizer_that_centers_inside_its_step() -> None:
+def test_a_gradcentral_optimizer_is_refused() -> None:
     model = network()
-    with pytest.raises(ArmError, match="centers already"):
+    with pytest.raises(ArmError, match="already centers gradients"):
         CheckedArm("none", model, gradcentral.SGD(model, lr=0.1))
 
 
 @pytest.mark.parametrize("arm", ["none", "update"])
-def test_gradients_changed_before_the_optimizer_sees_them(arm: str) -> None:
+def test_gradients_changed_before_the_optimizer_receives_them_are_detected(arm: str) -> None:
     model = network()
     optimizer = MAKERS["sgd"](model.parameters())
 
@@ -112,11 +112,11 @@ def test_gradients_changed_before_the_optimizer_sees_them(arm: str) -> None:
 
     optimizer.register_step_pre_hook(tamper)
     checked = CheckedArm(arm, model, optimizer)
-    with pytest.raises(ArmError, match=r"3\.bias: its gradient was changed"):
+    with pytest.raises(ArmError, match=r"3\.bias: its gradient was changed before the optimizer received it"):
         step(checked, model, optimizer)
 
 
-def test_a_centered_gradient_that_was_scaled_too() -> None:
+def test_a_scaled_centered_gradient_is_detected() -> None:
     model = network()
     optimizer = MAKERS["sgd"](model.parameters())
 
@@ -129,7 +129,7 @@ def test_a_centered_gradient_that_was_scaled_too() -> None:
         step(checked, model, optimizer)
 
 
-def test_a_step_that_moves_the_mean_after_all() -> None:
+def test_a_step_that_moves_the_mean_is_detected() -> None:
     model = network()
     optimizer = MAKERS["adamw"](model.parameters())
     checked = CheckedArm("update", model, optimizer)
@@ -143,7 +143,7 @@ def test_a_step_that_moves_the_mean_after_all() -> None:
         step(checked, model, optimizer)
 
 
-def test_gradients_that_are_not_finite_prove_nothing() -> None:
+def test_steps_with_gradients_that_are_not_finite_are_not_checked() -> None:
     model = network()
     optimizer = MAKERS["sgd"](model.parameters())
     checked = CheckedArm("gradient", model, optimizer)
@@ -154,11 +154,11 @@ def test_gradients_that_are_not_finite_prove_nothing() -> None:
     checked.verify()
 
 
-def test_share_is_that_of_the_whole_raw_gradient() -> None:
+def test_share_is_that_of_the_raw_gradient_of_all_parameters() -> None:
     model = nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     checked = CheckedArm("gradient", model, optimizer)
-    # One row all mean, one without any, and a bias that is left alone: 4 of 4 + 4 + 8.
+    # One row that is all mean, one with zero mean, and a skipped bias: 4 of 4 + 4 + 8.
     model.weight.grad = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1]])
     model.bias.grad = torch.tensor([2.0, 2.0])
     checked.watch()

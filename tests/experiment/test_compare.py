@@ -1,12 +1,14 @@
-"""The whole way: paired runs, resuming, refusals, and what a run can end in."""
+"""`compare` from end to end: paired runs, resuming, refusals, divergence and errors."""
 
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -32,40 +34,42 @@ compare = functools.partial(compare_loudly, progress=False)
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports have tests of their own, and take a second each."""
-    monkeypatch.setattr("gradcentral.experiment.report.write_report", lambda comparison: None)
+    """Skip the report, which has its own tests and takes a second."""
+    monkeypatch.setattr("gradcentral.experiment.run_comparison.write_report", lambda comparison: None)
 
 
 def numbers(result: Comparison) -> list[Any]:
-    return [(run.key, run.epochs, run.train_metric, run.weights) for run in result.records]
+    return [(run.key, run.epochs, run.train_metric, run.weights) for run in result.all_runs]
 
 
-def test_runs_of_one_seed_are_paired_and_those_of_two_are_not(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_runs_of_one_seed_are_paired_and_runs_of_two_seeds_are_not(tiny: Callable[..., Task], tmp_path: Path) -> None:
     optimizers = {
         "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
         "adam": lambda params: torch.optim.Adam(params, lr=0.01),
     }
     result = compare(tiny(optimizers=optimizers), seeds=2, jobs=1, out=tmp_path)
-    assert len(result.records) == 2 * 2 * 3
+    assert len(result.all_runs) == 2 * 2 * 3
     by_seed = {
-        seed: {(run.weights, *(epoch["data"] for epoch in run.epochs)) for run in result.records if run.seed == seed}
+        seed: {(run.weights, *(epoch["data"] for epoch in run.epochs)) for run in result.all_runs if run.seed == seed}
         for seed in (0, 1)
     }
     assert all(len(starts) == 1 for starts in by_seed.values())
     assert by_seed[0] != by_seed[1]
-    # Every epoch has an order of its own, and the arms do differ in what they learn.
-    assert len({epoch["data"] for epoch in result.records[0].epochs}) == 2
-    assert len({run.final("test_metric") for run in result.records if run.optimizer == "adam" and run.seed == 0}) == 3
+    # Every epoch has its own order, and the arms learn different weights.
+    assert len({epoch["data"] for epoch in result.all_runs[0].epochs}) == 2
+    assert len({run.final("test_metric") for run in result.all_runs if run.optimizer == "adam" and run.seed == 0}) == 3
 
 
-def test_a_run_is_the_same_again_here_and_in_a_worker(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_a_repeated_run_is_bit_identical_in_this_process_and_in_a_worker(
+    tiny: Callable[..., Task], tmp_path: Path
+) -> None:
     first = compare(tiny(), seeds=2, jobs=1, out=tmp_path / "one")
     torch.rand(3)
     assert numbers(compare(tiny(), seeds=2, jobs=1, out=tmp_path / "again")) == numbers(first)
     assert numbers(compare(tiny(), seeds=2, jobs=2, out=tmp_path / "workers")) == numbers(first)
 
 
-def test_the_callers_random_numbers_are_left_alone(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_the_callers_random_number_generators_are_unchanged(tiny: Callable[..., Task], tmp_path: Path) -> None:
     torch.manual_seed(5)
     random.seed(5)
     expected = (torch.rand(1).item(), random.random())
@@ -75,7 +79,7 @@ def test_the_callers_random_numbers_are_left_alone(tiny: Callable[..., Task], tm
     assert (torch.rand(1).item(), random.random()) == expected
 
 
-def test_what_is_recorded(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_runs_record_losses_metrics_shares_norms_and_drift(tiny: Callable[..., Task], tmp_path: Path) -> None:
     result = compare(tiny(), seeds=2, epochs=3, jobs=1, out=tmp_path)
     run = result.runs("sgd", "gradient")[1]
     assert run.seed == 1
@@ -86,7 +90,7 @@ def test_what_is_recorded(tiny: Callable[..., Task], tmp_path: Path) -> None:
     assert kept < 1e-6 < 1e-2 < moved
     assert run.train_metric is not None
     assert run.environment["torch"] == torch.__version__
-    assert [Run.from_line(line) for line in (tmp_path / RESULTS).read_text().splitlines()] == list(result.records)
+    assert [Run.from_line(line) for line in (tmp_path / RESULTS).read_text().splitlines()] == list(result.all_runs)
     row = result.row("sgd", "none")
     assert all(epoch is not None and epoch <= 3 for epoch in row.epochs_to_baseline)
     assert row.gap[1] == pytest.approx(
@@ -100,12 +104,12 @@ def test_what_is_recorded(tiny: Callable[..., Task], tmp_path: Path) -> None:
     assert all(verdict.sentence.split(":")[0] in str(result) for verdict in result.verdicts)
 
 
-def test_more_seeds_arms_and_optimizers_extend(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_more_seeds_arms_and_optimizers_add_the_missing_runs(tiny: Callable[..., Task], tmp_path: Path) -> None:
     task = tiny(optimizers={"sgd": lambda p: torch.optim.SGD(p, lr=0.1), "adam": lambda p: torch.optim.Adam(p)})
     compare(task, seeds=1, arms=["none", "gradient"], optimizers=["sgd"], jobs=1, out=tmp_path)
     compare(task, seeds=2, jobs=1, out=tmp_path)
     result = compare(task, seeds=[1], jobs=1, out=tmp_path)
-    assert [run.seed for run in result.records] == [1] * 6
+    assert [run.seed for run in result.all_runs] == [1] * 6
     lines = [Run.from_line(line).key for line in (tmp_path / RESULTS).read_text().splitlines()]
     assert len(lines) == len(set(lines)) == 12
 
@@ -137,7 +141,7 @@ def other_data() -> TensorDataset:
         ({"name": "other"}, "task (was tiny, is other)"),
     ],
 )
-def test_a_changed_task_is_refused_and_the_change_named(
+def test_a_changed_task_is_refused_and_the_change_is_named(
     tiny: Callable[..., Task], tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
     compare(tiny(), seeds=1, jobs=1, arms=["none", "gradient"], out=tmp_path)
@@ -150,7 +154,7 @@ def test_a_changed_task_is_refused_and_the_change_named(
     assert (tmp_path / RESULTS).read_bytes() == before
 
 
-def test_the_code_of_a_tasks_file_counts_and_its_comments_do_not(tmp_path: Path) -> None:
+def test_a_changed_file_is_refused_unless_only_comments_changed(tmp_path: Path) -> None:
     path, out = tmp_path / "mine.py", tmp_path / "out"
     body = "def task(seed, arm):\n    yield {'train_loss': 0.1, 'test_metric': seed}\n"
     path.write_text(body)
@@ -158,21 +162,19 @@ def test_the_code_of_a_tasks_file_counts_and_its_comments_do_not(tmp_path: Path)
     path.write_text("# A comment.\n" + body)
     compare(path, seeds=2, jobs=1, out=out)
     path.write_text(body.replace("0.1", "0.2"))
-    with pytest.raises(ResultsError, match="code of the task's file"):
+    with pytest.raises(ResultsError, match="source of the task's file"):
         compare(path, seeds=2, jobs=1, out=out)
 
 
-def test_no_resume_moves_aside_and_deletes_nothing(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_no_resume_moves_old_results_aside_without_deleting_any(tiny: Callable[..., Task], tmp_path: Path) -> None:
     compare(tiny(), seeds=1, jobs=1, out=tmp_path)
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
     result = compare(tiny(batch_size=8), seeds=1, jobs=1, out=tmp_path, resume=False)
     assert {path.name: path.read_bytes() for path in (tmp_path / "previous-1").iterdir()} == old
-    assert len(result.records) == len((tmp_path / RESULTS).read_text().splitlines()) == 3
+    assert len(result.all_runs) == len((tmp_path / RESULTS).read_text().splitlines()) == 3
 
 
-def test_a_torn_last_line_is_dropped_and_a_broken_one_before_is_named(
-    tiny: Callable[..., Task], tmp_path: Path
-) -> None:
+def test_a_partial_last_line_is_dropped_and_an_invalid_line_is_named(tiny: Callable[..., Task], tmp_path: Path) -> None:
     first = compare(tiny(), seeds=1, jobs=1, out=tmp_path)
     path = tmp_path / RESULTS
     path.write_bytes(path.read_bytes()[:-20])
@@ -180,7 +182,7 @@ def test_a_torn_last_line_is_dropped_and_a_broken_one_before_is_named(
     assert len(path.read_text().splitlines()) == 3
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:50], lines[2]]) + "\n")
-    with pytest.raises(ResultsError, match=r"results\.jsonl, line 2: is not a run"):
+    with pytest.raises(ResultsError, match=r"results\.jsonl, line 2: not a run"):
         compare(tiny(), seeds=1, jobs=1, out=tmp_path)
 
 
@@ -200,7 +202,7 @@ task = CustomTask("killed", run)
 """
 
 
-def test_killed_at_any_moment_nothing_finished_is_lost(tmp_path: Path) -> None:
+def test_a_comparison_killed_at_any_moment_keeps_its_finished_runs(tmp_path: Path) -> None:
     path, out = tmp_path / "killed.py", tmp_path / "out"
     path.write_text(KILLED)
     code = f"from gradcentral.experiment import compare; compare({str(path)!r}, seeds=8, jobs=1, out={str(out)!r})"
@@ -218,9 +220,9 @@ def test_killed_at_any_moment_nothing_finished_is_lost(tmp_path: Path) -> None:
     with results.open("a") as file:
         file.write('{"optimizer": "custom", "arm": "no')
     result = compare(path, seeds=8, jobs=1, out=out)
-    assert len(result.records) == lines(results) == 24
+    assert len(result.all_runs) == lines(results) == 24
     done = Counter((tmp_path / "log").read_text().splitlines())
-    # A run may have ended just before its line was written, once a kill; it alone is repeated.
+    # Each kill may come between the end of a run and the writing of its line; only that run is repeated.
     assert len(done) == 24
     assert sum(done.values()) <= 24 + 2
     assert not list(out.glob("progress-*"))
@@ -230,17 +232,17 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_two_comparisons_do_not_write_to_one_folder(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_a_second_comparison_in_the_same_folder_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
     with Store(tmp_path), pytest.raises(ResultsError, match="another comparison is writing there"):
         compare(tiny(), seeds=1, jobs=1, out=tmp_path)
     compare(tiny(), seeds=1, jobs=1, out=tmp_path)
 
 
-def test_divergence_is_a_result(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_divergence_is_a_result_not_an_error(tiny: Callable[..., Task], tmp_path: Path) -> None:
     task = tiny(optimizers={"sgd": lambda p: torch.optim.SGD(p, lr=1e6)}, model=lambda: nn.Linear(6, 2), epochs=6)
     result = compare(task, seeds=2, jobs=1, out=tmp_path)
-    assert all(run.diverged_at is not None for run in result.records)
-    assert all(run.final("test_metric") is None for run in result.records)
+    assert all(run.diverged_at is not None for run in result.all_runs)
+    assert all(run.final("test_metric") is None for run in result.all_runs)
     assert "2 of 2 runs diverged (none: 2), no pair finished" in result.verdicts[0].sentence
     assert "2 of 2 diverged" in str(result)
     for line in (tmp_path / RESULTS).read_text().splitlines():
@@ -253,7 +255,7 @@ def raising(output: torch.Tensor, target: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_an_exception_in_the_tasks_code_is_one_line(tiny: Callable[..., Task], tmp_path: Path, jobs: int) -> None:
+def test_the_error_of_a_tasks_code_is_one_line(tiny: Callable[..., Task], tmp_path: Path, jobs: int) -> None:
     with pytest.raises(RunError) as caught:
         compare(tiny(metric=raising), seeds=2, jobs=jobs, out=tmp_path)
     message = str(caught.value)
@@ -275,13 +277,13 @@ def broken_data() -> TensorDataset:
         ({"model": lambda: 3}, "model: the factory must return an nn.Module, not int"),
         ({"model": lambda: nn.Linear(-1, 2)}, "model: RuntimeError"),
         ({"optimizers": {"sgd": lambda p: 3}}, "optimizers['sgd']: the factory must return a torch.optim.Optimizer"),
-        ({"optimizers": {"lbfgs": torch.optim.LBFGS}}, "optimizers['lbfgs']: LBFGS needs a closure"),
+        ({"optimizers": {"lbfgs": torch.optim.LBFGS}}, "optimizers['lbfgs']: the step of LBFGS requires a closure"),
         ({"schedule": lambda optimizer, steps: None}, "schedule: must return a torch LRScheduler"),
         ({"loss": lambda output, target: (output - target) ** 2}, "loss: must return a scalar tensor"),
-        ({"train": broken_data()}, "an example must be a pair (input, target), not 3 things"),
+        ({"train": broken_data()}, "an example must be a pair (input, target) or a mapping, not 3 values"),
     ],
 )
-def test_a_part_that_is_not_what_it_must_be(
+def test_a_part_of_the_wrong_type_is_named(
     tiny: Callable[..., Task], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TaskError) as caught:
@@ -289,7 +291,7 @@ def test_a_part_that_is_not_what_it_must_be(
     assert message in str(caught.value)
 
 
-def test_a_model_that_is_not_decided_by_the_seed_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_a_model_that_the_seed_does_not_determine_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
     state = itertools.count()
 
     def model() -> nn.Module:
@@ -300,12 +302,12 @@ def test_a_model_that_is_not_decided_by_the_seed_is_refused(tiny: Callable[..., 
         compare(tiny(model=model), seeds=1, jobs=1, out=tmp_path)
 
 
-def test_runs_that_turn_out_not_to_be_paired_are_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_runs_that_are_not_paired_are_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
     calls = itertools.count()
 
     def model() -> nn.Module:
         linear = nn.Linear(6, 2)
-        if next(calls) >= 4:  # after the two of the fingerprint, the probe's and the first run's
+        if next(calls) >= 4:  # two for the fingerprint, one for the probe, one for the first run
             linear.bias.data += 1
         return linear
 
@@ -313,18 +315,18 @@ def test_runs_that_turn_out_not_to_be_paired_are_refused(tiny: Callable[..., Tas
         compare(tiny(model=model), seeds=1, jobs=1, out=tmp_path)
 
 
-def test_an_optimizer_that_comes_centered_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_an_optimizer_that_already_centers_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
     def centered(params: Any) -> torch.optim.Optimizer:
         params = list(params)
         optimizer = torch.optim.SGD(params, lr=0.1)
         gradcentral.centralize(optimizer, layout=gradcentral.WeightLayout.from_shapes(params))
         return optimizer
 
-    with pytest.raises(ArmError, match="run sgd, none, seed 0: the task's optimizer centers already"):
+    with pytest.raises(ArmError, match="run sgd, none, seed 0: the task's optimizer already centers gradients"):
         compare(tiny(optimizers={"sgd": centered}), seeds=1, jobs=1, out=tmp_path)
 
 
-def test_the_schedule_steps_once_a_batch_over_the_total(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_the_schedule_steps_once_per_batch(tiny: Callable[..., Task], tmp_path: Path) -> None:
     seen: list[tuple[int, LRScheduler]] = []
 
     def schedule(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
@@ -333,11 +335,11 @@ def test_the_schedule_steps_once_a_batch_over_the_total(tiny: Callable[..., Task
 
     compare(tiny(schedule=schedule), seeds=1, jobs=1, out=tmp_path)
     tried, *runs = [(steps, scheduler.last_epoch) for steps, scheduler in seen]
-    assert tried == (6, 0)  # before any run, to tell early of a schedule that raises
+    assert tried == (6, 0)  # built once before any run, to notice errors early
     assert runs == [(6, 6)] * 3  # 2 epochs of 3 batches
 
 
-def test_mixed_precision_on_the_cpu(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_mixed_precision_on_the_cpu_computes_in_bfloat16(tiny: Callable[..., Task], tmp_path: Path) -> None:
     seen = []
 
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -348,42 +350,42 @@ def test_mixed_precision_on_the_cpu(tiny: Callable[..., Task], tmp_path: Path) -
     assert set(seen) == {torch.bfloat16}
 
 
-def test_a_lazy_model_gets_its_shape_from_the_data(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_a_lazy_model_is_initialized_from_the_data(tiny: Callable[..., Task], tmp_path: Path) -> None:
     task = tiny(model=lambda: nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(2)))
-    assert len(compare(task, seeds=1, jobs=1, out=tmp_path).records) == 3
+    assert len(compare(task, seeds=1, jobs=1, out=tmp_path).all_runs) == 3
 
 
-def follow(seed: int, arm: str) -> Iterator[dict[str, float]]:
+def trainer(seed: int, arm: str) -> Iterator[dict[str, float]]:
     for epoch in range(1, 4):
         yield {"train_loss": 1 / epoch, "test_metric": 0.5 + 0.1 * seed + (arm != "none") * 0.01 * (seed + 1)}
 
 
-def test_a_trainer_of_ones_own(tmp_path: Path) -> None:
-    result = compare(follow, seeds=4, jobs=1, out=tmp_path)
-    assert result.task == "follow"
+def test_a_users_own_trainer_is_compared(tmp_path: Path) -> None:
+    result = compare(trainer, seeds=4, jobs=1, out=tmp_path)
+    assert result.task == "trainer"
     assert not result.checked
     assert [v.outcome for v in result.verdicts] == ["better", "better"] or result.verdicts[0].evidence.p is not None
     assert result.verdicts[0].evidence.mean == pytest.approx(0.025)
     for option in ({"epochs": 3}, {"device": "cuda"}, {"amp": True}, {"optimizers": ["sgd"]}):
-        with pytest.raises(TaskError, match=f"{next(iter(option))}: a CustomTask brings its own trainer"):
-            compare(follow, out=tmp_path, **option)
+        with pytest.raises(TaskError, match=f"{next(iter(option))}: a CustomTask has its own trainer"):
+            compare(trainer, out=tmp_path, **option)
 
 
 @pytest.mark.parametrize(
     ("report", "message"),
     [
         ([], "run: reported no epoch"),
-        ([3], "run: epoch 1 is a int"),
+        ([3], "run: epoch 1 is of type int"),
         ([{"train_loss": 1}], "run: epoch 1 lacks 'test_metric'; it has 'train_loss'"),
-        ([{"train_loss": "low", "test_metric": 1}], "run: epoch 1 holds something that is no number"),
+        ([{"train_loss": "low", "test_metric": 1}], "run: epoch 1 holds a value that is not a number"),
     ],
 )
-def test_a_trainer_that_reports_nonsense(tmp_path: Path, report: list[Any], message: str) -> None:
+def test_invalid_reports_of_a_trainer_are_refused(tmp_path: Path, report: list[Any], message: str) -> None:
     with pytest.raises(TaskError, match=message):
         compare(CustomTask("mine", lambda seed, arm: report), jobs=1, out=tmp_path)
 
 
-def test_a_trainer_that_diverges(tmp_path: Path) -> None:
+def test_divergence_of_a_users_own_trainer_is_recorded(tmp_path: Path) -> None:
     def run(seed: int, arm: str) -> Iterator[dict[str, float]]:
         yield {"train_loss": 1.0, "test_metric": 1.0}
         yield {"train_loss": float("nan") if arm == "update" else 0.5, "test_metric": 1.0}
@@ -397,21 +399,21 @@ def test_a_trainer_that_diverges(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"arms": ["gradient", "update"]}, "arms: 'none' must be among them"),
-        ({"arms": ["none"]}, "arms: 'none' alone is nothing to compare"),
-        ({"arms": ["none", "gc"]}, "arms: there is no 'gc'; there is none, gradient, update"),
+        ({"arms": ["none"]}, "arms: 'none' alone leaves nothing to compare"),
+        ({"arms": ["none", "gc"]}, "arms: unknown arm 'gc'; choose from none, gradient, update"),
         ({"arms": "none"}, "arms: give a list of names"),
-        ({"arms": ["none", "update", "update"]}, "arms: name at least one, each once"),
-        ({"optimizers": ["lion"]}, "optimizers: there is no 'lion'; there is sgd"),
-        ({"optimizers": []}, "optimizers: name at least one"),
+        ({"arms": ["none", "update", "update"]}, "arms: give at least one, each once"),
+        ({"optimizers": ["lion"]}, "optimizers: unknown optimizer 'lion'; choose from sgd"),
+        ({"optimizers": []}, "optimizers: give at least one"),
         ({"seeds": 0}, "seeds: give a whole number of at least 1, not 0"),
-        ({"seeds": [1, 1]}, "seeds: give how many, or different whole numbers"),
-        ({"seeds": [-1]}, "seeds: give how many"),
+        ({"seeds": [1, 1]}, "seeds: give their number, or different whole numbers"),
+        ({"seeds": [-1]}, "seeds: give their number"),
         ({"epochs": 0}, "epochs: give a whole number"),
         ({"jobs": 0}, "jobs: give a whole number"),
-        ({"device": "gpu"}, "device: 'gpu' can't be used here; there is cpu"),
+        ({"device": "gpu"}, "device: 'gpu' is not available; choose from cpu"),
     ],
 )
-def test_an_unusable_option_is_named(
+def test_an_unusable_option_is_refused_and_named(
     tiny: Callable[..., Task], tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TaskError) as caught:
@@ -420,13 +422,13 @@ def test_an_unusable_option_is_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_can_not_be_written(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ResultsError, match="can't write there"):
+    with pytest.raises(ResultsError, match="cannot write there"):
         compare(tiny(), jobs=1, out=tmp_path / "file" / "out")
 
 
-def test_without_a_terminal_a_run_is_a_plain_line(
+def test_without_a_terminal_progress_is_one_plain_line_per_run(
     tiny: Callable[..., Task], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compare_loudly(tiny(), seeds=1, jobs=1, out=tmp_path)
@@ -437,7 +439,7 @@ def test_without_a_terminal_a_run_is_a_plain_line(
     assert capsys.readouterr().out == "3 of 3 runs were finished before\n"
 
 
-def test_jobs_follow_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_number_of_jobs_is_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     from gradcentral.experiment.workers import default_jobs
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
@@ -446,22 +448,30 @@ def test_jobs_follow_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_jobs("cuda:0", 30) == 1
 
 
-def _loss_of_mode(output: torch.Tensor, target: torch.Tensor, mode: str = "mean") -> torch.Tensor:
-    return (output - target).square().mean() if mode in {"mean", "average", "sum"} else output.sum()
+MEMORY = """
+import functools, torch
+from torch.utils.data import TensorDataset
+from gradcentral.experiment import Task
+from gradcentral.experiment.fingerprint import fingerprint_of_model, fingerprint_of_task
+from gradcentral.experiment.loading import LoadedTask
+from gradcentral.experiment.training import Settings
+
+data = TensorDataset(torch.ones(4, 3), torch.ones(4, 2))
+def loss(output, target, modes={"mean", "average", "sum"}):
+    return (output - target).square().mean() if "mean" in modes else output.sum()
+task = Task(name="memory", model=lambda: torch.nn.Linear(3, 2), train=data, test=data, loss=torch.nn.MSELoss(),
+    metric=functools.partial(loss, modes={"mean", "sum"}), optimizers={"sgd": torch.optim.SGD})
+loaded = LoadedTask(task)
+print(fingerprint_of_task(loaded, Settings(1)), fingerprint_of_model(loaded, Settings(1), ("sgd",)))
+"""
 
 
-def test_the_digest_of_a_function_is_the_same_in_every_process() -> None:
-    """Sets of strings have another order in each."""
-    code = (
-        "from tests.experiment.test_compare import _loss_of_mode as f;"
-        "from gradcentral.experiment.digest import digest_of_callable as d; print(d(f))"
-    )
-    root = Path(__file__).parents[2]
+def test_the_fingerprint_of_a_task_from_memory_is_the_same_in_every_process() -> None:
+    """The task's code comes from ``python -c``, where `inspect` finds no source."""
     found = {
         subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", MEMORY],
             env={**os.environ, "PYTHONHASHSEED": str(seed)},
-            cwd=root,
             capture_output=True,
             text=True,
             check=True,
@@ -471,8 +481,156 @@ def test_the_digest_of_a_function_is_the_same_in_every_process() -> None:
     assert len(found) == 1
 
 
-def test_another_forward_is_another_task(tiny: Callable[..., Task], tmp_path: Path) -> None:
-    """Same layers, same weights: only the code between them differs."""
+COUNTED = """
+import pathlib, torch
+from torch.utils.data import TensorDataset
+from gradcentral.experiment import Task
+LOG = pathlib.Path(__file__).with_name("log")
+
+def model():
+    with LOG.open("a") as file:
+        file.write("built\\n")
+    return torch.nn.Linear(3, 2)
+
+data = TensorDataset(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(4, 2))
+task = Task(name="counted", model=model, train=data, test=data, loss=torch.nn.functional.mse_loss,
+    metric=torch.nn.functional.l1_loss, optimizers={"sgd": lambda params: torch.optim.SGD(params, lr=0.1)}, epochs=1)
+"""
+
+
+def test_a_finished_comparison_builds_no_model_and_keeps_its_probe(tmp_path: Path) -> None:
+    path, out = tmp_path / "counted.py", tmp_path / "out"
+    path.write_text(COUNTED)
+    first = compare(path, seeds=1, jobs=1, out=out)
+    assert lines(tmp_path / "log") == 2 + 1 + 3  # fingerprint, probe, runs
+    again = compare(path, seeds=1, jobs=1, out=out)
+    assert lines(tmp_path / "log") == 6
+    assert numbers(again) == numbers(first)
+    assert again.fingerprint == first.fingerprint
+    assert again.probe is not None
+    assert again.probe == first.probe
+    compare(path, seeds=2, jobs=1, out=out)
+    assert lines(tmp_path / "log") == 6 + 2 + 3  # the stored probe is of the same task
+    path.write_text(COUNTED.replace("lr=0.1", "lr=0.2"))
+    with pytest.raises(ResultsError, match="source of the task's file"):
+        compare(path, seeds=2, jobs=1, out=out)
+
+
+def test_a_changed_model_in_memory_is_refused_even_if_no_run_is_missing(
+    tiny: Callable[..., Task], tmp_path: Path
+) -> None:
+    width = 8
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, width), nn.Linear(width, 2))
+
+    compare(tiny(model=model), seeds=1, jobs=1, out=tmp_path)
+    width = 9
+    with pytest.raises(ResultsError, match="model"):
+        compare(tiny(model=model), seeds=1, jobs=1, out=tmp_path)
+
+
+class Mappings(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Examples as a tokenizer makes them: mappings with the arguments of the model."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"inputs": torch.full((6,), index / 20), "labels": torch.tensor([index / 20, 1.0])}
+
+
+class TakesMappings(nn.Linear):
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(inputs)
+
+
+def test_examples_may_be_mappings(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    def loss(output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.mse_loss(output, batch["labels"])
+
+    data = Mappings()
+    task = tiny(model=lambda: TakesMappings(6, 2), train=data, test=data, loss=loss, metric=loss)
+    result = compare(task, seeds=1, jobs=1, out=tmp_path)
+    assert result.probe is not None
+    assert all(run.diverged_at is None and len(run.epochs) == 2 for run in result.all_runs)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_the_remedies_for_a_folder_with_other_results_work(
+    tiny: Callable[..., Task], tmp_path: Path, resume: bool
+) -> None:
+    compare(tiny(), seeds=1, jobs=1, out=tmp_path / "out")
+    with pytest.raises(ResultsError, match="Give another --out to keep both, or --no-resume to move them aside"):
+        compare(tiny(epochs=1), seeds=1, jobs=1, out=tmp_path / "out")
+    out = tmp_path / ("other" if resume else "out")
+    assert len(compare(tiny(epochs=1), seeds=1, jobs=1, out=out, resume=resume).all_runs) == 3
+
+
+@pytest.mark.parametrize("broken", ["task.json", "results.jsonl"])
+def test_unreadable_results_are_refused_and_no_resume_helps(
+    tiny: Callable[..., Task], tmp_path: Path, broken: str
+) -> None:
+    compare(tiny(), seeds=1, jobs=1, out=tmp_path)
+    (tmp_path / broken).write_text("not JSON\n")
+    with pytest.raises(ResultsError, match=f"{broken}.*--no-resume"):
+        compare(tiny(), seeds=1, jobs=1, out=tmp_path)
+    assert len(compare(tiny(), seeds=1, jobs=1, out=tmp_path, resume=False).all_runs) == 3
+
+
+def test_an_optimizer_with_a_closure_can_be_compared_as_a_custom_task(
+    tiny: Callable[..., Task], tmp_path: Path
+) -> None:
+    with pytest.raises(TaskError, match="write the training loop yourself as a CustomTask"):
+        compare(tiny(optimizers={"lbfgs": torch.optim.LBFGS}), seeds=1, jobs=1, out=tmp_path / "task")
+
+    def run(seed: int, arm: str) -> Iterator[dict[str, float]]:
+        torch.manual_seed(seed)
+        model, x = nn.Linear(3, 1), torch.rand(8, 3)
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+        if arm != "none":
+            gradcentral.centralize_in_backward(model)
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+            loss.backward()
+            return loss.item()
+
+        loss = float(optimizer.step(closure))
+        yield {"train_loss": loss, "test_metric": loss}
+
+    result = compare(CustomTask("lbfgs", run), seeds=2, arms=["none", "gradient"], jobs=1, out=tmp_path / "custom")
+    assert len(result.all_runs) == 4
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_progress_bars_follow_the_epochs(
+    tiny: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradcentral.experiment.progress import Progress
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    result = compare(tiny(), seeds=2, jobs=1, out=tmp_path / "out")
+    keys = [run.key for run in result.all_runs]
+    file = tmp_path / "epochs.jsonl"
+    file.write_text(json.dumps([*keys[1], 1]) + "\n" + '["partial')
+    with Progress(keys, result.all_runs[:1], 2, "error", file, show=True) as progress:
+        progress.finished(result.all_runs[2])
+    shown = terminal.getvalue()
+    assert "1 of 6 runs were finished before" in shown
+    assert re.search(r"sgd, none .*1/2  error 0\.", shown)
+    assert re.search(r"sgd, gradient .*0/2", shown)
+    assert re.search(r"all runs .*2/6", shown)
+
+
+def test_a_changed_forward_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    """Layers and weights are the same; only the code between them differs."""
 
     class One(torch.nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

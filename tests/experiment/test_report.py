@@ -1,4 +1,4 @@
-"""What a comparison leaves for a person to read."""
+"""The report, its figures and the summary."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import gradcentral
 from gradcentral.experiment import Comparison, Task
 from gradcentral.experiment import compare as compare_loudly
 from gradcentral.experiment.report import write_report
@@ -28,7 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return compare(run, seeds=5, jobs=1, out=tmp_path_factory.mktemp("report"))
 
 
-def test_it_needs_nothing_from_elsewhere(finished: Comparison) -> None:
+def test_the_report_is_self_contained(finished: Comparison) -> None:
     html = finished.report.read_text()
     resources = re.findall(r'(?:src|href|srcset)\s*=\s*"([^"]*)"|url\(([^)]*)\)|@import', html)
     assert len(resources) == 6  # three figures, each in light and in dark
@@ -38,11 +39,11 @@ def test_it_needs_nothing_from_elsewhere(finished: Comparison) -> None:
     assert str(finished.out) not in html
 
 
-def test_what_was_not_checked_is_not_claimed(finished: Comparison) -> None:
+def test_the_report_of_a_custom_task_claims_no_checks(finished: Comparison) -> None:
     assert "was not checked" in finished.report.read_text()
 
 
-def test_the_verdict_comes_first(finished: Comparison) -> None:
+def test_the_verdict_precedes_figures_tables_and_command(finished: Comparison) -> None:
     html = finished.report.read_text()
     places = [
         html.index(text)
@@ -56,14 +57,14 @@ def test_the_verdict_comes_first(finished: Comparison) -> None:
     assert places == sorted(places)
 
 
-def test_diverged_runs_are_told(finished: Comparison) -> None:
+def test_diverged_runs_are_listed(finished: Comparison) -> None:
     html = finished.report.read_text()
     assert "1 of 5 runs diverged (none: 0)" in html
     assert "custom, update, seed 2 (epoch 3)" in html
     assert "<td>1 of 5</td>" in html
 
 
-def test_summary_csv(finished: Comparison) -> None:
+def test_the_summary_has_one_row_per_arm(finished: Comparison) -> None:
     rows = list(csv.DictReader((finished.out / "summary.csv").read_text().splitlines()))
     assert [row["arm"] for row in rows] == ["none", "gradient", "update"]
     assert [row["diverged"] for row in rows] == ["0", "0", "1"]
@@ -76,7 +77,7 @@ def test_summary_csv(finished: Comparison) -> None:
 
 
 @pytest.mark.parametrize("name", ["differences", "test_metric", "training_loss"])
-def test_figures_are_images_with_something_in_them(finished: Comparison, name: str) -> None:
+def test_figures_are_not_blank(finished: Comparison, name: str) -> None:
     from matplotlib import image
 
     pixels = image.imread(finished.out / f"{name}.png")
@@ -85,12 +86,12 @@ def test_figures_are_images_with_something_in_them(finished: Comparison, name: s
     assert pixels[..., :3].std() > 0.02
 
 
-def test_one_seed_is_enough_for_a_report(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_a_report_of_one_seed_is_inconclusive(tiny: Callable[..., Task], tmp_path: Path) -> None:
     html = compare(tiny(), seeds=1, epochs=1, jobs=1, out=tmp_path).report.read_text()
     assert "use more seeds" in html
 
 
-def test_names_are_escaped(tmp_path: Path) -> None:
+def test_names_are_escaped_in_html(tmp_path: Path) -> None:
     from gradcentral.experiment import CustomTask
 
     task = CustomTask("x", lambda seed, arm: [{"train_loss": 1, "test_metric": 1}], metric_name="<b>&")
@@ -102,19 +103,26 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "command"),
     [
-        ({}, "gradcentral compare digits --seeds 1 --epochs 1 --optimizers sgd"),
+        ({}, "gradcentral.compare('digits', seeds=1, epochs=1, optimizers=['sgd'])"),
         (
             {"arms": ["none", "update"], "seeds": [3]},
-            "gradcentral compare digits --seeds 3, --epochs 1 --arms none,update --optimizers sgd",
+            "gradcentral.compare('digits', seeds=[3], epochs=1, arms=['none', 'update'], optimizers=['sgd'])",
         ),
     ],
 )
-def test_the_command_repeats_it(tmp_path: Path, options: dict[str, object], command: str) -> None:
-    chosen = {"seeds": 1, "epochs": 1, "optimizers": ["sgd"], "jobs": 1, "out": tmp_path} | options
-    assert compare("digits", **chosen).command == command  # type: ignore[arg-type]
+def test_the_command_repeats_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], command: str
+) -> None:
+    chosen = {"seeds": 1, "epochs": 1, "optimizers": ["sgd"], "jobs": 1, "out": tmp_path / "runs" / "digits"} | options
+    result = compare("digits", **chosen)  # type: ignore[arg-type]
+    assert result.command == command
+    monkeypatch.chdir(tmp_path)
+    repeated = eval(result.command.replace(")", ", progress=False)"), {"gradcentral": gradcentral})
+    assert repeated.all_runs == result.all_runs
+    assert repeated.probe == result.probe
 
 
-def test_a_checked_report_shows_where_gc_acts_and_what_it_does(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_a_checked_report_shows_where_gc_acts_and_its_effects(tiny: Callable[..., Task], tmp_path: Path) -> None:
     result = compare(tiny(), seeds=2, epochs=3, jobs=1, out=tmp_path)
     html = result.report.read_text()
     assert result.probe is not None
@@ -124,9 +132,11 @@ def test_a_checked_report_shows_where_gc_acts_and_what_it_does(tiny: Callable[..
     assert all(title in html for title in ("Gradient norm", "Drift of the weights", "Where GC acts"))
 
 
-def test_runs_of_earlier_versions_have_no_gradient_norm(tiny: Callable[..., Task], tmp_path: Path) -> None:
+def test_a_report_of_runs_without_gradient_norms_leaves_the_figure_out(
+    tiny: Callable[..., Task], tmp_path: Path
+) -> None:
     result = compare(tiny(), seeds=1, epochs=1, jobs=1, out=tmp_path)
-    for run in result.records:
+    for run in result.all_runs:
         for name in ("gradient_norm", "centered_norm", "drift"):
             del run.epochs[0][name]
     write_report(result)

@@ -1,4 +1,4 @@
-"""The statistics against closed forms, SciPy and simulation; the sentences against what they may claim."""
+"""The statistics agree with closed forms, SciPy and simulation; verdicts claim no more than the interval supports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from gradcentral.experiment.statistics import Paired, Verdict, epochs_to_reach, interval_of_mean, judge, paired
+from gradcentral.experiment.statistics import Paired, epochs_to_reach, interval_of_mean, paired
+from gradcentral.experiment.verdict import Verdict, judge
 
 BASE = [0.90, 0.92, 0.91, 0.90, 0.93]
 
@@ -77,7 +78,7 @@ def test_no_sentence_claims_more_than_its_interval(
 def test_family_wise_false_positives_stay_near_5_percent() -> None:
     rng, rounds, false = np.random.default_rng(1), 1500, 0
     for _ in range(rounds):
-        seeds = rng.normal(size=5)  # what the runs of one seed have in common
+        seeds = rng.normal(size=5)  # the common part of the runs of one seed
         none, gradient, update = (seeds + 0.5 * rng.normal(size=5) for _ in range(3))
         false += any(
             verdict(paired(none.tolist(), arm.tolist(), arms=2)).outcome in ("better", "worse")
@@ -87,7 +88,7 @@ def test_family_wise_false_positives_stay_near_5_percent() -> None:
     assert 0.025 < false / rounds < 0.07
 
 
-def test_a_difference_of_the_size_called_detectable_is_found_about_4_times_of_5() -> None:
+def test_a_detectable_difference_is_detected_in_about_80_percent_of_experiments() -> None:
     rng, n, sigma = np.random.default_rng(2), 6, 0.3
     true = float(np.median([detectable(rng.normal(0, sigma, n)) for _ in range(200)]))
     found = sum(
@@ -109,29 +110,30 @@ def test_identical_runs_are_no_change() -> None:
     assert found.sentence == "no change: accuracy is identical in all 5 pairs."
 
 
-def test_equal_differences_have_no_spread_to_judge_by() -> None:
-    # In floating point they differ in the last digit; the interval must not take that for precision.
+def test_equal_differences_are_inconclusive() -> None:
+    # In floating point they differ in the last digit, which is not a measured spread.
     found = verdict(paired(BASE, [a + 0.01 for a in BASE]))
     assert found.evidence.p is None
-    assert found.outcome == "can't tell"
+    assert found.outcome == "inconclusive"
     assert "by the same +0.0100 in all 5 pairs" in found.sentence
 
 
-def test_one_pair_tells_nothing() -> None:
+def test_one_pair_is_inconclusive() -> None:
     found = verdict(paired([0.5], [0.9]))
-    assert found.outcome == "can't tell"
+    assert found.outcome == "inconclusive"
     assert "use more seeds" in found.sentence
+    assert verdict(paired(BASE, [0.95, 0.98, 0.96, 0.94, 0.97])).outcome == "better"  # the remedy works
 
 
-def test_no_clear_change_says_how_large_a_difference_would_have_shown() -> None:
+def test_no_clear_change_reports_the_detectable_difference() -> None:
     found = verdict(paired(BASE, [0.91, 0.91, 0.92, 0.89, 0.94], arms=2))
     assert found.outcome == "no clear change"
     assert found.evidence.detectable is not None
-    assert f"a true difference of {found.evidence.detectable:.3f} would probably have shown" in found.sentence
+    assert f"a true difference of {found.evidence.detectable:.3f} would probably have been detected" in found.sentence
     assert "simultaneous for 2 arms" in found.sentence
 
 
-def test_diverged_runs_are_counted_first_and_forbid_better() -> None:
+def test_diverged_runs_are_reported_first_and_exclude_better() -> None:
     better = [a + d for a, d in zip(BASE, (0.030, 0.031, 0.029, 0.032, 0.030), strict=True)]
     assert verdict(paired(BASE, better)).outcome == "better"
     found = verdict(paired(BASE, [None, *better[1:]]))
@@ -147,16 +149,16 @@ def test_diverged_runs_are_counted_first_and_forbid_better() -> None:
     assert found.sentence == "diverges more often: 5 of 5 runs diverged (none: 0), no pair finished."
 
 
-def test_lower_is_better_turns_the_verdict_around() -> None:
+def test_lower_is_better_reverses_the_verdict() -> None:
     result = paired([0.5, 0.6, 0.55], [0.4, 0.49, 0.46])
     assert verdict(result).outcome == "worse"
     assert verdict(result, higher_is_better=False).outcome == "better"
 
 
-def test_wrong_use() -> None:
-    with pytest.raises(ValueError, match="2 baseline runs can't be paired with 1"):
+def test_unequal_lengths_and_numbers_of_arms_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 baseline runs cannot be paired with 1"):
         paired([1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="arms must be at least 1"):
+    with pytest.raises(ValueError, match="arms: must be at least 1"):
         paired([1.0], [1.0], arms=0)
 
 

@@ -1,8 +1,9 @@
-"""What a task must be, and how one is loaded."""
+"""Validation and loading of tasks."""
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ class Stream(IterableDataset[Any]):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("name", "", "name: '' can't name a folder"),
-        ("name", "a/b", "name: 'a/b' can't name a folder"),
+        ("name", "", "name: '' cannot name a folder"),
+        ("name", "a/b", "name: 'a/b' cannot name a folder"),
         ("model", nn.Linear(1, 1), "model: give a function that builds a fresh model"),
         ("model", 3, "model: give a function"),
         ("loss", "mse", "loss: give a function"),
@@ -34,7 +35,7 @@ class Stream(IterableDataset[Any]):
         ("train", Stream(), "train: a Stream has no length and index"),
         ("test", TensorDataset(torch.empty(0), torch.empty(0)), "test: the dataset is empty"),
         ("optimizers", {}, "optimizers: give at least one"),
-        ("optimizers", {"a,b": torch.optim.SGD}, "optimizers: 'a,b' is no name"),
+        ("optimizers", {"a,b": torch.optim.SGD}, "optimizers: 'a,b' is not a name"),
         ("optimizers", {"sgd": torch.optim.SGD([torch.ones(1)])}, "optimizers['sgd']: give a function"),
         ("batch_size", 0, "batch_size: give a whole number of at least 1, not 0"),
         ("epochs", 2.5, "epochs: give a whole number of at least 1, not 2.5"),
@@ -48,7 +49,7 @@ def test_an_unusable_field_is_named(tiny: Callable[..., Task], field: str, value
     assert message in str(caught.value)
 
 
-def test_metric_name_sees_through_partial_and_classes(tiny: Callable[..., Task]) -> None:
+def test_the_metric_is_named_after_the_wrapped_function_or_the_class(tiny: Callable[..., Task]) -> None:
     class Score:
         def __call__(self, output: object, target: object) -> float:
             return 0.0
@@ -58,7 +59,7 @@ def test_metric_name_sees_through_partial_and_classes(tiny: Callable[..., Task])
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-batchnorm", "digits-vit"])
-def test_built_in_tasks(name: str) -> None:
+def test_a_built_in_task_loads_and_its_model_runs(name: str) -> None:
     task = load_task(name)
     assert isinstance(task, Task)
     assert task.name == name
@@ -68,7 +69,7 @@ def test_built_in_tasks(name: str) -> None:
     assert 0 <= digit < 10
 
 
-def test_digits_are_split_without_overlap_and_hold_every_digit() -> None:
+def test_the_digits_are_split_without_overlap_and_include_every_digit() -> None:
     task = load_task("digits")
     assert isinstance(task, Task)
     assert isinstance(task.train, TensorDataset)
@@ -87,12 +88,14 @@ def test_digits_are_split_without_overlap_and_hold_every_digit() -> None:
         ("\n\nopen('no_such_dataset.csv')\n", "line 3: FileNotFoundError"),
         ("def f():\n    raise ValueError('two\\nlines')\n\nf()\n", "line 2: ValueError: two lines"),
         ("import no_such_module_at_all\n", "line 1: ModuleNotFoundError"),
-        ("x = 1\n", "defines no `task`"),
-        ("task = 3\n", "`task` is a int"),
+        ("x = 1\n", "does not define `task`"),
+        ("task = 3\n", "`task` is of type int"),
         ("from gradcentral.experiment import CustomTask\ntask = CustomTask('', print)\n", "line 2: name: ''"),
     ],
 )
-def test_an_unusable_file_is_one_line_that_says_where(tmp_path: Path, content: str, message: str) -> None:
+def test_the_error_of_an_unusable_file_is_one_line_with_the_location(
+    tmp_path: Path, content: str, message: str
+) -> None:
     path = tmp_path / "broken.py"
     path.write_text(content)
     with pytest.raises(TaskError) as caught:
@@ -102,16 +105,18 @@ def test_an_unusable_file_is_one_line_that_says_where(tmp_path: Path, content: s
     assert "\n" not in str(caught.value)
 
 
-def test_what_does_not_exist_is_named_with_what_does(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="'digit'.*digits, digits-batchnorm, digits-vit"):
+def test_a_missing_task_is_named_with_the_existing_ones(tmp_path: Path) -> None:
+    with pytest.raises(
+        TaskError, match="unknown task 'digit'; choose from digits, digits-batchnorm, digits-vit, or give a Python file"
+    ):
         load_task("digit")
-    with pytest.raises(TaskError, match=r"none\.py: there is no such file"):
+    with pytest.raises(TaskError, match=r"none\.py: the file does not exist"):
         load_task(tmp_path / "none.py")
-    with pytest.raises(TaskError, match="can't be read"):
+    with pytest.raises(TaskError, match="cannot be read"):
         load_task(tmp_path)
 
 
-def test_a_file_may_import_what_lies_beside_it_and_be_a_bare_function(tmp_path: Path) -> None:
+def test_a_file_may_import_modules_beside_it_and_define_a_bare_function(tmp_path: Path) -> None:
     (tmp_path / "beside_my_task.py").write_text("LOSS = 0.25\n")
     path = tmp_path / "trainer.py"
     path.write_text(
@@ -122,3 +127,36 @@ def test_a_file_may_import_what_lies_beside_it_and_be_a_bare_function(tmp_path: 
     assert isinstance(task, CustomTask)
     assert task.name == "trainer"
     assert next(iter(task.run(0, "none")))["train_loss"] == 0.25
+
+
+def test_the_remedies_in_messages_work(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="for example model=") as caught:
+        tiny(model=nn.Linear(6, 2))
+    tiny(model=eval(_suggestion(caught, r"model=(.*)").replace("...", "6, 2"), {"Linear": nn.Linear}))
+    for optimizers in ({}, {"sgd": torch.optim.SGD([torch.ones(1)])}):
+        with pytest.raises(TaskError, match="lambda params: ") as caught:
+            tiny(optimizers=optimizers)
+        factory = eval(_suggestion(caught, r"(lambda params: [^}]*)").replace("...", "lr=0.1"), {"torch": torch})
+        assert isinstance(
+            tiny(optimizers={"sgd": factory}).optimizers["sgd"]([nn.Parameter(torch.ones(1))]), torch.optim.SGD
+        )
+    with pytest.raises(TaskError, match="give a map-style Dataset") as caught:
+        tiny(train=Stream())
+    inputs = torch.ones(8, 6)
+    made = eval(
+        _suggestion(caught, r"such as (.*)"), {"TensorDataset": TensorDataset, "inputs": inputs, "targets": inputs}
+    )
+    assert tiny(train=made).train is made
+    path = tmp_path / "empty.py"
+    path.write_text("from gradcentral.experiment import *\n")
+    with pytest.raises(TaskError, match="end it with task = Task") as caught:
+        load_task(path)
+    fields = "name='x', model=print, train=[1], test=[1], loss=print, metric=print, optimizers={'sgd': print}"
+    path.write_text(path.read_text() + _suggestion(caught, r"end it with (.*)").replace("...", fields))
+    assert load_task(path).name == "x"
+
+
+def _suggestion(caught: pytest.ExceptionInfo[TaskError], pattern: str) -> str:
+    found = re.search(pattern, str(caught.value))
+    assert found is not None
+    return found.group(1)

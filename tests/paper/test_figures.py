@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradcentral.experiment import CustomTask, Task, TaskError, compare, load_task, threads
+from gradcentral.experiment import CustomTask, Task, TaskError, compare, determinism, load_task
 from gradcentral.paper.draw import FIGURES, STATEMENTS, draw_all, statement_table
 from gradcentral.paper.landscape import landscape
 from gradcentral.paper.study import Study
@@ -50,8 +50,8 @@ def study(task: Task, **changes: Any) -> Study:
 @pytest.fixture(autouse=True)
 def like_a_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Comparisons as in a worker, to the bit, and without the report, which takes longer than their runs."""
-    monkeypatch.setattr("gradcentral.experiment.report.write_report", lambda comparison: None)
-    with threads.one_thread():
+    monkeypatch.setattr("gradcentral.experiment.run_comparison.write_report", lambda comparison: None)
+    with determinism.one_thread():
         yield
 
 
@@ -122,7 +122,7 @@ def test_learning_is_that_of_a_comparison(drawn: Path, tmp_path: Path) -> None:
         (row["arm"], int(row["seed"]), int(row["epoch"])): float(row["train_loss"])
         for row in table(drawn / "learning.csv")
     }
-    for run in expected.records:
+    for run in expected.all_runs:
         for epoch in run.epochs:
             assert found[run.arm, run.seed, epoch["epoch"]] == epoch["train_loss"]
 

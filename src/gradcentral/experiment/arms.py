@@ -1,4 +1,4 @@
-"""The proof that a run did what its arm says, taken from the gradients and weights of real steps."""
+"""The arms of a comparison, and the check that a run trains as its arm requires."""
 
 from __future__ import annotations
 
@@ -14,135 +14,131 @@ from gradcentral.diagnostics.drift import Drift
 from gradcentral.experiment.errors import ArmError
 from gradcentral.layout import weight_layout
 from gradcentral.projection import center, unit_means
-from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["ARMS", "NONE", "CheckedArm"]
 
 NONE = "none"
 ARMS = (NONE, *PLACEMENTS)
 
-# In units of the dtype's eps: the mean is summed, subtracted and stored, each with one rounding or two.
+# In units of the dtype's eps: the mean is summed, subtracted and stored, each with one or two roundings.
 ROUNDING = 8
 
 
 class CheckedArm:
-    """Attaches what the arm says to an optimizer, and checks steps of it.
+    """Attaches GC to an optimizer as the arm requires, and checks the gradients and weights of real steps.
 
-    Put `watch` before the optimizer's step and `verify` after it.
+    Call `watch` before the optimizer's step and `verify` after it.
 
     Args:
         arm: ``"none"``, ``"gradient"`` or ``"update"``.
-        model: whose weights are trained.
-        optimizer: a plain one.
+        model: the model being trained.
+        optimizer: an optimizer without GC.
 
     Raises:
-        ArmError: the optimizer centers already.
-        ValueError: nothing to center in this model (from `gradcentral.centralize`).
+        ArmError: the optimizer already centers gradients.
+        ValueError: the model has nothing to center (from `gradcentral.centralize`).
     """
 
     def __init__(self, arm: str, model: nn.Module, optimizer: Optimizer) -> None:
         if centering_of(optimizer):
             raise ArmError(
-                "the task's optimizer centers already: give a plain one, such as torch.optim's; the arms add GC"
+                "the task's optimizer already centers gradients: use a plain one, such as torch.optim's; "
+                "the arms attach GC"
             )
         self.arm = arm
         self._optimizer = optimizer
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._watching = False
-        # Registered before and after the arm's own hooks, so that it sees the weights that the plain step made, and
-        # the gradients that the step was given.
-        optimizer.register_step_post_hook(self._keep_moved)
+        # Hooks run in the order of registration. The post-hook precedes the arm's own, so it sees the weights of the
+        # plain step; the pre-hook follows it, so it sees the gradients that the step receives.
+        optimizer.register_step_post_hook(self._keep_stepped)
         self.handle = None if arm == NONE else centralize(optimizer, model, placement=arm)
         self._layout = weight_layout(model) if self.handle is None else self.handle.layout
-        optimizer.register_step_pre_hook(self._keep_seen)
+        optimizer.register_step_pre_hook(self._keep_received)
         self._drift = Drift(self._layout)
 
     def watch(self) -> None:
-        """Remember the raw gradients and the weights before a step."""
-        self._raw = {p: p.grad.detach().clone() for p in self._parameters() if p.grad is not None}
+        """Keep copies of the raw gradients and the weights before a step."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._raw: dict[Tensor, Tensor] = {p: p.grad.detach().clone() for p in parameters if p.grad is not None}
         self._weights = {p: p.detach().clone() for p in self._raw}
-        self._seen: dict[Tensor, Tensor] = {}
-        self._moved: dict[Tensor, Tensor] = {}
+        self._received: dict[Tensor, Tensor] = {}
+        self._stepped: dict[Tensor, Tensor] = {}
         self._watching = True
 
     def effect(self) -> Effect:
-        """What centering does, or would do, to the raw gradients of all parameters as one vector."""
+        """Return what centering does, or would do, to the raw gradients of all parameters as one vector."""
         return together(effects([(raw, self._layout.get(p)) for p, raw in self._raw.items()]))
 
     def drift(self) -> float:
-        """‖eᵀ(w − w⁰)‖ over all weight vectors since the run began."""
+        """Return ‖eᵀ(w − w⁰)‖ over all weight vectors since the start of the run."""
         return self._drift.total()
 
     def verify(self) -> None:
-        """Check the step that was watched; without a step (AMP skips it on overflow) there is nothing to check.
+        """Check the watched step. If it was skipped (AMP does so on overflow) or overflowed, there is nothing to check.
 
         Raises:
             ArmError: naming the arm, the parameter and what was found.
         """
         self._watching = False
         self._check_handles()
-        if not self._seen or not all(_is_finite(gradient) for gradient in self._raw.values()):
+        if not self._received or not all(_is_finite(gradient) for gradient in self._raw.values()):
             return
         for parameter, raw in self._raw.items():
             centered = parameter in self._layout
             if self.arm == "gradient" and centered:
-                self._check_centered(parameter, raw)
-            elif not torch.equal(_dense(raw), _dense(self._seen[parameter])):
-                self._fail(parameter, "its gradient was changed before the optimizer saw it")
+                self._check_gradient_centered(parameter, raw)
+            elif not torch.equal(_dense(raw), _dense(self._received[parameter])):
+                self._fail(parameter, "its gradient was changed before the optimizer received it")
             if self.arm == "update" and centered:
-                self._check_mean_kept(parameter)
+                self._check_mean_unchanged(parameter)
 
     def _check_handles(self) -> None:
         handles = attached(self._optimizer)
-        wanted = [] if self.handle is None else [self.handle]
-        if handles != wanted:
+        expected = [] if self.handle is None else [self.handle]
+        if handles != expected:
             found = ", ".join(map(repr, handles)) or "nothing"
             raise ArmError(f"arm {self.arm!r} was tampered with: attached to the optimizer is {found}")
 
-    def _check_centered(self, parameter: Tensor, raw: Tensor) -> None:
-        seen, vectors = _wide(self._seen[parameter]), self._vectors(parameter)
+    def _check_gradient_centered(self, parameter: Tensor, raw: Tensor) -> None:
+        received, vectors = _wide(self._received[parameter]), self._layout[parameter]
         rms = unit_means(_wide(raw).abs().square(), vectors).sqrt()
         allowed = _tolerance(raw.dtype) * rms + _smallest(raw.dtype)
-        mean = unit_means(seen, vectors).abs()
+        mean = unit_means(received, vectors).abs()
         if bool((mean > allowed).any()):
             worst = float((mean / rms.clamp_min(_smallest(raw.dtype))).max())
-            self._fail(parameter, f"a weight vector's gradient has a mean of {worst:.1e} of its rms, not zero")
-        # No element is larger than √M times the rms.
-        error = unit_means((seen - center(_wide(raw), vectors)).abs().square(), vectors).sqrt()
+            self._fail(parameter, f"a weight vector's gradient has a mean of {worst:.1e} of its rms instead of zero")
+        # Compare root mean squares: relative to the rms, a single element may be as large as √M.
+        error = unit_means((received - center(_wide(raw), vectors)).abs().square(), vectors).sqrt()
         if bool((error > allowed).any()):
             self._fail(parameter, "its centered gradient is not Φ of the raw one")
 
-    def _check_mean_kept(self, parameter: Tensor) -> None:
-        vectors = self._vectors(parameter)
-        states = [_wide(w) for w in (self._weights[parameter], self._moved[parameter], parameter.detach())]
-        if not all(_is_finite(w) for w in states):
+    def _check_mean_unchanged(self, parameter: Tensor) -> None:
+        vectors = self._layout[parameter]
+        before, stepped, after = map(_wide, (self._weights[parameter], self._stepped[parameter], parameter))
+        if not all(_is_finite(w) for w in (before, stepped, after)):
             return
-        size = torch.stack([unit_means(w.abs().square(), vectors).sqrt() for w in states]).amax(0)
-        drift = (unit_means(states[2], vectors) - unit_means(states[0], vectors)).abs()
+        # The plain step may have been much larger than both, and its rounding remains.
+        size = torch.stack([unit_means(w.abs().square(), vectors).sqrt() for w in (before, stepped, after)]).amax(0)
+        drift = (unit_means(after, vectors) - unit_means(before, vectors)).abs()
         if bool((drift > _tolerance(parameter.dtype) * size + _smallest(parameter.dtype)).any()):
             self._fail(parameter, f"the step moved the mean of a weight vector by {float(drift.max()):.1e}")
 
     def _fail(self, parameter: Tensor, found: str) -> None:
-        name = self._names.get(parameter, "a parameter that is not the model's")  # type: ignore[call-overload]
-        raise ArmError(f"arm {self.arm!r} did not do what it says: {name}: {found}")
+        name = self._names.get(parameter, "a parameter outside the model")  # type: ignore[call-overload]
+        raise ArmError(f"the run did not train as arm {self.arm!r} requires: {name}: {found}")
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
-
-    def _vectors(self, parameter: Tensor) -> WeightVectors:
-        return self._layout[parameter]
-
-    def _keep_seen(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _keep_received(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._watching:
-            self._seen = {p: p.grad.detach().clone() for p in self._raw if p.grad is not None}
+            self._received = {p: p.grad.detach().clone() for p in self._raw if p.grad is not None}
 
-    def _keep_moved(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _keep_stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._watching and self.arm == "update":
-            self._moved = {p: p.detach().clone() for p in self._raw}
+            self._stepped = {p: p.detach().clone() for p in self._raw}
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In double precision, on the CPU where the device has none."""
+    """Convert to double precision, on the CPU if the device lacks it."""
     tensor = tensor.detach()
     if tensor.device.type == "mps":
         tensor = tensor.cpu()
@@ -162,6 +158,6 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _smallest(dtype: torch.dtype) -> float:
-    """Below this, numbers of the dtype have a fixed spacing, or are zero."""
+    """Return the spacing of subnormal numbers, which a relative tolerance does not cover."""
     info = torch.finfo(dtype)
     return float(info.tiny * info.eps) * ROUNDING

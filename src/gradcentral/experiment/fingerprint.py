@@ -1,97 +1,113 @@
-"""What a comparison's runs are runs of, part by part, so that results of a changed task are never mixed."""
+"""The fingerprint of a task, so that runs of a changed task are never mixed.
+
+It holds the source of the task's file (for a task from memory, the sources that `inspect` finds), its settings and a
+hash of its data. Where a run is missing, the initial weights and the optimizers are added, which takes a model.
+"""
 
 from __future__ import annotations
 
-import math
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from gradcentral.diagnostics.preserve import random_numbers_unchanged
-from gradcentral.experiment.digest import digest, digest_of_callable, digest_of_source
-from gradcentral.experiment.errors import ExperimentError, TaskError
-from gradcentral.experiment.loading import TaskReference, describe, where
-from gradcentral.experiment.randomness import seed_everything
+from gradcentral.experiment.determinism import digest, seed_everything
+from gradcentral.experiment.errors import ExperimentError, TaskError, line_of, one_line
+from gradcentral.experiment.loading import LoadedTask
 from gradcentral.experiment.task import CustomTask, Task, name_of
-from gradcentral.experiment.training import Settings, fresh_model, fresh_optimizer, fresh_schedule
+from gradcentral.experiment.training import Settings, fresh_model, fresh_optimizer, fresh_schedule, pair_of, steps_of
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint_of_model", "fingerprint_of_task"]
 
 # Enough examples to notice other data, few enough to read from a slow disk.
 SAMPLED_EXAMPLES = 64
 
 
-def fingerprint(reference: TaskReference, settings: Settings | None, optimizers: tuple[str, ...]) -> dict[str, str]:
-    """Part of the task -> what it is, in words a person can compare, ending in a hash where words do not suffice.
+def fingerprint_of_task(loaded: LoadedTask, settings: Settings | None) -> dict[str, str]:
+    """Describe the task's source, settings and data, without building a model.
 
-    It builds everything a run builds, so that a task that can't run is noticed before any worker starts.
+    Returns:
+        name of a part -> its description, ending in a hash where words do not suffice.
 
     Raises:
-        TaskError: a part of the task raises, or is not what it must be; the message names the part.
+        TaskError: a dataset raises an exception.
     """
-    task = reference.task
+    task = loaded.task
     parts = {"task": task.name}
-    if reference.source is not None:
-        parts["code of the task's file (comments do not count)"] = digest_of_source(reference.source)
-    with random_numbers_unchanged():
-        if isinstance(task, CustomTask):
-            return parts | _of_custom(task)
-        assert settings is not None
-        return parts | _of_task(task, settings, optimizers, reference)
-
-
-def _of_custom(task: CustomTask) -> dict[str, str]:
-    return {
-        "run": f"{name_of(task.run)}, code {digest_of_callable(task.run)}",
-        "metric_name": task.metric_name,
+    if loaded.file is not None:
+        parts["source of the task's file (without comments)"] = _digest_of_source(loaded.source.decode())
+    if isinstance(task, CustomTask):
+        parts |= {"run": _of_function(task.run), "metric_name": task.metric_name}
+        return parts | {"higher_is_better": str(task.higher_is_better)}
+    assert settings is not None
+    parts |= {
+        "epochs": str(settings.epochs),
+        "batch_size": str(task.batch_size),
+        "device": settings.device,
+        "amp": str(settings.amp),
+        "loss": _of_function(task.loss),
+        "metric": _of_function(task.metric),
         "higher_is_better": str(task.higher_is_better),
+        "schedule": "none" if task.schedule is None else _of_function(task.schedule),
     }
-
-
-def _of_task(task: Task, settings: Settings, optimizers: tuple[str, ...], reference: TaskReference) -> dict[str, str]:
-    part = "model"
-    try:
-        model = fresh_model(task, seed=0)
-        weights = digest(model.state_dict())
-        if digest(fresh_model(task, seed=0).state_dict()) != weights:
-            raise TaskError(
-                "model: two calls under one seed gave different initial weights, so that runs could not be paired; "
-                "draw all random numbers from torch, NumPy or random, without a seed of its own"
-            )
-        parts = {
-            "epochs": str(settings.epochs),
-            "batch_size": str(task.batch_size),
-            "device": settings.device,
-            "amp": str(settings.amp),
-            "model": _of_model(model, weights),
-            "loss": f"{name_of(task.loss)}, code {digest_of_callable(task.loss)}",
-            "metric": f"{task.metric_name}, code {digest_of_callable(task.metric)}",
-            "higher_is_better": str(task.higher_is_better),
-        }
-        for part in ("train", "test"):
+    for part in ("train", "test"):
+        with _naming(part, loaded), random_numbers_unchanged():
             parts[part] = _of_dataset(getattr(task, part))
+    return parts
+
+
+def fingerprint_of_model(loaded: LoadedTask, settings: Settings, optimizers: tuple[str, ...]) -> dict[str, str]:
+    """Describe the model and the optimizers.
+
+    Builds everything that a run builds, so that an error in the task is noticed before any worker starts.
+
+    Raises:
+        TaskError: a part of the task raises an exception or returns the wrong type; the message names the part.
+    """
+    task = loaded.task
+    assert isinstance(task, Task)
+    with random_numbers_unchanged():
+        with _naming("model", loaded):
+            model, again = (fresh_model(task, seed=0) for _ in range(2))
+            weights = digest(model.state_dict())
+            if digest(again.state_dict()) != weights:
+                raise TaskError(
+                    "model: two calls under one seed gave different initial weights, so runs could not be paired; "
+                    "draw all random numbers from torch, NumPy or random, without a seed of its own"
+                )
+        parts = {"model": _of_model(model, weights)}
         for name in optimizers:
-            part = f"optimizers[{name!r}]"
-            optimizer = fresh_optimizer(task, name, model)
-            parts[part] = _of_optimizer(optimizer)
-            part = "schedule"
-            batches = math.ceil(len(task.train) / task.batch_size)  # type: ignore[arg-type]
-            fresh_schedule(task, optimizer, steps=settings.epochs * batches)
-        parts[part] = "none" if task.schedule is None else f"code {digest_of_callable(task.schedule)}"
+            with _naming(f"optimizers[{name!r}]", loaded):
+                optimizer = fresh_optimizer(task, name, model)
+                parts[f"optimizers[{name!r}]"] = _of_optimizer(optimizer)
+            with _naming("schedule", loaded):
+                fresh_schedule(task, optimizer, steps_of(task, settings.epochs))
+    return parts
+
+
+@contextmanager
+def _naming(part: str, loaded: LoadedTask) -> Iterator[None]:
+    """Name the part of the task in the message of any exception raised inside the block."""
+    try:
+        yield
     except ExperimentError:
         raise
     except Exception as error:
-        raise TaskError(f"{part}: {describe(error)} ({where(error, reference.source)})") from error
-    return parts
+        raise TaskError(f"{part}: {one_line(error)} ({line_of(error, loaded.file)})") from error
 
 
 def _of_model(model: nn.Module, weights: str) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
-    # What the modules compute: their text tells the layers, not the code between them.
-    own = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
-    code = sorted(f"{cls.__qualname__} {digest_of_callable(cls.forward)}" for cls in own)
-    structure = digest([str(model), code])
+    # str(model) lists the layers, but not what a forward written by the user computes between them.
+    own = {type(module).forward for module in model.modules() if not type(module).__module__.startswith("torch.")}
+    structure = digest([str(model), *sorted(map(_source_of, own))])
     return f"{type(model).__name__} of {count} parameters, structure {structure}, initial weights {weights}"
 
 
@@ -99,16 +115,41 @@ def _of_dataset(dataset: Any) -> str:
     seed_everything(0)  # augmentation draws random numbers
     step = max(1, len(dataset) // SAMPLED_EXAMPLES)
     sample = [dataset[index] for index in range(0, len(dataset), step)]
+    if not isinstance(sample[0], Mapping):
+        pair_of(sample[0])
     return f"{len(dataset)} examples, content {digest(sample)}"
 
 
 def _of_optimizer(optimizer: Optimizer) -> str:
     groups = [
-        ", ".join(f"{name}={value}" for name, value in group.items() if name != "params" and _is_set(value))
+        ", ".join(f"{k}={v}" for k, v in group.items() if k != "params" and v is not None and v is not False)
         for group in optimizer.param_groups
     ]
     return f"{type(optimizer).__name__}({' | '.join(groups)})"
 
 
-def _is_set(value: object) -> bool:
-    return value is not None and value is not False
+def _of_function(function: Any) -> str:
+    return f"{name_of(function)}, source {_digest_of_source(_source_of(function))}"
+
+
+def _source_of(value: Any) -> str:
+    """Return the source that `inspect` finds, else a name that is the same in every process."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, functools.partial):
+        parts = [value.func, *value.args, *value.keywords, *value.keywords.values()]
+        return "\n".join(map(_source_of, parts))
+    if not (inspect.isroutine(value) or inspect.isclass(value)):  # an instance, such as nn.CrossEntropyLoss()
+        settings = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, (bool, int, float, str))}
+        return f"{_source_of(type(value))}\n{settings}"
+    try:
+        return textwrap.dedent(inspect.getsource(value))
+    except (OSError, TypeError):
+        return f"{value.__module__}.{value.__qualname__}"
+
+
+def _digest_of_source(source: str) -> str:
+    try:
+        return digest(ast.dump(ast.parse(source)))  # comments and blank lines do not count
+    except SyntaxError:  # a lambda's source is the lines around it, which need not parse
+        return digest(source)

@@ -1,4 +1,4 @@
-"""The figures of a report, in light and in dark."""
+"""The figures of a report, in a light or dark theme."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Series", "curves", "differences", "draw_series", "scale"]
 
 
 class Series(NamedTuple):
-    """A number of every epoch, to be drawn.
+    """A number recorded in every epoch, and how to draw it.
 
     Attributes:
         label: of the vertical axis.
-        name: what it is called in the records.
+        name: its key in `Run.epochs`.
         scale: ``"log"``; ``"late"``: linear, cut to show the last two thirds; ``"all"``: linear.
-        name_of_none: what it is called for the arm without GC, if otherwise.
+        name_of_none: its key for the arm without GC, if that differs.
     """
 
     label: str
@@ -32,13 +32,13 @@ class Series(NamedTuple):
     name_of_none: str | None = None
 
     def values(self, run: Run) -> list[float | None]:
-        """One an epoch; None where the run does not have it."""
+        """Return one value per epoch; None if the run does not have it."""
         name = self.name if run.arm != NONE or self.name_of_none is None else self.name_of_none
         return [epoch.get(name) for epoch in run.epochs]
 
 
 def curves(comparison: Comparison, series: Series, theme: Theme) -> Any:
-    """One panel an optimizer: a number by epoch, mean and 95% interval over the seeds, a line an arm."""
+    """Draw a number by epoch: one panel per optimizer, one line per arm, with 95% intervals over the seeds."""
     columns = min(len(comparison.optimizers), 3)
     rows = math.ceil(len(comparison.optimizers) / columns)
     with style(theme):
@@ -62,7 +62,7 @@ def curves(comparison: Comparison, series: Series, theme: Theme) -> Any:
 def draw_series(
     axis: Any, comparison: Comparison, optimizer: str, series: Series, theme: Theme
 ) -> list[Sequence[float]]:
-    """A line an arm with its interval; returns the lines' means by epoch, from which `scale` sets the axis."""
+    """Draw one line per arm with its interval; return the means by epoch of each line, for `scale`."""
     drawn: list[Sequence[float]] = []
     for arm in comparison.arms:
         points = _by_epoch(comparison.runs(optimizer, arm), series)
@@ -80,7 +80,7 @@ def draw_series(
 
 
 def scale(axis: Any, series: Series, drawn: Sequence[Sequence[float]]) -> None:
-    """Scale and cut the vertical axis so that the lines can be told from each other."""
+    """Scale and cut the vertical axis so that the lines can be distinguished."""
     late = [mean for means in drawn for mean in means[len(means) // 3 :]]
     every = [mean for means in drawn for mean in means]
     if not every:
@@ -89,18 +89,18 @@ def scale(axis: Any, series: Series, drawn: Sequence[Sequence[float]]) -> None:
     if series.scale == "log" and min(every) > 0:
         axis.set_yscale("log")
         low, high = axis.get_ylim()
-        # The intervals of two or three seeds can span ten powers of ten.
+        # With two or three seeds, intervals can span ten orders of magnitude.
         axis.set_ylim(max(low, min(every) / 10), min(high, max(every) * 10))
     elif series.scale == "all" and min(every) >= 0:
         axis.set_ylim(-0.05 * max(every), min(high, 2 * max(every)))
     else:
-        # The first epochs' steep part, or the wide interval of few runs, would flatten what is to be compared.
+        # The steep first epochs, or the wide intervals of few runs, would flatten the part to compare.
         reach = (max(late) - min(late)) or abs(late[0]) or 1.0
         axis.set_ylim(max(low, min(late) - 0.3 * reach), min(high, max(late) + 0.3 * reach))
 
 
 def differences(comparison: Comparison, theme: Theme) -> Any:
-    """Paired differences arm − none of the final test metric: a dot a seed, the mean and its interval."""
+    """Draw paired differences arm − none of the final test metric: one dot per seed, the mean and its interval."""
     rows = [(v.optimizer, v.arm, v.evidence) for v in comparison.verdicts]
     with style(theme):
         figure = new_figure(9.8, 1.3 + 0.52 * len(rows))
@@ -134,7 +134,7 @@ def differences(comparison: Comparison, theme: Theme) -> Any:
 
 
 def _by_epoch(runs: Sequence[Run], series: Series) -> list[tuple[int, float, float, float]]:
-    """(epoch, mean, low, high) over the runs that did not diverge; on a log axis all three are geometric."""
+    """Return (epoch, mean, low, high) over the runs that did not diverge; on a log axis, all three are geometric."""
     columns = itertools.zip_longest(*(series.values(run) for run in runs if run.diverged_at is None))
     points = []
     for epoch, column in enumerate(columns, start=1):
@@ -142,7 +142,7 @@ def _by_epoch(runs: Sequence[Run], series: Series) -> list[tuple[int, float, flo
         if not values:
             continue
         if series.scale == "log" and min(values) > 0:
-            # Losses spread by factors; an interval around the plain mean could reach below zero.
+            # Losses vary by factors, so an interval around the arithmetic mean could extend below zero.
             logs = interval_of_mean([math.log(value) for value in values])
             mean, low, high = (math.exp(min(x, 700)) for x in logs)
         else:

@@ -1,29 +1,35 @@
-"""`gradcentral.probe` on a task: its model as a run would make it, its own batches."""
+"""`gradcentral.probe` on a task: its fresh model and its own batches. A comparison stores what it found."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 import torch
 
+from gradcentral.diagnostics.centering_effect import Effect
+from gradcentral.diagnostics.input_means import InputMean
 from gradcentral.diagnostics.preserve import random_numbers_unchanged
-from gradcentral.diagnostics.probing import DEFAULT_BATCHES, ProbeReport, probe
-from gradcentral.experiment.errors import TaskError
-from gradcentral.experiment.loading import describe, where
-from gradcentral.experiment.randomness import derive, seed_everything
+from gradcentral.diagnostics.probing import DEFAULT_BATCHES, LayerReport, ProbeReport, probe
+from gradcentral.experiment.determinism import derive, seed_everything
+from gradcentral.experiment.errors import TaskError, line_of, one_line
 from gradcentral.experiment.task import Task
-from gradcentral.experiment.training import amp_dtype, fresh_model, loader_of, orders_of, pair_of
+from gradcentral.experiment.training import amp_dtype, fresh_model, loader_of, orders_of
+from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["probe_task"]
+__all__ = ["probe_task", "read_probe", "write_probe"]
 
 
 def probe_task(
     task: Task, *, seed: int = 0, batches: int = DEFAULT_BATCHES, device: str = "cpu", amp: bool = False
 ) -> ProbeReport:
-    """What GC would do to the task's fresh model, on the batches that a run of this seed begins with.
+    """Measure what GC would do to the task's fresh model, on the first batches of a run of this seed.
 
-    With ``amp`` in bfloat16 where the device has it; float16 would need a loss scale, and is left out.
+    ``amp`` uses bfloat16 if the device supports it. float16 would need loss scaling, so full precision is used instead.
 
     Raises:
-        TaskError: something in the task raises; the message says where.
+        TaskError: the task's code raises an exception; the message names the line.
 
     Examples:
         >>> from gradcentral.experiment import load_task
@@ -37,8 +43,31 @@ def probe_task(
         half = amp and amp_dtype(torch.device(device)) == torch.bfloat16
         try:
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
-                return probe(model, task.loss, map(pair_of, loader), max_batches=batches)
+                return probe(model, task.loss, loader, max_batches=batches)
         except TaskError:
             raise
         except Exception as error:
-            raise TaskError(f"the task can't be probed: {describe(error)} ({where(error)})") from error
+            raise TaskError(f"the task cannot be probed: {one_line(error)} ({line_of(error)})") from error
+
+
+def write_probe(report: ProbeReport, path: Path) -> None:
+    """Write a report as JSON for `read_probe`."""
+    path.write_text(json.dumps(asdict(report)), encoding="utf-8")
+
+
+def read_probe(path: Path) -> ProbeReport | None:
+    """Read a report that `write_probe` wrote; None if the file does not exist."""
+    if not path.exists():
+        return None
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    layers = tuple(
+        LayerReport(
+            name=layer["name"],
+            vectors=None if layer["vectors"] is None else WeightVectors(**layer["vectors"]),
+            reason=layer["reason"],
+            effects=tuple(Effect(*effect) for effect in layer["effects"]),
+            input=None if layer["input"] is None else InputMean(*layer["input"]),
+        )
+        for layer in fields["layers"]
+    )
+    return ProbeReport(layers, tuple(Effect(*effect) for effect in fields["whole"]), tuple(fields["losses"]))

@@ -1,4 +1,4 @@
-"""Writes ``summary.csv``, the figures as PNG and the self-contained ``report.html`` of a comparison."""
+"""Write a comparison's ``summary.csv``, its figures as PNG, and the self-contained ``report.html``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from importlib import resources
 from typing import Any
 
 from gradcentral.diagnostics.probe_plot import shares
-from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.comparison import Comparison
 from gradcentral.experiment.plots import Series, curves, differences
+from gradcentral.experiment.summary import columns, to_csv
 from gradcentral.extras import optional
 from gradcentral.plotting import DARK, LIGHT, Theme, recolored, to_png, to_svg
 
@@ -19,8 +19,9 @@ __all__ = ["write_report"]
 
 
 def write_report(comparison: Comparison) -> None:
-    """Write everything a person reads into the comparison's folder, over what an earlier call wrote."""
-    comparison.out.joinpath("summary.csv").write_text(comparison.to_csv(), encoding="utf-8")
+    """Write the report and its files into the comparison's folder, replacing those of an earlier call."""
+    summary = to_csv(comparison.rows, comparison.verdicts)
+    comparison.out.joinpath("summary.csv").write_text(summary, encoding="utf-8")
     figures = {}
     for name, (title, draw) in _figures(comparison).items():
         figure = draw(LIGHT)
@@ -33,20 +34,19 @@ def write_report(comparison: Comparison) -> None:
     html = environment.from_string(template).render(
         comparison=comparison,
         figures=figures,
-        none=NONE,
-        columns=comparison.columns(),
+        columns=columns(comparison.rows, comparison.metric),
         environments=_environments(comparison),
-        seconds=sum(run.seconds for run in comparison.records),
-        diverged=[run for run in comparison.records if run.diverged_at is not None],
+        seconds=sum(run.seconds for run in comparison.all_runs),
+        diverged=[run for run in comparison.all_runs if run.diverged_at is not None],
     )
     comparison.report.write_text(html, encoding="utf-8")
 
 
 def _figures(comparison: Comparison) -> dict[str, tuple[str, Callable[[Theme], Any]]]:
-    """Name -> (title, how to draw it)."""
+    """Return name -> (title, function that draws the figure), for the figures that have data."""
     metric = f"test {comparison.metric}"
     figures: dict[str, tuple[str, Callable[[Theme], Any]]] = {
-        "differences": ("Paired differences", lambda theme: differences(comparison, theme))
+        "differences": ("Paired differences", functools.partial(differences, comparison))
     }
     for name, (title, series) in {
         "test_metric": (metric.capitalize(), Series(metric, "test_metric", "late")),
@@ -54,20 +54,17 @@ def _figures(comparison: Comparison) -> dict[str, tuple[str, Callable[[Theme], A
         "gradient_norm": ("Gradient norm", Series("‖g‖, with GC ‖Φ(g)‖", "centered_norm", "log", "gradient_norm")),
         "drift": ("Drift of the weights' means", Series("drift ‖eᵀ(w − w⁰)‖", "drift")),
     }.items():
-        if any(value is not None for run in comparison.records for value in series.values(run)):
+        if any(value is not None for run in comparison.all_runs for value in series.values(run)):
             figures[name] = (title, functools.partial(curves, comparison, series))
-    if comparison.probe is not None and comparison.probe.centered:
-        figures["share"] = (
-            "Where GC acts",
-            functools.partial(shares, comparison.probe.centered, comparison.probe.share),
-        )
+    if (probe := comparison.probe) is not None and probe.centered:
+        figures["share"] = ("Where GC acts", functools.partial(shares, probe.centered, probe.share))
     return figures
 
 
 def _environments(comparison: Comparison) -> dict[str, str]:
-    """Versions and device; several where runs of different days were made by different ones."""
-    names = dict.fromkeys(name for run in comparison.records for name in run.environment)
+    """Return the versions and the device; several of each if the runs were made in different environments."""
+    names = dict.fromkeys(name for run in comparison.all_runs for name in run.environment)
     return {
-        name: ", ".join(dict.fromkeys(run.environment[name] for run in comparison.records if name in run.environment))
+        name: ", ".join(dict.fromkeys(run.environment[name] for run in comparison.all_runs if name in run.environment))
         for name in names
     }

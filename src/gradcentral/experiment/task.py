@@ -1,4 +1,4 @@
-"""What is trained: a `Task` that a user writes in a file of their own, or a `CustomTask` around their trainer."""
+"""A `Task` to train, or a `CustomTask` that wraps a user's own trainer."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from torch.utils.data import Dataset
 
 from gradcentral.experiment.errors import TaskError
 
-__all__ = ["CustomTask", "Task", "name_of"]
+__all__ = ["CustomTask", "Task", "check_count", "name_of"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Something to train with and without Gradient Centralization.
+    """A model, its data and its optimizers, to be trained with and without Gradient Centralization.
 
     Args:
-        name: what to call it; also the name of its output folder.
-        model: builds a fresh model. It is called once a run, under that run's seed.
-        train: training examples, as ``(input, target)`` pairs.
+        name: of the task and of its output folder.
+        model: builds a fresh model; called once per run, under the seed of that run.
+        train: training examples: pairs ``(input, target)``, or mappings with the arguments of the model.
         test: test examples, likewise; never trained on.
-        loss: ``loss(output, target)`` -> scalar tensor, the mean over the batch.
-        metric: ``metric(output, target)`` -> number, the mean over the batch. Its name is the callable's.
+        loss: ``loss(output, target)`` -> scalar tensor, the mean over the batch. If the examples are mappings, the
+            model is called as ``model(**batch)`` and the target is the batch itself.
+        metric: ``metric(output, target)`` -> number, the mean over the batch. Its name is that of the callable.
         optimizers: by name, ``factory(parameters)`` -> a plain ``torch.optim.Optimizer``, without GC.
-        batch_size: examples a step. Evaluation takes four times as many at once.
+        batch_size: examples per step. Evaluation uses four times as many at once.
         epochs: passes over the training examples.
-        schedule: ``schedule(optimizer, steps)`` -> ``LRScheduler``, stepped once a batch; ``steps`` is their total.
-        higher_is_better: whether a larger metric is the better one.
+        schedule: ``schedule(optimizer, steps)`` -> ``LRScheduler``, stepped once per batch; ``steps`` is their total.
+        higher_is_better: whether a larger metric is better.
 
     Raises:
         TaskError: a field is not usable; the message names it.
@@ -73,7 +74,7 @@ class Task:
         if isinstance(self.model, nn.Module):
             raise TaskError(
                 "model: give a function that builds a fresh model, not a model "
-                f"(every run starts anew), for example model=lambda: {type(self.model).__name__}(...)"
+                f"(every run needs a new one), for example model=lambda: {type(self.model).__name__}(...)"
             )
         for field in ("model", "loss", "metric"):
             _check_callable(field, getattr(self, field))
@@ -82,9 +83,9 @@ class Task:
         if not isinstance(self.optimizers, Mapping) or not self.optimizers:
             raise TaskError("optimizers: give at least one, as {'sgd': lambda params: torch.optim.SGD(params, lr=0.1)}")
         for name, factory in self.optimizers.items():
-            # The names are typed on the command line, separated by commas.
+            # On the command line, names are separated by commas.
             if not isinstance(name, str) or not re.fullmatch(r"[^\s,]+", name):
-                raise TaskError(f"optimizers: {name!r} is no name; use a string without spaces and commas")
+                raise TaskError(f"optimizers: {name!r} is not a name; use a string without spaces and commas")
             if isinstance(factory, Optimizer):
                 raise TaskError(
                     f"optimizers[{name!r}]: give a function of the parameters, not an optimizer, "
@@ -99,24 +100,24 @@ class Task:
 
     @property
     def metric_name(self) -> str:
-        """The metric's name: its callable's."""
+        """The name of the metric's callable."""
         return name_of(self.metric)
 
 
 @dataclass(frozen=True)
 class CustomTask:
-    """A trainer of one's own: it is told the seed and the arm, and reports every epoch.
+    """A user's own trainer, which is given a seed and an arm and reports every epoch.
 
-    The comparison can't look inside such a trainer: pairing (same initial weights, same data order for one seed) and
-    attaching GC for the arm are the trainer's own duty.
+    Such a trainer must itself pair its runs (same initial weights, same data order for one seed) and attach GC as the
+    arm requires. The comparison cannot check either.
 
     Args:
-        name: what to call it; also the name of its output folder.
-        run: ``run(seed, arm)`` -> one mapping an epoch, with the numbers ``train_loss`` and ``test_metric``, and
-            ``test_loss`` and ``train_metric`` where it has them. A generator lets the display follow it. ``arm`` is
-            ``"none"``, ``"gradient"`` or ``"update"``: the ``placement`` to pass to `gradcentral.centralize`.
-        metric_name: what ``test_metric`` is.
-        higher_is_better: whether a larger metric is the better one.
+        name: of the task and of its output folder.
+        run: ``run(seed, arm)`` -> one mapping per epoch, with the numbers ``train_loss`` and ``test_metric``, and
+            optionally ``test_loss`` and ``train_metric``. A generator updates the progress display after each epoch.
+            ``arm`` is ``"none"`` or the ``placement`` to pass to `gradcentral.centralize`.
+        metric_name: of ``test_metric``.
+        higher_is_better: whether a larger metric is better.
 
     Raises:
         TaskError: a field is not usable; the message names it.
@@ -142,21 +143,21 @@ class CustomTask:
 
 
 def name_of(function: object) -> str:
-    """A callable's name: its own, that of the function a ``partial`` wraps, or that of its class."""
+    """Return a callable's name: its own, that of the function a ``partial`` wraps, or that of its class."""
     while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__name__", type(function).__name__))
 
 
 def check_count(field: str, value: object) -> None:
-    """A positive whole number, or an error that names the field."""
+    """Raise a `TaskError` unless the value is a positive whole number."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise TaskError(f"{field}: give a whole number of at least 1, not {value!r}")
 
 
 def _check_name(name: object) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+-]*", name):
-        raise TaskError(f"name: {name!r} can't name a folder; use letters, digits, '-', '_', '.', '+' and spaces")
+        raise TaskError(f"name: {name!r} cannot name a folder; use letters, digits, '-', '_', '.', '+' and spaces")
 
 
 def _check_callable(field: str, value: object) -> None:

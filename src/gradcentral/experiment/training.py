@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,9 +22,8 @@ from torch.utils.data import DataLoader
 from gradcentral.diagnostics.batches import moved
 from gradcentral.diagnostics.centering_effect import Effect
 from gradcentral.experiment.arms import CheckedArm
-from gradcentral.experiment.digest import digest
+from gradcentral.experiment.determinism import derive, digest, seed_everything
 from gradcentral.experiment.errors import TaskError
-from gradcentral.experiment.randomness import derive, seed_everything
 from gradcentral.experiment.store import Key, Run
 from gradcentral.experiment.task import CustomTask, Task
 
@@ -31,13 +31,13 @@ __all__ = [
     "Settings",
     "amp_dtype",
     "check_device",
-    "follow",
     "fresh_model",
     "fresh_optimizer",
     "fresh_schedule",
     "loader_of",
     "orders_of",
     "pair_of",
+    "steps_of",
     "train",
 ]
 
@@ -51,7 +51,7 @@ class Settings:
     Attributes:
         epochs: passes over the training examples.
         device: a torch device.
-        amp: whether to train in mixed precision: bfloat16 where the device has it, else float16 with loss scaling.
+        amp: whether to use mixed precision: bfloat16 if the device supports it, else float16 with loss scaling.
     """
 
     epochs: int
@@ -59,54 +59,48 @@ class Settings:
     amp: bool = False
 
 
-def train(task: Task, key: Key, settings: Settings, on_epoch: Listener) -> Run:
+def train(task: Task | CustomTask, key: Key, settings: Settings | None, on_epoch: Listener) -> Run:
     """Train once and record every epoch.
 
-    Two runs of one seed get the same initial weights and the same batches in the same order, whatever their arm and
-    optimizer. At the first and the last step of every epoch the arm is checked (see `CheckedArm`).
+    Two runs of one seed have the same initial weights and the same batches in the same order, whatever their arm and
+    optimizer. At the first and the last step of every epoch the arm is checked (see `CheckedArm`). A `CustomTask` must
+    take care of both itself.
 
     Args:
         task: what to train.
         key: which optimizer, arm and seed.
-        settings: how.
-        on_epoch: called with each epoch's record.
+        settings: how to train; None for a `CustomTask`.
+        on_epoch: called with the numbers of each epoch.
 
     Returns:
-        The `Run`. A loss or metric that is not finite ends it: it diverged, which is a result.
+        The `Run`. A loss or metric that is not finite ends it early; divergence is a result, not an error.
 
     Raises:
-        ArmError: the run did not do what its arm says.
+        ArmError: the run did not train as its arm requires.
+        TaskError: a `CustomTask` reports no epoch, or something else than numbers.
     """
     started = time.perf_counter()
-    model = fresh_model(task, key.seed)
-    weights = digest(model.state_dict())
-    model.to(settings.device)
-    optimizer = fresh_optimizer(task, key.optimizer, model)
-    steps = settings.epochs * math.ceil(_length(task.train) / task.batch_size)
-    schedule = fresh_schedule(task, optimizer, steps)
-    arm = CheckedArm(key.arm, model, optimizer)
-    trainer = _Trainer(task, settings, model, optimizer, schedule, arm)
-    # The model's factory may draw a different amount of random numbers than last week's; dropout must not care.
-    seed_everything(derive(key.seed, "training"))
-    orders = orders_of(task, key.seed)
+    seed_everything(key.seed)
+    if isinstance(task, CustomTask):
+        weights, reports = None, _reports_of(task, key)
+    else:
+        assert settings is not None
+        trainer = _Trainer(task, settings, key)
+        weights, reports = digest(trainer.model.state_dict()), trainer.epochs()
     epochs: list[dict[str, Any]] = []
-    train_metric = diverged_at = None
-    for epoch in range(1, settings.epochs + 1):
-        record = {"epoch": epoch, **trainer.epoch(next(orders))}
-        epochs.append(record)
-        on_epoch(record)
-        if not all(math.isfinite(record[name]) for name in ("train_loss", "test_loss", "test_metric")):
+    diverged_at = None
+    for epoch, numbers in enumerate(reports, start=1):
+        epochs.append({"epoch": epoch, **numbers})
+        on_epoch(epochs[-1])
+        if not _is_finite(numbers):
             diverged_at = epoch
             break
-    else:
-        # As many as there are to test with, the same for all arms; the first ones could be of one class.
-        some = torch.randperm(_length(task.train), generator=torch.Generator().manual_seed(derive(key.seed, "gap")))
-        few = sorted(some[: _length(task.test)].tolist())
-        train_metric = trainer.evaluate(task.train, few)["metric"]
+    if not epochs:
+        raise TaskError("run: reported no epoch; return or yield one mapping per epoch")
     return Run(
         *key,
         epochs=epochs,
-        train_metric=train_metric,
+        train_metric=None if diverged_at else epochs[-1].get("train_metric"),
         diverged_at=diverged_at,
         seconds=time.perf_counter() - started,
         weights=weights,
@@ -114,63 +108,37 @@ def train(task: Task, key: Key, settings: Settings, on_epoch: Listener) -> Run:
     )
 
 
-def follow(task: CustomTask, key: Key, on_epoch: Listener) -> Run:
-    """Let a user's own trainer run, and check and record what it reports.
-
-    Raises:
-        TaskError: a report is not a mapping of numbers with ``train_loss`` and ``test_metric``, or there is none.
-    """
-    started = time.perf_counter()
-    seed_everything(key.seed)
-    epochs: list[dict[str, Any]] = []
-    diverged_at = None
-    for epoch, reported in enumerate(task.run(key.seed, key.arm), start=1):
-        record = {"epoch": epoch, **_checked(reported, epoch)}
-        epochs.append(record)
-        on_epoch(record)
-        if not all(math.isfinite(value) for value in record.values()):
-            diverged_at = epoch
-            break
-    if not epochs:
-        raise TaskError("run: reported no epoch; return or yield one mapping an epoch")
-    return Run(
-        *key,
-        epochs=epochs,
-        train_metric=None if diverged_at else epochs[-1].get("train_metric"),
-        diverged_at=diverged_at,
-        seconds=time.perf_counter() - started,
-        weights=None,
-        environment=_environment(None),
-    )
-
-
 def fresh_model(task: Task, seed: int) -> nn.Module:
-    """The model as its factory makes it under a seed, lazy parameters given their values."""
+    """Build the model under a seed; lazy parameters are initialized from the first training batch."""
     seed_everything(seed)
     model = task.model()
     if not isinstance(model, nn.Module):
         raise TaskError(f"model: the factory must return an nn.Module, not {type(model).__name__}")
     if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
-        inputs, _ = pair_of(next(iter(DataLoader(task.train, task.batch_size))))
         with torch.no_grad():
-            model.eval()(inputs)
+            _predict(model.eval(), next(iter(DataLoader(task.train, task.batch_size))))
     return model.train()
 
 
 def orders_of(task: Task, seed: int) -> Iterator[list[int]]:
-    """The order of the training examples in each epoch of a run, without end."""
+    """Yield the order of the training examples in each epoch of a run, without end."""
     generator = torch.Generator().manual_seed(derive(seed, "order"))
     while True:
         yield torch.randperm(_length(task.train), generator=generator).tolist()
 
 
-def loader_of(task: Task, order: list[int]) -> DataLoader[Any]:
-    """The batches of one epoch; that they are loaded draws no random number from anybody."""
+def steps_of(task: Task, epochs: int) -> int:
+    """Return the number of steps in a run."""
+    return epochs * math.ceil(_length(task.train) / task.batch_size)
+
+
+def loader_of(task: Task, order: Sequence[int]) -> DataLoader[Any]:
+    """Load the batches of one epoch, without drawing from torch's global generator."""
     return DataLoader(task.train, task.batch_size, sampler=order, generator=torch.Generator())
 
 
 def fresh_optimizer(task: Task, name: str, model: nn.Module) -> Optimizer:
-    """The optimizer of that name over the model's trainable parameters."""
+    """Build the optimizer of that name for the model's trainable parameters."""
     optimizer = task.optimizers[name]([p for p in model.parameters() if p.requires_grad])
     if not isinstance(optimizer, Optimizer):
         raise TaskError(
@@ -179,14 +147,14 @@ def fresh_optimizer(task: Task, name: str, model: nn.Module) -> Optimizer:
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TaskError(
-            f"optimizers[{name!r}]: {type(optimizer).__name__} needs a closure for its step, which this trainer does "
-            "not give; compare it with a trainer of your own (CustomTask)"
+            f"optimizers[{name!r}]: the step of {type(optimizer).__name__} requires a closure, which a Task does not "
+            "support; write the training loop yourself as a CustomTask"
         )
     return optimizer
 
 
 def fresh_schedule(task: Task, optimizer: Optimizer, steps: int) -> LRScheduler | None:
-    """The schedule over so many steps, where the task has one."""
+    """Build the schedule over this many steps; None if the task has no schedule."""
     if task.schedule is None:
         return None
     schedule = task.schedule(optimizer, steps)
@@ -196,150 +164,174 @@ def fresh_schedule(task: Task, optimizer: Optimizer, steps: int) -> LRScheduler 
 
 
 def check_device(device: str, amp: bool) -> None:
-    """Refuse a device that is not there, or that has no mixed precision.
+    """Check that a device is available and supports mixed precision if that is asked for.
 
     Raises:
-        TaskError: naming the parameter and what there is.
+        TaskError: naming the parameter and the available devices.
     """
     try:
         torch.empty(1, device=device).add_(1)
     except Exception as error:
-        there = ["cpu"]
+        available = ["cpu"]
         if (accelerator := torch.accelerator.current_accelerator()) is not None and torch.accelerator.is_available():
-            there.append(accelerator.type)
-        raise TaskError(f"device: {device!r} can't be used here; there is {' and '.join(there)}") from error
+            available.append(accelerator.type)
+        raise TaskError(f"device: {device!r} is not available; choose from {', '.join(available)}") from error
     if amp and not torch.amp.autocast_mode.is_autocast_available(torch.device(device).type):
-        raise TaskError(f"amp: torch has no mixed precision on {device!r}; leave it out")
+        raise TaskError(f"amp: torch does not support mixed precision on {device!r}; leave it out")
 
 
 class _Trainer:
     """The training loop of one run."""
 
-    def __init__(
-        self,
-        task: Task,
-        settings: Settings,
-        model: nn.Module,
-        optimizer: Optimizer,
-        schedule: LRScheduler | None,
-        arm: CheckedArm,
-    ) -> None:
-        self.task, self.model, self.optimizer, self.schedule, self.arm = task, model, optimizer, schedule, arm
+    def __init__(self, task: Task, settings: Settings, key: Key) -> None:
+        self.task, self.settings, self.seed = task, settings, key.seed
         self.device = torch.device(settings.device)
+        self.model = fresh_model(task, key.seed).to(self.device)
+        self.optimizer = fresh_optimizer(task, key.optimizer, self.model)
+        self.schedule = fresh_schedule(task, self.optimizer, steps_of(task, settings.epochs))
+        self.arm = CheckedArm(key.arm, self.model, self.optimizer)
         self.amp_dtype = amp_dtype(self.device) if settings.amp else None
-        # Gradients in float16 underflow without a scale; with it disabled the scaler passes everything through.
+        # Gradients in float16 underflow without loss scaling. A disabled scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
 
-    def epoch(self, order: list[int]) -> dict[str, Any]:
-        """Train on the examples in this order, then test."""
+    def epochs(self) -> Iterator[dict[str, Any]]:
+        """Train, and yield the numbers of each epoch."""
+        # Dropout must not depend on how many random numbers the initialization of the model drew.
+        seed_everything(derive(self.seed, "training"))
+        for epoch, order in enumerate(islice(orders_of(self.task, self.seed), self.settings.epochs), start=1):
+            numbers = self._train_on(order) | self._test()
+            if epoch == self.settings.epochs and _is_finite(numbers):
+                numbers["train_metric"] = self._evaluate(self.task.train, self._indices_for_gap())["metric"]
+            yield numbers
+
+    def _train_on(self, order: list[int]) -> dict[str, Any]:
         self.model.train()
         losses: list[tuple[Tensor, int]] = []
-        seen: list[Effect] = []
+        effects: list[Effect] = []
         batches = loader_of(self.task, order)
         data = ""
         for step, batch in enumerate(batches, start=1):
-            inputs, targets = pair_of(batch)
             if step == 1:
-                data = digest([order, inputs, targets])
-            loss = self._step(inputs, targets, seen if step in (1, len(batches)) else None)
-            losses.append((loss, _count(targets)))
-        tested = self.evaluate(self.task.test)
+                data = digest([order, batch])
+            losses.append(self._step(moved(batch, self.device), effects if step in (1, len(batches)) else None))
         return {
             "train_loss": sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses),
-            "test_loss": tested["loss"],
-            "test_metric": tested["metric"],
-            "share": _mean(effect.share for effect in seen),
-            "gradient_norm": _mean(effect.norm for effect in seen),
-            "centered_norm": _mean(effect.centered_norm for effect in seen),
+            "share": _mean(effect.share for effect in effects),
+            "gradient_norm": _mean(effect.norm for effect in effects),
+            "centered_norm": _mean(effect.centered_norm for effect in effects),
             "drift": self.arm.drift(),
             "data": data,
         }
 
-    def _step(self, inputs: Any, targets: Any, seen: list[Effect] | None) -> Tensor:
-        with self._autocast():
-            loss = self._loss(self.model(moved(inputs, self.device)), moved(targets, self.device))
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.unscale_(self.optimizer)
-        if seen is not None:
-            self.arm.watch()
-            effect = self.arm.effect()
-            if math.isfinite(effect.norm):
-                seen.append(effect)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if seen is not None:
-            self.arm.verify()
-        if self.schedule is not None:
-            self.schedule.step()
-        return loss.detach()
+    def _test(self) -> dict[str, float]:
+        return {f"test_{name}": value for name, value in self._evaluate(self.task.test).items()}
 
-    def evaluate(self, dataset: Any, indices: Sequence[int] | None = None) -> dict[str, float]:
-        """Mean loss and metric per example, in eval mode; a loss that is not finite ends it, metric NaN."""
+    def _indices_for_gap(self) -> list[int]:
+        """Choose as many training examples as there are test examples; the first ones could be of a single class."""
+        generator = torch.Generator().manual_seed(derive(self.seed, "gap"))
+        chosen = torch.randperm(_length(self.task.train), generator=generator)
+        return sorted(chosen[: _length(self.task.test)].tolist())
+
+    def _evaluate(self, dataset: Any, indices: Sequence[int] | None = None) -> dict[str, float]:
+        """Return the mean loss and metric per example in eval mode; the metric is NaN if a loss is not finite."""
         self.model.eval()
         losses = metrics = count = 0.0
         with torch.inference_mode():
             for batch in DataLoader(dataset, 4 * self.task.batch_size, sampler=indices, generator=torch.Generator()):
-                inputs, targets = pair_of(batch)
-                targets = moved(targets, self.device)
-                with self._autocast():
-                    output = self.model(moved(inputs, self.device))
-                    loss = float(self._loss(output, targets))
+                loss, output, target = self._forward(moved(batch, self.device))
                 if not math.isfinite(loss):
-                    return {"loss": loss, "metric": math.nan}
-                n = _count(targets)
-                losses += loss * n
-                metrics += float(self.task.metric(output, targets)) * n
+                    return {"loss": float(loss), "metric": math.nan}
+                n = _count(target)
+                losses += float(loss) * n
+                metrics += float(self.task.metric(output, target)) * n
                 count += n
         return {"loss": losses / count, "metric": metrics / count}
 
-    def _loss(self, output: Any, targets: Any) -> Tensor:
-        loss = self.task.loss(output, targets)
+    def _step(self, batch: Any, effects: list[Effect] | None) -> tuple[Tensor, int]:
+        """Train on one batch, and check the arm if there are ``effects`` to add to; return the loss and the size."""
+        loss, _, target = self._forward(batch)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(self.optimizer)
+        if effects is not None:
+            self.arm.watch()
+            effect = self.arm.effect()
+            if math.isfinite(effect.norm):
+                effects.append(effect)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if effects is not None:
+            self.arm.verify()
+        if self.schedule is not None:
+            self.schedule.step()
+        return loss.detach(), _count(target)
+
+    def _forward(self, batch: Any) -> tuple[Tensor, Any, Any]:
+        """Return the loss, the model's output and the target."""
+        autocast = nullcontext() if self.amp_dtype is None else torch.autocast(self.device.type, self.amp_dtype)
+        with autocast:
+            output, target = _predict(self.model, batch)
+            loss = self.task.loss(output, target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TaskError(f"loss: must return a scalar tensor, the mean over the batch, not {found}")
-        return loss
-
-    def _autocast(self) -> Any:
-        return nullcontext() if self.amp_dtype is None else torch.autocast(self.device.type, dtype=self.amp_dtype)
+        return loss, output, target
 
 
 def amp_dtype(device: torch.device) -> torch.dtype:
-    """What mixed precision computes in: bfloat16 where the device has it."""
+    """Return the type that mixed precision computes in: bfloat16 if the device supports it, else float16."""
     if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported()):
         return torch.bfloat16
     return torch.float16
 
 
+def pair_of(batch: Any) -> tuple[Any, Any]:
+    """Split a batch into input and target.
+
+    Raises:
+        TaskError: the batch is not a pair.
+    """
+    if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+        found = f"{len(batch)} values" if isinstance(batch, (list, tuple)) else f"a {type(batch).__name__}"
+        raise TaskError(f"train and test: an example must be a pair (input, target) or a mapping, not {found}")
+    return batch[0], batch[1]
+
+
+def _predict(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """Return the model's output for a batch, and the target."""
+    if isinstance(batch, Mapping):
+        return model(**batch), batch
+    inputs, target = pair_of(batch)
+    return model(inputs), target
+
+
+def _reports_of(task: CustomTask, key: Key) -> Iterator[dict[str, float]]:
+    """Run a user's own trainer, and check what it reports."""
+    for epoch, reported in enumerate(task.run(key.seed, key.arm), start=1):
+        yield _checked(reported, epoch)
+
+
 def _checked(reported: Any, epoch: int) -> dict[str, float]:
     if not isinstance(reported, Mapping):
-        raise TaskError(f"run: epoch {epoch} is a {type(reported).__name__}; report a mapping such as a dict")
+        raise TaskError(f"run: epoch {epoch} is of type {type(reported).__name__}; report a mapping such as a dict")
     for name in ("train_loss", "test_metric"):
         if name not in reported:
             raise TaskError(f"run: epoch {epoch} lacks {name!r}; it has {', '.join(map(repr, reported)) or 'nothing'}")
     try:
         return {str(name): float(value) for name, value in reported.items()}
     except (TypeError, ValueError) as error:
-        raise TaskError(f"run: epoch {epoch} holds something that is no number ({error})") from error
+        raise TaskError(f"run: epoch {epoch} holds a value that is not a number ({error})") from error
 
 
-def pair_of(batch: Any) -> tuple[Any, Any]:
-    """A batch's inputs and targets.
-
-    Raises:
-        TaskError: it is not a pair.
-    """
-    if not isinstance(batch, (list, tuple)) or len(batch) != 2:
-        found = f"{len(batch)} things" if isinstance(batch, (list, tuple)) else f"a {type(batch).__name__}"
-        raise TaskError(f"train and test: an example must be a pair (input, target), not {found}")
-    return batch[0], batch[1]
+def _is_finite(numbers: Mapping[str, Any]) -> bool:
+    return all(math.isfinite(numbers[name]) for name in ("train_loss", "test_loss", "test_metric") if name in numbers)
 
 
-def _count(targets: Any) -> int:
-    """Examples in a batch."""
-    while not isinstance(targets, Tensor):
-        targets = next(iter(targets.values())) if isinstance(targets, Mapping) else targets[0]
-    return len(targets)
+def _count(target: Any) -> int:
+    """Return the number of examples in a batch."""
+    while not isinstance(target, Tensor):
+        target = next(iter(target.values())) if isinstance(target, Mapping) else target[0]
+    return len(target)
 
 
 def _mean(values: Iterable[float]) -> float | None:

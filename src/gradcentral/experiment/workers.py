@@ -1,139 +1,219 @@
-"""Many runs: in this process, or spread over worker processes, here or on a cluster, by joblib."""
+"""Many runs: in this process, or on worker processes of this machine or a cluster, through joblib."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gradcentral.diagnostics.preserve import random_numbers_unchanged
-from gradcentral.experiment.backends import outcomes_of
-from gradcentral.experiment.errors import ArmError, ExperimentError, RunError
-from gradcentral.experiment.loading import Address, Parcel, TaskReference, describe, follow_address, open_parcel, where
+from gradcentral.experiment.determinism import one_thread
+from gradcentral.experiment.errors import ArmError, ExperimentError, RunError, TaskError, line_of, one_line
+from gradcentral.experiment.loading import LoadedTask, PackedTask, unpack
 from gradcentral.experiment.store import Key, Run
-from gradcentral.experiment.task import CustomTask
-from gradcentral.experiment.threads import one_thread
-from gradcentral.experiment.training import Settings, follow, train
+from gradcentral.experiment.training import Settings, train
 from gradcentral.extras import optional
 
-__all__ = ["default_jobs", "run_all"]
+__all__ = ["BACKENDS", "check_backend", "default_jobs", "run_all"]
+
+BACKENDS = ("loky", "ray", "dask")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that raised, in a form that any process can read."""
+    """A run that raised, in a form that can be unpickled without the task's code."""
 
     kind: type[ExperimentError]
     message: str
     trace: str
 
 
-def run_all(
-    reference: TaskReference,
-    keys: Sequence[Key],
-    settings: Settings | None,
-    *,
-    jobs: int | None,
-    progress: Path,
-    backend: str = "loky",
-) -> Iterator[Run]:
-    """Run them all and yield each as it finishes, in no particular order; on Ray in rounds of ``jobs``.
-
-    Args:
-        reference: the task.
-        keys: what to run.
-        settings: how to train; None for a `CustomTask`.
-        jobs: worker processes, each with one torch thread; with loky, 1 runs in this process, with its threads. None,
-            on a cluster: all its workers.
-        progress: an existing file, to which one line an epoch is added; runs end when it is taken away. Workers of a
-            cluster know nothing of it.
-        backend: one of `BACKENDS`.
+def check_backend(backend: str) -> None:
+    """Check that a backend exists and is installed.
 
     Raises:
-        RunError: the task raised in a run; the traceback is in ``error.txt`` beside ``progress``.
-        ArmError: a run did not do what its arm says.
+        TaskError: the backend is unknown; the message lists the known ones.
+        MissingExtraError: its package is missing; the message has the command that installs it.
     """
-    if jobs == 1 and backend == "loky":
-        with random_numbers_unchanged():
-            for key in keys:
-                yield _unwrap(_run(reference, key, settings, progress), progress.parent)
-        return
-    work = optional("joblib").delayed(_run_in_worker)
-    device = "cpu" if settings is None else settings.device
-    with tempfile.TemporaryDirectory(prefix="gradcentral-") as folder:
-        # What another machine may not see travels along.
-        here = backend == "loky"
-        task, file = (reference.portable(Path(folder)), progress) if here else (reference.parcel(), None)
-        calls = (work(task, key, settings, file) for key in keys)
-        try:
-            with outcomes_of(calls, backend=backend, jobs=jobs, device=device) as outcomes:
-                for outcome in outcomes:
-                    yield _unwrap(outcome, progress.parent)
-        except ExperimentError:
-            raise
-        except Exception as error:  # TerminatedWorkerError, RayActorError, KilledWorker …
-            raise RunError(
-                f"a worker process died ({describe(error)}); with fewer jobs= each has more memory"
-            ) from error
+    if backend not in BACKENDS:
+        raise TaskError(f"backend: unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
+    if backend != "loky":
+        optional("distributed" if backend == "dask" else backend, extra=backend)
 
 
 def default_jobs(device: str, runs: int) -> int:
-    """The CPU's cores, at most one a run; 1 on an accelerator, whose runs would only compete."""
+    """Return the number of CPU cores, at most one per run; 1 on an accelerator, where runs would only compete."""
     if torch.device(device).type != "cpu":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, runs))
 
 
+def run_all(
+    loaded: LoadedTask,
+    keys: Sequence[Key],
+    settings: Settings | None,
+    *,
+    jobs: int | None,
+    epochs_file: Path,
+    backend: str = "loky",
+) -> Iterator[Run]:
+    """Run them all and yield each when it finishes, in no particular order; on Ray in rounds of ``jobs``.
+
+    Args:
+        loaded: the task.
+        keys: which runs.
+        settings: how to train; None for a `CustomTask`.
+        jobs: see `compare`.
+        epochs_file: an existing file, to which a line per epoch is appended; runs end with an error if it is removed.
+            Workers of a cluster, which may not see it, do without.
+        backend: one of `BACKENDS`.
+
+    Raises:
+        RunError: the task's code raised an exception in a run; the traceback is in ``error.txt`` beside the file.
+        ArmError: a run did not train as its arm requires.
+    """
+    device = "cpu" if settings is None else settings.device
+    local = backend == "loky"
+    if jobs is None and local:
+        jobs = default_jobs(device, len(keys))
+    if not keys:
+        return
+    if jobs == 1 and local:
+        with random_numbers_unchanged():
+            for key in keys:
+                yield _run_or_raise(_run(loaded, key, settings, epochs_file), epochs_file.parent)
+        return
+    count = None if jobs is None else min(jobs, len(keys))
+    with tempfile.TemporaryDirectory(prefix="gradcentral-") as folder:
+        packed = loaded.pack(Path(folder) if local else None)
+        work = optional("joblib").delayed(_run_in_worker)
+        calls = (work(packed, key, settings, epochs_file if local else None) for key in keys)
+        try:
+            with _outcomes(calls, backend, count, device) as outcomes:
+                for outcome in outcomes:
+                    yield _run_or_raise(outcome, epochs_file.parent)
+        except ExperimentError:
+            raise
+        except Exception as error:  # joblib's TerminatedWorkerError, Ray's RayActorError, Dask's KilledWorker …
+            raise RunError(
+                f"a worker process died ({one_line(error)}); with fewer jobs= each has more memory"
+            ) from error
+
+
+@contextmanager
+def _outcomes(calls: Iterator[Any], backend: str, jobs: int | None, device: str) -> Iterator[Iterator[Any]]:
+    """Yield the results of joblib's delayed calls as they are made; leaving the block ends the workers."""
+    joblib = optional("joblib")
+    with ExitStack() as stack:
+        if backend != "loky":
+            stack.enter_context(_ray(jobs) if backend == "ray" else _dask(jobs))
+        stack.enter_context(joblib.parallel_config(backend=backend, **_options(backend, device)))
+        count = joblib.effective_n_jobs(-1) if jobs is None else jobs
+        if backend == "ray":
+            # joblib's Ray backend returns all results at once. In rounds, those of finished rounds can be stored.
+            parallel = stack.enter_context(joblib.Parallel(n_jobs=count, batch_size=1))
+            yield _in_rounds(parallel, calls, count)
+            return
+        outcomes = joblib.Parallel(n_jobs=count, return_as="generator_unordered", batch_size=1)(calls)
+        stack.callback(_cancel, outcomes)
+        yield outcomes
+
+
+def _options(backend: str, device: str) -> dict[str, Any]:
+    if backend == "loky":
+        return {"inner_max_num_threads": 1}
+    return {"ray_remote_args": {"num_gpus": 1}} if backend == "ray" and torch.device(device).type == "cuda" else {}
+
+
+def _in_rounds(parallel: Any, calls: Iterator[Any], count: int) -> Iterator[Any]:
+    while some := [*islice(calls, count)]:
+        yield from parallel(some)
+
+
+def _cancel(outcomes: Any) -> None:
+    """End the workers, without joblib's warning that their unfinished runs are lost: that is intended."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "[0-9]+ tasks", UserWarning)
+        outcomes.close()
+
+
+@contextmanager
+def _ray(jobs: int | None) -> Iterator[None]:
+    """Use Ray as it is initialized, else the cluster at ``RAY_ADDRESS``, else start it here until the block ends."""
+    ray = optional("ray", extra="ray")
+    optional("ray.util.joblib", extra="ray").register_ray()
+    if ray.is_initialized():
+        yield
+        return
+    # Ray does not accept a number of CPUs for an existing cluster.
+    local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": jobs, "include_dashboard": False}
+    ray.init(log_to_driver=False, **local)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _dask(jobs: int | None) -> Iterator[None]:
+    """Use the current Dask client, else one of ``DASK_SCHEDULER_ADDRESS``, else start workers here."""
+    distributed = optional("distributed", extra="dask")
+    try:
+        distributed.default_client()
+    except ValueError:
+        address = optional("dask", extra="dask").config.get("scheduler-address", None)
+        local = {} if address else {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
+        with distributed.Client(**local):
+            yield
+    else:
+        yield
+
+
+# A Dask worker may have several threads, but torch has one generator of random numbers for all of them. It may also be
+# a thread of the caller's own process, whose random numbers and number of threads must not change.
 _one_at_a_time = threading.Lock()
 
 
-def _run_in_worker(task: Address | Parcel, key: Key, settings: Settings | None, progress: Path | None) -> Run | Failure:
-    # A Dask worker may have several threads, but torch has one stream of random numbers for all of them.
-    # It may also be a thread of the caller's own process, whose random numbers and threads are not ours.
+def _run_in_worker(packed: PackedTask, key: Key, settings: Settings | None, epochs_file: Path | None) -> Run | Failure:
     with _one_at_a_time, random_numbers_unchanged(), one_thread():
         try:
-            reference = open_parcel(task) if isinstance(task, Parcel) else follow_address(task)
-            return _run(reference, key, settings, progress)
+            return _run(unpack(packed), key, settings, epochs_file)
         except ExperimentError as error:
             return Failure(type(error), str(error), traceback.format_exc())
 
 
-def _run(reference: TaskReference, key: Key, settings: Settings | None, progress: Path | None) -> Run | Failure:
-    def on_epoch(record: dict[str, Any]) -> None:
-        if progress is None:
-            return
-        metric = record["test_metric"] if math.isfinite(record["test_metric"]) else None
-        line = json.dumps([*key, record["epoch"], metric]) + "\n"
-        # Not created anew: where it is gone the comparison has ended, and this run is nobody's.
-        file = os.open(progress, os.O_WRONLY | os.O_APPEND)
-        try:
-            os.write(file, line.encode())
-        finally:
-            os.close(file)
+def _run(loaded: LoadedTask, key: Key, settings: Settings | None, epochs_file: Path | None) -> Run | Failure:
+    def on_epoch(epoch: dict[str, Any]) -> None:
+        if epochs_file is not None:
+            # Open without creating: if the file is gone, the comparison was cancelled and this run should fail.
+            file = os.open(epochs_file, os.O_WRONLY | os.O_APPEND)
+            try:
+                os.write(file, (json.dumps([*key, epoch["epoch"]]) + "\n").encode())
+            finally:
+                os.close(file)
 
     try:
-        task = reference.task
-        if isinstance(task, CustomTask):
-            return follow(task, key, on_epoch)
-        assert settings is not None
-        return train(task, key, settings, on_epoch)
+        return train(loaded.task, key, settings, on_epoch)
     except Exception as error:
-        kind = type(error) if isinstance(error, ExperimentError) else RunError
-        place = "" if isinstance(error, ExperimentError) else f" ({where(error, reference.source)})"
-        return Failure(kind, f"run {key}: {describe(error)}{place}", traceback.format_exc())
+        message, trace = f"run {key}: {one_line(error)}", traceback.format_exc()
+        if isinstance(error, ExperimentError):
+            return Failure(type(error), message, trace)
+        return Failure(RunError, f"{message} ({line_of(error, loaded.file)})", trace)
 
 
-def _unwrap(outcome: Run | Failure, folder: Path) -> Run:
+def _run_or_raise(outcome: Run | Failure, folder: Path) -> Run:
     if isinstance(outcome, Run):
         return outcome
     path = folder / "error.txt"

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 
 from gradcentral.diagnostics.probe_plot import shares
+from gradcentral.experiment.determinism import one_thread
 from gradcentral.experiment.errors import TaskError
-from gradcentral.experiment.loading import refer_to
+from gradcentral.experiment.loading import load_task
 from gradcentral.experiment.probing import probe_task
 from gradcentral.experiment.task import CustomTask, Task, check_count
-from gradcentral.experiment.threads import one_thread
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import optional
 from gradcentral.layout import weight_layout
@@ -82,8 +82,7 @@ def draw_all(
     Raises:
         TaskError: the task or an option is not usable; nothing that trains is centered; a single step of training.
     """
-    reference = refer_to(task)
-    loaded = reference.task
+    loaded = load_task(task)
     if isinstance(loaded, CustomTask):
         raise TaskError(
             f"task {loaded.name!r} has a trainer of its own, into which the figures can't look: give a Task"

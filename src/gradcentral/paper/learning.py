@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gradcentral.experiment.comparing import compare
 from gradcentral.experiment.comparison import Comparison
 from gradcentral.experiment.plots import Series, draw_series, scale
+from gradcentral.experiment.run_comparison import compare
 from gradcentral.paper.figure import Figure
 from gradcentral.paper.study import Study
 from gradcentral.plotting import Theme, new_figure, style
@@ -36,7 +36,7 @@ def learning(study: Study, runs: Path, *, progress: bool) -> Figure:
         ("arm", "seed", "epoch", *numbers),
         [
             (run.arm, run.seed, epoch["epoch"], *(epoch.get(number) for number in numbers))
-            for run in comparison.records
+            for run in comparison.all_runs
             for epoch in run.epochs
         ],
     )

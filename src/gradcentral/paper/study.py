@@ -17,7 +17,7 @@ from gradcentral.attach import centralize
 from gradcentral.diagnostics.batches import moved
 from gradcentral.diagnostics.preserve import random_numbers_unchanged
 from gradcentral.experiment.arms import NONE
-from gradcentral.experiment.randomness import derive, seed_everything
+from gradcentral.experiment.determinism import derive, seed_everything
 from gradcentral.experiment.task import Task
 from gradcentral.experiment.training import fresh_model, fresh_optimizer, fresh_schedule, loader_of, orders_of, pair_of
 from gradcentral.layout import Entry, WeightLayout, weight_layout

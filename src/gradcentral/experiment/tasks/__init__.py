@@ -1,1 +1,1 @@
-"""The built-in tasks, one a file, each loaded by its name."""
+"""The built-in tasks, one per file, each loaded by its name."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
-from gradcentral.experiment.task import Task
-from gradcentral.experiment.tasks._digits import accuracy, digits
+from gradcentral.experiment.tasks import digits
 
 __all__ = ["task"]
 
@@ -14,7 +15,7 @@ WIDTH, HEADS, DEPTH, PATCH, PATCHES = 32, 4, 2, 2, 16
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each on normalized input and added to what it read; ``[n, 16, 32]`` to the same."""
+    """A pre-LayerNorm block: attention and an MLP, each with a residual connection; ``[n, 16, 32]`` to the same."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +25,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        """One block."""
+        """Apply attention and the MLP."""
         y = self.norm1(x)
         x = x + self.attention(y, y, y, need_weights=False)[0]
         out: Tensor = x + self.mlp(self.norm2(x))
@@ -43,8 +44,8 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
-        # Pixels around zero, as everyone feeds a transformer.
+        """Return logits."""
+        # Normalize pixels to [-1, 1], as is usual for transformers.
         patches = nn.functional.unfold((images - 0.5) / 0.5, PATCH, stride=PATCH).mT
         x = self.blocks(self.patch(patches) + self.position.weight)
         logits: Tensor = self.head(self.norm(x).mean(1))
@@ -52,7 +53,7 @@ class VisionTransformer(nn.Module):
 
 
 def warm_up_then_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """A tenth of the steps up, the rest down to zero: a transformer's usual schedule."""
+    """Warm up over a tenth of the steps, then decay to zero: the usual schedule of transformers."""
     warm = max(1, steps // 10)
     up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / warm, total_iters=warm)
     down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps - warm))
@@ -60,14 +61,10 @@ def warm_up_then_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.o
 
 
 # The learning rates are the best of a sweep (0.005 to 0.2; 0.001 to 0.02) for training WITHOUT GC.
-train, test = digits()
-task = Task(
+task = dataclasses.replace(
+    digits.task,
     name="digits-vit",
     model=VisionTransformer,
-    train=train,
-    test=test,
-    loss=nn.functional.cross_entropy,
-    metric=accuracy,
     optimizers={
         "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4),
         "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2),

@@ -1,0 +1,220 @@
+"""`compare`: train with and without GC, from the same weights on the same batches, and judge whether it helped."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gradcentral.experiment.arms import ARMS, NONE
+from gradcentral.experiment.comparison import Comparison
+from gradcentral.experiment.errors import ArmError, TaskError
+from gradcentral.experiment.fingerprint import fingerprint_of_model, fingerprint_of_task
+from gradcentral.experiment.loading import AnyTask, find_task
+from gradcentral.experiment.probing import probe_task, read_probe, write_probe
+from gradcentral.experiment.progress import Progress
+from gradcentral.experiment.report import write_report
+from gradcentral.experiment.store import Key, Run, Store
+from gradcentral.experiment.task import CustomTask, Task, check_count
+from gradcentral.experiment.training import Settings, check_device
+from gradcentral.experiment.workers import check_backend, run_all
+
+__all__ = ["compare"]
+
+DEFAULT_SEEDS = 5
+CUSTOM_OPTIMIZER = "custom"
+PROBE = "probe.json"
+
+
+def compare(
+    task: Task | CustomTask | Callable[..., Any] | str | Path,
+    *,
+    seeds: int | Sequence[int] = DEFAULT_SEEDS,
+    epochs: int | None = None,
+    arms: Sequence[str] = ARMS,
+    optimizers: Sequence[str] | None = None,
+    jobs: int | None = None,
+    backend: str = "loky",
+    device: str = "cpu",
+    amp: bool = False,
+    out: str | Path | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> Comparison:
+    """Train a task with and without Gradient Centralization and judge whether it helped.
+
+    Runs of one seed are paired: they have identical initial weights and identical batches. Every run checks that it
+    trains as its arm requires. Each finished run is stored in ``out`` at once: after an interruption, the same call
+    continues with the missing runs, and a call with more seeds, arms or optimizers adds only those. If no run is
+    missing, no model is built and only the report is rewritten.
+
+    Args:
+        task: a `Task`, a `CustomTask`, a bare ``run(seed, arm)`` function, a file that defines ``task``, or the name
+            of a built-in task: ``digits``, ``digits-batchnorm``, ``digits-vit``.
+        seeds: their number (0, 1, …), or a list of them.
+        epochs: overrides the task's own.
+        arms: of ``none``, ``gradient`` and ``update``; ``none`` must be among them.
+        optimizers: names of the task's optimizers to use; all of them by default.
+        jobs: number of worker processes, each with one torch thread. 1 runs in this process, with the current number of
+            torch threads. Default: one per core on the CPU, 1 on an accelerator, all workers of a cluster.
+        backend: where the workers are: ``"loky"``, processes of this machine; ``"ray"`` or ``"dask"``, those of a
+            cluster (see docs/scaling.md).
+        device: where to train, as a torch device.
+        amp: train in mixed precision: bfloat16 if the device supports it, else float16 with loss scaling.
+        out: output folder; by default ``runs/`` and the task's name.
+        resume: use the finished runs in ``out``; False moves them aside.
+        progress: display the progress: bars on a terminal, elsewhere one line per run.
+
+    Returns:
+        The `Comparison`.
+
+    Raises:
+        TaskError: the task or an option is not usable.
+        ResultsError: ``out`` holds runs of another task, or is in use.
+        ArmError: a run did not train as its arm requires, or paired runs did not start alike.
+        RunError: the task's own code raised an exception in a run.
+    """
+    options = {"seeds": seeds, "epochs": epochs, "arms": arms, "optimizers": optimizers, "device": device, "amp": amp}
+    command = _command(task, options)
+    loaded = find_task(task)
+    task = loaded.task
+    arms, optimizers, seeds = _arms(arms), _optimizers(task, optimizers), _seeds(seeds)
+    if jobs is not None:
+        check_count("jobs", jobs)
+    check_backend(backend)
+    settings = _settings(task, epochs, device, amp)
+    fingerprint = fingerprint_of_task(loaded, settings)
+    keys = [Key(optimizer, arm, seed) for seed in seeds for optimizer in optimizers for arm in arms]
+    with Store(Path(out) if out is not None else Path("runs") / task.name) as store:
+        store.begin(fingerprint, resume=resume)
+        before = [store.runs[key] for key in keys if key in store.runs]
+        missing = [key for key in keys if key not in store.runs]
+        # The source of a file identifies the task. A task from memory may have no source, so look at its model, too.
+        if settings is not None and (missing or loaded.file is None):
+            store.extend_fingerprint(fingerprint_of_model(loaded, settings, optimizers))
+        if isinstance(task, Task) and missing and not (store.folder / PROBE).exists():
+            # Before the runs, so that an error in the task is noticed early.
+            write_probe(probe_task(task, device=device, amp=amp), store.folder / PROBE)
+        pairs = _Pairs(before)
+        with (
+            _epochs_file(store.folder) as file,
+            Progress(keys, before, settings.epochs if settings else None, task.metric_name, file, progress) as display,
+        ):
+            for run in run_all(loaded, missing, settings, jobs=jobs, epochs_file=file, backend=backend):
+                pairs.check(run)
+                store.add(run)
+                display.finished(run)
+        comparison = Comparison(
+            task=task.name,
+            metric=task.metric_name,
+            higher_is_better=task.higher_is_better,
+            arms=arms,
+            optimizers=optimizers,
+            seeds=seeds,
+            all_runs=tuple(store.runs[key] for key in keys),
+            checked=isinstance(task, Task),
+            out=store.folder,
+            command=command,
+            fingerprint=store.fingerprint,
+            probe=read_probe(store.folder / PROBE),
+        )
+        write_report(comparison)
+    return comparison
+
+
+class _Pairs:
+    """Refuses runs of one seed that did not start from the same weights or did not train on the same batches."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._first: dict[tuple[int, str], tuple[str, Run]] = {}
+        for run in runs:
+            self.check(run)
+
+    def check(self, run: Run) -> None:
+        found = {"initial weights": run.weights}
+        found |= {f"batches of epoch {epoch['epoch']}": epoch.get("data") for epoch in run.epochs}
+        for what, value in found.items():
+            if value is None:
+                continue
+            other, first = self._first.setdefault((run.seed, what), (value, run))
+            if other != value:
+                raise ArmError(
+                    f"runs of seed {run.seed} are not paired: ({run.key}) and ({first.key}) have different {what}; "
+                    "the task must draw its random numbers from torch, NumPy or random, without a seed of its own"
+                )
+
+
+def _arms(arms: Sequence[str]) -> tuple[str, ...]:
+    chosen = _names("arms", arms, ARMS)
+    if NONE not in chosen:
+        raise TaskError(f"arms: {NONE!r} must be among them, because the others are compared with it")
+    if len(chosen) == 1:
+        raise TaskError(f"arms: {NONE!r} alone leaves nothing to compare; add {' or '.join(map(repr, ARMS[1:]))}")
+    return tuple(arm for arm in ARMS if arm in chosen)
+
+
+def _optimizers(task: AnyTask, optimizers: Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(task, CustomTask):
+        if optimizers is not None:
+            raise TaskError("optimizers: a CustomTask has its own trainer; leave them out")
+        return (CUSTOM_OPTIMIZER,)
+    return tuple(task.optimizers) if optimizers is None else _names("optimizers", optimizers, tuple(task.optimizers))
+
+
+def _names(field: str, chosen: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(chosen, str):
+        raise TaskError(f"{field}: give a list of names, such as [{chosen!r}]")
+    for name in chosen:
+        if name not in known:
+            raise TaskError(f"{field}: unknown {field.removesuffix('s')} {name!r}; choose from {', '.join(known)}")
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise TaskError(f"{field}: give at least one, each once; choose from {', '.join(known)}")
+    return tuple(chosen)
+
+
+def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(seeds, int):
+        check_count("seeds", seeds)
+        return tuple(range(seeds))
+    valid = all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds)
+    if not seeds or not valid or len(set(seeds)) != len(seeds):
+        raise TaskError(f"seeds: give their number, or different whole numbers from 0 to 2**32 - 1, not {seeds!r}")
+    return tuple(seeds)
+
+
+def _settings(task: AnyTask, epochs: int | None, device: str, amp: bool) -> Settings | None:
+    if isinstance(task, CustomTask):
+        for name, given in (("epochs", epochs is not None), ("device", device != "cpu"), ("amp", amp)):
+            if given:
+                raise TaskError(f"{name}: a CustomTask has its own trainer; set it there")
+        return None
+    if epochs is not None:
+        check_count("epochs", epochs)
+    check_device(device, amp)
+    return Settings(task.epochs if epochs is None else epochs, device, amp)
+
+
+@contextmanager
+def _epochs_file(folder: Path) -> Iterator[Path]:
+    """Create the file to which runs append a line per epoch; runs end with an error once it is removed."""
+    for left_over in folder.glob("progress-*.jsonl"):  # of a comparison that was killed
+        left_over.unlink(missing_ok=True)
+    path = folder / f"progress-{os.getpid()}.jsonl"
+    path.touch()
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _command(task: object, options: dict[str, Any]) -> str:
+    """Format the Python call that repeats the comparison, with a file's name in place of its path."""
+    source = "task"
+    if isinstance(task, (str, Path)):
+        source = repr(Path(task).name)
+    defaults = inspect.signature(compare).parameters
+    given = [f"{k}={v!r}" for k, v in options.items() if k == "seeds" or v != defaults[k].default]
+    return f"gradcentral.compare({', '.join([source, *given])})"
