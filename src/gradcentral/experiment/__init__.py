@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from gradcentral.experiment.comparison import Comparison
+from gradcentral.experiment.comparison import Comparison, Row
 from gradcentral.experiment.errors import ArmError, ExperimentError, ResultsError, RunError, TaskError
 from gradcentral.experiment.loading import load_task
 from gradcentral.experiment.run_comparison import compare
 from gradcentral.experiment.statistics import Paired
 from gradcentral.experiment.store import Run
-from gradcentral.experiment.summary import Row
 from gradcentral.experiment.task import CustomTask, Task
 from gradcentral.experiment.verdict import Verdict
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from gradcentral.experiment.comparison import spread
 from gradcentral.experiment.store import Key, Run
-from gradcentral.experiment.summary import spread
 from gradcentral.extras import optional
 from gradcentral.json_lines import read_complete
 
@@ -43,9 +42,7 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 

@@ -11,7 +11,6 @@ from typing import Any
 from gradcentral.diagnostics.probe_plot import shares
 from gradcentral.experiment.comparison import Comparison
 from gradcentral.experiment.plots import Series, curves, differences
-from gradcentral.experiment.summary import columns, to_csv
 from gradcentral.extras import optional
 from gradcentral.plotting import DARK, LIGHT, Theme, recolored, to_png, to_svg
 
@@ -20,8 +19,7 @@ __all__ = ["write_report"]
 
 def write_report(comparison: Comparison) -> None:
     """Write the report and its files into the comparison's folder, replacing those of an earlier call."""
-    summary = to_csv(comparison.rows, comparison.verdicts)
-    comparison.out.joinpath("summary.csv").write_text(summary, encoding="utf-8")
+    comparison.out.joinpath("summary.csv").write_text(comparison.to_csv(), encoding="utf-8")
     figures = {}
     for name, (title, draw) in _figures(comparison).items():
         figure = draw(LIGHT)
@@ -34,7 +32,6 @@ def write_report(comparison: Comparison) -> None:
     html = environment.from_string(template).render(
         comparison=comparison,
         figures=figures,
-        columns=columns(comparison.rows, comparison.metric),
         environments=_environments(comparison),
         seconds=sum(run.seconds for run in comparison.all_runs),
         diverged=[run for run in comparison.all_runs if run.diverged_at is not None],

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from gradcentral.experiment.arms import ARMS, NONE
@@ -20,7 +19,7 @@ from gradcentral.experiment.report import write_report
 from gradcentral.experiment.store import Key, Run, Store
 from gradcentral.experiment.task import CustomTask, Task, check_count
 from gradcentral.experiment.training import Settings, check_device
-from gradcentral.experiment.workers import check_backend, run_all
+from gradcentral.experiment.workers import EPOCHS, check_backend, run_all
 
 __all__ = ["compare"]
 
@@ -95,15 +94,18 @@ def compare(
         # The source of a file identifies the task. A task from memory may have no source, so look at its model, too.
         if settings is not None and (missing or loaded.file is None):
             store.extend_fingerprint(fingerprint_of_model(loaded, settings, optimizers))
-        if isinstance(task, Task) and missing and not (store.folder / PROBE).exists():
+        if isinstance(task, Task) and missing and not (store.runs and (store.folder / PROBE).exists()):
             # Before the runs, so that an error in the task is noticed early.
             write_probe(probe_task(task, device=device, amp=amp), store.folder / PROBE)
         pairs = _Pairs(before)
+        length = settings.epochs if settings else None
         with (
-            _epochs_file(store.folder) as file,
-            Progress(keys, before, settings.epochs if settings else None, task.metric_name, file, progress) as display,
+            TemporaryDirectory(prefix="gradcentral-") as folder,
+            Progress(keys, before, length, task.metric_name, Path(folder, EPOCHS), progress) as display,
         ):
-            for run in run_all(loaded, missing, settings, jobs=jobs, epochs_file=file, backend=backend):
+            scratch = Path(folder)
+            runs = run_all(loaded, missing, settings, jobs=jobs, backend=backend, out=store.folder, scratch=scratch)
+            for run in runs if missing else ():
                 pairs.check(run)
                 store.add(run)
                 display.finished(run)
@@ -195,19 +197,6 @@ def _settings(task: AnyTask, epochs: int | None, device: str, amp: bool) -> Sett
         check_count("epochs", epochs)
     check_device(device, amp)
     return Settings(task.epochs if epochs is None else epochs, device, amp)
-
-
-@contextmanager
-def _epochs_file(folder: Path) -> Iterator[Path]:
-    """Create the file to which runs append a line per epoch; runs end with an error once it is removed."""
-    for left_over in folder.glob("progress-*.jsonl"):  # of a comparison that was killed
-        left_over.unlink(missing_ok=True)
-    path = folder / f"progress-{os.getpid()}.jsonl"
-    path.touch()
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _command(task: object, options: dict[str, Any]) -> str:

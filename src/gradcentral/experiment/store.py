@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from gradcentral.experiment.errors import ResultsError
@@ -116,9 +115,7 @@ class Store:
             raise ResultsError(f"{self.folder}: another comparison is writing there; wait for it or give another --out")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # The file is not removed: a third process could then lock a new one while the second holds the old one.
         self._lock.close()
 

@@ -71,29 +71,31 @@ class Task:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
-        if isinstance(self.model, nn.Module):
-            raise TaskError(
-                "model: give a function that builds a fresh model, not a model "
-                f"(every run needs a new one), for example model=lambda: {type(self.model).__name__}(...)"
-            )
+        _require(
+            not isinstance(self.model, nn.Module),
+            "model: give a function that builds a fresh model, not a model (every run needs a new one), "
+            f"for example model=lambda: {type(self.model).__name__}(...)",
+        )
         for field in ("model", "loss", "metric"):
             _check_callable(field, getattr(self, field))
         for field in ("train", "test"):
             _check_dataset(field, getattr(self, field))
-        if not isinstance(self.optimizers, Mapping) or not self.optimizers:
-            raise TaskError("optimizers: give at least one, as {'sgd': lambda params: torch.optim.SGD(params, lr=0.1)}")
+        _require(
+            isinstance(self.optimizers, Mapping) and bool(self.optimizers),
+            "optimizers: give at least one, as {'sgd': lambda params: torch.optim.SGD(params, lr=0.1)}",
+        )
         for name, factory in self.optimizers.items():
             # On the command line, names are separated by commas.
-            if not isinstance(name, str) or not re.fullmatch(r"[^\s,]+", name):
-                raise TaskError(f"optimizers: {name!r} is not a name; use a string without spaces and commas")
-            if isinstance(factory, Optimizer):
-                raise TaskError(
-                    f"optimizers[{name!r}]: give a function of the parameters, not an optimizer, "
-                    f"for example lambda params: torch.optim.{type(factory).__name__}(params, ...)"
-                )
+            valid = isinstance(name, str) and re.fullmatch(r"[^\s,]+", name)
+            _require(bool(valid), f"optimizers: {name!r} is not a name; use a string without spaces and commas")
+            _require(
+                not isinstance(factory, Optimizer),
+                f"optimizers[{name!r}]: give a function of the parameters, not an optimizer, "
+                f"for example lambda params: torch.optim.{type(factory).__name__}(params, ...)",
+            )
             _check_callable(f"optimizers[{name!r}]", factory)
-        for field in ("batch_size", "epochs"):
-            check_count(field, getattr(self, field))
+        check_count("batch_size", self.batch_size)
+        check_count("epochs", self.epochs)
         if self.schedule is not None:
             _check_callable("schedule", self.schedule)
         _check_flag("higher_is_better", self.higher_is_better)
@@ -137,8 +139,8 @@ class CustomTask:
     def __post_init__(self) -> None:
         _check_name(self.name)
         _check_callable("run", self.run)
-        if not isinstance(self.metric_name, str) or not self.metric_name:
-            raise TaskError(f"metric_name: give a string, not {self.metric_name!r}")
+        valid = isinstance(self.metric_name, str) and bool(self.metric_name)
+        _require(valid, f"metric_name: give a string, not {self.metric_name!r}")
         _check_flag("higher_is_better", self.higher_is_better)
 
 
@@ -151,30 +153,32 @@ def name_of(function: object) -> str:
 
 def check_count(field: str, value: object) -> None:
     """Raise a `TaskError` unless the value is a positive whole number."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise TaskError(f"{field}: give a whole number of at least 1, not {value!r}")
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    _require(valid, f"{field}: give a whole number of at least 1, not {value!r}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise TaskError(message)
 
 
 def _check_name(name: object) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+-]*", name):
-        raise TaskError(f"name: {name!r} cannot name a folder; use letters, digits, '-', '_', '.', '+' and spaces")
+    valid = isinstance(name, str) and re.fullmatch(r"\w[\w .+-]*", name)
+    _require(bool(valid), f"name: {name!r} cannot name a folder; use letters, digits, '-', '_', '.', '+' and spaces")
 
 
 def _check_callable(field: str, value: object) -> None:
-    if not callable(value):
-        raise TaskError(f"{field}: give a function, not {value!r}")
+    _require(callable(value), f"{field}: give a function, not {value!r}")
 
 
 def _check_flag(field: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TaskError(f"{field}: give True or False, not {value!r}")
+    _require(isinstance(value, bool), f"{field}: give True or False, not {value!r}")
 
 
 def _check_dataset(field: str, value: Any) -> None:
-    if not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
-        raise TaskError(
-            f"{field}: a {type(value).__name__} has no length and index; give a map-style Dataset "
-            "of (input, target) pairs, such as TensorDataset(inputs, targets)"
-        )
-    if len(value) == 0:
-        raise TaskError(f"{field}: the dataset is empty")
+    _require(
+        hasattr(value, "__len__") and hasattr(value, "__getitem__"),
+        f"{field}: a {type(value).__name__} has no length and index; give a map-style Dataset "
+        "of (input, target) pairs, such as TensorDataset(inputs, targets)",
+    )
+    _require(len(value) > 0, f"{field}: the dataset is empty")

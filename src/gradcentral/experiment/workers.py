@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 import traceback
 import warnings
@@ -25,9 +24,10 @@ from gradcentral.experiment.store import Key, Run
 from gradcentral.experiment.training import Settings, train
 from gradcentral.extras import optional
 
-__all__ = ["BACKENDS", "check_backend", "default_jobs", "run_all"]
+__all__ = ["BACKENDS", "EPOCHS", "check_backend", "default_jobs", "run_all"]
 
 BACKENDS = ("loky", "ray", "dask")
+EPOCHS = "epochs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def run_all(
     settings: Settings | None,
     *,
     jobs: int | None,
-    epochs_file: Path,
-    backend: str = "loky",
+    backend: str,
+    out: Path,
+    scratch: Path,
 ) -> Iterator[Run]:
     """Run them all and yield each when it finishes, in no particular order; on Ray in rounds of ``jobs``.
 
@@ -76,40 +77,36 @@ def run_all(
         keys: which runs.
         settings: how to train; None for a `CustomTask`.
         jobs: see `compare`.
-        epochs_file: an existing file, to which a line per epoch is appended; runs end with an error if it is removed.
-            Workers of a cluster, which may not see it, do without.
         backend: one of `BACKENDS`.
+        out: the folder for ``error.txt``, the traceback of a run that raised an exception.
+        scratch: a temporary folder. Workers of this machine read the task from it, append a line per epoch to its
+            `EPOCHS`, and end with an error once it is removed.
 
     Raises:
-        RunError: the task's code raised an exception in a run; the traceback is in ``error.txt`` beside the file.
+        RunError: the task's code raised an exception in a run.
         ArmError: a run did not train as its arm requires.
     """
     device = "cpu" if settings is None else settings.device
     local = backend == "loky"
-    if jobs is None and local:
-        jobs = default_jobs(device, len(keys))
-    if not keys:
-        return
+    epochs_file = scratch / EPOCHS if local else None
+    if epochs_file is not None:
+        epochs_file.touch()
+        jobs = default_jobs(device, len(keys)) if jobs is None else jobs
     if jobs == 1 and local:
         with random_numbers_unchanged():
             for key in keys:
-                yield _run_or_raise(_run(loaded, key, settings, epochs_file), epochs_file.parent)
+                yield _run_or_raise(_run(loaded, key, settings, epochs_file), out)
         return
-    count = None if jobs is None else min(jobs, len(keys))
-    with tempfile.TemporaryDirectory(prefix="gradcentral-") as folder:
-        packed = loaded.pack(Path(folder) if local else None)
-        work = optional("joblib").delayed(_run_in_worker)
-        calls = (work(packed, key, settings, epochs_file if local else None) for key in keys)
-        try:
-            with _outcomes(calls, backend, count, device) as outcomes:
-                for outcome in outcomes:
-                    yield _run_or_raise(outcome, epochs_file.parent)
-        except ExperimentError:
-            raise
-        except Exception as error:  # joblib's TerminatedWorkerError, Ray's RayActorError, Dask's KilledWorker …
-            raise RunError(
-                f"a worker process died ({one_line(error)}); with fewer jobs= each has more memory"
-            ) from error
+    packed = loaded.pack(scratch if local else None)
+    calls = (optional("joblib").delayed(_run_in_worker)(packed, key, settings, epochs_file) for key in keys)
+    try:
+        with _outcomes(calls, backend, jobs and min(jobs, len(keys)), device) as outcomes:
+            for outcome in outcomes:
+                yield _run_or_raise(outcome, out)
+    except ExperimentError:
+        raise
+    except Exception as error:  # joblib's TerminatedWorkerError, Ray's RayActorError, Dask's KilledWorker …
+        raise RunError(f"a worker process died ({one_line(error)}); with fewer jobs= each has more memory") from error
 
 
 @contextmanager
