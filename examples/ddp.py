@@ -18,14 +18,14 @@ from gradcentral.experiment.tasks import digits
 
 
 def accuracy(model: nn.Module, device: torch.device) -> float:
-    """Part of the test images whose largest output is the digit; for one rank alone, hence without DDP around it."""
+    """Return the fraction of correct test images; called on one rank only, so the model must not be wrapped in DDP."""
     images, targets = (tensor.to(device) for tensor in digits.test.tensors)
     with torch.no_grad():
         return float((model(images).argmax(1) == targets).float().mean())
 
 
 def main() -> None:
-    """Train on as many processes as torchrun has started."""
+    """Train on the processes that torchrun started."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=5)
     epochs: int = parser.parse_args().epochs
@@ -38,7 +38,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = DistributedDataParallel(digits.cnn().to(device))
-    # As on one device: DDP gives every rank the same gradients, and centering them needs no communication.
+    # As on one device: DDP gives every rank the same gradients, so centering them needs no communication.
     optimizer = gradcentral.SGD(model, lr=0.05, momentum=0.9, weight_decay=5e-4)
     # For any other optimizer: gradcentral.centralize(optimizer, model)
 

@@ -19,20 +19,20 @@ from gradcentral.experiment.tasks import digits
 
 
 class Block(nn.Module):
-    """A residual block: what FSDP2 gathers, uses and lets go again."""
+    """A residual block: the unit that FSDP2 gathers, uses and frees."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, width]`` to ``[n, width]``."""
+        """Map ``[n, width]`` to ``[n, width]``."""
         change: Tensor = self.down(nn.functional.gelu(self.up(self.norm(x))))
         return x + change
 
 
 def main() -> None:
-    """Train on as many processes as torchrun has started."""
+    """Train on the processes that torchrun started."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=5)
     epochs: int = parser.parse_args().epochs
@@ -49,7 +49,7 @@ def main() -> None:
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    # After fully_shard, which replaces the parameters. Each rank steps the rows it holds: no communication.
+    # After fully_shard, which replaces the parameters. Each rank updates its own rows, without communication.
     optimizer = gradcentral.AdamW(model, lr=3e-3, placement="update")
 
     sampler: DistributedSampler[Any] = DistributedSampler(digits.train, seed=0)
@@ -64,7 +64,7 @@ def main() -> None:
             optimizer.step()
         images, targets = digits.test.tensors
         with torch.no_grad():
-            output = model(images.to(device))  # all ranks must take part, and see all images
+            output = model(images.to(device))  # a collective operation: all ranks call it, with the same images
         if dist.get_rank() == 0:
             reached = digits.task.metric(output.cpu(), targets)
             print(f"epoch {epoch + 1}: loss {loss.item():.3f}, test accuracy {reached:.3f}", flush=True)

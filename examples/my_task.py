@@ -1,4 +1,4 @@
-"""A task of your own: wine from its chemistry, with a small sigmoid network.
+"""A task of your own: classify wines by their chemistry with a small sigmoid network.
 
 gradcentral compare examples/my_task.py --seeds 10
 """
@@ -12,7 +12,7 @@ from gradcentral.experiment import Task
 
 
 def datasets() -> tuple[TensorDataset, TensorDataset]:
-    """178 wines, 13 measurements each, of three growers; the split is the same for every seed."""
+    """Load 178 wines of three growers with 13 measurements each; the split is the same for every seed."""
     measurements, growers = load_wine(return_X_y=True)
     x, y = torch.tensor(measurements, dtype=torch.float32), torch.tensor(growers)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
@@ -22,7 +22,7 @@ def datasets() -> tuple[TensorDataset, TensorDataset]:
 
 
 def model() -> nn.Module:
-    """A sigmoid's output is never negative, so that the next layer's gradient has a large mean."""
+    """Build the network. A sigmoid's output is positive, so the gradient of the next layer has a large mean."""
     return nn.Sequential(
         nn.Linear(13, 32),
         nn.Sigmoid(),
@@ -33,7 +33,7 @@ def model() -> nn.Module:
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Part of the batch that is right."""
+    """Return the fraction of correct predictions."""
     return (output.argmax(-1) == target).float().mean()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -92,6 +93,25 @@ def test_a_task_that_cannot_be_pickled_runs_with_the_suggested_jobs(tiny: Callab
         compare(task, seeds=1, jobs=2, out=tmp_path)
     jobs = int(str(caught.value).rpartition("jobs=")[2])
     assert len(compare(task, seeds=1, jobs=jobs, out=tmp_path).all_runs) == 3
+
+
+DIES = """
+import os
+
+def task(seed, arm):
+    if os.getpid() != int(os.environ["PARENT"]):
+        os._exit(1)
+    yield {"train_loss": 0.5, "test_metric": 1}
+"""
+
+
+def test_a_dead_worker_is_reported_and_fewer_jobs_can_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARENT", str(os.getpid()))
+    path = tmp_path / "dies.py"
+    path.write_text(DIES)
+    with pytest.raises(RunError, match="a worker process died .*with fewer jobs="):
+        compare(path, seeds=1, jobs=2, out=tmp_path / "out")
+    assert len(compare(path, seeds=1, jobs=1, out=tmp_path / "out").all_runs) == 3
 
 
 # Refusals.

@@ -182,8 +182,10 @@ def test_a_partial_last_line_is_dropped_and_an_invalid_line_is_named(tiny: Calla
     assert len(path.read_text().splitlines()) == 3
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:50], lines[2]]) + "\n")
-    with pytest.raises(ResultsError, match=r"results\.jsonl, line 2: not a run"):
+    with pytest.raises(ResultsError, match=r"results\.jsonl, line 2: not a run.*delete the line"):
         compare(tiny(), seeds=1, jobs=1, out=tmp_path)
+    path.write_text("\n".join([lines[0], lines[2]]) + "\n")
+    assert numbers(compare(tiny(), seeds=1, jobs=1, out=tmp_path)) == numbers(first)
 
 
 KILLED = """
@@ -419,6 +421,19 @@ def test_an_unusable_option_is_refused_and_named(
         compare(tiny(), out=tmp_path, **options)
     assert message in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_suggested_arms_and_lists_of_names_work(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="; add ") as caught:
+        compare(tiny(), seeds=1, arms=["none"], jobs=1, out=tmp_path)
+    suggested = re.findall(r"'(\w+)'", str(caught.value).partition("; add ")[2])
+    assert suggested == ["gradient", "update"]
+    with pytest.raises(TaskError, match="such as ") as caught:
+        compare(tiny(), seeds=1, optimizers="sgd", jobs=1, out=tmp_path)
+    optimizers = json.loads(str(caught.value).partition("such as ")[2].replace("'", '"'))
+    for arm in suggested:
+        result = compare(tiny(), seeds=1, arms=["none", arm], optimizers=optimizers, jobs=1, out=tmp_path)
+        assert result.arms == ("none", arm)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:

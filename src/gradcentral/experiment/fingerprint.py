@@ -1,7 +1,7 @@
 """The fingerprint of a task, so that runs of a changed task are never mixed.
 
 It holds the source of the task's file (for a task from memory, the sources that `inspect` finds), its settings and a
-hash of its data. Where a run is missing, the initial weights and the optimizers are added, which takes a model.
+hash of its data. If a run is missing, the initial weights and the optimizers are added, for which a model is built.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from gradcentral.diagnostics.preserve import random_numbers_unchanged
 from gradcentral.experiment.determinism import digest, seed_everything
 from gradcentral.experiment.errors import ExperimentError, TaskError, line_of, one_line
 from gradcentral.experiment.loading import LoadedTask
@@ -31,7 +31,7 @@ SAMPLED_EXAMPLES = 64
 
 
 def fingerprint_of_task(loaded: LoadedTask, settings: Settings | None) -> dict[str, str]:
-    """Describe the task's source, settings and data, without building a model.
+    """Describe the task's source, settings and data, without building a model; it seeds the global generators.
 
     Returns:
         name of a part -> its description, ending in a hash where words do not suffice.
@@ -42,23 +42,21 @@ def fingerprint_of_task(loaded: LoadedTask, settings: Settings | None) -> dict[s
     task = loaded.task
     parts = {"task": task.name}
     if loaded.file is not None:
-        parts["source of the task's file (without comments)"] = _digest_of_source(loaded.source.decode())
+        parts["source of the task's file (without comments)"] = _digest_of_source(loaded.source)
     if isinstance(task, CustomTask):
         parts |= {"run": _of_function(task.run), "metric_name": task.metric_name}
         return parts | {"higher_is_better": str(task.higher_is_better)}
     assert settings is not None
+    parts |= {name: str(value) for name, value in asdict(settings).items()}
     parts |= {
-        "epochs": str(settings.epochs),
         "batch_size": str(task.batch_size),
-        "device": settings.device,
-        "amp": str(settings.amp),
         "loss": _of_function(task.loss),
         "metric": _of_function(task.metric),
         "higher_is_better": str(task.higher_is_better),
         "schedule": "none" if task.schedule is None else _of_function(task.schedule),
     }
     for part in ("train", "test"):
-        with _naming(part, loaded), random_numbers_unchanged():
+        with _naming(part, loaded):
             parts[part] = _of_dataset(getattr(task, part))
     return parts
 
@@ -66,29 +64,29 @@ def fingerprint_of_task(loaded: LoadedTask, settings: Settings | None) -> dict[s
 def fingerprint_of_model(loaded: LoadedTask, settings: Settings, optimizers: tuple[str, ...]) -> dict[str, str]:
     """Describe the model and the optimizers.
 
-    Builds everything that a run builds, so that an error in the task is noticed before any worker starts.
+    Builds everything that a run builds, so that an error in the task is noticed before any worker starts. It seeds the
+    global generators.
 
     Raises:
         TaskError: a part of the task raises an exception or returns the wrong type; the message names the part.
     """
     task = loaded.task
     assert isinstance(task, Task)
-    with random_numbers_unchanged():
-        with _naming("model", loaded):
-            model, again = (fresh_model(task, seed=0) for _ in range(2))
-            weights = digest(model.state_dict())
-            if digest(again.state_dict()) != weights:
-                raise TaskError(
-                    "model: two calls under one seed gave different initial weights, so runs could not be paired; "
-                    "draw all random numbers from torch, NumPy or random, without a seed of its own"
-                )
-        parts = {"model": _of_model(model, weights)}
-        for name in optimizers:
-            with _naming(f"optimizers[{name!r}]", loaded):
-                optimizer = fresh_optimizer(task, name, model)
-                parts[f"optimizers[{name!r}]"] = _of_optimizer(optimizer)
-            with _naming("schedule", loaded):
-                fresh_schedule(task, optimizer, steps_of(task, settings.epochs))
+    with _naming("model", loaded):
+        model, again = (fresh_model(task, seed=0) for _ in range(2))
+    weights = digest(model.state_dict())
+    if digest(again.state_dict()) != weights:
+        raise TaskError(
+            "model: two calls under one seed gave different initial weights, so runs could not be paired; "
+            "draw all random numbers from torch, NumPy or random, without a seed of its own"
+        )
+    parts = {"model": _of_model(model, weights)}
+    for name in optimizers:
+        with _naming(f"optimizers[{name!r}]", loaded):
+            optimizer = fresh_optimizer(task, name, model)
+            parts[f"optimizers[{name!r}]"] = _of_optimizer(optimizer)
+        with _naming("schedule", loaded):
+            fresh_schedule(task, optimizer, steps_of(task, settings.epochs))
     return parts
 
 
@@ -137,18 +135,20 @@ def _source_of(value: Any) -> str:
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
     if isinstance(value, functools.partial):
-        parts = [value.func, *value.args, *value.keywords, *value.keywords.values()]
-        return "\n".join(map(_source_of, parts))
+        return "\n".join(map(_source_of, [value.func, *value.args, *value.keywords, *value.keywords.values()]))
     if not (inspect.isroutine(value) or inspect.isclass(value)):  # an instance, such as nn.CrossEntropyLoss()
         settings = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, (bool, int, float, str))}
         return f"{_source_of(type(value))}\n{settings}"
+    name = f"{value.__module__}.{value.__qualname__}"
+    if name.startswith("torch."):  # another version of torch is not another task
+        return name
     try:
         return textwrap.dedent(inspect.getsource(value))
     except (OSError, TypeError):
-        return f"{value.__module__}.{value.__qualname__}"
+        return name
 
 
-def _digest_of_source(source: str) -> str:
+def _digest_of_source(source: str | bytes) -> str:
     try:
         return digest(ast.dump(ast.parse(source)))  # comments and blank lines do not count
     except SyntaxError:  # a lambda's source is the lines around it, which need not parse

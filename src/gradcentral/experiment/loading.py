@@ -25,15 +25,15 @@ _BUILT_IN_FOLDER = Path(__file__).parent / "tasks"
 
 
 class PackedTask(NamedTuple):
-    """A task on its way to a worker: the source of its file, or a pickle.
+    """A task on its way to a worker.
 
     Attributes:
-        path: of the Python file that defines the task, or of a file with the pickle.
-        content: the source or the pickle; None if the worker reads the pickle from ``path``.
+        file: the Python file that defines the task; None for a task from memory.
+        content: the source of the file; for a task from memory its pickle, or the path of a file with the pickle.
     """
 
-    path: str
-    content: bytes | None
+    file: Path | None
+    content: bytes | Path
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class LoadedTask:
             TaskError: the task has no file and cannot be pickled.
         """
         if self.file is not None:
-            return PackedTask(str(self.file), self.source)
+            return PackedTask(self.file, self.source)
         try:
             content: bytes = optional("cloudpickle").dumps(self.task)
         except (TypeError, AttributeError, pickle.PicklingError) as error:
@@ -70,19 +70,19 @@ class LoadedTask:
                 "put it in a file and pass its path, or use jobs=1"
             ) from error
         if folder is None:
-            return PackedTask("", content)
+            return PackedTask(None, content)
         path = folder / "task.pickle"
         path.write_bytes(content)
-        return PackedTask(str(path), None)
+        return PackedTask(None, path)
 
 
 @functools.cache
 def unpack(packed: PackedTask) -> LoadedTask:
     """Restore a packed task, once per process."""
-    path, content = Path(packed.path), packed.content
-    if path.suffix == ".py" and content is not None:
-        return LoadedTask(_run_file(path, content), path, content)
-    return LoadedTask(pickle.loads(path.read_bytes() if content is None else content))
+    file, content = packed
+    if isinstance(content, Path):
+        content = content.read_bytes()
+    return LoadedTask(pickle.loads(content)) if file is None else LoadedTask(_run_file(file, content), file, content)
 
 
 def load_task(source: AnyTask | Callable[..., Any] | str | Path) -> AnyTask:

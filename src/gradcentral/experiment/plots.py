@@ -55,7 +55,7 @@ def curves(comparison: Comparison, series: Series, theme: Theme) -> Any:
         scale(axes[0][0], series, means)
         handles, labels = axes[0][0].get_legend_handles_labels()
         if handles:
-            figure.legend(handles, labels, loc="outside upper right", ncols=len(handles), frameon=False)
+            figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
         return figure
 
 

@@ -56,18 +56,16 @@ def write_probe(report: ProbeReport, path: Path) -> None:
 
 
 def read_probe(path: Path) -> ProbeReport | None:
-    """Read a report that `write_probe` wrote; None if the file does not exist."""
-    if not path.exists():
+    """Read a report that `write_probe` wrote; None if there is none, or another version wrote it."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for part in (report, *report["layers"]):
+            for name in part.keys() & {"effects", "whole"}:
+                part[name] = tuple(Effect(*effect) for effect in part[name])
+        for layer in report["layers"]:
+            layer["vectors"] = layer["vectors"] and WeightVectors(**layer["vectors"])
+            layer["input"] = layer["input"] and InputMean(*layer["input"])
+        layers = tuple(LayerReport(**layer) for layer in report["layers"])
+        return ProbeReport(layers, report["whole"], tuple(report["losses"]))
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    layers = tuple(
-        LayerReport(
-            name=layer["name"],
-            vectors=None if layer["vectors"] is None else WeightVectors(**layer["vectors"]),
-            reason=layer["reason"],
-            effects=tuple(Effect(*effect) for effect in layer["effects"]),
-            input=None if layer["input"] is None else InputMean(*layer["input"]),
-        )
-        for layer in fields["layers"]
-    )
-    return ProbeReport(layers, tuple(Effect(*effect) for effect in fields["whole"]), tuple(fields["losses"]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from gradcentral.diagnostics.preserve import random_numbers_unchanged
 from gradcentral.experiment.arms import ARMS, NONE
 from gradcentral.experiment.comparison import Comparison
 from gradcentral.experiment.errors import ArmError, TaskError
@@ -28,6 +29,7 @@ CUSTOM_OPTIMIZER = "custom"
 PROBE = "probe.json"
 
 
+@random_numbers_unchanged()
 def compare(
     task: Task | CustomTask | Callable[..., Any] | str | Path,
     *,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -63,8 +63,8 @@ def train(task: Task | CustomTask, key: Key, settings: Settings | None, on_epoch
     """Train once and record every epoch.
 
     Two runs of one seed have the same initial weights and the same batches in the same order, whatever their arm and
-    optimizer. At the first and the last step of every epoch the arm is checked (see `CheckedArm`). A `CustomTask` must
-    take care of both itself.
+    optimizer. At the first and the last step of every epoch the arm is checked (see `CheckedArm`). With a `CustomTask`
+    both are up to the user.
 
     Args:
         task: what to train.
@@ -81,8 +81,10 @@ def train(task: Task | CustomTask, key: Key, settings: Settings | None, on_epoch
     """
     started = time.perf_counter()
     seed_everything(key.seed)
+    weights: str | None = None
+    reports: Iterable[dict[str, Any]]
     if isinstance(task, CustomTask):
-        weights, reports = None, _reports_of(task, key)
+        reports = map(_checked, task.run(key.seed, key.arm), count(1))
     else:
         assert settings is not None
         trainer = _Trainer(task, settings, key)
@@ -209,7 +211,6 @@ class _Trainer:
         losses: list[tuple[Tensor, int]] = []
         effects: list[Effect] = []
         batches = loader_of(self.task, order)
-        data = ""
         for step, batch in enumerate(batches, start=1):
             if step == 1:
                 data = digest([order, batch])
@@ -235,7 +236,7 @@ class _Trainer:
     def _evaluate(self, dataset: Any, indices: Sequence[int] | None = None) -> dict[str, float]:
         """Return the mean loss and metric per example in eval mode; the metric is NaN if a loss is not finite."""
         self.model.eval()
-        losses = metrics = count = 0.0
+        losses = metrics = examples = 0.0
         with torch.inference_mode():
             for batch in DataLoader(dataset, 4 * self.task.batch_size, sampler=indices, generator=torch.Generator()):
                 loss, output, target = self._forward(moved(batch, self.device))
@@ -244,8 +245,8 @@ class _Trainer:
                 n = _count(target)
                 losses += float(loss) * n
                 metrics += float(self.task.metric(output, target)) * n
-                count += n
-        return {"loss": losses / count, "metric": metrics / count}
+                examples += n
+        return {"loss": losses / examples, "metric": metrics / examples}
 
     def _step(self, batch: Any, effects: list[Effect] | None) -> tuple[Tensor, int]:
         """Train on one batch, and check the arm if there are ``effects`` to add to; return the loss and the size."""
@@ -303,12 +304,6 @@ def _predict(model: nn.Module, batch: Any) -> tuple[Any, Any]:
         return model(**batch), batch
     inputs, target = pair_of(batch)
     return model(inputs), target
-
-
-def _reports_of(task: CustomTask, key: Key) -> Iterator[dict[str, float]]:
-    """Run a user's own trainer, and check what it reports."""
-    for epoch, reported in enumerate(task.run(key.seed, key.arm), start=1):
-        yield _checked(reported, epoch)
 
 
 def _checked(reported: Any, epoch: int) -> dict[str, float]:

@@ -72,6 +72,8 @@ def run_all(
 ) -> Iterator[Run]:
     """Run them all and yield each when it finishes, in no particular order; on Ray in rounds of ``jobs``.
 
+    Runs in this process change the global random number generators.
+
     Args:
         loaded: the task.
         keys: which runs.
@@ -93,9 +95,8 @@ def run_all(
         epochs_file.touch()
         jobs = default_jobs(device, len(keys)) if jobs is None else jobs
     if jobs == 1 and local:
-        with random_numbers_unchanged():
-            for key in keys:
-                yield _run_or_raise(_run(loaded, key, settings, epochs_file), out)
+        for key in keys:
+            yield _run_or_raise(_run(loaded, key, settings, epochs_file), out)
         return
     packed = loaded.pack(scratch if local else None)
     calls = (optional("joblib").delayed(_run_in_worker)(packed, key, settings, epochs_file) for key in keys)
