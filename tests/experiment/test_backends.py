@@ -143,7 +143,7 @@ def test_rounds_hold_as_many_runs_as_there_are_workers() -> None:
     assert rounds == [[0, 1], [2, 3], [4]]
 
 
-def test_a_run_on_cuda_asks_ray_for_a_gpu() -> None:
+def test_a_run_on_cuda_requests_a_gpu_from_ray() -> None:
     assert workers._options("ray", "cuda:0") == {"ray_remote_args": {"num_gpus": 1}}
     assert workers._options("ray", "cpu") == workers._options("dask", "cuda") == {}
 

@@ -51,7 +51,7 @@ class CheckedArm:
         self._watching = False
         # Hooks run in the order of registration. The post-hook precedes the arm's own, so it sees the weights of the
         # plain step; the pre-hook follows it, so it sees the gradients that the step receives.
-        optimizer.register_step_post_hook(self._keep_stepped)
+        optimizer.register_step_post_hook(self._keep_plain_step)
         self.handle = None if arm == NONE else centralize(optimizer, model, placement=arm)
         self._layout = weight_layout(model) if self.handle is None else self.handle.layout
         optimizer.register_step_pre_hook(self._keep_received)
@@ -63,7 +63,7 @@ class CheckedArm:
         self._raw: dict[Tensor, Tensor] = {p: p.grad.detach().clone() for p in parameters if p.grad is not None}
         self._weights = {p: p.detach().clone() for p in self._raw}
         self._received: dict[Tensor, Tensor] = {}
-        self._stepped: dict[Tensor, Tensor] = {}
+        self._after_plain_step: dict[Tensor, Tensor] = {}
         self._watching = True
 
     def effect(self) -> Effect:
@@ -115,11 +115,11 @@ class CheckedArm:
 
     def _check_mean_unchanged(self, parameter: Tensor) -> None:
         vectors = self._layout[parameter]
-        before, stepped, after = map(_wide, (self._weights[parameter], self._stepped[parameter], parameter))
-        if not all(_is_finite(w) for w in (before, stepped, after)):
+        before, plain, after = map(_wide, (self._weights[parameter], self._after_plain_step[parameter], parameter))
+        if not all(_is_finite(w) for w in (before, plain, after)):
             return
         # The plain step may have been much larger than both, and its rounding remains.
-        size = torch.stack([unit_means(w.abs().square(), vectors).sqrt() for w in (before, stepped, after)]).amax(0)
+        size = torch.stack([unit_means(w.abs().square(), vectors).sqrt() for w in (before, plain, after)]).amax(0)
         drift = (unit_means(after, vectors) - unit_means(before, vectors)).abs()
         if bool((drift > _tolerance(parameter.dtype) * size + _smallest(parameter.dtype)).any()):
             self._fail(parameter, f"the step moved the mean of a weight vector by {float(drift.max()):.1e}")
@@ -132,9 +132,9 @@ class CheckedArm:
         if self._watching:
             self._received = {p: p.grad.detach().clone() for p in self._raw if p.grad is not None}
 
-    def _keep_stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _keep_plain_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._watching and self.arm == "update":
-            self._stepped = {p: p.detach().clone() for p in self._raw}
+            self._after_plain_step = {p: p.detach().clone() for p in self._raw}
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class Comparison:
         """Return the runs of one arm under one optimizer, in the order of the seeds."""
         return [self._by_key[Key(optimizer, arm, seed)] for seed in self.seeds]
 
-    def paired(self, optimizer: str, arm: str, name: str = "test_metric") -> Paired:
+    def evidence(self, optimizer: str, arm: str, name: str = "test_metric") -> Paired:
         """Compare final numbers of an arm with those of ``none``: ``test_metric``, ``train_loss`` or ``test_loss``."""
         baseline, other = ([run.final(name) for run in self.runs(optimizer, which)] for which in (NONE, arm))
         return paired(baseline, other, arms=len(self.arms) - 1)
@@ -148,7 +148,7 @@ class Comparison:
         """One per optimizer and arm other than ``none``, on the final test metric."""
         return tuple(
             judge(
-                self.paired(optimizer, arm),
+                self.evidence(optimizer, arm),
                 optimizer=optimizer,
                 arm=arm,
                 metric=self.metric,

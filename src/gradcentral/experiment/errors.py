@@ -1,4 +1,4 @@
-"""The errors of an experiment, and exceptions of a task's code on one line. Every message says what to do."""
+"""The errors of an experiment, and exceptions of a task's code on one line. Every message includes a remedy."""
 
 from __future__ import annotations
 

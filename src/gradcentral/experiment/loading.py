@@ -41,7 +41,7 @@ class LoadedTask:
     """A task with the Python file that defines it.
 
     Attributes:
-        task: what is trained.
+        task: the task itself.
         file: None for a task from memory.
         source: the file's content when it was loaded. Workers run this even if the file changes meanwhile.
     """
