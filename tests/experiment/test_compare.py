@@ -603,7 +603,7 @@ def test_an_optimizer_with_a_closure_can_be_compared_as_a_custom_task(
         model, x = nn.Linear(3, 1), torch.rand(8, 3)
         optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
         if arm != "none":
-            gradcentral.centralize_in_backward(model)
+            gradcentral.centralize(optimizer, model)
 
         def closure() -> float:
             optimizer.zero_grad()
