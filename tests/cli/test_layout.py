@@ -55,7 +55,7 @@ def test_models_that_need_values_are_built_without_it(tmp_path: Path, monkeypatc
         ("torch.nn:NoSuchLayer", "NameError"),
         ("torch.nn:Linear", "if it needs arguments, write them: MODULE:NAME"),
         ("torch:tensor([1.0])", "is a Tensor; it must be or make a torch.nn.Module"),
-        ("no_such_task.py", "there is no such file"),
+        ("no_such_task.py", "the file does not exist"),
     ],
 )
 def test_what_can_not_be_built_is_said(target: str, message: str) -> None:

@@ -49,7 +49,7 @@ def test_compare(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "  update: " in shown
     assert f"Report: {Path('runs', 'line', 'report.html')}" in shown
     report = task.parent / "runs" / "line" / "report.html"
-    assert "gradcentral compare line.py --seeds 2 --arms none,update" in report.read_text()
+    assert "seeds=2, arms=[&#39;none&#39;, &#39;update&#39;])" in report.read_text()
 
 
 def test_probe(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,17 +74,17 @@ def test_figures(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compare", "none.py"], "there is no such file"),
-        (["probe", "none.py"], "there is no such file"),
+        (["compare", "none.py"], "the file does not exist"),
+        (["probe", "none.py"], "the file does not exist"),
         (["figures", "--task", "line.py", "--only", "shapes"], "only: there is no 'shapes'"),
-        (["probe", "line.py", "--device", "toaster"], "device: 'toaster' can't be used here"),
-        (["compare", "digit"], "there is no task 'digit'"),
-        (["compare", "line.py", "--arms", "none,gc"], "arms: there is no 'gc'; there is none, gradient, update"),
+        (["probe", "line.py", "--device", "toaster"], "device: 'toaster' is not available"),
+        (["compare", "digit"], "unknown task 'digit'"),
+        (["compare", "line.py", "--arms", "none,gc"], "arms: unknown arm 'gc'; choose from none, gradient, update"),
         (["compare", "line.py", "--arms", "gradient"], "arms: 'none' must be among them"),
-        (["compare", "line.py", "--optimizers", "lion"], "optimizers: there is no 'lion'; there is sgd"),
+        (["compare", "line.py", "--optimizers", "lion"], "optimizers: unknown optimizer 'lion'; choose from sgd"),
         (["compare", "line.py", "--seeds", "many"], "seeds: give a number such as 5, or a list such as 0,3,7"),
         (["compare", "line.py", "--seeds", "0"], "seeds: give a whole number of at least 1"),
-        (["compare", "line.py", "--device", "nowhere"], "device: 'nowhere' can't be used here"),
+        (["compare", "line.py", "--device", "nowhere"], "device: 'nowhere' is not available"),
         (["compare", "line.py", "--jobs", "0"], "jobs: give a whole number of at least 1"),
         (["compare", "line.py", "--epochs", "x"], "epochs"),
         (["compare", "line.py", "--epoch", "3"], "No such option"),

@@ -206,7 +206,7 @@ def test_the_example_task(tmp_path: Path) -> None:
         ({"optimizer": "lion"}, "optimizer: there is no 'lion'; there is sgd"),
         ({"seeds": 0}, "seeds: give a whole number"),
         ({"epochs": 0}, "epochs: give a whole number"),
-        ({"device": "nowhere"}, "device: 'nowhere' can't be used here; there is cpu"),
+        ({"device": "nowhere"}, "device: 'nowhere' is not available; choose from cpu"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str, tmp_path: Path) -> None:
