@@ -544,23 +544,23 @@ def test_a_changed_model_in_memory_is_refused_even_if_no_run_is_missing(
         compare(tiny(model=model), seeds=1, jobs=1, out=tmp_path)
 
 
-class Mappings(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+class Mappings(torch.utils.data.Dataset[dict[str, Any]]):
     """Examples as a tokenizer makes them: mappings with the arguments of the model."""
 
     def __len__(self) -> int:
         return 20
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"inputs": torch.full((6,), index / 20), "labels": torch.tensor([index / 20, 1.0])}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"name": str(index), "inputs": torch.full((6,), index / 20), "labels": torch.tensor([index / 20, 1.0])}
 
 
 class TakesMappings(nn.Linear):
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, name: list[str], inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return super().forward(inputs)
 
 
 def test_examples_may_be_mappings(tiny: Callable[..., Task], tmp_path: Path) -> None:
-    def loss(output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(output: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         return nn.functional.mse_loss(output, batch["labels"])
 
     data = Mappings()

@@ -324,9 +324,9 @@ def _is_finite(numbers: Mapping[str, Any]) -> bool:
 
 def _count(target: Any) -> int:
     """Return the number of examples in a batch."""
-    while not isinstance(target, Tensor):
-        target = next(iter(target.values())) if isinstance(target, Mapping) else target[0]
-    return len(target)
+    parts = [*target.values()] if isinstance(target, Mapping) else target
+    nested = not isinstance(parts, Tensor) and isinstance(parts[0], (Tensor, list, tuple, Mapping))
+    return _count(parts[0]) if nested else len(parts)
 
 
 def _mean(values: Iterable[float]) -> float | None:
