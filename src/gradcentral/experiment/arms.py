@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradcentral.attach import PLACEMENTS, attached, centering_of, centralize
+from gradcentral.attach import attached, centering_of, centralize
 from gradcentral.diagnostics.centering_effect import Effect, effects, together
 from gradcentral.diagnostics.drift import Drift
 from gradcentral.experiment.errors import ArmError
 from gradcentral.layout import weight_layout
 from gradcentral.projection import center, unit_means
+from gradcentral.targets import PLACEMENTS
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["ARMS", "NONE", "CheckedArm"]
