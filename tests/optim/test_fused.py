@@ -22,19 +22,20 @@ from gradcentral.kernels import native
 from tests.strategies import shapes_and_vectors
 
 needs_native = pytest.mark.skipif(
-    bool(native.unavailable), reason=f"needs the native kernels ({native.unavailable}): install with a C compiler"
+    bool(native.unavailable_reason()),
+    reason=f"needs the native kernels ({native.unavailable_reason()}): install with a C compiler",
 )
 
 
 @contextmanager
 def reference_path() -> Iterator[None]:
     """Without the native kernels."""
-    before = native.unavailable
-    native.unavailable = "turned off by a test"
+    before = native._unavailable
+    native._unavailable = "turned off by a test"
     try:
         yield
     finally:
-        native.unavailable = before
+        native._unavailable = before
 
 
 ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -32,14 +32,14 @@ def available() -> dict[str, str]:
         >>> kernels.available()["reference"]
         ''
     """
-    return {"reference": "", "native": native.unavailable, "triton": triton.missing()}
+    return {"reference": "", "native": native.unavailable_reason(), "triton": triton.unavailable_reason()}
 
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
     """The module whose kernels are for tensors on this one's device; None for the reference path."""
     if triton.serves(tensor):
         return triton
-    return None if native.unavailable or not tensor.is_cpu else native
+    return native if native.serves(tensor) else None
 
 
 def _check_choice() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcentral.kernels import native, triton
-from gradcentral.optim.base import Centralized, States
+from gradcentral.kernels import triton
+from gradcentral.kernels.forms import Coefficients, States, UpdateRule
+from gradcentral.optim.base import Centralized
 
 __all__ = ["Adam", "AdamW"]
 
@@ -16,13 +17,13 @@ __all__ = ["Adam", "AdamW"]
 class _AdamSteps(Centralized):
     """What Adam and AdamW share: one rule, whose weight decay is L2 or decoupled."""
 
-    def _kind(self, group: dict[str, Any]) -> int:
-        return native.AMSGRAD if group["amsgrad"] else native.ADAM
+    def _kind(self, group: dict[str, Any]) -> UpdateRule:
+        return UpdateRule.AMSGRAD if group["amsgrad"] else UpdateRule.ADAM
 
-    def _rule(self, group: dict[str, Any], lr: float) -> native.Rule:
+    def _rule(self, group: dict[str, Any], lr: float) -> Coefficients:
         beta1, beta2 = group["betas"]
         decoupled = group.get("decoupled_weight_decay", isinstance(self, torch.optim.AdamW))
-        return native.Rule(
+        return Coefficients(
             lr=lr,
             l2=0.0 if decoupled else group["weight_decay"],
             decay=lr * group["weight_decay"] if decoupled else 0.0,
@@ -37,12 +38,12 @@ class _AdamSteps(Centralized):
             state["step"] = torch.zeros((), dtype=_step_dtype(p), device=p.device)
             for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        elif triton.serves(p) and not triton.is_number(state["step"], p.device):
+        elif triton.serves(p) and not triton.accepts_counter(state["step"], p.device):
             state["step"] = state["step"].to(p.device, torch.float32)  # a checkpoint of torch's unfused optimizer
         return state
 
     def _columns(self, group: dict[str, Any], states: list[dict[str, Any]]) -> States:
-        return (
+        return States(
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else None,

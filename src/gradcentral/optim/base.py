@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from gradcentral.distributed import Division, Sharding, any_sharded, local, with_local
 from gradcentral.kernels import kernels_for, native, triton
 from gradcentral.kernels.compiled import restore_traced_, traced_center, traced_means
-from gradcentral.kernels.forms import same_objects
+from gradcentral.kernels.forms import Coefficients, Placement, States, UpdateRule, same_objects
 from gradcentral.kernels.loops import Loop
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.projection import center, subtract_means_, unit_means
@@ -22,15 +22,12 @@ from gradcentral.targets import Targets, check_placement, refuse_sparse
 
 __all__ = ["Centralized", "States"]
 
-States = tuple[list[Tensor] | None, list[Tensor] | None, list[Tensor] | None, list[Tensor] | None]
-"""Momentum, squares, largest squares and step counters of some parameters, as far as the rule has them."""
-
 
 class _GroupPlan(NamedTuple):
     """How a parameter group is stepped, as long as these of its parameters have gradients."""
 
     params: list[Tensor]
-    kind: int
+    kind: UpdateRule
     plans: list[Any]
     """Each a StepPlan, native or in Triton."""
     owners: list[list[Tensor]]
@@ -51,7 +48,7 @@ class _Work(NamedTuple):
     plan: Any
     owners: list[Tensor]
     grads: list[Tensor]
-    rule: native.Rule | triton.DeviceRule
+    rule: Coefficients | triton.DeviceCoefficients
 
 
 class _Here(NamedTuple):
@@ -224,11 +221,11 @@ class Centralized(Optimizer):
 
     # What a subclass says of its rule.
 
-    def _kind(self, group: dict[str, Any]) -> int:
+    def _kind(self, group: dict[str, Any]) -> UpdateRule:
         """The kernel for a group's options."""
         raise NotImplementedError
 
-    def _rule(self, group: dict[str, Any], lr: float) -> native.Rule:
+    def _rule(self, group: dict[str, Any], lr: float) -> Coefficients:
         """The kernel's coefficients for a group's options and this learning rate."""
         raise NotImplementedError
 
@@ -296,7 +293,7 @@ class Centralized(Optimizer):
             work.append(_Work(plan, owners, grads, self._rule_for(plan, group)))
         return work
 
-    def _rule_for(self, plan: Any, group: dict[str, Any]) -> native.Rule | triton.DeviceRule:
+    def _rule_for(self, plan: Any, group: dict[str, Any]) -> Coefficients | triton.DeviceCoefficients:
         """The coefficients as the plan's kernel takes them."""
         sign = -1.0 if group["maximize"] else 1.0
         if isinstance(plan, native.StepPlan):
@@ -305,12 +302,14 @@ class Centralized(Optimizer):
             return rule
         rule = self._rule(group, 1.0)
         rule.scale = sign
-        return triton.DeviceRule(rule, group["lr"], getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return triton.DeviceCoefficients(
+            rule, group["lr"], getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        )
 
-    def _plan(self, kind: int, group: dict[str, Any], params: list[Tensor], here: _Here | None) -> _GroupPlan:
+    def _plan(self, kind: UpdateRule, group: dict[str, Any], params: list[Tensor], here: _Here | None) -> _GroupPlan:
         """Divide a group among plans, one for each device and dtype; what none takes is left to torch's own step."""
         targets = dict(self.targets.of(self) if here is None else here.division.whole)
-        candidates: dict[Any, list[tuple[Tensor, tuple[Loop, int]]]] = {}
+        candidates: dict[Any, list[tuple[Tensor, tuple[Loop, Placement]]]] = {}
         with torch.no_grad():
             for p in params:
                 vectors, kernels = targets.get(p), kernels_for(local(p))
@@ -319,7 +318,7 @@ class Centralized(Optimizer):
                     continue
                 tensors = self._tensors_of(kernels, group, p, here)
                 if tensors is not None:
-                    placement = native.PLACEMENTS[None if vectors is None else self.placement]
+                    placement = Placement.PLAIN if vectors is None else Placement[self.placement.upper()]
                     form = (kernels, tensors[0].device, *(tensor.dtype for tensor in tensors))
                     candidates.setdefault(form, []).append((p, (loop, placement)))
         plans, owners, states = [], [], []
@@ -341,10 +340,10 @@ class Centralized(Optimizer):
         part, gradient = local(p), _gradient(p, here)
         states = [column[0] for column in buffers if column is not None]
         serves = (
-            kernels.alike(part, gradient)
-            and all(kernels.is_state(part, state) for state in states)
+            kernels.accepts_gradient(part, gradient)
+            and all(kernels.accepts_state(part, state) for state in states)
             and len({state.dtype for state in states}) <= 1
-            and (steps is None or kernels.is_number(steps[0], part.device))
+            and (steps is None or kernels.accepts_counter(steps[0], part.device))
         )
         return [part, gradient, *states] if serves else None
 
@@ -418,8 +417,7 @@ def _gradient(p: Tensor, here: _Here | None) -> Tensor:
 
 def _parts(columns: States) -> States:
     """The parts of state tensors that this rank holds."""
-    momentum, squares, largest, steps = (None if column is None else [*map(local, column)] for column in columns)
-    return momentum, squares, largest, steps
+    return columns.map(local)
 
 
 def _may_fuse(group: dict[str, Any]) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcentral.kernels import native
-from gradcentral.optim.base import Centralized, States
+from gradcentral.kernels.forms import Coefficients, States, UpdateRule
+from gradcentral.optim.base import Centralized
 
 __all__ = ["SGD"]
 
@@ -30,11 +30,11 @@ class SGD(Centralized, torch.optim.SGD):
         >>> optimizer.step()
     """
 
-    def _kind(self, group: dict[str, Any]) -> int:
-        return native.MOMENTUM if group["momentum"] != 0 else native.SGD
+    def _kind(self, group: dict[str, Any]) -> UpdateRule:
+        return UpdateRule.MOMENTUM if group["momentum"] != 0 else UpdateRule.SGD
 
-    def _rule(self, group: dict[str, Any], lr: float) -> native.Rule:
-        return native.Rule(
+    def _rule(self, group: dict[str, Any], lr: float) -> Coefficients:
+        return Coefficients(
             lr=lr,
             l2=group["weight_decay"],
             momentum=group["momentum"],
@@ -53,5 +53,5 @@ class SGD(Centralized, torch.optim.SGD):
 
     def _columns(self, group: dict[str, Any], states: list[dict[str, Any]]) -> States:
         if group["momentum"] == 0:
-            return None, None, None, None
-        return [state["momentum_buffer"] for state in states], None, None, None
+            return States()
+        return States([state["momentum_buffer"] for state in states])
