@@ -98,7 +98,7 @@ class _UnitLabels(NamedTuple):
     axis: int
     units: Tensor
     """int64 ``[local size of the axis]``"""
-    count: int
+    n_units: int
     """Number of output units along the axis, on all ranks."""
 
 
@@ -121,7 +121,7 @@ class SplitParameter(NamedTuple):
         for axis in self.spanned:
             shape[axis] = 1
         for label in self.labels:
-            shape[label.axis] = label.count
+            shape[label.axis] = label.n_units
         return shape
 
     @property
@@ -134,8 +134,8 @@ class SplitParameter(NamedTuple):
         if shard is None:
             return torch.zeros(self.shape, dtype=self.dtype, device=local(self.parameter).device)
         sums = shard.sum(self.spanned, keepdim=True, dtype=self.dtype) if self.spanned else shard.to(self.dtype)
-        for axis, units, count in self.labels:
-            shape = [*sums.shape[:axis], count, *sums.shape[axis + 1 :]]
+        for axis, units, n_units in self.labels:
+            shape = [*sums.shape[:axis], n_units, *sums.shape[axis + 1 :]]
             sums = sums.new_zeros(shape).index_add_(axis, units, sums)
         return sums
 
@@ -267,7 +267,7 @@ def _shard(parameter: DTensor, vectors: WeightVectors, name: str) -> WeightVecto
     axes = runs_of_axes(vectors.for_shape(parameter.shape))
     if axes is None:
         raise ValueError(
-            f"{name} is a DTensor of shape {tuple(parameter.shape)} and its weight vectors use the view {vectors.view}, "
+            f"{name} is a DTensor of shape {tuple(parameter.shape)} whose weight vectors use the view {vectors.view}, "
             "which cuts across its axes: use a view that splits or joins whole axes "
             f"(overrides={{{name!r}: …}}), or skip the parameter (exclude=[{name!r}])"
         )
@@ -334,7 +334,7 @@ def _indices_of_shards(parameter: DTensor, axis: int, cuts: list[tuple[int, Any]
 
 
 def _cut(indices: Tensor, count: int, factor: int) -> list[Tensor]:
-    """Cut an axis as Shard does, or _StridedShard: each of ``factor`` chunks is cut, and a rank gets one cut of each."""
+    """Cut an axis as Shard does, or _StridedShard: each of ``factor`` chunks is cut and a rank gets one cut of each."""
     cuts = [_chunks(chunk, count) for chunk in _chunks(indices, factor)]
     return [torch.cat(cut) for cut in zip(*cuts, strict=True)]
 

@@ -165,6 +165,8 @@ def _view(tensor: Tensor, vectors: WeightVectors) -> tuple[Tensor, tuple[int, ..
 
 def _check(tensor: Tensor) -> None:
     if not (tensor.is_floating_point() or tensor.is_complex()):
-        raise TypeError(f"cannot center a tensor of dtype {tensor.dtype}: its mean needs a floating-point or complex type")
+        raise TypeError(
+            f"cannot center a tensor of dtype {tensor.dtype}: its mean needs a floating-point or complex type"
+        )
     if tensor.layout != torch.strided:
         raise ValueError(f"cannot center a sparse tensor (layout {tensor.layout}): pass tensor.to_dense()")

@@ -22,10 +22,10 @@ import gradcentral
 from gradcentral import WeightVectors, center, weight_layout
 from gradcentral.kernels import Centering, native, triton
 from gradcentral.kernels.triton import division
-from gradcentral.kernels.triton.division import Shape
+from gradcentral.kernels.triton.division import TileShape
 from tests.strategies import Case, cases, shapes_and_vectors
 
-why_not = triton.missing()
+why_not = triton.unavailable_reason()
 pytestmark = pytest.mark.skipif(
     bool(why_not),
     reason=f"needs a CUDA device, or TRITON_INTERPRET=1 and GRADCENTRAL_KERNELS=triton in the environment ({why_not})",
@@ -75,12 +75,12 @@ def _quick_interpreter() -> Iterator[None]:
 @contextmanager
 def reference_path() -> Iterator[None]:
     """Without any kernels."""
-    before = native.unavailable, triton.unavailable
-    native.unavailable = triton.unavailable = "turned off by a test"
+    before = native._unavailable, triton._unavailable
+    native._unavailable = triton._unavailable = "turned off by a test"
     try:
         yield
     finally:
-        native.unavailable, triton.unavailable = before
+        native._unavailable, triton._unavailable = before
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def served(pairs: list[tuple[Tensor, WeightVectors]]) -> list[Any]:
     loops = [triton.loop_of(*pair) for pair in pairs]
     assert None not in loops
     table = division.divide([(loop, 1) for loop in loops if loop is not None], pairs[0][0].itemsize).items
-    return [division._Item(*row) for row in table.tolist()]
+    return [division.TiledParameter(*row) for row in table.tolist()]
 
 
 # Centering.
@@ -111,7 +111,7 @@ def served(pairs: list[tuple[Tensor, WeightVectors]]) -> list[Any]:
 
 def test_the_layouts_take_every_way_through_the_kernel() -> None:
     shapes = {item.shape for item in served(pairs_of(torch.float32))}
-    assert shapes == {*Shape} - {Shape.PLAIN, Shape.PLAIN_ALIGNED}
+    assert shapes == {*TileShape} - {TileShape.PLAIN, TileShape.PLAIN_ALIGNED}
 
 
 @pytest.mark.parametrize("dtype", SERVED)
@@ -144,7 +144,7 @@ def test_means_come_back(dtype: torch.dtype, cut: bool, request: pytest.FixtureR
     means = [tensor.double() - center(tensor.double(), vectors) for tensor, vectors in pairs]
     centering = Centering()
     kept = centering.means(pairs)
-    assert [found.numel() for found in kept.native] == [sum(v.for_shape(t.shape).count for t, v in pairs)]
+    assert [found.numel() for found in kept.planned] == [sum(v.for_shape(t.shape).count for t, v in pairs)]
     for tensor, _ in pairs:
         tensor.add_(0.25)
     expected = [center(tensor.double(), vectors) for tensor, vectors in pairs]

@@ -12,26 +12,26 @@ from hypothesis import strategies as st
 
 from gradcentral.bench.shapes import MODELS
 from gradcentral.kernels.loops import Loop, loop_of_vectors
-from gradcentral.kernels.triton.division import FIELDS, REACH, STEP, SUM, Shape, _Item, divide
+from gradcentral.kernels.triton.division import FIELDS, REACH, STEP, SUM, TiledParameter, TileShape, divide
 
 LOOPS = st.tuples(
     st.builds(Loop, *[st.integers(1, size) for size in (5, 3000, 200, 30)]).map(
-        lambda loop: loop if loop.unit * loop.b > 1 else Loop(loop.group, loop.a, 1, 1)
+        lambda loop: loop if loop.units * loop.inner > 1 else Loop(loop.groups, loop.outer, 1, 1)
     ),
     st.sampled_from([0, 1, 2]),
 )
 
 
-def items_of(table: torch.Tensor) -> list[_Item]:
+def items_of(table: torch.Tensor) -> list[TiledParameter]:
     assert table.shape[1:] == (FIELDS,)
-    return [_Item(*row) for row in table.tolist()]
+    return [TiledParameter(*row) for row in table.tolist()]
 
 
-def elements(item: _Item, index: int) -> int:
+def elements(item: TiledParameter, index: int) -> int:
     """How many elements a piece has, by the arithmetic of the kernel."""
     part, block = index % item.parts, index // item.parts
     units = min(item.vectors, item.units - block % item.blocks * item.vectors)
-    return units * min(item.rows, item.a - part * item.rows) * item.b
+    return units * min(item.rows, item.outer - part * item.rows) * item.inner
 
 
 @given(loops=st.lists(LOOPS, max_size=5), itemsize=st.sampled_from([2, 4]))
@@ -94,18 +94,18 @@ def test_scratch_places_do_not_overlap() -> None:
 @pytest.mark.parametrize(
     ("loop", "placement", "shape"),
     [
-        (Loop(1, 1, 7, 1), 0, Shape.PLAIN),
-        (Loop(1, 1, 64, 1), 0, Shape.PLAIN_ALIGNED),
-        (Loop(4096, 11008, 1, 1), 1, Shape.LONG_ALIGNED),
-        (Loop(7, 1001, 1, 1), 1, Shape.LONG),
-        (Loop(512, 384, 1, 1), 1, Shape.MIDDLE_ALIGNED),
-        (Loop(960, 9, 1, 1), 1, Shape.SHORT),
-        (Loop(1, 768, 2304, 1), 1, Shape.ACROSS_ALIGNED),
-        (Loop(1, 768, 2303, 1), 1, Shape.ACROSS),
-        (Loop(1, 512, 256, 16), 1, Shape.LONG),
+        (Loop(1, 1, 7, 1), 0, TileShape.PLAIN),
+        (Loop(1, 1, 64, 1), 0, TileShape.PLAIN_ALIGNED),
+        (Loop(4096, 11008, 1, 1), 1, TileShape.LONG_ALIGNED),
+        (Loop(7, 1001, 1, 1), 1, TileShape.LONG),
+        (Loop(512, 384, 1, 1), 1, TileShape.MIDDLE_ALIGNED),
+        (Loop(960, 9, 1, 1), 1, TileShape.SHORT),
+        (Loop(1, 768, 2304, 1), 1, TileShape.ACROSS_ALIGNED),
+        (Loop(1, 768, 2303, 1), 1, TileShape.ACROSS),
+        (Loop(1, 512, 256, 16), 1, TileShape.LONG),
     ],
 )
-def test_tiles_fit_the_weight_vectors(loop: Loop, placement: int, shape: Shape) -> None:
+def test_tiles_fit_the_weight_vectors(loop: Loop, placement: int, shape: TileShape) -> None:
     assert items_of(divide([(loop, placement)], 4).items)[0].shape == shape
 
 
@@ -132,4 +132,4 @@ def test_offsets_within_a_piece_are_32_bit_numbers(loop: Loop) -> None:
 
     item = division._item(loop, 1, 4, division.PIECE)
     assert (item.rows - 1) * item.jump + (item.vectors - 1) * item.stride < REACH
-    assert item.parts * item.rows >= loop.a
+    assert item.parts * item.rows >= loop.outer

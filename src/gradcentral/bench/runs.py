@@ -23,7 +23,7 @@ from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import ALGORITHMS, ATTACHED, BASELINE, OURS, STREAM, STREAM_GRADIENTS, alternatives
 from gradcentral.bench.timing import Clock, Ratio, interleave, ratio
 from gradcentral.diagnostics.monitor import EVERY, Monitor
-from gradcentral.kernels import available, native
+from gradcentral.kernels import native, unavailable_reasons
 
 __all__ = ["DTYPES", "Benchmark", "Case", "bench", "iteration"]
 
@@ -230,13 +230,13 @@ def machine(device: str = "cpu") -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "gradcentral": gradcentral.__version__,
-        "kernels": "; ".join(f"{name}: {why or 'runs'}" for name, why in available().items()) + _one_thread(),
+        "kernels": "; ".join(f"{name}: {why or 'runs'}" for name, why in unavailable_reasons().items()) + _one_thread(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
 
 def _one_thread() -> str:
-    return "" if available()["native"] or native.has_openmp() else ", on one thread (built without OpenMP)"
+    return "" if unavailable_reasons()["native"] or native.has_openmp() else ", on one thread (built without OpenMP)"
 
 
 def _processor() -> str:

@@ -82,7 +82,7 @@ def alternatives(
     }
     if peers:
         runs.update(_peers(plain, params))
-    if not native.unavailable and device == "cpu":
+    if not native.unavailable_reason() and device == "cpu":
         states = _states(plain, params)
         gradients: list[Tensor] = [p.grad for p in params if p.grad is not None]
         centered = [p.grad for p in layout if p.grad is not None]

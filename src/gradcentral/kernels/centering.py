@@ -37,7 +37,7 @@ class _PlannedGroup(NamedTuple):
 class Centering:
     """Centers many tensors repeatedly: with kernels where they serve, by the reference path elsewhere.
 
-    Plans are reused while the tensors keep their shapes, strides, types and weight vectors; pointers are read each time.
+    Plans are reused while the tensors keep their shapes, strides, types and weight vectors.
     """
 
     def __init__(self) -> None:

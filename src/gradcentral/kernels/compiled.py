@@ -58,7 +58,8 @@ class TracedCentering:
 def _served_and_rest(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     # One call, and one tensor of means, is for one device; means are passed as real numbers in float64.
     device = next((tensor.device for tensor, _ in pairs if tensor.device.type in ("cpu", "cuda")), None)
-    served, rest = [], []
+    served: list[Pair] = []
+    rest: list[Pair] = []
     for tensor, vectors in pairs:
         takes = tensor.is_floating_point() and tensor.device == device
         (served if takes else rest).append((tensor, vectors))

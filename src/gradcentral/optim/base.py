@@ -35,7 +35,7 @@ class CentralizedOptimizer(Optimizer):
         placement: ``"gradient"`` or ``"update"`` (see `gradcentral.centralize`).
 
     ``p.grad`` is left unchanged. Dense parameters take the fused kernels, including those that are not centered: on the
-    CPU in float32, float64 or bfloat16, on CUDA devices in float32, bfloat16 or float16 (where Triton is installed; step
+    CPU in float32, float64 or bfloat16; on CUDA devices in float32, bfloat16 or float16, if Triton is installed (step
     counters and a GradScaler's ``found_inf`` stay on the device, and steps can be captured in CUDA graphs). Everything
     else takes torch's own step.
 
@@ -290,8 +290,9 @@ class CentralizedOptimizer(Optimizer):
         """The step as ``torch.compile`` traces it: torch's own, with operators that center before or around it.
 
         Replacing ``p.grad`` would break the graph, so it is overwritten with the centered values and then with its own
-        again, which the compiled code optimizes away. (Inductor loses the second write if ``p.grad`` itself is centered
-        in place by an operator, hence the copies.)
+        again, which the compiled code optimizes away. Two traps of Inductor: it loses the second write if an operator
+        centers ``p.grad`` itself in place, and it merges two clones of one tensor, so that centering one would center
+        the other. Hence a copy, and −(−g) for the original.
         """
         traced = TracedCentering()
         targets = [(p, vectors) for p, vectors in self.targets.current(self).whole if p.grad is not None]
@@ -301,13 +302,13 @@ class CentralizedOptimizer(Optimizer):
             traced.restore_(targets, means)
             return
         grads = [cast("Tensor", p.grad) for p, _ in targets]
-        raw, centered = [g.clone() for g in grads], [g.clone() for g in grads]
+        negated, centered = [-g for g in grads], [g.clone() for g in grads]
         traced.center_([(g, vectors) for g, (_, vectors) in zip(centered, targets, strict=True)])
         for gradient, value in zip(grads, centered, strict=True):
             gradient.copy_(value)
         _unwrapped_step(self._torch_optimizer)(self)
-        for gradient, value in zip(grads, raw, strict=True):
-            gradient.copy_(value)
+        for gradient, value in zip(grads, negated, strict=True):
+            gradient.copy_(-value)
 
 
 def _may_fuse(group: dict[str, Any]) -> bool:

@@ -65,22 +65,22 @@ INLINE void NAME(sum_columns)(const STORED *restrict x, int64_t rows, int64_t wi
 }
 
 /* The column sums of a group's blocks to the mean of each unit times a factor, given to each of the unit's columns. */
-static void NAME(finish_means)(const Item *item, int64_t group, double factor) {
-    const int64_t width = item->unit * item->b;
-    const double fan_in = (double)item->a * (double)item->b;
-    const double *sums = item->sums + group * item->blocks * width;
-    REAL *means = (REAL *)item->means + group * width;
-    for (int64_t u = 0; u < item->unit; u++) {
+static void NAME(finish_means)(const Parameter *p, int64_t group, double factor) {
+    const int64_t width = p->units * p->inner;
+    const double fan_in = (double)p->outer * (double)p->inner;
+    const double *sums = p->sums + group * p->blocks * width;
+    REAL *means = (REAL *)p->means + group * width;
+    for (int64_t u = 0; u < p->units; u++) {
         double total = 0;
-        for (int64_t block = 0; block < item->blocks; block++)
-            for (int64_t k = 0; k < item->b; k++) total += sums[block * width + SLOT(u * item->b + k, width)];
-        for (int64_t k = 0; k < item->b; k++) means[SLOT(u * item->b + k, width)] = (REAL)(factor * (total / fan_in));
+        for (int64_t block = 0; block < p->blocks; block++)
+            for (int64_t k = 0; k < p->inner; k++) total += sums[block * width + SLOT(u * p->inner + k, width)];
+        for (int64_t k = 0; k < p->inner; k++) means[SLOT(u * p->inner + k, width)] = (REAL)(factor * (total / fan_in));
     }
 }
 
-CLONES static void NAME(sum_block)(const Item *item, const STORED *x, int64_t index) {
-    const Block at = block_of(item, index);
-    NAME(sum_columns)(x + at.row * at.width, at.rows, at.width, item->sums + index * at.width);
+CLONES static void NAME(sum_block)(const Parameter *p, const STORED *x, int64_t index) {
+    const Block at = block_of(p, index);
+    NAME(sum_columns)(x + at.row * at.width, at.rows, at.width, p->sums + index * at.width);
 }
 
 /* Subtracts from n elements what is due to each (MANY) or one number from all. */
@@ -100,9 +100,9 @@ INLINE void NAME(subtract)(STORED *restrict x, int64_t n, const REAL *restrict s
     for (int64_t i = j; i < n; i++) x[i] = STORE(LOAD(x[i]) - (what & MANY ? shifts[i] : shift));
 }
 
-CLONES static void NAME(center_rows)(const Item *item, int64_t begin, int64_t end, const double *kept) {
-    const int64_t n = item->a;
-    STORED *x = (STORED *)item->w;
+CLONES static void NAME(center_rows)(const Parameter *p, int64_t begin, int64_t end, const double *kept) {
+    const int64_t n = p->outer;
+    STORED *x = (STORED *)p->w;
     for (int64_t r = begin; r < end; r++) {
         STORED *restrict row = x + r * n;
         NAME(subtract)(row, n, NULL, (REAL)(NAME(sum)(row, n) / n - (kept ? kept[r] : 0)), 0);
@@ -110,54 +110,54 @@ CLONES static void NAME(center_rows)(const Item *item, int64_t begin, int64_t en
 }
 
 /* Rows [begin, end) of columns, counted over all groups, whose means are known. */
-CLONES static void NAME(center_columns)(const Item *item, int64_t begin, int64_t end) {
-    const int64_t width = item->unit * item->b;
-    STORED *x = (STORED *)item->w;
+CLONES static void NAME(center_columns)(const Parameter *p, int64_t begin, int64_t end) {
+    const int64_t width = p->units * p->inner;
+    STORED *x = (STORED *)p->w;
     for (int64_t row = begin; row < end; row++)
-        NAME(subtract)(x + row * width, width, (const REAL *)item->means + row / item->a * width, 0, MANY);
+        NAME(subtract)(x + row * width, width, (const REAL *)p->means + row / p->outer * width, 0, MANY);
 }
 
 /* A group's means are known: write them out, or make them the shifts that give the kept ones back. */
-static void NAME(use_means)(const Item *item, int64_t group, int what, double *means) {
-    const int64_t width = item->unit * item->b;
-    REAL *own = (REAL *)item->means + group * width;
-    for (int64_t u = 0; u < item->unit && what != CENTER; u++) {
-        double *kept = &means[group * item->unit + u];
+static void NAME(use_means)(const Parameter *p, int64_t group, int what, double *means) {
+    const int64_t width = p->units * p->inner;
+    REAL *own = (REAL *)p->means + group * width;
+    for (int64_t u = 0; u < p->units && what != CENTER; u++) {
+        double *kept = &means[group * p->units + u];
         if (what == MEANS)
-            *kept = own[SLOT(u * item->b, width)];
+            *kept = own[SLOT(u * p->inner, width)];
         else
-            for (int64_t k = 0; k < item->b; k++) own[SLOT(u * item->b + k, width)] -= (REAL)*kept;
+            for (int64_t k = 0; k < p->inner; k++) own[SLOT(u * p->inner + k, width)] -= (REAL)*kept;
     }
 }
 
-static void NAME(center_piece)(Item *item, const Piece *piece, int what, double *means) {
-    const STORED *x = (const STORED *)item->w;
+static void NAME(center_piece)(Parameter *p, const WorkPiece *piece, int what, double *means) {
+    const STORED *x = (const STORED *)p->w;
     switch (piece->kind) {
     case ROWS:
         if (what == MEANS)
             for (int64_t r = piece->begin; r < piece->end; r++)
-                means[r] = NAME(sum)(x + r * item->a, item->a) / item->a;
+                means[r] = NAME(sum)(x + r * p->outer, p->outer) / p->outer;
         else
-            NAME(center_rows)(item, piece->begin, piece->end, what == RESTORE ? means : NULL);
+            NAME(center_rows)(p, piece->begin, piece->end, what == RESTORE ? means : NULL);
         break;
     case GROUPS:
         for (int64_t group = piece->begin; group < piece->end; group++) {
-            NAME(sum_block)(item, x, group);
-            NAME(finish_means)(item, group, 1);
-            NAME(use_means)(item, group, what, means);
-            if (what != MEANS) NAME(center_columns)(item, group * item->a, (group + 1) * item->a);
+            NAME(sum_block)(p, x, group);
+            NAME(finish_means)(p, group, 1);
+            NAME(use_means)(p, group, what, means);
+            if (what != MEANS) NAME(center_columns)(p, group * p->outer, (group + 1) * p->outer);
         }
         break;
     case SUM_BLOCKS:
-        for (int64_t index = piece->begin; index < piece->end; index++) NAME(sum_block)(item, x, index);
-        if (all_summed(item, piece))
-            for (int64_t group = 0; group < item->group; group++) {
-                NAME(finish_means)(item, group, 1);
-                NAME(use_means)(item, group, what, means);
+        for (int64_t index = piece->begin; index < piece->end; index++) NAME(sum_block)(p, x, index);
+        if (all_summed(p, piece))
+            for (int64_t group = 0; group < p->groups; group++) {
+                NAME(finish_means)(p, group, 1);
+                NAME(use_means)(p, group, what, means);
             }
         break;
     default:
-        if (what != MEANS) NAME(center_columns)(item, piece->begin, piece->end);
+        if (what != MEANS) NAME(center_columns)(p, piece->begin, piece->end);
     }
 }
 #undef NAME

@@ -47,9 +47,9 @@ enum { PLAIN = 0, GRADIENT = 1, UPDATE = 2 };                  /* where a parame
  * and (g, u) names an output unit, whose weight vector runs over i and j. Rows are (n, fan-in, 1, 1).
  */
 typedef struct {
-    int64_t group, a, unit, b;
+    int64_t groups, outer, units, inner;
     int32_t placement;
-    int32_t first;               /* MOMENTUM: the buffer is new and starts as the direction itself */
+    int32_t fresh;               /* MOMENTUM: the buffer is new and starts as the direction itself */
     int32_t step_is_f64;         /* Adam: the type of the step counter, f32 or f64 */
     int32_t blocks;              /* columns: into how many blocks of rows a group is cut to be summed */
     int64_t scratch;             /* columns: where its sums and means begin in the scratch, in bytes */
@@ -60,22 +60,22 @@ typedef struct {
     double *sums;                /* columns: group × blocks × width */
     void *means;                 /* columns: group × width, in the type to compute in */
     int64_t missing;             /* columns: blocks that are not summed yet */
-} Item;
+} Parameter;
 
 /* What a loop over a row does besides stepping: a mean for each element, not one for all; add up the next row. */
 enum { MANY = 1, SUM = 2 };
 
 /*
- * What one thread does at a stretch: a range of an item's elements (not centered), of its rows, of its groups of
+ * What one thread does at a stretch: a range of an parameter's elements (not centered), of its rows, of its groups of
  * columns (each summed and then stepped), or, where a group is too large for one thread, of its blocks to sum and,
  * after all of those, of its rows to step.
  */
 enum { ELEMENTS, ROWS, GROUPS, SUM_BLOCKS, STEP_ROWS };
 
 typedef struct {
-    int64_t item, begin, end;
+    int64_t parameter, begin, end;
     int64_t kind;
-} Piece;
+} WorkPiece;
 
 typedef struct {
     double lr, l2, decay;        /* η, λ of g + λw, and the decoupled decay per step, η·λ */
@@ -83,6 +83,6 @@ typedef struct {
     double nesterov;             /* 0 or 1 */
     double beta1, beta2, epsilon;
     double scale;                /* of the gradient: −1 to maximize, 1/grad_scale to unscale */
-} Rule;
+} Coefficients;
 
 #endif

@@ -21,37 +21,37 @@ typedef struct {
     REAL momentum, keep, of_d, of_m;                        /* SGD: m ← μ m + keep·d, Δw = of_d·d + of_m·m */
     REAL one_minus_beta1, beta2, one_minus_beta2, epsilon;  /* Adam */
     REAL step_size, root_correction;                        /* η / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ) */
-} NAME(Coefficients);
+} NAME(Scalars);
 
 typedef struct {
     REAL m, v, x;
 } NAME(State);
 
-INLINE NAME(Coefficients) NAME(coefficients)(const Item *item, const Rule *rule) {
-    NAME(Coefficients) c = {
-        .scale = (REAL)rule->scale,
-        .l2 = (REAL)rule->l2,
-        .decay = (REAL)rule->decay,
-        .momentum = (REAL)(item->first ? 0 : rule->momentum),
-        .keep = (REAL)(item->first ? 1 : rule->keep),
-        .of_d = (REAL)(-rule->lr * (RULE == SGD ? 1 : rule->nesterov)),
-        .of_m = (REAL)(-rule->lr * (rule->nesterov != 0 ? rule->momentum : 1)),
-        .one_minus_beta1 = (REAL)(1 - rule->beta1),
-        .beta2 = (REAL)rule->beta2,
-        .one_minus_beta2 = (REAL)(1 - rule->beta2),
-        .epsilon = (REAL)rule->epsilon,
-        .step_size = (REAL)item->step_size,
-        .root_correction = (REAL)item->root_correction,
+INLINE NAME(Scalars) NAME(scalars)(const Parameter *p, const Coefficients *coefficients) {
+    NAME(Scalars) c = {
+        .scale = (REAL)coefficients->scale,
+        .l2 = (REAL)coefficients->l2,
+        .decay = (REAL)coefficients->decay,
+        .momentum = (REAL)(p->fresh ? 0 : coefficients->momentum),
+        .keep = (REAL)(p->fresh ? 1 : coefficients->keep),
+        .of_d = (REAL)(-coefficients->lr * (RULE == SGD ? 1 : coefficients->nesterov)),
+        .of_m = (REAL)(-coefficients->lr * (coefficients->nesterov != 0 ? coefficients->momentum : 1)),
+        .one_minus_beta1 = (REAL)(1 - coefficients->beta1),
+        .beta2 = (REAL)coefficients->beta2,
+        .one_minus_beta2 = (REAL)(1 - coefficients->beta2),
+        .epsilon = (REAL)coefficients->epsilon,
+        .step_size = (REAL)p->step_size,
+        .root_correction = (REAL)p->root_correction,
     };
     return c;
 }
 
 /* shift is scale·mean(g) where the gradient is centered, else 0: one multiplication less for each element. */
-INLINE REAL NAME(direction)(REAL g, REAL w, REAL shift, NAME(Coefficients) c) {
+INLINE REAL NAME(direction)(REAL g, REAL w, REAL shift, NAME(Scalars) c) {
     return c.scale * g + (c.l2 * w - shift);
 }
 
-INLINE NAME(State) NAME(advance)(NAME(State) s, REAL d, NAME(Coefficients) c) {
+INLINE NAME(State) NAME(advance)(NAME(State) s, REAL d, NAME(Scalars) c) {
 #if RULE == MOMENTUM
     s.m = c.momentum * s.m + c.keep * d;
 #elif HAS_V
@@ -64,7 +64,7 @@ INLINE NAME(State) NAME(advance)(NAME(State) s, REAL d, NAME(Coefficients) c) {
     return s;
 }
 
-INLINE REAL NAME(change)(NAME(State) s, REAL d, REAL w, NAME(Coefficients) c) {
+INLINE REAL NAME(change)(NAME(State) s, REAL d, REAL w, NAME(Scalars) c) {
 #if RULE == SGD
     return c.of_d * d;
 #elif RULE == MOMENTUM
@@ -81,18 +81,18 @@ typedef struct {
     STORED *restrict m, *restrict v, *restrict x;
 } NAME(At);
 
-INLINE NAME(At) NAME(at)(const Item *item, int64_t offset) {
+INLINE NAME(At) NAME(at)(const Parameter *p, int64_t offset) {
     NAME(At) t;
-    t.w = (STORED *)item->w + offset;
-    t.g = (const STORED *)item->g + offset;
-    t.m = HAS_M ? (STORED *)item->m + offset : NULL;
-    t.v = HAS_V ? (STORED *)item->v + offset : NULL;
-    t.x = HAS_X ? (STORED *)item->x + offset : NULL;
+    t.w = (STORED *)p->w + offset;
+    t.g = (const STORED *)p->g + offset;
+    t.m = HAS_M ? (STORED *)p->m + offset : NULL;
+    t.v = HAS_V ? (STORED *)p->v + offset : NULL;
+    t.x = HAS_X ? (STORED *)p->x + offset : NULL;
     return t;
 }
 
 /* One element of a step whose gradient is known: the new weight. */
-INLINE REAL NAME(step)(REAL w, REAL g, NAME(State) *s, REAL shift, NAME(Coefficients) c) {
+INLINE REAL NAME(step)(REAL w, REAL g, NAME(State) *s, REAL shift, NAME(Scalars) c) {
     const REAL d = NAME(direction)(g, w, shift, c);
     *s = NAME(advance)(*s, d, c);
     return w + NAME(change)(*s, d, w, c);
@@ -104,7 +104,7 @@ INLINE REAL NAME(step)(REAL w, REAL g, NAME(State) *s, REAL shift, NAME(Coeffici
  * own rounding: there the second pass computes the same Δw again, from the state as it was rounded, and
  * w + (Δw − mean(Δw)) is rounded once.
  */
-INLINE REAL NAME(first_pass)(REAL w, REAL g, NAME(State) *s, REAL *delta, NAME(Coefficients) c) {
+INLINE REAL NAME(first_pass)(REAL w, REAL g, NAME(State) *s, REAL *delta, NAME(Scalars) c) {
     const REAL d = NAME(direction)(g, w, 0, c);
     *s = NAME(advance)(*s, d, c);
 #if DTYPE == BF16
@@ -117,7 +117,7 @@ INLINE REAL NAME(first_pass)(REAL w, REAL g, NAME(State) *s, REAL *delta, NAME(C
 #endif
 }
 
-INLINE REAL NAME(second_pass)(REAL w, REAL g, NAME(State) s, REAL mean, NAME(Coefficients) c) {
+INLINE REAL NAME(second_pass)(REAL w, REAL g, NAME(State) s, REAL mean, NAME(Scalars) c) {
 #if DTYPE == BF16
     return w + (NAME(change)(s, NAME(direction)(g, w, 0, c), w, c) - mean);
 #else
@@ -138,14 +138,14 @@ INLINE void NAME(store_state)(NAME(At) t, int64_t j, NAME(State) s) {
     if (HAS_X) t.x[j] = STORE(s.x);
 }
 
-INLINE void NAME(step_at)(NAME(At) t, int64_t j, REAL shift, NAME(Coefficients) c) {
+INLINE void NAME(step_at)(NAME(At) t, int64_t j, REAL shift, NAME(Scalars) c) {
     NAME(State) s = NAME(load_state)(t, j);
     const REAL w = NAME(step)(LOAD(t.w[j]), LOAD(t.g[j]), &s, shift, c);
     NAME(store_state)(t, j, s);
     t.w[j] = STORE(w);
 }
 
-INLINE REAL NAME(first_pass_at)(NAME(At) t, int64_t j, NAME(Coefficients) c) {
+INLINE REAL NAME(first_pass_at)(NAME(At) t, int64_t j, NAME(Scalars) c) {
     REAL delta;
     NAME(State) s = NAME(load_state)(t, j);
     const REAL w = NAME(first_pass)(LOAD(t.w[j]), LOAD(t.g[j]), &s, &delta, c);
@@ -154,7 +154,7 @@ INLINE REAL NAME(first_pass_at)(NAME(At) t, int64_t j, NAME(Coefficients) c) {
     return delta;
 }
 
-INLINE void NAME(second_pass_at)(NAME(At) t, int64_t j, REAL mean, NAME(Coefficients) c) {
+INLINE void NAME(second_pass_at)(NAME(At) t, int64_t j, REAL mean, NAME(Scalars) c) {
     NAME(State) s = {0, 0, 0};
     if (DTYPE == BF16) s = NAME(load_state)(t, j);
     t.w[j] = STORE(NAME(second_pass)(LOAD(t.w[j]), DTYPE == BF16 ? LOAD(t.g[j]) : 0, s, mean, c));
@@ -171,7 +171,7 @@ INLINE void NAME(store_states)(NAME(At) t, int64_t j, NAME(State) low, NAME(Stat
     if (HAS_X) store_pair(t.x + j, low.x, high.x);
 }
 
-INLINE void NAME(step_at_pair)(NAME(At) t, int64_t j, REAL low_shift, REAL high_shift, NAME(Coefficients) c) {
+INLINE void NAME(step_at_pair)(NAME(At) t, int64_t j, REAL low_shift, REAL high_shift, NAME(Scalars) c) {
     const uint32_t w = word_of(t.w + j), g = word_of(t.g + j);
     NAME(State) low = HALF(lower, t, j), high = HALF(upper, t, j);
     const REAL low_w = NAME(step)(lower(w), lower(g), &low, low_shift, c);
@@ -181,7 +181,7 @@ INLINE void NAME(step_at_pair)(NAME(At) t, int64_t j, REAL low_shift, REAL high_
 }
 
 INLINE void NAME(first_pass_at_pair)(NAME(At) t, int64_t j, REAL *low_delta, REAL *high_delta,
-                                     NAME(Coefficients) c) {
+                                     NAME(Scalars) c) {
     const uint32_t w = word_of(t.w + j), g = word_of(t.g + j);
     NAME(State) low = HALF(lower, t, j), high = HALF(upper, t, j);
     NAME(first_pass)(lower(w), lower(g), &low, low_delta, c);
@@ -189,7 +189,7 @@ INLINE void NAME(first_pass_at_pair)(NAME(At) t, int64_t j, REAL *low_delta, REA
     NAME(store_states)(t, j, low, high);
 }
 
-INLINE void NAME(second_pass_at_pair)(NAME(At) t, int64_t j, REAL low_mean, REAL high_mean, NAME(Coefficients) c) {
+INLINE void NAME(second_pass_at_pair)(NAME(At) t, int64_t j, REAL low_mean, REAL high_mean, NAME(Scalars) c) {
     const uint32_t w = word_of(t.w + j), g = word_of(t.g + j);
     const NAME(State) low = HALF(lower, t, j), high = HALF(upper, t, j);
     store_pair(t.w + j, NAME(second_pass)(lower(w), lower(g), low, low_mean, c),
@@ -203,7 +203,7 @@ INLINE void NAME(second_pass_at_pair)(NAME(At) t, int64_t j, REAL low_mean, REAL
  * if asked to (SUM). What to do is known when this is compiled, so that the loops have no branches.
  */
 INLINE PARTIAL NAME(step_stretch)(NAME(At) t, int64_t n, const REAL *restrict shifts, REAL shift,
-                                  const STORED *restrict next, const int what, NAME(Coefficients) c) {
+                                  const STORED *restrict next, const int what, NAME(Scalars) c) {
     PARTIAL total = 0;
     int64_t j = 0;
 #if DTYPE == BF16
@@ -224,7 +224,7 @@ INLINE PARTIAL NAME(step_stretch)(NAME(At) t, int64_t n, const REAL *restrict sh
 }
 
 /* The first pass of "update" over a row's stretch: the sum of Δw. */
-INLINE PARTIAL NAME(first_stretch)(NAME(At) t, int64_t n, NAME(Coefficients) c) {
+INLINE PARTIAL NAME(first_stretch)(NAME(At) t, int64_t n, NAME(Scalars) c) {
     PARTIAL total = 0;
     int64_t j = 0;
 #if DTYPE == BF16
@@ -244,7 +244,7 @@ INLINE PARTIAL NAME(first_stretch)(NAME(At) t, int64_t n, NAME(Coefficients) c) 
 
 /* The second pass over n elements, with a mean for each or one for all. */
 INLINE void NAME(second_stretch)(NAME(At) t, int64_t n, const REAL *restrict means, REAL mean, const int what,
-                                 NAME(Coefficients) c) {
+                                 NAME(Scalars) c) {
     int64_t j = 0;
 #if DTYPE == BF16
     const int64_t pairs = n / 2;
@@ -258,47 +258,47 @@ INLINE void NAME(second_stretch)(NAME(At) t, int64_t n, const REAL *restrict mea
     for (int64_t i = j; i < n; i++) NAME(second_pass_at)(t, i, what & MANY ? means[i] : mean, c);
 }
 
-CLONES static void NAME(plain_elements)(const Item *item, int64_t begin, int64_t end, const Rule *rule) {
-    NAME(step_stretch)(NAME(at)(item, begin), end - begin, NULL, 0, NULL, 0, NAME(coefficients)(item, rule));
+CLONES static void NAME(plain_elements)(const Parameter *p, int64_t begin, int64_t end, const Coefficients *coefficients) {
+    NAME(step_stretch)(NAME(at)(p, begin), end - begin, NULL, 0, NULL, 0, NAME(scalars)(p, coefficients));
 }
 
 /* While row r is updated, the gradient of row r + 1 is summed in the same loop: there is no read-only phase. */
-CLONES static void NAME(gradient_rows)(const Item *item, int64_t begin, int64_t end, const Rule *rule) {
-    const NAME(Coefficients) c = NAME(coefficients)(item, rule);
-    const int64_t n = item->a;
-    double total = JOIN2(sum, SUFFIX)((const STORED *)item->g + begin * n, n);
+CLONES static void NAME(gradient_rows)(const Parameter *p, int64_t begin, int64_t end, const Coefficients *coefficients) {
+    const NAME(Scalars) c = NAME(scalars)(p, coefficients);
+    const int64_t n = p->outer;
+    double total = JOIN2(sum, SUFFIX)((const STORED *)p->g + begin * n, n);
     for (int64_t r = begin; r < end; r++) {
-        const STORED *next = (const STORED *)item->g + (r + 1 < end ? r + 1 : r) * n;
-        const REAL shift = (REAL)(rule->scale * (total / n));
+        const STORED *next = (const STORED *)p->g + (r + 1 < end ? r + 1 : r) * n;
+        const REAL shift = (REAL)(coefficients->scale * (total / n));
         total = 0;
         EACH_STRETCH(from, count, n)
-            total += NAME(step_stretch)(NAME(at)(item, r * n + from), count, NULL, shift, next + from, SUM, c);
+            total += NAME(step_stretch)(NAME(at)(p, r * n + from), count, NULL, shift, next + from, SUM, c);
     }
 }
 
-CLONES static void NAME(update_rows)(const Item *item, int64_t begin, int64_t end, const Rule *rule) {
-    const NAME(Coefficients) c = NAME(coefficients)(item, rule);
-    const int64_t n = item->a;
+CLONES static void NAME(update_rows)(const Parameter *p, int64_t begin, int64_t end, const Coefficients *coefficients) {
+    const NAME(Scalars) c = NAME(scalars)(p, coefficients);
+    const int64_t n = p->outer;
     for (int64_t r = begin; r < end; r++) {
         double total = 0;
         EACH_STRETCH(from, count, n)
-            total += NAME(first_stretch)(NAME(at)(item, r * n + from), count, c);
-        NAME(second_stretch)(NAME(at)(item, r * n), n, NULL, (REAL)(total / n), 0, c);
+            total += NAME(first_stretch)(NAME(at)(p, r * n + from), count, c);
+        NAME(second_stretch)(NAME(at)(p, r * n), n, NULL, (REAL)(total / n), 0, c);
     }
 }
 
 /* The first pass over a block of columns: the gradient's column sums, or those of Δw. */
-CLONES static void NAME(sum_block)(const Item *item, int64_t index, const Rule *rule) {
-    if (item->placement == GRADIENT) {
-        JOIN2(sum_block, SUFFIX)(item, (const STORED *)item->g, index);
+CLONES static void NAME(sum_block)(const Parameter *p, int64_t index, const Coefficients *coefficients) {
+    if (p->placement == GRADIENT) {
+        JOIN2(sum_block, SUFFIX)(p, (const STORED *)p->g, index);
         return;
     }
-    const NAME(Coefficients) c = NAME(coefficients)(item, rule);
-    const Block at = block_of(item, index);
-    double *restrict sums = item->sums + index * at.width;
+    const NAME(Scalars) c = NAME(scalars)(p, coefficients);
+    const Block at = block_of(p, index);
+    double *restrict sums = p->sums + index * at.width;
     memset(sums, 0, (size_t)at.width * sizeof *sums);
     for (int64_t i = 0; i < at.rows; i++) {
-        const NAME(At) t = NAME(at)(item, (at.row + i) * at.width);
+        const NAME(At) t = NAME(at)(p, (at.row + i) * at.width);
         int64_t j = 0;
 #if DTYPE == BF16
         const int64_t pairs = at.width / 2;
@@ -316,42 +316,42 @@ CLONES static void NAME(sum_block)(const Item *item, int64_t index, const Rule *
 }
 
 /* The second pass over rows [begin, end) of columns, counted over all groups, when their means are known. */
-CLONES static void NAME(step_columns)(const Item *item, int64_t begin, int64_t end, const Rule *rule) {
-    const NAME(Coefficients) c = NAME(coefficients)(item, rule);
-    const int64_t width = item->unit * item->b;
+CLONES static void NAME(step_columns)(const Parameter *p, int64_t begin, int64_t end, const Coefficients *coefficients) {
+    const NAME(Scalars) c = NAME(scalars)(p, coefficients);
+    const int64_t width = p->units * p->inner;
     for (int64_t row = begin; row < end; row++) {
-        const NAME(At) t = NAME(at)(item, row * width);
-        const REAL *means = (const REAL *)item->means + row / item->a * width;
-        if (item->placement == GRADIENT)
+        const NAME(At) t = NAME(at)(p, row * width);
+        const REAL *means = (const REAL *)p->means + row / p->outer * width;
+        if (p->placement == GRADIENT)
             NAME(step_stretch)(t, width, means, 0, NULL, MANY, c);
         else
             NAME(second_stretch)(t, width, means, 0, MANY, c);
     }
 }
 
-static void NAME(step_piece)(Item *item, const Piece *piece, const Rule *rule) {
-    const double factor = item->placement == GRADIENT ? rule->scale : 1;
+static void NAME(step_piece)(Parameter *p, const WorkPiece *piece, const Coefficients *coefficients) {
+    const double factor = p->placement == GRADIENT ? coefficients->scale : 1;
     switch (piece->kind) {
     case ELEMENTS:
-        NAME(plain_elements)(item, piece->begin, piece->end, rule);
+        NAME(plain_elements)(p, piece->begin, piece->end, coefficients);
         break;
     case ROWS:
-        (item->placement == GRADIENT ? NAME(gradient_rows) : NAME(update_rows))(item, piece->begin, piece->end, rule);
+        (p->placement == GRADIENT ? NAME(gradient_rows) : NAME(update_rows))(p, piece->begin, piece->end, coefficients);
         break;
     case GROUPS:
         for (int64_t group = piece->begin; group < piece->end; group++) {
-            NAME(sum_block)(item, group, rule);
-            JOIN2(finish_means, SUFFIX)(item, group, factor);
-            NAME(step_columns)(item, group * item->a, (group + 1) * item->a, rule);
+            NAME(sum_block)(p, group, coefficients);
+            JOIN2(finish_means, SUFFIX)(p, group, factor);
+            NAME(step_columns)(p, group * p->outer, (group + 1) * p->outer, coefficients);
         }
         break;
     case SUM_BLOCKS:
-        for (int64_t index = piece->begin; index < piece->end; index++) NAME(sum_block)(item, index, rule);
-        if (all_summed(item, piece))
-            for (int64_t group = 0; group < item->group; group++) JOIN2(finish_means, SUFFIX)(item, group, factor);
+        for (int64_t index = piece->begin; index < piece->end; index++) NAME(sum_block)(p, index, coefficients);
+        if (all_summed(p, piece))
+            for (int64_t group = 0; group < p->groups; group++) JOIN2(finish_means, SUFFIX)(p, group, factor);
         break;
     default:
-        NAME(step_columns)(item, piece->begin, piece->end, rule);
+        NAME(step_columns)(p, piece->begin, piece->end, coefficients);
     }
 }
 #undef NAME

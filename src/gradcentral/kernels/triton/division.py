@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradcentral.kernels.loops import Loop
 
-__all__ = ["FIELDS", "LONGEST", "TILE", "Division", "Shape", "divide"]
+__all__ = ["FIELDS", "LONGEST", "TILE", "LaunchTables", "TileShape", "divide"]
 
 TILE = 1024
 """Elements that a program has in its registers at a time: 16 bytes of f32 for each of 256 threads."""
@@ -38,7 +38,7 @@ REACH = 1 << 31
 SUM, STEP = 1, 2
 
 
-class Shape(IntEnum):
+class TileShape(IntEnum):
     """The tile that serves an item: how many weight vectors and how many of their elements at a time."""
 
     PLAIN = 0
@@ -51,7 +51,7 @@ class Shape(IntEnum):
     ACROSS_ALIGNED = 7
 
 
-class _Item(NamedTuple):
+class TiledParameter(NamedTuple):
     """An item as the kernel reads it: int64 numbers.
 
     A weight vector's element k lies ``k // b * jump + k % b`` behind its first, and vectors of a group lie ``stride``
@@ -66,8 +66,8 @@ class _Item(NamedTuple):
     blocks: int
     parts: int
     rows: int
-    a: int
-    b: int
+    outer: int
+    inner: int
     jump: int
     stride: int
     group_stride: int
@@ -77,10 +77,10 @@ class _Item(NamedTuple):
     members: int
 
 
-FIELDS = len(_Item._fields)
+FIELDS = len(TiledParameter._fields)
 
 
-class Division(NamedTuple):
+class LaunchTables(NamedTuple):
     """Tables for the kernel."""
 
     items: Tensor
@@ -95,14 +95,14 @@ class Division(NamedTuple):
     """How many weight vectors there are."""
 
 
-def divide(loops: Sequence[tuple[Loop, int]], itemsize: int) -> Division:
+def divide(loops: Sequence[tuple[Loop, int]], itemsize: int) -> LaunchTables:
     """Divide the work on items with these loops and placements (0: not centered) of ``itemsize`` bytes an element.
 
     What is cut comes first: the sums of one set of vectors, then, again and again, the sums of the next set and the
     steps of the last. So no program waits for one that comes after it, and a set's gradients are still in the cache.
     """
     total = sum(math.prod(loop) for loop, _ in loops)
-    items: list[_Item] = []
+    items: list[TiledParameter] = []
     slots = counters = means = 0
     for loop, placement in loops:
         item = _item(loop, placement, itemsize, TILE if total < SMALL else PIECE)
@@ -117,48 +117,50 @@ def divide(loops: Sequence[tuple[Loop, int]], itemsize: int) -> Division:
     pieces = [*_cut(items, loops), *_whole(items, loops)]
     table = torch.tensor([tuple(item) for item in items], dtype=torch.int64).reshape(len(items), FIELDS)
     listed = torch.cat(pieces) if pieces else torch.zeros(0, 2, dtype=torch.int32)
-    return Division(table, listed, slots, counters, means)
+    return LaunchTables(table, listed, slots, counters, means)
 
 
-def _item(loop: Loop, placement: int, itemsize: int, piece: int) -> _Item:
-    group, a, unit, b = loop
+def _item(loop: Loop, placement: int, itemsize: int, piece: int) -> TiledParameter:
+    groups, outer, units, inner = loop
     if placement == 0:
         n = math.prod(loop)
-        shape = Shape.PLAIN_ALIGNED if n % ALIGNMENT == 0 else Shape.PLAIN
-        return _Item(shape, n, piece, _up(n, piece), 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0)
-    rows = unit * b == 1
-    units, jump, stride = (group, 1, a) if rows else (unit, unit * b, b)
+        shape = TileShape.PLAIN_ALIGNED if n % ALIGNMENT == 0 else TileShape.PLAIN
+        return TiledParameter(shape, n, piece, _up(n, piece), 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0)
+    rows = units * inner == 1
+    n, jump, stride = (groups, 1, outer) if rows else (units, units * inner, inner)
     shape, vectors = _tile(loop, itemsize, piece)
-    many = vectors if shape in (Shape.ACROSS, Shape.ACROSS_ALIGNED) else 1
-    longest = min(LONGEST // (itemsize * many * b), (REACH - 1) // jump)
-    per_part = a
-    if a > longest:
-        per_part = _up(a, _up(a, max(1, longest)))
+    many = vectors if shape in (TileShape.ACROSS, TileShape.ACROSS_ALIGNED) else 1
+    longest = min(LONGEST // (itemsize * many * inner), (REACH - 1) // jump)
+    per_part = outer
+    if outer > longest:
+        per_part = _up(outer, _up(outer, max(1, longest)))
         if rows:  # each part begins aligned
             per_part = _up(per_part, ALIGNMENT) * ALIGNMENT
         vectors = many
-    parts = _up(a, per_part) if a else 1
-    group_stride = 0 if rows else a * unit * b
-    blocks = _up(units, vectors)
-    return _Item(shape, units, vectors, blocks, parts, per_part, a, b, jump, stride, group_stride, 0, 0, 0, 0)
+    parts = _up(outer, per_part) if outer else 1
+    group_stride = 0 if rows else outer * units * inner
+    blocks = _up(n, vectors)
+    return TiledParameter(
+        shape, n, vectors, blocks, parts, per_part, outer, inner, jump, stride, group_stride, 0, 0, 0, 0
+    )
 
 
-def _tile(loop: Loop, itemsize: int, piece: int) -> tuple[Shape, int]:
+def _tile(loop: Loop, itemsize: int, piece: int) -> tuple[TileShape, int]:
     """An item's shape, and how many weight vectors make a piece."""
-    fan_in, width = loop.a * loop.b, loop.unit * loop.b
+    fan_in, width = loop.outer * loop.inner, loop.units * loop.inner
     each = max(1, piece // max(fan_in, 1))
     if width == 1:
         aligned = fan_in % ALIGNMENT == 0
         if aligned and fan_in >= TILE // 2:
-            return Shape.LONG_ALIGNED, each
+            return TileShape.LONG_ALIGNED, each
         if aligned and fan_in > 64:
-            return Shape.MIDDLE_ALIGNED, _multiple(each, 16)
-    elif loop.b == 1 and fan_in > 32:
+            return TileShape.MIDDLE_ALIGNED, _multiple(each, 16)
+    elif loop.inner == 1 and fan_in > 32:
         beside = columns_beside(itemsize)
-        return (Shape.ACROSS_ALIGNED if width % ALIGNMENT == 0 else Shape.ACROSS), beside
+        return (TileShape.ACROSS_ALIGNED if width % ALIGNMENT == 0 else TileShape.ACROSS), beside
     if fan_in >= TILE // 8:
-        return Shape.LONG, each
-    return Shape.SHORT, _multiple(each, TILE // 16)
+        return TileShape.LONG, each
+    return TileShape.SHORT, _multiple(each, TILE // 16)
 
 
 def columns_beside(itemsize: int) -> int:
@@ -174,11 +176,11 @@ def _multiple(n: int, of: int) -> int:
     return max(1, n // of) * of
 
 
-def _groups(loop: Loop, item: _Item) -> int:
-    return loop.group if item.group_stride else 1
+def _groups(loop: Loop, item: TiledParameter) -> int:
+    return loop.groups if item.group_stride else 1
 
 
-def _n_pieces(loop: Loop, item: _Item) -> int:
+def _n_pieces(loop: Loop, item: TiledParameter) -> int:
     return _groups(loop, item) * item.blocks * item.parts if math.prod(loop) else 0
 
 
@@ -187,13 +189,13 @@ def _pieces(position: int, what: int, begin: int, end: int) -> Tensor:
     return torch.stack([torch.full_like(index, position * 4 + what), index], 1)
 
 
-def _whole(items: Sequence[_Item], loops: Sequence[tuple[Loop, int]]) -> Iterator[Tensor]:
+def _whole(items: Sequence[TiledParameter], loops: Sequence[tuple[Loop, int]]) -> Iterator[Tensor]:
     for position, (item, (loop, placement)) in enumerate(zip(items, loops, strict=True)):
         if item.parts == 1:
             yield _pieces(position, SUM | STEP if placement else STEP, 0, _n_pieces(loop, item))
 
 
-def _cut(items: Sequence[_Item], loops: Sequence[tuple[Loop, int]]) -> Iterator[Tensor]:
+def _cut(items: Sequence[TiledParameter], loops: Sequence[tuple[Loop, int]]) -> Iterator[Tensor]:
     """Sums and steps of the items in parts, in sets that follow one another."""
     last: list[tuple[int, int, int]] = []
     current: list[tuple[int, int, int]] = []
@@ -201,7 +203,7 @@ def _cut(items: Sequence[_Item], loops: Sequence[tuple[Loop, int]]) -> Iterator[
     for position, (item, (loop, _)) in enumerate(zip(items, loops, strict=True)):
         if item.parts == 1:
             continue
-        each = item.vectors * item.a * item.b  # of all parts of a block
+        each = item.vectors * item.outer * item.inner  # of all parts of a block
         blocks = _groups(loop, item) * item.blocks
         at_a_time = max(1, SET // each)
         for begin in range(0, blocks, at_a_time):

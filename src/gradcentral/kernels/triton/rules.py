@@ -19,6 +19,8 @@ import os
 import triton
 import triton.language as tl
 
+from gradcentral.kernels.forms import Operation, Placement, UpdateRule
+
 __all__ = ["INTERPRETED", "first", "read", "second", "step", "write"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -27,11 +29,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "y
 # The interpreter cuts bf16 off where a GPU rounds it to nearest: there, bf16 is taken as u16 and rounded by hand.
 _BY_HAND = tl.constexpr(INTERPRETED)
 
-MOMENTUM = tl.constexpr(1)
-ADAM = tl.constexpr(2)
-AMSGRAD = tl.constexpr(3)
-CENTER = tl.constexpr(4)
-GRADIENT = tl.constexpr(1)
+MOMENTUM = tl.constexpr(int(UpdateRule.MOMENTUM))
+ADAM = tl.constexpr(int(UpdateRule.ADAM))
+AMSGRAD = tl.constexpr(int(UpdateRule.AMSGRAD))
+CENTER = tl.constexpr(int(Operation.CENTER))
+GRADIENT = tl.constexpr(int(Placement.GRADIENT))
 
 
 @triton.jit

@@ -4,20 +4,21 @@
 import triton
 import triton.language as tl
 
-from gradcentral.kernels.triton.division import FIELDS, Shape
+from gradcentral.kernels.forms import Operation, Placement
+from gradcentral.kernels.triton.division import FIELDS, TileShape
 from gradcentral.kernels.triton.rules import ADAM, CENTER, first, second, step
 
 __all__ = ["run"]
 
 _FIELDS = tl.constexpr(FIELDS)
-_PLAIN = tl.constexpr(int(Shape.PLAIN))
-_PLAIN_ALIGNED = tl.constexpr(int(Shape.PLAIN_ALIGNED))
-_LONG = tl.constexpr(int(Shape.LONG))
-_LONG_ALIGNED = tl.constexpr(int(Shape.LONG_ALIGNED))
-_MIDDLE_ALIGNED = tl.constexpr(int(Shape.MIDDLE_ALIGNED))
-_SHORT = tl.constexpr(int(Shape.SHORT))
-_ACROSS = tl.constexpr(int(Shape.ACROSS))
-_ACROSS_ALIGNED = tl.constexpr(int(Shape.ACROSS_ALIGNED))
+_PLAIN = tl.constexpr(int(TileShape.PLAIN))
+_PLAIN_ALIGNED = tl.constexpr(int(TileShape.PLAIN_ALIGNED))
+_LONG = tl.constexpr(int(TileShape.LONG))
+_LONG_ALIGNED = tl.constexpr(int(TileShape.LONG_ALIGNED))
+_MIDDLE_ALIGNED = tl.constexpr(int(TileShape.MIDDLE_ALIGNED))
+_SHORT = tl.constexpr(int(TileShape.SHORT))
+_ACROSS = tl.constexpr(int(TileShape.ACROSS))
+_ACROSS_ALIGNED = tl.constexpr(int(TileShape.ACROSS_ALIGNED))
 
 _SUM = tl.constexpr(1)
 _STEP = tl.constexpr(2)
@@ -27,9 +28,9 @@ _ROWS = tl.constexpr(0)
 _RUNS = tl.constexpr(1)
 _BESIDE = tl.constexpr(2)
 
-_MEANS = tl.constexpr(5)
-_RESTORE = tl.constexpr(6)
-_UPDATE = tl.constexpr(2)
+_MEANS = tl.constexpr(int(Operation.MEANS))
+_RESTORE = tl.constexpr(int(Operation.RESTORE))
+_UPDATE = tl.constexpr(int(Placement.UPDATE))
 
 
 @triton.jit
