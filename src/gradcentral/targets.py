@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradcentral.distributed import Shards, any_sharded, shards_of
+from gradcentral.distributed import Shards, shards_of
+from gradcentral.dtensor import any_sharded
 from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout
 from gradcentral.projection import Pair
