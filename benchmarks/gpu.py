@@ -111,14 +111,14 @@ def steps(run: Run) -> Any:
     benchmark = Benchmark(machine=describe_machine(run.device))
     models, dtypes = (["tiny CNN"], ["f32"]) if run.dry else (MODELS, ["f32", "bf16"])
     columns = {
-        OURS: "ours",
-        OURS_UPDATE: "ours, update",
+        OURS: "gradcentral",
+        OURS_UPDATE: "gradcentral, update",
         ATTACHED: "centralize",
         LOOP: "loop",
         TORCH_DEFAULT: "torch default",
     }
     heads = ["model", "type", "optimizer", "torch fused, ms", *columns.values()]
-    heads += ["ours ÷ copy", "captured", "launches", "peak, MB", "noise"]
+    heads += ["gradcentral ÷ copy", "captured", "launches", "peak, MB", "noise"]
     run.say("| " + " | ".join(heads) + " |")
     run.say("|---|---|---" + "|--:" * (len(heads) - 3) + "|")
     failed: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The optimizer steps of the benchmarked networks, measured one case at a time, and the results."""
+"""The benchmark of optimizer steps: one case per model, type and optimizer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Case:
     """Median time of the baseline."""
     ratios: dict[str, Ratio]
     noise: float
-    """The difference between two timings of the baseline: the larger of |log median| and half the quartile range."""
+    """Difference between two timings of the baseline: the larger of |log median| and half the interquartile range."""
     over_streaming: Ratio | None = None
     """The fused GC step over reading and writing the same bytes."""
     attaching: Ratio | None = None

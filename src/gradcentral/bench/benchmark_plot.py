@@ -48,4 +48,4 @@ def plot_benchmark(benchmark: Benchmark) -> bytes:
         axes.set_xlabel(f"time per step ÷ {BASELINE} (median, quartiles; less is faster)")
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
         threads = benchmark.machine.get("threads", "?")
-        return to_png(figure, f"Optimizer steps with and without GC, {threads} threads")
+        return to_png(figure, f"Optimizer steps with and without GC, threads: {threads}")

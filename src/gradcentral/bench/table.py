@@ -23,7 +23,7 @@ def terminal_table(benchmark: Benchmark) -> Table:
     grid = Table(title=f"time per step ÷ {BASELINE}: median (quartiles) of paired rounds", title_justify="left")
     for heading in ("model", "type", "optimizer"):
         grid.add_column(heading, no_wrap=True)
-    for heading in ("ms", *names, "ours ÷ streaming", "attaching ÷ streaming g", "attaching, µs/param", "noise"):
+    for heading in ("ms", *names, "gradcentral ÷ streaming", "attaching ÷ streaming g", "attaching, µs/param", "noise"):
         grid.add_column(heading, justify="right")
     for case in benchmark.cases:
         grid.add_row(
@@ -53,7 +53,7 @@ def _median(found: Ratio | None, missing: str = "") -> str:
 
 def markdown_table(benchmark: Benchmark) -> str:
     """One row per case with the medians; bold if the upper quartile of the fused GC step is below 1."""
-    headings = ["model", "type", "optimizer", "torch fused, ms", *_MARKDOWN_COLUMNS, "ours ÷ streaming", "noise"]
+    headings = ["model", "type", "optimizer", "torch fused, ms", *_MARKDOWN_COLUMNS, "gradcentral ÷ streaming", "noise"]
     rows = [headings, ["---"] * 3 + ["--:"] * (len(headings) - 3)]
     for case in benchmark.cases:
         cells = {name: _median(case.ratios.get(name), "–") for name in _MARKDOWN_COLUMNS}
