@@ -67,11 +67,11 @@ class Run:
             self.results[name] = do()
         except Exception:
             self.results[name] = {"failed": traceback.format_exc()}
-            self.say(f"**{name} failed**: {traceback.format_exc().splitlines()[-1]}")
+            self.report(f"**{name} failed**: {traceback.format_exc().splitlines()[-1]}")
         self.results[name + ", seconds"] = round(time.monotonic() - started, 1)
         self.write()
 
-    def say(self, line: str = "") -> None:
+    def report(self, line: str = "") -> None:
         print(line, flush=True)
         self.lines.append(line)
         (self.out / "gpu.md").write_text("\n".join(self.lines) + "\n", encoding="utf-8")
@@ -98,7 +98,7 @@ def tests(run: Run) -> Any:
     )
     (run.out / "tests.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
     last = [line for line in done.stdout.splitlines() if line][-1:]
-    run.say(f"Tests on the device: {' '.join(last)} (exit code {done.returncode})\n")
+    run.report(f"Tests on the device: {' '.join(last)} (exit code {done.returncode})\n")
     return {"exit code": done.returncode, "summary": last}
 
 
@@ -119,8 +119,8 @@ def steps(run: Run) -> Any:
     }
     heads = ["model", "type", "optimizer", "torch fused, ms", *columns.values()]
     heads += ["gradcentral ÷ copy", "captured", "launches", "peak, MB", "noise"]
-    run.say("| " + " | ".join(heads) + " |")
-    run.say("|---|---|---" + "|--:" * (len(heads) - 3) + "|")
+    run.report("| " + " | ".join(heads) + " |")
+    run.report("|---|---|---" + "|--:" * (len(heads) - 3) + "|")
     failed: dict[str, str] = {}
     for model in models:
         for dtype in dtypes:
@@ -145,11 +145,11 @@ def steps(run: Run) -> Any:
                     launched = f"{on.launches[BASELINE]} → {on.launches[OURS]}"
                     cells += [f"{on.captured.median:.2f}", launched, f"{on.peak_bytes[OURS] / 1e6:.1f}"]
                 start = [model, dtype, algorithm, f"{case.milliseconds:.3f}"]
-                run.say("| " + " | ".join([*start, *cells, f"±{case.noise:.0%}"]) + " |")
+                run.report("| " + " | ".join([*start, *cells, f"±{case.noise:.0%}"]) + " |")
     if benchmark.cases:
-        run.say("\n" + conclusion(benchmark) + "\n")
+        run.report("\n" + conclusion(benchmark) + "\n")
     for name in failed:
-        run.say(f"Not measured: {name}: {failed[name].splitlines()[-1]}")
+        run.report(f"Not measured: {name}: {failed[name].splitlines()[-1]}")
     return {"machine": benchmark.machine, "cases": [asdict(case) for case in benchmark.cases], "failed": failed}
 
 
@@ -162,7 +162,7 @@ def iteration(run: Run) -> Any:
         how = {"rounds": 2, "batch": 2, "dtype": "f32"}
     case = measure(device=run.device, **how)
     ratios = ", ".join(f"{name} {found}" for name, found in case.ratios.items())
-    run.say(
+    run.report(
         f"ResNet-18 iteration, {case.dtype}: {case.milliseconds:.2f} ms; ÷ that: {ratios}; noise ±{case.noise:.0%}\n"
     )
     return asdict(case)
@@ -195,7 +195,7 @@ def settings(run: Run) -> Any:
                     times = interleave(chosen, 10, 1.0, clock=clock_for(run.device))
                     took = ratio(times[OURS], times[BASELINE])
                     found[f"{model} {dtype} {algorithm} {setting}"] = took.median
-                    run.say(f"- {model} {dtype} {algorithm}, {setting or 'default settings'}: {took}")
+                    run.report(f"- {model} {dtype} {algorithm}, {setting or 'default settings'}: {took}")
                 finally:
                     for home, name, value in before:
                         setattr(home, name, value)

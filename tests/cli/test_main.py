@@ -101,6 +101,8 @@ def test_figures_draws_and_writes_what_is_chosen(
         (["compare", "line.py", "--epochs", "x"], "epochs"),
         (["compare", "line.py", "--epoch", "3"], "No such option"),
         (["compare", "line.py", "extra"], "unexpected extra argument"),
+        (["bench", "--models", "ResNet-51"], "models: unknown model 'ResNet-51'; choose from ResNet-50"),
+        (["bench", "--device", "toaster"], "device: unknown device 'toaster'; choose from cpu, cuda"),
         (["compar"], "No such command 'compar'"),
     ],
 )

@@ -78,7 +78,7 @@ def bench(
     peers: bool = False,
     device: str = "cpu",
 ) -> Iterator[Case]:
-    """Measure the optimizer steps of models, one case after another.
+    """Measure the optimizer steps of models, each case when the iterator reaches it.
 
     Args:
         models: names of the networks in ``shapes.MODELS``.
@@ -95,16 +95,19 @@ def bench(
     _check("models", models, MODELS)
     _check("optimizers", optimizers, steps.OPTIMIZERS)
     _check("dtypes", dtypes, BENCH_DTYPES)
-    _check("device", [torch.device(device).type], ("cpu", "cuda"))
-    for model, dtype, optimizer in itertools.product(models, dtypes, optimizers):
+    _check("device", [device.partition(":")[0]], ("cpu", "cuda"))
+
+    def measure(model: str, dtype: str, optimizer: str) -> Case:
         shapes = list(MODELS[model]())
         runs = steps.optimizer_steps(shapes, optimizer, BENCH_DTYPES[dtype], device, peers)
         times = interleave(runs, rounds, seconds, clock=cuda.clock_for(device))
         case = to_case(model, dtype, optimizer, times, sum(vectors is not None for _, vectors in shapes))
-        if device != "cpu":
-            runs = {name: run for name, run in runs.items() if name not in _STREAMS}
-            case = replace(case, on_device=cuda.measure(runs, steps.OURS, steps.BASELINE, rounds, seconds / 4))
-        yield case
+        if device == "cpu":
+            return case
+        runs = {name: run for name, run in runs.items() if name not in _STREAMS}
+        return replace(case, on_device=cuda.measure(runs, steps.OURS, steps.BASELINE, rounds, seconds / 4))
+
+    return itertools.starmap(measure, itertools.product(models, dtypes, optimizers))
 
 
 def _check(parameter: str, names: Sequence[str], known: Collection[str]) -> None:

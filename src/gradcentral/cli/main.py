@@ -181,12 +181,13 @@ def bench(
         raise UsageError(f"--device {device}: torch finds no CUDA device; use --device cpu")
     if threads is not None:
         torch.set_num_threads(threads)
-    benchmark = step_benchmark.Benchmark(machine=step_benchmark.describe_machine(device))
-    console = Console(highlight=False)
-    console.print(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()), soft_wrap=True)
     chosen = _names(models), _names(optimizers), _names(dtypes)
+    console = Console(highlight=False)
     try:
-        for case in step_benchmark.bench(*chosen, rounds=rounds, seconds=seconds, peers=peers, device=device):
+        cases = step_benchmark.bench(*chosen, rounds=rounds, seconds=seconds, peers=peers, device=device)
+        benchmark = step_benchmark.Benchmark(machine=step_benchmark.describe_machine(device))
+        console.print(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()), soft_wrap=True)
+        for case in cases:
             benchmark.cases.append(case)
             times = f"{case.milliseconds:.2f} ms, with GC ÷ without {case.ratios[OURS]}"
             typer.echo(f"{case.model} {case.dtype} {case.algorithm}: {times}")
