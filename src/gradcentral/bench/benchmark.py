@@ -97,7 +97,7 @@ def bench(
     _check("dtypes", dtypes, BENCH_DTYPES)
     _check("device", [device.partition(":")[0]], ("cpu", "cuda"))
 
-    def measure(model: str, dtype: str, optimizer: str) -> Case:
+    def measure_case(model: str, dtype: str, optimizer: str) -> Case:
         shapes = list(MODELS[model]())
         runs = steps.optimizer_steps(shapes, optimizer, BENCH_DTYPES[dtype], device, peers)
         times = interleave(runs, rounds, seconds, clock=cuda.clock_for(device))
@@ -107,7 +107,7 @@ def bench(
         runs = {name: run for name, run in runs.items() if name not in _STREAMS}
         return replace(case, on_device=cuda.measure(runs, steps.OURS, steps.BASELINE, rounds, seconds / 4))
 
-    return itertools.starmap(measure, itertools.product(models, dtypes, optimizers))
+    return itertools.starmap(measure_case, itertools.product(models, dtypes, optimizers))
 
 
 def _check(parameter: str, names: Sequence[str], known: Collection[str]) -> None:
