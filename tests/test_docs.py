@@ -51,7 +51,7 @@ def names_for(page: str) -> dict[str, Any]:
         model = nn.Sequential()
         model.add_module("encoder", nn.Linear(4, 4))
         model.add_module("head", nn.Linear(4, 2))
-        extra = {"Mixture": Mixture}
+        extra = {"Mixture": Mixture, "weight": torch.randn(8, 3, 5, 5), "groups": 2}
     elif page == "results.md":
         extra = {"make_model": lambda: nn.Linear(4, 2), "train": data, "test": data, "accuracy": accuracy}
     elif page == "scaling.md":  # a stand-in: tests/distributed runs the real one

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from gradcentral import weight_layout
+from gradcentral import WeightVectors, weight_layout
 
 BLUE, GRAY, EDGE, TEXT = "#2563eb", "#e5e7eb", "#ffffff", "#111827"
 LABEL: dict[str, Any] = {"color": TEXT, "fontsize": 9, "ha": "center", "va": "center"}
@@ -42,21 +42,22 @@ PANELS: list[tuple[str, str, nn.Module, int]] = [
     ("Conv2d, two groups", "o [i k k]", nn.Conv2d(4, 4, 3, groups=2), 1),
     ("Bilinear", "o [i j]", nn.Bilinear(4, 3, 3), 1),
     ("ConvTranspose2d", "[i] o [k k]", nn.ConvTranspose2d(4, 3, 3), 1),
-    ("ConvTranspose2d, two groups", "(g [i]) o [k k]", nn.ConvTranspose2d(4, 6, 3, groups=2), 1),
+    ("ConvTranspose2d, two groups", "(2 [i]) o [k k]", nn.ConvTranspose2d(4, 6, 3, groups=2), 1),
     ("experts: Mixtral, Qwen, DeepSeek …", "e o [i]", Weight("e o [i]", 3, 4, 5), 5),
     ("experts: GPT-OSS, Llama 4, Aria", "e [i] o", Weight("e [i] o", 3, 5, 4), 5),
     ("Embedding, token, scale", "v d", nn.Embedding(5, 6), 0),
 ]
 
 
-def weight_vector(layer: nn.Module, unit: int) -> tuple[Tensor, str]:
-    """A mask of the elements that form one unit's weight vector, and a caption for the panel."""
+def weight_vector(layer: nn.Module, pattern: str, unit: int) -> tuple[Tensor, str]:
+    """Return a mask of the elements that form one unit's weight vector, and a caption for the panel."""
     layout = weight_layout(layer)
     parameter = layer.get_parameter("weight")
     mask = torch.zeros(parameter.shape, dtype=torch.bool)
     if parameter not in layout:
         return mask, "skipped: no output units"
     vectors = layout[parameter]
+    assert vectors.agrees_with(WeightVectors.parse(pattern, parameter.shape)), f"{layer} is not {pattern!r}"
     view = mask.view(vectors.dims)
     units = [axis for axis in range(view.ndim) if axis not in vectors.span]
     index: list[Any] = [slice(None)] * view.ndim
@@ -68,7 +69,7 @@ def weight_vector(layer: nn.Module, unit: int) -> tuple[Tensor, str]:
 
 
 def axis_names(pattern: str) -> list[str]:
-    """The names of the parameter's own axes: ``g i``, ``o``, ``k`` and ``k`` for ``"(g [i]) o [k k]"``."""
+    """Return the names of the parameter's own axes: ``2 i``, ``o``, ``k`` and ``k`` for ``"(2 [i]) o [k k]"``."""
     return [group or name for group, name in re.findall(r"\((.*?)\)|(\w+)", pattern.replace("[", "").replace("]", ""))]
 
 
@@ -99,7 +100,7 @@ def main() -> None:
     """Draw all panels into one picture."""
     figure, axes = plt.subplots(2, 5, figsize=(15, 7.8), facecolor="white")
     for ax, (title, pattern, layer, unit) in zip(axes.flat, PANELS, strict=True):
-        mask, caption = weight_vector(layer, unit)
+        mask, caption = weight_vector(layer, pattern, unit)
         draw(ax, mask, axis_names(pattern))
         ax.set_title(f"{title}\n", fontsize=10.5, color=TEXT, pad=30)
         ax.annotate(pattern, (0.5, 1), (0, 25), **AT_TOP, fontsize=11, color=BLUE, family="monospace")
