@@ -102,4 +102,4 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_extra_is_declared() -> None:
     declared = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
     named = {extra for page in PAGES for extra in re.findall(r"'\.\[(\w+)\]'", page.read_text())}
-    assert named <= {*declared} and "experiments" in named
+    assert named <= {*declared}
