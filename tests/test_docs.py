@@ -103,3 +103,10 @@ def test_every_extra_is_declared() -> None:
     declared = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
     named = {extra for page in PAGES for extra in re.findall(r"'\.\[(\w+)\]'", page.read_text())}
     assert named <= {*declared}
+
+
+def test_every_file_of_the_architecture_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"^([\w.]+(?:/|\.py)) ", text, re.M) + re.findall(r"`([\w./]+(?:/|\.(?:py|c|h)))`", text)
+    package = ROOT / "src" / "gradcentral"
+    assert [name for name in named if not ((package / name).exists() or (ROOT / name).exists())] == []
