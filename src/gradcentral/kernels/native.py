@@ -7,7 +7,6 @@ import os
 from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_int32, c_int64, c_uint64, c_void_p
-from itertools import accumulate
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ class _CParameter(ctypes.Structure):
         ("scratch", c_int64),
         *((name, c_void_p) for name in ("w", "g", "m", "v", "x")),
         *((name, c_double) for name in ("step_size", "root_correction")),
-        *((name, c_void_p) for name in ("sums", "means")),
+        *((name, c_void_p) for name in ("sums", "means", "kept")),
         ("missing", c_int64),
     )
 
@@ -80,11 +79,9 @@ def _load() -> tuple[Any, str]:
         return None, f"{found[0].name} is of another version: install gradcentral again"
     library.gradcentral_plan.restype = None
     library.gradcentral_plan.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_void_p]
-    work: list[Any] = [c_void_p, c_int64, c_void_p, POINTER(_CWorkList), c_int32, c_int32]
-    library.gradcentral_step.restype = None
-    library.gradcentral_step.argtypes = [*work, POINTER(Coefficients), c_int32]
-    library.gradcentral_center.restype = None
-    library.gradcentral_center.argtypes = [*work, c_void_p, c_void_p, c_int32]
+    work: list[Any] = [c_void_p, c_int64, c_void_p, POINTER(_CWorkList), c_int32]
+    library.gradcentral_run.restype = None
+    library.gradcentral_run.argtypes = [*work, c_int32, POINTER(Coefficients), c_void_p, c_int32]
     library.gradcentral_stream.restype = None
     library.gradcentral_stream.argtypes = [c_void_p, c_void_p, c_int64, c_int32, c_uint64, c_int32]
     return library, ""
@@ -167,11 +164,25 @@ class WorkList:
         self._list = _CWorkList(*pointers, n_batches, n_waves, self._scratch.data_ptr())
         self._dtype = dtype
 
-    def run(self, function: Any, pointers: array[int], *arguments: Any) -> None:
-        """Call a C function on the parameters at these pointers."""
-        address, _ = pointers.buffer_info()
-        count, work = len(self.parameters), ctypes.byref(self._list)
-        function(self.parameters, count, address, work, self._dtype, *arguments, torch.get_num_threads())
+    def run(
+        self,
+        pointers: array[int],
+        rule: UpdateRule | Operation,
+        coefficients: Coefficients | None = None,
+        means: Tensor | None = None,
+    ) -> None:
+        """Take a step of the parameters at these pointers, or center them."""
+        _library.gradcentral_run(
+            self.parameters,
+            len(self.parameters),
+            pointers.buffer_info()[0],
+            self._list,
+            self._dtype,
+            rule,
+            coefficients,
+            None if means is None else means.data_ptr(),
+            torch.get_num_threads(),
+        )
 
 
 class StepPlan(forms.StepPlan):
@@ -199,7 +210,7 @@ class StepPlan(forms.StepPlan):
         for parameter, is_fresh in zip(self.work.parameters, fresh, strict=False):
             parameter.fresh = is_fresh
         pointers = array("Q", self._pointers(grads))
-        self.work.run(_library.gradcentral_step, pointers, self.rule, ctypes.byref(coefficients))
+        self.work.run(pointers, self.rule, coefficients)
         for parameter, _ in zip(self.work.parameters, fresh, strict=False):
             parameter.fresh = 0
         torch.autograd.graph.increment_version(self.params)
@@ -214,12 +225,10 @@ class CenteringPlan(forms.CenteringPlan):
     def __init__(self, tensors: list[Tensor], vectors: list[WeightVectors], loops: list[Loop]) -> None:
         super().__init__(tensors, vectors, loops)
         self.work = WorkList([(loop, Placement.GRADIENT) for loop in loops], DTYPES[tensors[0].dtype])
-        self._first_mean = array("q", accumulate(self._counts, initial=0))
 
     def _run(self, tensors: list[Tensor], operation: Operation, means: Tensor | None) -> None:
         pointers = array("Q", [*map(Tensor.data_ptr, tensors), *[0] * (len(tensors) * (_POINTERS - 1))])
-        places = (None, None) if means is None else (means.data_ptr(), self._first_mean.buffer_info()[0])
-        self.work.run(_library.gradcentral_center, pointers, operation, *places)
+        self.work.run(pointers, operation, means=means)
 
 
 def stream(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]]) -> None:

@@ -113,12 +113,6 @@ class _Launch:
             self.options["maxnreg"] = REGISTERS
         self.stream = None if device.type != "cuda" else torch.cuda.current_stream(device)
 
-    @property
-    def memory(self) -> int:
-        """Bytes on the device."""
-        tables = (self.items, self.pieces, self.progress, self.partials)
-        return sum(t.nbytes for t in tables) + 2 * 8 * _COLUMNS * self.n_items
-
     def __call__(
         self,
         pointers: list[int],
