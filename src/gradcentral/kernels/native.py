@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradcentral.kernels import forms
-from gradcentral.kernels.forms import Coefficients, Operation, Placement, States, UpdateRule, is_plain, same_strides
+from gradcentral.kernels.forms import Coefficients, Operation, Placement, UpdateRule, is_plain, same_strides
 from gradcentral.kernels.loops import Loop, loop_over
 from gradcentral.weight_vectors import WeightVectors
 
@@ -34,8 +34,6 @@ __all__ = [
 ]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-_POINTERS = 6
-"""Pointers per parameter: weight, gradient, momentum, squares, largest squares, step counter."""
 
 
 # Structures of c/kernels.h.
@@ -140,7 +138,7 @@ def accepts_counter(tensor: object, device: torch.device) -> bool:
 
 
 class WorkList:
-    """Parameters with these loops and placements, and the work on them divided into pieces (see c/gradcentral.c).
+    """Parameters with these loops and placements, and the work on them divided into pieces (see c/work_list.h).
 
     Args:
         loops: for each parameter its loop and its placement.
@@ -166,16 +164,17 @@ class WorkList:
 
     def run(
         self,
-        pointers: array[int],
+        pointers: list[int],
         rule: UpdateRule | Operation,
         coefficients: Coefficients | None = None,
         means: Tensor | None = None,
     ) -> None:
         """Take a step of the parameters at these pointers, or center them."""
+        table = array("Q", pointers)
         _library.gradcentral_run(
             self.parameters,
             len(self.parameters),
-            pointers.buffer_info()[0],
+            table.buffer_info()[0],
             self._list,
             self._dtype,
             rule,
@@ -192,25 +191,16 @@ class StepPlan(forms.StepPlan):
     parameter_properties = (Tensor.size, Tensor.stride)
     lasting_properties = (Tensor.numel, attrgetter("dtype"))
 
-    def __init__(
-        self,
-        rule: UpdateRule,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: States,
-        loops: list[tuple[Loop, Placement]],
-    ) -> None:
-        super().__init__(rule, params, grads, states, loops)
-        self.work = WorkList(loops, DTYPES[params[0].dtype])
-        for parameter, counter in zip(self.work.parameters, states.steps or (), strict=False):
+    def _prepare(self, grads: list[Tensor], loops: list[tuple[Loop, Placement]]) -> None:
+        self.work = WorkList(loops, DTYPES[self.params[0].dtype])
+        for parameter, counter in zip(self.work.parameters, self.states.steps or (), strict=False):
             parameter.step_is_f64 = counter.dtype == torch.float64
 
     def run(self, grads: list[Tensor], coefficients: Coefficients, fresh: list[bool]) -> None:
         """Take the step (see `forms.StepPlan.run`)."""
         for parameter, is_fresh in zip(self.work.parameters, fresh, strict=False):
             parameter.fresh = is_fresh
-        pointers = array("Q", self._pointers(grads))
-        self.work.run(pointers, self.rule, coefficients)
+        self.work.run(self._pointers(grads), self.rule, coefficients)
         for parameter, _ in zip(self.work.parameters, fresh, strict=False):
             parameter.fresh = 0
         torch.autograd.graph.increment_version(self.params)
@@ -222,12 +212,10 @@ class CenteringPlan(forms.CenteringPlan):
     properties = StepPlan.gradient_properties
     means_dtype = torch.float64
 
-    def __init__(self, tensors: list[Tensor], vectors: list[WeightVectors], loops: list[Loop]) -> None:
-        super().__init__(tensors, vectors, loops)
+    def _prepare(self, tensors: list[Tensor], loops: list[Loop]) -> None:
         self.work = WorkList([(loop, Placement.GRADIENT) for loop in loops], DTYPES[tensors[0].dtype])
 
-    def _run(self, tensors: list[Tensor], operation: Operation, means: Tensor | None) -> None:
-        pointers = array("Q", [*map(Tensor.data_ptr, tensors), *[0] * (len(tensors) * (_POINTERS - 1))])
+    def _run(self, pointers: list[int], operation: Operation, means: Tensor | None) -> None:
         self.work.run(pointers, operation, means=means)
 
 
@@ -239,7 +227,7 @@ def stream(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tens
     """
     columns = [params, grads, *states]
     pointers = array("Q", [tensor.data_ptr() for column in columns for tensor in column])
-    pointers.extend([0] * (len(params) * (_POINTERS - len(columns))))
+    pointers.extend([0] * (len(params) * (forms.POINTERS - len(columns))))
     sizes = array("q", [p.numel() * p.itemsize for p in params])
     addresses = pointers.buffer_info()[0], sizes.buffer_info()[0]
     _library.gradcentral_stream(*addresses, len(params), len(states), 0, torch.get_num_threads())
