@@ -1,5 +1,6 @@
 """Build the C kernels if a compiler is found; without one the package installs and takes its reference path."""
 
+import glob
 import os
 import platform
 import sys
@@ -49,7 +50,7 @@ setup(
         Extension(
             "gradcentral.kernels._native",
             [f"{C}/gradcentral.c"],
-            depends=[f"{C}/{name}.h" for name in ("kernels", "bf16", "types", "center", "step", "dtype")],
+            depends=sorted(glob.glob(f"{C}/*.h")),
             libraries=[] if sys.platform == "win32" else ["m"],
             optional=True,
         )
