@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +32,7 @@ ROOMS = (
     "projection",
     "weight_vectors",
     "plotting",
+    "json_lines",
     "extras",
 )
 
@@ -98,16 +101,17 @@ def test_no_module_bears_the_name_of_a_public_function() -> None:
     assert not {module.rpartition(".")[2] for module in MODULES} & public
 
 
-def test_importing_the_package_imports_nothing_but_torch() -> None:
-    lazily = {"bench", "cli", "paper", "experiment", "diagnostics", "initialization", "plotting"}
-    reached: set[str] = set()
+def test_importing_the_package_imports_torch_and_nothing_else() -> None:
+    code = (
+        "import sys, torch; before = {*sys.modules}; import gradcentral; "
+        "print(*{name.partition('.')[0] for name in {*sys.modules} - before} - {*sys.stdlib_module_names})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(run.stdout.split()) <= {"gradcentral", "torch"}
 
-    def visit(module: str) -> None:
-        if module not in reached:
-            reached.add(module)
-            for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body:  # not under TYPE_CHECKING
-                if isinstance(node, ast.ImportFrom) and node.module in MODULES:
-                    visit(node.module)
 
-    visit("gradcentral")
-    assert not {_room(module) for module in reached} & lazily
+def test_importing_the_package_does_not_import_what_needs_extras() -> None:
+    code = "import sys, gradcentral; print(*(name for name in sys.modules if name.startswith('gradcentral.')))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rooms = {_room(module) for module in run.stdout.split()}
+    assert not rooms & {"bench", "cli", "paper", "experiment", "diagnostics", "plotting"}
