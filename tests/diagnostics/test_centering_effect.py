@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 
 from gradcentral import WeightVectors, center
-from gradcentral.diagnostics.centering_effect import effects, together
+from gradcentral.diagnostics.centering_effect import combine_effects, effects
 from tests.strategies import Case, cases
 
 ROWS = WeightVectors(span=(1,))
@@ -36,7 +36,7 @@ def test_what_is_left_alone_does_not_change() -> None:
 
 def test_several_gradients_together_are_as_one_vector() -> None:
     a, b, bias = torch.randn(3, 4).double(), torch.randn(5, 4).double(), torch.randn(7).double()
-    whole = together(effects([(a, ROWS), (b, ROWS), (bias, None)]))
+    whole = combine_effects(effects([(a, ROWS), (b, ROWS), (bias, None)]))
     g = torch.cat([a.flatten(), b.flatten(), bias])
     centered = torch.cat([center(a, ROWS).flatten(), center(b, ROWS).flatten(), bias])
     assert whole.norm == pytest.approx(float(g.norm()))
@@ -49,7 +49,7 @@ def test_a_zero_gradient_has_no_direction() -> None:
     (effect,) = effects([(torch.zeros(2, 3), ROWS)])
     assert effect.share == 0
     assert math.isnan(effect.cosine)
-    assert together([effect]).share == 0
+    assert combine_effects([effect]).share == 0
     assert effects([]) == []
 
 
@@ -74,4 +74,4 @@ def test_what_is_not_finite_has_no_share() -> None:
         (effect,) = effects([(torch.tensor([[1.0, bad]]), ROWS)])
         assert math.isnan(effect.share)
         assert math.isnan(effect.cosine)
-        assert math.isnan(together([effect, effect]).share)
+        assert math.isnan(combine_effects([effect, effect]).share)

@@ -18,8 +18,8 @@ import gradcentral
 from gradcentral import centralize, weight_layout
 from gradcentral.diagnostics.drift import Drift
 from gradcentral.diagnostics.monitor import Monitor
-from gradcentral.diagnostics.monitor_plot import history
-from gradcentral.diagnostics.record import Memory, Reading, Record
+from gradcentral.diagnostics.monitor_plot import plot_records
+from gradcentral.diagnostics.record import Reading, Record, RecordBuffer
 from gradcentral.plotting import DARK
 
 
@@ -105,9 +105,9 @@ def test_drift_is_the_one_of_comparisons() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     layout = weight_layout(model)
-    drift, monitor = Drift(layout), Monitor(model, optimizer, every=3, layout=layout)
+    drift, monitor = Drift(layout.items()), Monitor(model, optimizer, every=3, layout=layout)
     _train(model, optimizer, 3)
-    total, of_one = drift.total(), float(drift.of(model[0].weight).norm())
+    total, of_one = drift.total(), float(drift.of(model[0].weight, layout[model[0].weight]).norm())
     _train(model, optimizer, 1)
     assert monitor.records[-1].net.drift == pytest.approx(total, rel=1e-12)
     assert monitor.records[-1].layers["0.weight"].drift == pytest.approx(of_one, rel=1e-12)
@@ -488,7 +488,7 @@ def test_a_state_of_another_model_is_refused() -> None:
     model, other = nn.Linear(3, 2), nn.Linear(3, 4)
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor = Monitor(model, optimizer)
-    with pytest.raises(ValueError, match="state: 0.weight is no parameter of the model"):
+    with pytest.raises(ValueError, match="state: 0.weight is not a parameter of the model"):
         monitor.load_state_dict({"step": 0, "start": {"0.weight": torch.zeros(2, 1)}})
     monitor.load_state_dict(Monitor(other, SGD(other.parameters(), lr=0.1)).state_dict())
     with pytest.raises(ValueError, match="state: weight has other weight vectors now"):
@@ -502,7 +502,7 @@ def test_a_state_of_another_model_is_refused() -> None:
     ("arguments", "error", "message"),
     [
         ({"every": 0}, ValueError, "every must be at least 1, not 0"),
-        ({"every": 2.5}, TypeError, "every must be a whole number, not float"),
+        ({"every": 2.5}, TypeError, "every must be an integer, not float"),
         ({"step": -1}, ValueError, "step must be at least 0, not -1"),
         ({"layout": "conv"}, TypeError, "layout must be a WeightLayout"),
         ({"to": 3}, TypeError, "to must be a path .* not int"),
@@ -519,11 +519,11 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
 def test_wrong_models_and_optimizers() -> None:
     model, other = _model(), _model()
     optimizer = SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, not SGD: Monitor\(model, optimizer\)"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, not SGD; use Monitor\(model, optimizer\)"):
         Monitor(optimizer, model)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer"):
         Monitor(model, model)
-    with pytest.raises(ValueError, match="optimizer: none of the model's parameters is in it"):
+    with pytest.raises(ValueError, match="optimizer: contains none of the model's parameters"):
         Monitor(other, optimizer)
     norm = nn.LayerNorm(3)
     with pytest.raises(ValueError, match="layout: nothing in this optimizer is centered"):
@@ -548,15 +548,15 @@ def test_sharded_parameters_are_refused() -> None:
         torch.distributed.destroy_process_group()
 
 
-# Records in memory, and the figure.
+# Records in buffer, and the figure.
 
 
 @pytest.mark.parametrize("limit", [2, 3, 8, 9])
-def test_memory_is_bounded_evenly_spread_and_has_the_first_and_the_newest(limit: int) -> None:
-    memory = Memory(limit)
+def test_buffer_is_bounded_evenly_spread_and_has_the_first_and_the_newest(limit: int) -> None:
+    buffer = RecordBuffer(limit)
     for step in range(100):
-        memory.add(Record(step, None, False, Reading(), {}))
-        steps = [record.step for record in memory.records]
+        buffer.add(Record(step, None, False, Reading(), {}))
+        steps = [record.step for record in buffer.records]
         assert len(steps) <= limit
         assert (steps[0], steps[-1]) == (0, step)
         gaps = {b - a for a, b in itertools.pairwise(steps[:-1])}
@@ -566,16 +566,16 @@ def test_memory_is_bounded_evenly_spread_and_has_the_first_and_the_newest(limit:
 
 @pytest.mark.parametrize("limit", [2, 3, 8, 9])
 @pytest.mark.parametrize("back", [0, 1, 37, 60, 99])
-def test_memory_goes_back(limit: int, back: int) -> None:
-    memory = Memory(limit)
+def test_buffer_goes_back(limit: int, back: int) -> None:
+    buffer = RecordBuffer(limit)
     for step in range(100):
-        memory.add(Record(step, None, False, Reading(), {}))
-    before = [record.step for record in memory.records if record.step < back]
-    memory.go_back(back)
-    assert [record.step for record in memory.records] == before
+        buffer.add(Record(step, None, False, Reading(), {}))
+    before = [record.step for record in buffer.records if record.step < back]
+    buffer.rewind(back)
+    assert [record.step for record in buffer.records] == before
     for step in range(back, back + 50):
-        memory.add(Record(step, None, False, Reading(), {}))
-        steps = [record.step for record in memory.records]
+        buffer.add(Record(step, None, False, Reading(), {}))
+        steps = [record.step for record in buffer.records]
         assert steps == sorted(set(steps))
         assert len(steps) <= limit
         assert (steps[0], steps[-1]) == (0, step)
@@ -583,13 +583,13 @@ def test_memory_goes_back(limit: int, back: int) -> None:
             assert steps == list(range(step + 1)) or len(steps) > limit // 2
 
 
-def test_memory_that_need_not_go_back_stays() -> None:
-    memory, other = Memory(4), Memory(4)
+def test_buffer_that_need_not_go_back_stays() -> None:
+    buffer, other = RecordBuffer(4), RecordBuffer(4)
     for step in range(23):
-        memory.add(Record(step, None, False, Reading(), {}))
+        buffer.add(Record(step, None, False, Reading(), {}))
         other.add(Record(step, None, False, Reading(), {}))
-        memory.go_back(step + 1)
-    assert memory.records == other.records
+        buffer.rewind(step + 1)
+    assert buffer.records == other.records
 
 
 def test_plot(tmp_path: Any) -> None:
@@ -608,18 +608,18 @@ def test_plot(tmp_path: Any) -> None:
     before, after = norm.lines
     assert list(before.get_xdata()) == [0, 2, 4, 6, 8]
     assert list(before.get_ydata()) == [record.net.norm for record in monitor.records]
-    assert after.get_label() == "as centering would make it"
+    assert after.get_label() == "if it were centered"
     assert list(drift.lines[1].get_ydata()) == [record.net.drift for record in monitor.records]
     assert [label.get_text() for label in shares.get_yticklabels()] == ["0.weight", "2.weight"]
     figure.savefig(tmp_path / "several.png")
-    again = history(Monitor.read(tmp_path / "run.jsonl"))
+    again = plot_records(Monitor.read(tmp_path / "run.jsonl"))
     assert list(again.axes[0].lines[0].get_ydata()) == pytest.approx(list(before.get_ydata()), rel=1e-5)
 
 
 def test_plot_has_gaps_where_a_gradient_was_not_finite(tmp_path: Any) -> None:
     readings: list[Callable[[], Reading]] = [lambda: Reading(share=0.5, norm=1.0), Reading, Reading]
     records = [Record(step, "update", True, make(), {"weight": make()}) for step, make in enumerate(readings)]
-    figure = history(records)
+    figure = plot_records(records)
     figure.savefig(tmp_path / "gaps.png")
     values = list(figure.axes[0].lines[0].get_ydata())
     assert values[0] == 1.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradcentral.diagnostics.preserve import unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 
 
 class Replacing(nn.Module):
@@ -45,7 +45,7 @@ def test_gradients_buffers_modes_and_random_numbers_come_back() -> None:
     gradients = [(p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None]
     modes = [module.training for module in model.modules()]
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index]
-    with unchanged(model):
+    with preserve_state(model):
         assert all(p.grad is None for p in model.parameters())
         use(model)
         assert not torch.equal(model.state_dict()["1.running_mean"], before["1.running_mean"])
@@ -62,14 +62,14 @@ def test_gradients_buffers_modes_and_random_numbers_come_back() -> None:
 
 def test_an_exception_leaves_no_trace_either() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
-    with pytest.raises(RuntimeError, match="stop"), unchanged(model):
+    with pytest.raises(RuntimeError, match="stop"), preserve_state(model):
         fail(model)
     assert model[0].num_batches_tracked == 0
     assert model[0].weight.grad is None
 
 
 def test_a_lazy_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="weight has no values yet"), unchanged(nn.LazyLinear(3)):
+    with pytest.raises(ValueError, match="weight is uninitialized"), preserve_state(nn.LazyLinear(3)):
         pass
 
 
@@ -93,7 +93,7 @@ class Caching(nn.Module):
 def test_weights_and_new_buffers_are_put_back_too() -> None:
     model = Caching()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with unchanged(model):
+    with preserve_state(model):
         model(torch.arange(5))
         assert not torch.equal(model.table.weight, before["table.weight"])
         assert set(model.state_dict()) == {"table.weight", "cache"}
@@ -105,5 +105,5 @@ def test_weights_and_new_buffers_are_put_back_too() -> None:
 
 def test_a_lazy_buffer_is_refused() -> None:
     norm = nn.LazyBatchNorm1d(affine=False)
-    with pytest.raises(ValueError, match="running_mean has no values yet"), unchanged(norm):
+    with pytest.raises(ValueError, match="running_mean is uninitialized"), preserve_state(norm):
         pass

@@ -11,9 +11,17 @@ from torch import Tensor, nn
 
 import gradcentral
 from gradcentral import WeightVectors, probe, share, weight_layout
-from gradcentral.diagnostics.findings import ACTS, ERASES, LEFT_ALONE, NO_GRADIENT, NO_OP, NOT_FINITE
 from gradcentral.diagnostics.input_means import InputMeans
-from gradcentral.diagnostics.probing import LayerReport, ProbeReport
+from gradcentral.diagnostics.layer_report import (
+    NEAR_TOTAL,
+    NO_EFFECT,
+    NO_GRADIENT,
+    NON_FINITE,
+    PARTIAL,
+    SKIPPED,
+    LayerReport,
+)
+from gradcentral.diagnostics.probe_report import ProbeReport
 from gradcentral.experiment import load_task
 from gradcentral.experiment.probing import probe_task
 
@@ -35,8 +43,8 @@ def feeding(*before: nn.Module) -> nn.Sequential:
 def test_after_layer_norm_the_share_is_zero_to_rounding() -> None:
     found = layers(probe(feeding(nn.LayerNorm(64)).double(), mse, [(x.double(), y.double()) for x, y in batches()]))
     assert 0 <= found["2.weight"].share < 1e-28
-    assert found["2.weight"].kind == NO_OP
-    assert "centered already (as after LayerNorm)" in found["2.weight"].finding
+    assert found["2.weight"].kind == NO_EFFECT
+    assert "already centered (as after LayerNorm)" in found["2.weight"].finding
     assert found["2.weight"].input is not None
     assert found["2.weight"].input.offset < 1e-28
 
@@ -46,15 +54,15 @@ def test_after_a_sigmoid_the_share_is_near_one() -> None:
     data = [(x, y.abs() + 1) for x, y in batches()]
     found = layers(probe(feeding(nn.Sigmoid()), mse, data))
     assert found["2.weight"].share > 0.9
-    assert found["2.weight"].kind == ERASES
-    assert found["2.weight"].finding.startswith("near-erasure: ")
+    assert found["2.weight"].kind == NEAR_TOTAL
+    assert found["2.weight"].finding.startswith("near-total: ")
     assert "as after a sigmoid" in found["2.weight"].finding
 
 
 def test_after_relu_it_acts() -> None:
     found = layers(probe(feeding(nn.ReLU()), mse, batches()))
     assert 0.05 < found["2.weight"].share < 0.9
-    assert found["2.weight"].kind == ACTS
+    assert found["2.weight"].kind == PARTIAL
 
 
 def test_numbers_are_those_of_each_batch() -> None:
@@ -79,9 +87,9 @@ def test_the_whole_gradient_counts_what_is_left_alone() -> None:
     weight, bias = report.layers
     energy = weight.mean("norm") ** 2 + bias.mean("norm") ** 2
     assert report.share == pytest.approx(weight.share * weight.mean("norm") ** 2 / energy)
-    assert bias.kind == LEFT_ALONE
+    assert bias.kind == SKIPPED
     assert bias.share == 0
-    assert bias.finding == "left alone: bias"
+    assert bias.finding == "skipped: bias"
 
 
 class Traced(nn.Module):
@@ -144,24 +152,24 @@ def test_frozen_unreached_and_broken_layers_are_told() -> None:
 
     model = Odd()
     found = layers(probe(model, mse, batches()))
-    assert found["frozen.weight"].finding == "left alone: does not train"
+    assert found["frozen.weight"].finding == "skipped: does not train"
     assert found["unused.weight"].kind == found["cut.weight"].kind == NO_GRADIENT
     assert math.isnan(found["unused.weight"].cosine)
     with torch.no_grad():
         model.used.weight[0, 0] = torch.inf
     report = probe(model, mse, batches())
-    assert layers(report)["used.weight"].kind == NOT_FINITE
+    assert layers(report)["used.weight"].kind == NON_FINITE
     assert math.isnan(layers(report)["used.weight"].share)
     assert math.isnan(layers(report)["used.weight"].spread)
-    assert report.finding == "Nothing can be said: gradients are not finite."
+    assert report.finding == "The effect of GC is unknown: gradients contain NaN or Inf."
 
 
 def test_a_model_where_gc_changes_nothing_is_told_so() -> None:
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))
     finding = probe(model, mse, batches()).finding
-    assert "is a no-op on 1. With placement gradient it would change next to nothing" in finding
+    assert 'it has no effect on 1. Placement "gradient" would change almost nothing' in finding
     nothing = nn.Sequential(nn.Linear(1, 8), nn.LayerNorm(8))
-    assert probe(nothing, mse, batches(1, 8)).finding.startswith("GC centers nothing here")
+    assert probe(nothing, mse, batches(1, 8)).finding.startswith("GC centers nothing in this model")
 
 
 def test_mappings_are_passed_by_name() -> None:
@@ -210,7 +218,7 @@ def test_steps_taken_in_the_backward_pass_are_not_taken() -> None:
         parameter.grad = None
 
     model.weight.register_post_accumulate_grad_hook(step)
-    assert probe(model, mse, batches()).layers[0].kind == ACTS
+    assert probe(model, mse, batches()).layers[0].kind == PARTIAL
     assert torch.equal(model.weight, before)
     mse(model(torch.randn(2, 8)), torch.zeros(2, 4)).backward()
     assert not torch.equal(model.weight, before)  # the hook is in place again
@@ -264,9 +272,9 @@ def test_a_cause_is_named_only_where_it_is_one() -> None:
         assert (inputs.of(attention.in_proj_weight) is not None) == seen
     far = [(0.5 + torch.randn(512, 64), torch.full((512, 4), 50.0))]
     report = probe(nn.Linear(64, 4), mse, far)
-    assert report.layers[0].kind == ERASES
+    assert report.layers[0].kind == NEAR_TOTAL
     assert report.layers[0].finding.endswith("over the batch the rest cancels")
-    assert "little but its mean" not in report.finding
+    assert "nearly constant" not in report.finding
 
 
 def test_layers_that_read_something_else_first_are_not_looked_at() -> None:
@@ -310,15 +318,15 @@ def test_batches_are_taken_up_to_a_limit() -> None:
 @pytest.mark.parametrize(
     ("model", "loss", "data", "options", "error", "message"),
     [
-        (nn.Linear(8, 4), mse, [], {}, ValueError, "batches: there is no batch"),
+        (nn.Linear(8, 4), mse, [], {}, ValueError, "batches: there are none"),
         (nn.Linear(8, 4), mse, [torch.ones(2)], {}, TypeError, "a pair (input, target) or a mapping, not a Tensor"),
-        (nn.Linear(8, 4), mse, [(1, 2, 3)], {}, TypeError, "not 3 things"),
+        (nn.Linear(8, 4), mse, [(1, 2, 3)], {}, TypeError, "not 3 elements"),
         (nn.Linear(8, 4), lambda o, t: o, batches(), {}, ValueError, "scalar tensor, not one of shape (32, 4)"),
         (nn.Linear(8, 4), lambda o, t: 1.0, batches(), {}, ValueError, "must return a scalar tensor, not a float"),
         (nn.Linear(8, 4), lambda o, t: t.sum(), batches(), {}, ValueError, "loss: does not depend on"),
         (nn.Linear(8, 4), lambda o, t: t.requires_grad_().sum(), batches(), {}, ValueError, "loss: does not depend on"),
         (nn.Linear(8, 4), mse, batches(), {"max_batches": 0}, ValueError, "max_batches must be at least 1"),
-        (nn.LazyLinear(4), mse, batches(), {}, ValueError, "model: weight has no values yet"),
+        (nn.LazyLinear(4), mse, batches(), {}, ValueError, "model: weight is uninitialized"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(
@@ -422,7 +430,7 @@ def test_tasks_are_probed_on_their_own_batches(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert probe_task(task, batches=2) == report
     assert probe_task(task, batches=2, seed=1) != report
-    assert all(layer.kind in (ACTS, ERASES) for layer in report.centered)
+    assert all(layer.kind in (PARTIAL, NEAR_TOTAL) for layer in report.centered)
 
 
 def test_the_chart_shows_every_centered_parameter() -> None:

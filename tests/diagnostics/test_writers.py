@@ -16,7 +16,8 @@ from torch import nn
 
 from gradcentral.diagnostics.monitor import Monitor
 from gradcentral.diagnostics.record import Reading, Record
-from gradcentral.diagnostics.writers import RecordFile, read_records, sinks
+from gradcentral.diagnostics.record_file import RecordFile, read_records
+from gradcentral.diagnostics.writers import writers_for
 from gradcentral.extras import MissingExtraError
 
 NAMES = ("run.jsonl", "run.csv")
@@ -98,7 +99,7 @@ def test_two_trainings_are_not_mixed_in_one_file(name: str, tmp_path: Path) -> N
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     monitor = Monitor(model, optimizer, to=path)
     for _ in range(2):  # not only the first time
-        with pytest.raises(ValueError, match=rf"to: .*{name} has the records of a training, the last of step 4"):
+        with pytest.raises(ValueError, match=rf"to: .*{name} has the records of a run, the last of step 4"):
             optimizer.step()
     assert (monitor.step, monitor.records) == (0, [])
     assert path.read_bytes() == content
@@ -159,8 +160,8 @@ def test_a_header_torn_at_once_is_written_anew(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_left_as_it_is(name: str, content: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(content.encode("latin-1") + b"tail")
-    with pytest.raises(ValueError, match=rf"{name}, line 1: is no record of Monitor .* give another path"):
-        sinks(path)
+    with pytest.raises(ValueError, match=rf"{name}, line 1: not a record of Monitor .* give another path"):
+        writers_for(path)
     with pytest.raises(ValueError, match="line 1"):
         read_records(path)
     assert path.read_bytes() == content.encode("latin-1") + b"tail"
@@ -184,8 +185,8 @@ def test_a_single_line_of_something_else_without_its_end_is_left_as_it_is(
 ) -> None:
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"{name}, line 1: is no record of Monitor .* give another path"):
-        sinks(path)
+    with pytest.raises(ValueError, match=rf"{name}, line 1: not a record of Monitor .* give another path"):
+        writers_for(path)
     with pytest.raises(ValueError, match="line 1"):
         read_records(path)
     assert path.read_text(encoding="utf-8") == content
@@ -204,9 +205,9 @@ def test_a_first_record_torn_anywhere_is_written_anew(name: str, tmp_path: Path)
 
 
 def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"to: .*run.json: a file of records ends in .jsonl or .csv, not '.json'"):
-        sinks(tmp_path / "run.json")
-    with pytest.raises(ValueError, match="ends in .jsonl or .csv"):
+    with pytest.raises(ValueError, match=r"to: .*run.json: a file of records must end in .jsonl or .csv, not '.json'"):
+        writers_for(tmp_path / "run.json")
+    with pytest.raises(ValueError, match="must end in .jsonl or .csv"):
         read_records(tmp_path / "run.txt")
     assert not list(tmp_path.iterdir())
 
@@ -229,8 +230,8 @@ class _Writer:
 
 def test_a_writer_gets_scalars_and_no_gaps() -> None:
     writer = _Writer()
-    (sink,) = sinks(writer)
-    sink(_record(5))
+    (write,) = writers_for(writer)
+    write(_record(5))
     assert writer.scalars["gc/norm", 5] == 3.0
     assert writer.scalars['gc_share/a,"b".weight', 5] == 0.25
     assert ("gc/share", 5) not in writer.scalars
@@ -252,4 +253,4 @@ def test_without_tensorboard_a_folder_says_what_to_install(monkeypatch: pytest.M
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(MissingExtraError, match=r"this needs tensorboard: pip install 'gradcentral\[tensorboard\]'"):
-        sinks(tmp_path / "board")
+        writers_for(tmp_path / "board")
