@@ -23,12 +23,6 @@ def loss_of(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) ->
     Raises:
         TypeError: the batch is neither a pair nor a mapping.
         ValueError: the loss is not a scalar tensor, or does not depend on the model's parameters.
-
-    Examples:
-        >>> import torch
-        >>> model, mse = torch.nn.Linear(2, 1), torch.nn.functional.mse_loss
-        >>> loss_of(model, mse, (torch.ones(3, 2), torch.ones(3, 1))).shape
-        torch.Size([])
     """
     if isinstance(batch, Mapping):
         value = loss(model(**batch), batch)

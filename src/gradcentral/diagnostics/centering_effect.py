@@ -44,12 +44,6 @@ def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Ef
     """Measure the `Effect` of centering on each gradient; a gradient without weight vectors is not changed by it.
 
     All results are transferred to the host in one copy.
-
-    Examples:
-        >>> import torch
-        >>> from gradcentral import WeightVectors
-        >>> effects([(torch.tensor([[3.0, 1.0]]), WeightVectors(span=(1,)))])[0].centered_norm
-        1.4142135381698608
     """
     fan_ins, scalars = [], []
     with torch.no_grad():
@@ -64,7 +58,13 @@ def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Ef
                 fan_ins.append(g.numel() // means.numel())
                 scalars += norms([means, g, centered]) + norms([g, centered], torch.inf)
     numbers = iter(to_numbers(scalars))
-    return [_effect(fan_in, *itertools.islice(numbers, 5)) for fan_in in fan_ins]
+    found = []
+    for fan_in in fan_ins:
+        means_norm, norm, *others = itertools.islice(numbers, 5)
+        # `projection.share`, from norms that are already computed; rounding may exceed 1.
+        share = min(fan_in * (means_norm / norm) ** 2, 1.0) if norm != 0 else 0.0
+        found.append(Effect(share, norm, *others))
+    return found
 
 
 def combine_effects(parts: Sequence[Effect]) -> Effect:
@@ -98,11 +98,3 @@ def to_numbers(scalars: Sequence[Tensor]) -> list[float]:
     dtype = max((scalar.dtype for scalar in scalars), key=lambda dtype: dtype.itemsize)
     numbers: list[float] = torch.stack([scalar.to(scalars[0].device, dtype) for scalar in scalars]).tolist()
     return numbers
-
-
-def _effect(
-    fan_in: int, means_norm: float, norm: float, centered_norm: float, largest: float, centered_largest: float
-) -> Effect:
-    # `projection.share`, from norms that are already computed; rounding may exceed 1.
-    share = min(fan_in * (means_norm / norm) ** 2, 1.0) if norm != 0 else 0.0
-    return Effect(share, norm, centered_norm, largest, centered_largest)

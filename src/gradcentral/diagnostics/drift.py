@@ -17,10 +17,7 @@ __all__ = ["Drift", "precise_means"]
 class Drift:
     """Measures eᵀ(w − w⁰) = √M (mean(w) − mean(w⁰)) per weight vector, where w⁰ are the weights at a reference point.
 
-    The reference of a parameter is set when it is first seen. One number per weight vector is kept.
-
-    Args:
-        pairs: parameters whose reference is their value now, with their weight vectors.
+    The first measurement of a parameter sets its reference; that of ``pairs`` is set now.
 
     Source: Yong et al. 2020, eq. 4: GC keeps w on the hyperplane eᵀ(w − w⁰) = 0.
 
@@ -42,17 +39,10 @@ class Drift:
             self.of(parameter, vectors)
 
     def of(self, parameter: Tensor, vectors: WeightVectors, means: Tensor | None = None) -> Tensor:
-        """Measure the drift of one parameter.
+        """Measure the drift of one parameter, one number per weight vector.
 
-        The first call for a parameter sets its reference, and so does the first call with other weight vectors.
-
-        Args:
-            parameter: the weights.
-            vectors: their weight vectors.
-            means: `precise_means` of the parameter, if they are already computed.
-
-        Returns:
-            One number per weight vector, in one dimension.
+        Other weight vectors than in the previous call set a new reference. ``means`` are the parameter's
+        `precise_means`, if they are already computed.
 
         Raises:
             ValueError: a loaded reference has another number of weight vectors.

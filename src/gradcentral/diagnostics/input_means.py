@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -39,28 +40,12 @@ class InputMeans:
     def __init__(self, model: nn.Module, layout: WeightLayout) -> None:
         self._sums: dict[Tensor, Tensor] = {}
         self._hooks: list[Any] = []
-        self._observed = [
-            (module, parameter, layout[parameter])
-            for module, parameter in _owners(model, layout)
-            if _reads_first_argument(module, layout.names[parameter])
-        ]
+        self._observed = [(module, parameter, layout[parameter]) for module, parameter in _owners(model, layout)]
 
     def __enter__(self) -> InputMeans:
         for module, parameter, vectors in self._observed:
-
-            def add(
-                module: nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                parameter: Tensor = parameter,
-                vectors: WeightVectors = vectors,
-            ) -> None:
-                x = _input(module, args, kwargs)
-                with torch.no_grad():
-                    if x is not None and (sums := _sums_of(module, x.detach(), parameter, vectors)) is not None:
-                        self._sums[parameter] = self._sums.get(parameter, 0.0) + sums
-
-            self._hooks.append(module.register_forward_pre_hook(add, with_kwargs=True))
+            hook = functools.partial(self._add, parameter, vectors)
+            self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,26 +60,29 @@ class InputMeans:
         count, total, in_mean, energy = sums.tolist()
         return InputMean(total / count, in_mean / energy if energy > 0 else math.nan)
 
+    @torch.no_grad()
+    def _add(self, parameter: Tensor, vectors: WeightVectors, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = _input(module, args, kwargs)
+        if x is not None and (sums := _sums_of(module, x.detach(), parameter, vectors)) is not None:
+            self._sums[parameter] = self._sums.get(parameter, 0.0) + sums
+
 
 def _owners(model: nn.Module, layout: WeightLayout) -> list[tuple[nn.Module, Tensor]]:
-    """Pair each module that has exactly one centered parameter with it."""
+    """Pair each module that has exactly one centered parameter with it, if it is applied to the first argument."""
     found: list[tuple[nn.Module, Tensor]] = []
     for module in model.modules():
-        if isinstance(module, ParametrizationList):
+        if isinstance(module, (ParametrizationList, nn.Bilinear)):  # Bilinear multiplies two arguments
             continue
         parameters = [p for p in module.parameters(recurse=False) if p in layout]
         for original in getattr(module, "parametrizations", {}).values():
             parameters += [p for p in original.parameters(recurse=False) if p in layout]
+        # The hidden weights of recurrent layers read a state that no hook observes.
         if isinstance(module, nn.RNNBase):
             parameters = [p for p in parameters if p is module.weight_ih_l0]
+        parameters = [p for p in parameters if "weight_hh" not in layout.names[p]]
         if len(parameters) == 1:
             found.append((module, parameters[0]))
     return found
-
-
-def _reads_first_argument(module: nn.Module, name: str) -> bool:
-    # Bilinear multiplies two arguments; the hidden weights of a recurrent layer read a state that no hook observes.
-    return not isinstance(module, nn.Bilinear) and "weight_hh" not in name
 
 
 def _input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -112,8 +100,10 @@ def _sums_of(module: nn.Module, x: Tensor, parameter: Tensor, vectors: WeightVec
     if not x.is_floating_point() or x.numel() == 0:
         return None
     x = x.float() if x.dtype.itemsize < 4 else x
-    if isinstance(module, _ConvNd) and not _is_image(module, x):
-        return None  # a subclass with another first argument
+    if isinstance(module, _ConvNd):
+        axes = len(module.kernel_size)
+        if x.ndim not in (axes + 1, axes + 2) or x.shape[-axes - 1] != module.in_channels:
+            return None  # a subclass with another first argument
     if isinstance(module, _ConvTransposeNd):
         # A position is multiplied with one tap at a time, so an input of a weight vector is its group's channels there.
         means, energies, size = _channel_means(module, x)
@@ -125,11 +115,6 @@ def _sums_of(module: nn.Module, x: Tensor, parameter: Tensor, vectors: WeightVec
         return None
     count = means.new_tensor(means.numel())
     return torch.stack([count, means.sum(), size * means.square().sum(), energies.sum()]).cpu().double()
-
-
-def _is_image(module: _ConvNd, x: Tensor) -> bool:
-    axes = len(module.kernel_size)
-    return x.ndim in (axes + 1, axes + 2) and x.shape[-axes - 1] == module.in_channels
 
 
 def _patch_means(module: _ConvNd, x: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -18,6 +18,10 @@ SKIPPED, NO_GRADIENT, NON_FINITE = "skipped", "no gradient", "non-finite"
 # A share below 1 % turns the gradient by less than 6 degrees; one above 90 % leaves less than a third of its length.
 _NO_EFFECT_BELOW, _NEAR_TOTAL_ABOVE = 0.01, 0.9
 _CENTERED_BELOW, _CONSTANT_ABOVE = 0.02, 0.8
+_CAUSES = {
+    NON_FINITE: "its gradient contains NaN or Inf",
+    NO_GRADIENT: "the loss of these batches does not depend on it",
+}
 
 
 @dataclass(frozen=True)
@@ -85,21 +89,16 @@ class LayerReport:
         return self.kind == NEAR_TOTAL and self.input is not None and self.input.offset > _CONSTANT_ABOVE
 
     def _cause(self) -> str:
-        kind = self.kind
-        fixed = {
-            SKIPPED: self.reason,
-            NON_FINITE: "its gradient contains NaN or Inf",
-            NO_GRADIENT: "these batches give it none, or only zeros",
-        }
-        if kind in fixed:
-            return fixed[kind]
+        if self.kind in _CAUSES:
+            return _CAUSES[self.kind]
+        if self.vectors is None:
+            return self.reason
         if self.input is None or math.isnan(self.input.offset):
             return ""
-        if kind == NO_EFFECT:
-            if self.input.offset < _CENTERED_BELOW:
-                return "its input is already centered (as after LayerNorm)"
-            return "the contributions of its input's mean cancel over the batch"
+        if self.kind == NO_EFFECT:
+            centered = self.input.offset < _CENTERED_BELOW
+            return "its input is already centered (as after LayerNorm)" if centered else "its input's mean cancels out"
         cause = f"{self.input.offset:.0%} of its input's energy is in the mean"
-        if kind == PARTIAL:
+        if self.kind == PARTIAL:
             return cause
-        return f"{cause}{', as after a sigmoid' if self.has_constant_input else '; over the batch the rest cancels'}"
+        return f"{cause}{', as after a sigmoid' if self.has_constant_input else '; the rest cancels over the batch'}"

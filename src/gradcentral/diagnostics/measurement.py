@@ -18,7 +18,7 @@ from gradcentral.diagnostics.record import NET, Reading, Record
 from gradcentral.layout import WeightLayout
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["Watched", "WatchedModel", "measure"]
+__all__ = ["Watched", "measure", "watched_parameters"]
 
 
 class Watched(NamedTuple):
@@ -29,42 +29,25 @@ class Watched(NamedTuple):
     vectors: WeightVectors | None
 
 
-class WatchedModel:
-    """Finds the model's parameters in an optimizer, as both change during training.
+def watched_parameters(
+    optimizer: Optimizer, model_layout: WeightLayout, layout: WeightLayout | None = None
+) -> list[Watched]:
+    """Return the parameters of the model that are in the optimizer, as both are now.
 
-    Args:
-        own: layout of the model.
-        layout: weight vectors to use instead of those of the attached GC.
+    Their weight vectors are those of ``layout``, else of the attached GC, else of ``model_layout``.
+
+    Raises:
+        ValueError: a parameter is sharded.
     """
-
-    def __init__(self, own: WeightLayout, layout: WeightLayout | None) -> None:
-        self.own = own
-        self._layout = layout
-        self._parameters = 0
-
-    @property
-    def layout(self) -> WeightLayout:
-        """The layout to use if no GC is attached."""
-        return self.own if self._layout is None else self._layout
-
-    def parameters(self, optimizer: Optimizer) -> list[Watched]:
-        """Return the parameters of the model that are in the optimizer.
-
-        Raises:
-            ValueError: one of them is sharded.
-        """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if self.own.pending or len(parameters) != self._parameters:
-            self.own.refresh()
-            self._parameters = len(parameters)
-        names = self.own.names
-        known = [p for p in parameters if p in names and not is_lazy(p) and p.numel()]
-        for p in known:
-            if any(base.__name__ == "DTensor" for base in type(p).__mro__):
-                raise ValueError(f"model: {names[p]} is sharded (a DTensor), which Monitor does not support")
-        attached = _attached_layouts(optimizer, known) if self._layout is None else []
-        layouts = attached or [self.layout]
-        return [Watched(names[p], p, next((layout[p] for layout in layouts if p in layout), None)) for p in known]
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    _refresh(model_layout, held)
+    names = model_layout.names
+    parameters = [p for p in held if p in names and not is_lazy(p) and p.numel()]
+    for p in parameters:
+        if any(base.__name__ == "DTensor" for base in type(p).__mro__):
+            raise ValueError(f"model: {names[p]} is sharded (a DTensor), which Monitor does not support")
+    layouts = [layout] if layout is not None else _attached_layouts(optimizer, parameters) or [model_layout]
+    return [Watched(names[p], p, next((found[p] for found in layouts if p in found), None)) for p in parameters]
 
 
 def measure(optimizer: Optimizer, watched: Sequence[Watched], drift: Drift, step: int) -> Record:
@@ -140,9 +123,13 @@ def _attached_layouts(optimizer: Optimizer, parameters: list[Tensor]) -> list[We
     """Return the layouts of the GC attached to the optimizer that contain some of these parameters."""
     layouts = [targets.layout for targets in centering_of(optimizer)]
     for layout in layouts:
-        if layout.pending or not all(layout.knows(p) for p in parameters):
-            layout.refresh()
+        _refresh(layout, parameters)
     return [layout for layout in layouts if any(layout.knows(p) for p in parameters)]
+
+
+def _refresh(layout: WeightLayout, parameters: list[Tensor]) -> None:
+    if layout.pending or not all(layout.knows(p) for p in parameters):
+        layout.refresh()
 
 
 def _placement(optimizer: Optimizer, watched: Sequence[Watched]) -> str | None:

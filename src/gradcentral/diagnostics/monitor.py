@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from gradcentral.attach import HookedCall, closure_of, hooked_optimizer, replace_closure
 from gradcentral.diagnostics.drift import Drift
-from gradcentral.diagnostics.measurement import WatchedModel, measure
+from gradcentral.diagnostics.measurement import Watched, measure, watched_parameters
 from gradcentral.diagnostics.monitor_plot import plot_records
 from gradcentral.diagnostics.record import Record, RecordBuffer
 from gradcentral.diagnostics.record_file import RecordFile, read_records
@@ -98,9 +98,10 @@ class Monitor:
                 f"model must be a torch.nn.Module, not {type(model).__name__}; use Monitor(model, optimizer)"
             )
         if layout is not None and not isinstance(layout, WeightLayout):
-            raise TypeError(f"layout must be a WeightLayout, not {type(layout).__name__}: weight_layout(model)")
+            raise TypeError(f"layout must be a WeightLayout, not {type(layout).__name__}; use weight_layout(model)")
         self._every = _checked_integer("every", every, at_least=1)
-        self._watched = WatchedModel(weight_layout(model), layout)
+        self._layout = layout
+        self._model_layout = weight_layout(model)
         self._drift = Drift()
         self._buffer = RecordBuffer()
         optimizer = hooked_optimizer(optimizer)
@@ -146,7 +147,7 @@ class Monitor:
 
         The reference takes one number per weight vector.
         """
-        return {"step": self._step, "start": self._drift.state_dict(self._watched.own.names)}
+        return {"step": self._step, "start": self._drift.state_dict(self._model_layout.names)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint: steps and drift are counted from where they were.
@@ -157,7 +158,7 @@ class Monitor:
             ValueError: a parameter in the state is not in the model, or has another number of weight vectors (raised
                 at the next record).
         """
-        names = self._watched.own.names
+        names = self._model_layout.names
         unknown = sorted(set(state["start"]) - set(names.values()))
         if unknown:
             raise ValueError(
@@ -182,8 +183,8 @@ class Monitor:
         self.remove()
 
     def _set_references(self, optimizer: Optimizer) -> None:
-        watched = self._watched.parameters(optimizer)
-        if self._watched.own.pending:
+        watched = self._watched(optimizer)
+        if self._model_layout.pending:
             return  # lazy parameters get their references at the first record
         if not watched:
             raise ValueError(
@@ -192,8 +193,12 @@ class Monitor:
             )
         centered = [(part.parameter, part.vectors) for part in watched if part.vectors is not None]
         if not centered:
-            raise ValueError(f"layout: nothing in this optimizer is centered ({self._watched.layout.summary()})")
+            layout = self._model_layout if self._layout is None else self._layout
+            raise ValueError(f"layout: nothing in this optimizer is centered ({layout.summary()})")
         self._drift = Drift(centered)
+
+    def _watched(self, optimizer: Optimizer) -> list[Watched]:
+        return watched_parameters(optimizer, self._model_layout, self._layout)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCall | None:
         if not self._may_append:
@@ -239,7 +244,7 @@ class Monitor:
 
     def _record(self, optimizer: Optimizer, step: int) -> None:
         with torch.no_grad():
-            record = measure(optimizer, self._watched.parameters(optimizer), self._drift, step)
+            record = measure(optimizer, self._watched(optimizer), self._drift, step)
         self._buffer.add(record)
         for writer in self._writers:
             writer(record)

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,29 +58,23 @@ def _preserve_module(model: nn.Module) -> Iterator[None]:
         raise ValueError(f"model: {lazy[0]} is uninitialized (lazy); run one forward pass of the model first")
     modes = [(module, module.training) for module in model.modules()]
     values = [(tensor, tensor.detach().clone()) for _, tensor in tensors]
-    # A module may write into a buffer, replace it by another tensor, or register a new one.
-    buffers = [(m._buffers, {**m._buffers}) for m in model.modules()]
-    persistence = [(m._non_persistent_buffers_set, {*m._non_persistent_buffers_set}) for m in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
-    hooks = [(h, {**h}) for p in model.parameters() if (h := getattr(p, "_post_accumulate_grad_hooks", None))]
+    hooks = [h for p in model.parameters() if (h := getattr(p, "_post_accumulate_grad_hooks", None))]
+    # A module may write into a buffer, replace it by another tensor, or register a new one.
+    buffers = [b for m in model.modules() for b in (m._buffers, m._non_persistent_buffers_set)]
+    containers: list[tuple[Any, Any]] = [(container, container.copy()) for container in (*hooks, *buffers)]
     try:
         for parameter, _ in gradients:
             parameter.grad = None
-        for registered, _ in hooks:
-            registered.clear()
+        for hook in hooks:
+            hook.clear()
         yield
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        # Changed in place: torch holds on to these dictionaries and sets.
-        for registered, hooks_before in hooks:
-            registered.update(hooks_before)
-        for current, buffers_before in buffers:
-            current.clear()
-            current.update(buffers_before)
-        for names, names_before in persistence:
-            names.clear()
-            names.update(names_before)
+        for container, content in containers:  # in place, because torch refers to these dictionaries and sets
+            container.clear()
+            container.update(content)
         with torch.no_grad():
             for tensor, value in values:
                 if not torch.equal(tensor, value):

@@ -41,9 +41,10 @@ def plot_shares(layers: Sequence[LayerReport], whole: float, theme: Theme) -> An
         axis.set_xlim(0, 1.16)
         axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
         axis.grid(visible=False, axis="y")
-        label = f"share: fraction of the gradient's energy that GC removes    (dotted: the whole model, {whole:.0%})"
+        label = "share: fraction of the gradient's energy that GC removes\n"
+        label += f"line: ± standard deviation over the batches; dotted: the whole model, {whole:.0%}"
         if len(shown) < len(layers):
-            label = f"{label}\nthe {len(shown)} largest of {len(layers)} centered parameters"
+            label += f"; the {len(shown)} largest of {len(layers)} parameters"
         axis.set_xlabel(label)
         return figure
 

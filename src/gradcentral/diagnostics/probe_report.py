@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradcentral.diagnostics.centering_effect import Effect
-from gradcentral.diagnostics.layer_report import NEAR_TOTAL, NO_EFFECT, NO_GRADIENT, PARTIAL, LayerReport
+from gradcentral.diagnostics.layer_report import NO_EFFECT, NO_GRADIENT, LayerReport
 from gradcentral.diagnostics.probe_plot import plot_shares
 from gradcentral.layout.table import aligned, compact_names
 from gradcentral.plotting import LIGHT, Theme
@@ -50,15 +50,10 @@ class ProbeReport:
             return "GC centers nothing in this model: every parameter is skipped."
         if math.isnan(self.share):
             return "The effect of GC is unknown: gradients contain NaN or Inf."
-        counts = Counter(layer.kind for layer in self.centered)
-        words = {PARTIAL: "a partial effect", NO_EFFECT: "no effect", NEAR_TOTAL: "a near-total effect"}
-        parts = [f"{effect} on {counts[kind]}" for kind, effect in words.items() if kind in counts]
-        parts += [f"no gradient to center in {counts[NO_GRADIENT]}"] if NO_GRADIENT in counts else []
-        text = (
-            f"GC removes {self.share:.1%} of the whole gradient's energy. Of {len(self.centered)} centered parameters, "
-            f"it has {', '.join(parts)}."
-        )
-        if counts.keys() <= {NO_EFFECT, NO_GRADIENT}:
+        kinds = Counter(layer.kind for layer in self.centered)
+        text = f"GC removes {self.share:.1%} of the whole gradient's energy. Its effect on the centered parameters: "
+        text += ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common()) + "."
+        if kinds.keys() <= {NO_EFFECT, NO_GRADIENT}:
             return (
                 f'{text} Placement "gradient" would change almost nothing in this model; "update" still keeps weight '
                 "decay and adaptive step sizes from changing the means of the weights."

@@ -80,13 +80,7 @@ class Record:
 
     @classmethod
     def from_line(cls, line: str) -> Record:
-        """Parse the output of `to_line`.
-
-        Examples:
-            >>> record = Record(0, "update", False, Reading(share=0.25), {"weight": Reading(share=0.25)})
-            >>> Record.from_line(record.to_line()) == record
-            True
-        """
+        """Parse the output of `to_line`."""
         values = json.loads(line)
         layers = {name: Reading(**reading) for name, reading in values.pop("layers").items()}
         return cls(net=Reading(**values.pop("net")), layers=layers, **values)
