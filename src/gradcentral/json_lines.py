@@ -13,9 +13,14 @@ T = TypeVar("T")
 
 
 def append(path: Path, text: str, *, sync: bool = False) -> None:
-    """Append complete lines to a file, which is opened for each call so that a killed process loses nothing older.
+    """Append complete lines to a file.
 
-    With ``sync``, return only once the lines are on disk, so that they also survive a power failure.
+    The file is opened for each call, so that a killed process loses at most the lines it was writing.
+
+    Args:
+        path: created if it does not exist; its folder must exist.
+        text: one or more lines, each ending in a newline.
+        sync: return only once the lines are on disk, so that they also survive a power failure.
     """
     with path.open("a", encoding="utf-8", newline="") as file:
         file.write(text)
@@ -25,13 +30,18 @@ def append(path: Path, text: str, *, sync: bool = False) -> None:
 
 
 def read_complete(path: Path) -> str:
-    """Return the complete lines of a file, without the partial last line that a killed process may leave."""
+    """Return the complete lines of a file, without the partial last line that a killed writer may leave."""
     content = path.read_bytes()
     return content[: _end_of_lines(content)].decode("utf-8", errors="replace")
 
 
 def read_lines(path: Path, parse: Callable[[str], T], kind: str) -> list[T]:
-    r"""Parse each complete line of a file; ``kind`` names what a line holds, for the error message.
+    r"""Parse each complete line of a file.
+
+    Args:
+        path: of the file.
+        parse: converts one line, without its newline.
+        kind: what a line holds, for the error message.
 
     Raises:
         ValueError: a line cannot be parsed; the message gives its number.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -183,6 +184,7 @@ def test_a_file_with_other_contents_raises_and_is_not_changed(name: str, content
     with pytest.raises(ValueError, match="line 1"):
         read_records(path)
     assert path.read_bytes() == content.encode("latin-1") + b"tail"
+    assert writers_for(tmp_path / f"another{path.suffix}")
 
 
 @pytest.mark.parametrize(
@@ -270,5 +272,7 @@ def test_a_folder_without_tensorboard_raises_with_the_extra(monkeypatch: pytest.
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(MissingExtraError, match=r"this needs tensorboard: pip install 'gradcentral\[tensorboard\]'"):
+    with pytest.raises(MissingExtraError, match=r"this needs tensorboard: pip install 'gradcentral\[(.*)\]'") as caught:
         writers_for(tmp_path / "board")
+    extras = importlib.metadata.metadata("gradcentral").get_all("Provides-Extra") or []
+    assert re.findall(r"\[(.*)\]", str(caught.value))[0] in extras

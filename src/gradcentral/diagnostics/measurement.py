@@ -1,4 +1,4 @@
-"""What `Monitor` measures at one step, in two copies from the device to the host."""
+"""What `Monitor` measures at one step: the gradients and the weights that the step starts from."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def plot_shares(layers: Sequence[LayerReport], whole: float, theme: Theme) -> An
         # NaN compares false with everything and would leave the order undefined.
         shown = sorted(layers, key=lambda layer: -math.inf if math.isnan(layer.share) else -layer.share)[:_MAX_BARS]
     with style(theme):
-        figure = new_figure(9.8, 1.25 + 0.34 * max(len(shown), 1))
+        figure = new_figure(9.8, 1.4 + 0.34 * max(len(shown), 1))
         axis = figure.subplots()
         for position, layer in enumerate(shown):
             _bar(axis, position, layer, theme)
