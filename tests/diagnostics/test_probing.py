@@ -396,6 +396,7 @@ def test_inputs_of_convolutions_are_patches(module: nn.Conv2d) -> None:
     [
         (nn.Linear(5, 3), torch.rand(2, 4, 5), "weight"),
         (nn.GRU(5, 3), torch.rand(2, 4, 5), "weight_ih_l0"),
+        (nn.GRUCell(5, 3), torch.rand(2, 5), "weight_ih"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)), torch.rand(2, 5), "parametrizations.weight.original1"),
     ],
 )

@@ -32,14 +32,6 @@ def preserve_state(*modules: nn.Module, generators: Iterable[torch.Generator] = 
 
     Raises:
         ValueError: a parameter or buffer is lazy, so a forward pass would initialize it.
-
-    Examples:
-        >>> import torch
-        >>> norm = torch.nn.BatchNorm1d(2)
-        >>> with preserve_state(norm):
-        ...     _ = norm(torch.randn(8, 2))
-        >>> norm.num_batches_tracked
-        tensor(0)
     """
     with ExitStack() as stack:
         stack.enter_context(_preserve_global_generators())
