@@ -58,10 +58,10 @@ class Targets:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if layout.revision == self._revision and same_objects(parameters, self._parameters) and not layout.pending:
             return self._found
-        new = [p for p in parameters if not layout.knows(p) and p not in self._strangers]
+        new = [p for p in parameters if not layout.in_model(p) and p not in self._strangers]
         if new or layout.pending:
             layout.refresh()
-            strangers = [p for p in new if not layout.knows(p)]
+            strangers = [p for p in new if not layout.in_model(p)]
             self._strangers.update(strangers)
             if strangers and warn:
                 shapes = ", ".join(str(tuple(p.shape)) for p in strangers)
@@ -88,7 +88,7 @@ class Targets:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # Of several ranks one may own biases alone: ZeroRedundancyOptimizer, pipeline stages.
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not any(layout.knows(p) for p in parameters) and (parameters or not several):
+        if not any(layout.in_model(p) for p in parameters) and (parameters or not several):
             flat = parameters and all(p.ndim <= 1 for p in parameters)
             raise ValueError(
                 "none of the model's parameters is in the optimizer: give the model whose parameters it was made with "
@@ -97,7 +97,7 @@ class Targets:
             )
         if several:
             return targets
-        held = {names[p] for p in parameters if layout.knows(p)}
+        held = {names[p] for p in parameters if layout.in_model(p)}
         reasons = "; ".join(f"{name}: {reason}" for name, reason in layout.skipped.items() if name in held)
         raise ValueError(f"nothing is left to center in this optimizer ({reasons})")
 
@@ -112,7 +112,7 @@ class Targets:
         if not self._attached or torch.compiler.is_compiling():
             return
         attached = self._attached
-        standing = self.layout.standing()
+        standing = self.layout.current_parameters()
         held = {p for group in optimizer.param_groups for p in group["params"]}
         if not any(p in held for _, p, _ in attached):
             raise RuntimeError(

@@ -270,8 +270,8 @@ def _sized(
     """The pattern with the size of every axis; unspanned factors of size 1 are dropped, since they split nothing."""
     for name, value in sizes.items():
         named = [axis for group in groups for axis in group if axis.name == name]
-        given = [value] * len(named) if isinstance(value, int) else list(value)
-        if not named or len(given) != len(named):
+        given = [value] * max(len(named), 1) if isinstance(value, int) else list(value)
+        if len(given) != len(named):
             raise ValueError(f"{name} = {value}, but {len(named)} axes are named {name}")
         for axis, size in zip(named, given, strict=True):
             axis.size = size

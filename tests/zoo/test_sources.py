@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gradcentral.layout.library_tables import LIBRARIES, rules_of
-from gradcentral.layout.rules import matching_rule
+from gradcentral.layout.lookup import LIBRARIES, library_rules
+from gradcentral.layout.rules import matching_pattern
 from tests.zoo.declarations import declarations
 
 # Declared on another module than self, or on one that the rules of torch.nn speak for.
@@ -30,7 +30,7 @@ def test_every_declared_parameter_is_decided(library: str) -> None:
     for declared in found:
         cls = type(declared.class_name, (), {"__module__": declared.module, "__qualname__": declared.class_name})
         if (
-            not matching_rule(rules_of(cls), declared.name)[0]
+            matching_pattern(library_rules(cls), declared.name) is None
             and (declared.class_name, declared.name) not in _ELSEWHERE
         ):
             undecided.append(f"{declared.module}.{declared.class_name}.{declared.name} = {declared.source}")

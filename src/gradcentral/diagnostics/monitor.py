@@ -336,9 +336,9 @@ def _layouts_in_use(optimizer: Optimizer, parameters: list[Tensor]) -> list[Weig
     """The layouts of the GC that is attached to the optimizer, as far as they know some of these parameters."""
     layouts = [targets.layout for targets in centering_of(optimizer)]
     for layout in layouts:
-        if layout.pending or not all(layout.knows(p) for p in parameters):
+        if layout.pending or not all(layout.in_model(p) for p in parameters):
             layout.refresh()
-    return [layout for layout in layouts if any(layout.knows(p) for p in parameters)]
+    return [layout for layout in layouts if any(layout.in_model(p) for p in parameters)]
 
 
 def _placement(optimizer: Optimizer, parts: list[_Part]) -> str | None:
