@@ -33,7 +33,7 @@ class WeightVectors:
         view: shape to view the parameter as, with as many elements as the parameter. Default: its own shape.
         shape: shape of the parameter. Layouts fill it in (see `for_shape`); ``fan_in`` and ``count`` need it or
             ``view``.
-        names: names of the view's axes, used to print the pattern.
+        names: names of the axes of the view, used to print the pattern.
 
     Raises:
         ValueError: an axis is repeated or out of range, ``span`` is empty, or ``view`` and ``shape`` differ in
@@ -78,23 +78,22 @@ class WeightVectors:
         object.__setattr__(self, "shape", shape)
 
     @classmethod
-    def parse(cls, pattern: str, shape: Sequence[int], **sizes: int | Sequence[int]) -> WeightVectors:
+    def parse(cls, pattern: str, shape: Sequence[int], /, **sizes: int | Sequence[int]) -> WeightVectors:
         """Read a pattern such as ``"(g [i]) o [k k]"`` for a parameter of the given shape.
 
-        One name per axis of the parameter; brackets mark the axes that one weight vector runs over; parentheses split
-        an axis, outermost factor first; a number is an axis of that size; ``k...`` stands for any number of axes.
-        Unlike in einops, names only document: axes of the same name may differ in size (``k k`` is also a 3×5
-        kernel).
+        A pattern has one name per axis of the parameter. Brackets mark the axes that one weight vector runs over;
+        parentheses split an axis, outermost factor first; a number is an axis of that size; ``k...`` stands for any
+        number of axes. Unlike in einops, axes of the same name may differ in size: ``k k`` also covers a 3×5 kernel.
 
         Args:
-            pattern: the text.
+            pattern: names, numbers, brackets and parentheses, separated by spaces.
             shape: shape of the parameter.
-            sizes: sizes of named axes, to split axes and to check the shape; a sequence gives one size to each axis
-                of that name.
+            sizes: sizes of named axes, which determine how axes are split and are checked against the shape; a
+                sequence has one size for each axis of that name.
 
         Raises:
-            ValueError: the pattern is malformed, has no brackets, or does not fit the shape; of a split axis, more than
-                one size is unknown; ``sizes`` names an axis that the pattern does not have.
+            ValueError: the pattern is malformed, has no brackets, or does not fit the shape; an axis is split and more
+                than one of the sizes is unknown; ``sizes`` names an axis that the pattern does not have.
 
         Examples:
             >>> WeightVectors.parse("o [i k k]", (16, 3, 5, 5))

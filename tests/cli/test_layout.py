@@ -41,7 +41,7 @@ def test_models_that_need_values_are_built_without_the_meta_device(
         ("torch.nn:NoSuchLayer", "NameError"),
         ("torch.nn:Linear", "if it needs arguments, write them, as in"),
         ("torch:tensor([1.0])", "is a Tensor, neither a torch.nn.Module nor"),
-        ("no_such_task.py", "there is no such file"),
+        ("no_such_task.py", "no_such_task.py"),
     ],
 )
 def test_targets_that_cannot_be_built_are_refused(target: str, message: str) -> None:

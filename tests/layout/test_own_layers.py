@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 import gradcentral
 from gradcentral import LeaveAlone, WeightLayout, WeightVectors, register_layout, weight_layout
+from gradcentral.layout import axes
 
 
 class Declared(nn.Module):
@@ -92,6 +93,22 @@ def test_rules_can_refer_to_parameters_of_submodules() -> None:
     layout = weight_layout(nn.Sequential(Mixture()))
     assert layout["0.shared.weight"].fan_in == 4
     assert layout["0.experts.1.weight"].view == (3, 2, 4)
+
+
+def test_rules_can_take_the_sizes_of_split_axes_from_the_module() -> None:
+    class Grouped(nn.Module):
+        weight_vectors: ClassVar = {"weight": axes("(g [i]) o [k...]", g="groups", k="kernel_size")}
+
+        def __init__(self, groups: int) -> None:
+            super().__init__()
+            self.groups, self.kernel_size = groups, (5, 5)
+            self.weight = nn.Parameter(torch.zeros(8, 3, 5, 5))
+
+    patterns = [weight_layout(Grouped(groups))["weight"].pattern for groups in (1, 2)]
+    assert patterns == ["[i] o [k k]", "(2 [i]) o [k k]"]
+    assert weight_layout(Grouped(3)).unknown[0].reason == (
+        "shape (8, 3, 5, 5) does not fit Grouped: expected '(g [i]) o [k...]' with g = groups = 3, k = kernel_size = (5, 5)"
+    )
 
 
 def test_one_rule_is_suggested_for_each_kind_of_unknown_parameter() -> None:

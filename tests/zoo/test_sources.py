@@ -1,4 +1,4 @@
-"""Every raw parameter of two or more axes that an installed library declares has a rule, or a reason."""
+"""Every raw parameter with two or more axes that an installed library declares has a rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradcentral.layout.lookup import LIBRARIES, library_rules
 from gradcentral.layout.rules import matching_pattern
 from tests.zoo.declarations import declarations
 
-# Declared on another module than self, or on one that the rules of torch.nn speak for.
+# Declared on a module other than self, or covered by the rules of torch.nn.
 _ELSEWHERE = {
     ("MultiheadAttention", "in_proj_weight"),
     ("MultiheadAttention", "weight"),
@@ -20,7 +20,7 @@ _ELSEWHERE = {
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_every_declared_parameter_is_decided(library: str) -> None:
+def test_every_declared_parameter_has_a_rule(library: str) -> None:
     spec = importlib.util.find_spec(library)
     if spec is None or spec.origin is None:
         pytest.skip(f"needs {library}: pip install 'gradcentral[zoo]', or the library itself")

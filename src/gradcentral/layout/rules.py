@@ -12,27 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from gradcentral.weight_vectors import WeightVectors, as_vectors, check_pattern
 
-__all__ = [
-    "LAZY",
-    "Decision",
-    "Entry",
-    "LeaveAlone",
-    "LibraryTable",
-    "Rule",
-    "Rules",
-    "Table",
-    "apply_rule",
-    "axes",
-    "check_rule",
-    "declared_rules",
-    "matching_pattern",
-    "not_centerable",
-    "register_layout",
-    "registered_rules",
-    "unexpected_shape",
-]
+__all__ = ["Entry", "LeaveAlone", "axes", "register_layout"]
 
-CLASS_ATTRIBUTE = "weight_vectors"
+_CLASS_ATTRIBUTE = "weight_vectors"
 LAZY = "lazy: its shape is unknown until the first forward"
 
 
@@ -93,7 +75,8 @@ def register_layout(cls: type[nn.Module], name: str, rule: Rule) -> None:
             submodules (``"proj.weight"``, or ``"blocks.*.weight"`` for a ModuleList), and takes precedence over
             their own rules.
         rule: a pattern such as ``"[i] o"`` (see `WeightVectors.parse`) or a `WeightVectors`; `LeaveAlone` or None to
-            skip the parameter; or a function ``rule(module, tensor)`` that returns one of these.
+            skip the parameter; or a function ``rule(module, tensor)`` that returns one of these, such as
+            `gradcentral.layout.axes`, which takes the sizes of split axes from the module.
 
     Raises:
         TypeError: cls is not a module class, or rule is none of the above.
@@ -124,11 +107,11 @@ def registered_rules(cls: type) -> Rules:
 
 def declared_rules(cls: type) -> Rules:
     """The rules that the class itself declares in its attribute ``weight_vectors``."""
-    declared = cls.__dict__.get(CLASS_ATTRIBUTE)
+    declared = cls.__dict__.get(_CLASS_ATTRIBUTE)
     if not isinstance(declared, Mapping):  # an unrelated attribute of the same name
         return {}
     for name, rule in declared.items():
-        check_rule(rule, f"{cls.__name__}.{CLASS_ATTRIBUTE}[{name!r}]")
+        check_rule(rule, f"{cls.__name__}.{_CLASS_ATTRIBUTE}[{name!r}]")
     return declared
 
 

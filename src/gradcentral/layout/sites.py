@@ -15,9 +15,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 from gradcentral.layout.lookup import find_rule
 from gradcentral.layout.rules import LeaveAlone
 
-__all__ = ["FSDP2", "Owner", "Site", "refuse_flat", "sites"]
+__all__ = ["Owner", "Site", "refuse_flat", "sites"]
 
-FSDP2 = "torch.distributed.fsdp.fully_shard"
+_FSDP2 = "torch.distributed.fsdp.fully_shard"
 _MAGNITUDE = LeaveAlone("magnitude of weight_norm")
 
 
@@ -53,7 +53,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(
                 f"{path or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters so "
-                f"that their weight vectors cannot be identified: use {FSDP2} (FSDP2)"
+                f"that their weight vectors cannot be identified: use {_FSDP2} (FSDP2)"
             )
         parts = path.split(".") if path else []
         prefixes = (".".join(parts[:length]) for length in range(len(parts) + 1))
@@ -75,7 +75,7 @@ def refuse_flat(name: str, tensor: Tensor) -> None:
         return
     raise ValueError(
         f"{name} of shape {tuple(tensor.shape)} is a flat part of a parameter, made by {maker}, whose weight vectors "
-        f"cannot be identified: use {FSDP2} (FSDP2), which keeps the shapes"
+        f"cannot be identified: use {_FSDP2} (FSDP2), which keeps the shapes"
     )
 
 
