@@ -36,7 +36,7 @@ def test_raw_parameters_without_a_rule_are_skipped_and_reported() -> None:
     assert layout.skipped["project"] == "no rule for Attention.project"
     assert layout.skipped["gain"] == "one-dimensional"
     assert [layout.names[p] for p in layout] == ["head.weight"]
-    assert "4 are skipped as unknown" in layout.summary()
+    assert "4 skipped as unknown" in layout.summary()
 
 
 def test_registered_rules_apply_to_subclasses_and_lists() -> None:

@@ -29,9 +29,9 @@ class Net(nn.Module):
 
 def test_surprising_decisions_are_points_to_check() -> None:
     model = Net()
-    points = "\n".join(points_to_check(model, weight_layout(model)))
+    points = as_text(model, weight_layout(model))
     assert "raw: skipped as unknown (no rule for Net.raw)" in points
-    assert f"paste and edit: from {Net.__module__} import Net; gradcentral.register_layout(Net, " in points
+    assert f"  from {Net.__module__} import Net; gradcentral.register_layout(Net, " in points
     assert "embed.weight: skipped (tied: " in points
     assert "depth.weight: skipped (fan-in 1" in points
     assert "narrow.weight: centered with fan-in 2" in points

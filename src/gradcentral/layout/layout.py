@@ -198,7 +198,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         trained = [entry for entry in self.entries if entry.parameter.requires_grad]
         if len(trained) < len(self.entries):
             line += f"; of the trained ones, {_fraction_centered(trained, '')}"
-        return line + (f"; {len(self.unknown)} are skipped as unknown" if self.unknown else "")
+        return line + (f"; {len(self.unknown)} skipped as unknown" if self.unknown else "")
 
 
 def weight_layout(

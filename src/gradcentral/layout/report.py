@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from gradcentral.layout.layout import WeightLayout
 from gradcentral.layout.rules import Entry
-from gradcentral.layout.table import compact_names, render
+from gradcentral.layout.table import compact_names
 
 __all__ = ["as_json", "as_text", "points_to_check"]
 
@@ -20,11 +20,9 @@ _SMALL_FAN_IN = 4
 
 
 def as_text(model: nn.Module, layout: WeightLayout, *, every: bool = False) -> str:
-    """The table, the totals, and the points to check."""
-    parts = [render(layout.entries, every=every), layout.summary()]
-    if points := points_to_check(model, layout):
-        parts.append("\n".join(["To check:", *(f"- {point}" for point in points)]))
-    return "\n\n".join(parts)
+    """The table with totals and suggested rules, and the points to check."""
+    points = "".join(f"\n- {point}" for point in points_to_check(model, layout))
+    return layout.table(every=every) + (f"\n\nTo check:{points}" if points else "")
 
 
 def as_json(model: nn.Module, layout: WeightLayout) -> dict[str, Any]:
@@ -52,8 +50,7 @@ def points_to_check(model: nn.Module, layout: WeightLayout) -> list[str]:
         return [entry for entry in layout.entries if entry.reason.startswith(reason)]
 
     return [
-        *_lines(layout.unknown, lambda entry: f"skipped as unknown ({entry.reason})"),
-        *(f"to center it, paste and edit: {line}" for line in layout.suggestions),
+        *_lines(layout.unknown, _reason),
         *_lines(skipped("tied:"), _reason, lambda names: f"overrides={dict.fromkeys(names, 'o [i...]')}) centers it"),
         *_lines([*skipped("fan-in 1"), *skipped("pruned"), *skipped("lazy")], _reason),
         *_lines(
@@ -82,7 +79,7 @@ def _lines(
 
 
 def _reason(entry: Entry) -> str:
-    return f"skipped ({entry.reason})"
+    return f"skipped{' as unknown' * entry.unknown} ({entry.reason})"
 
 
 def _strided(model: nn.Module) -> set[str]:
