@@ -8,7 +8,8 @@ A layout is written like a shape, with brackets around the axes that one weight 
     "(g [i]) o [k k]"  grouped transposed convolution: the first axis is split into groups
     "e [i] o"          experts
 
-Every index of the axes outside the brackets is one output unit.
+Every index of the axes outside the brackets is one output unit. The paper (section 3.2) unfolds weights into a matrix
+whose *columns* are the weight vectors, (in·k·k) × out; torch stores most layers with one unit per row instead.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["WeightVectors", "as_vectors", "check_pattern"]
 class WeightVectors:
     """The weight vectors of one parameter: viewed as ``view``, one vector runs over the axes ``span``.
 
-    Most users write a pattern instead, such as ``"o [i k k]"``; see `parse`.
+    A pattern such as ``"o [i k k]"`` is accepted wherever a `WeightVectors` is; see `parse`.
 
     Args:
         span: axes of the view that one weight vector runs over; negative axes count from the end.
@@ -38,6 +39,8 @@ class WeightVectors:
     Raises:
         ValueError: an axis is repeated or out of range, ``span`` is empty, or ``view`` and ``shape`` differ in
             their number of elements.
+
+    Source: Yong et al. 2020, section 3.2.
 
     Examples:
         A convolution of 16 filters, each with 3·5·5 incoming weights:

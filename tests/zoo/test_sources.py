@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gradcentral.layout.lookup import LIBRARIES, library_rules
-from gradcentral.layout.rules import matching_pattern
+from gradcentral.layout.rules import matching_name
 from tests.zoo.declarations import declarations
 
 # Declared on a module other than self, or covered by the rules of torch.nn.
@@ -30,7 +30,7 @@ def test_every_declared_parameter_has_a_rule(library: str) -> None:
     for declared in found:
         cls = type(declared.class_name, (), {"__module__": declared.module, "__qualname__": declared.class_name})
         if (
-            matching_pattern(library_rules(cls), declared.name) is None
+            matching_name(library_rules(cls), declared.name) is None
             and (declared.class_name, declared.name) not in _ELSEWHERE
         ):
             undecided.append(f"{declared.module}.{declared.class_name}.{declared.name} = {declared.source}")

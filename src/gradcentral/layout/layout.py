@@ -217,11 +217,10 @@ def weight_layout(
         model: the model.
         only: ``"all"``, or ``"conv"`` for convolutions of any dimension. This differs from ``gc_conv_only`` in the
             authors' code, which centers the parameters with more than three axes and so skips Conv1d.
-        overrides: {selector: rule}, where the selector is a parameter, its name or a pattern of names
-            (``"encoder.*.weight"``, as in `fnmatch`), and the rule is a pattern of axes such as ``"[i] o"`` (see
-            `WeightVectors.parse`), `WeightVectors`, `LeaveAlone`, None (skip) or a function of (module, tensor).
-            If several match, the last one applies.
-        exclude: what to skip: names, patterns, parameters, or modules (all of their parameters).
+        overrides: {selector: rule}, where the selector is a parameter or its name, with wildcards as in `fnmatch`
+            (``"encoder.*.weight"``), and the rule is a pattern such as ``"[i] o"`` (see `WeightVectors.parse`),
+            `WeightVectors`, `LeaveAlone`, None (skip) or a function of (module, tensor). The last match applies.
+        exclude: what to skip: parameters, names with or without wildcards, or modules (all of their parameters).
 
     Returns:
         A `WeightLayout`; print it to see the table.
@@ -230,6 +229,9 @@ def weight_layout(
         ValueError: ``only`` is unknown; an override or exclude matches no parameter; an override does not fit the
             shape or gives a fan-in of 1; the model is wrapped in FSDP1, which flattens its parameters.
         TypeError: model is not a module, or an override is not a rule.
+
+    Source: weight vectors as in Yong et al. 2020, section 3.2; each rule for a layer that is linear in its input is
+    tested by theorem 4.1.
 
     Examples:
         >>> import torch, gradcentral

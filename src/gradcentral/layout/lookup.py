@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from gradcentral.layout.libraries import torch_nn
-from gradcentral.layout.rules import Rule, Rules, declared_rules, matching_pattern, registered_rules
+from gradcentral.layout.rules import Rule, Rules, declared_rules, matching_name, registered_rules
 
 __all__ = ["LIBRARIES", "FoundRule", "find_rule", "is_convolution", "library_rules"]
 
@@ -26,7 +26,7 @@ LIBRARIES = (
     "transformers",
     "x_transformers",
 )
-"""Each has a file in ``libraries/`` with a ``TABLE`` and perhaps ``CONVOLUTIONS``, patterns of classes."""
+"""Each has a file in ``libraries/`` with a ``TABLE`` and perhaps ``CONVOLUTIONS``, class paths with wildcards."""
 
 
 class FoundRule(NamedTuple):
@@ -49,8 +49,8 @@ def find_rule(module: nn.Module, name: str) -> FoundRule | None:
             ("", torch_nn.TABLE.get(cls, {})),
             (cls.__module__.partition(".")[0], library_rules(cls)),
         ):
-            if (pattern := matching_pattern(rules, name)) is not None:
-                return FoundRule(rules[pattern], f"{origin} {type(module).__name__}.{name}".strip())
+            if (key := matching_name(rules, name)) is not None:
+                return FoundRule(rules[key], f"{origin} {type(module).__name__}.{name}".strip())
     return None
 
 
@@ -67,8 +67,8 @@ def is_convolution(module: nn.Module) -> bool:
 
 def _is_library_convolution(cls: type) -> bool:
     package, path = _library_and_path(cls)
-    patterns = getattr(_table_file(package), "CONVOLUTIONS", ()) if package in LIBRARIES else ()
-    return any(fnmatchcase(path, pattern) for pattern in patterns)
+    convolutions = getattr(_table_file(package), "CONVOLUTIONS", ()) if package in LIBRARIES else ()
+    return any(fnmatchcase(path, convolution) for convolution in convolutions)
 
 
 def _library_and_path(cls: type) -> tuple[str, str]:
@@ -79,8 +79,8 @@ def _library_and_path(cls: type) -> tuple[str, str]:
 @functools.cache  # keyed by strings, since a cache of classes would keep them alive
 def _rules(package: str, path: str) -> Rules:
     rules: dict[str, Rule] = {}
-    for pattern, class_rules in _table_file(package).TABLE.items():
-        if fnmatchcase(path, pattern):
+    for class_path, class_rules in _table_file(package).TABLE.items():
+        if fnmatchcase(path, class_path):
             for name, rule in class_rules.items():
                 rules.setdefault(name, rule)
     return rules

@@ -21,7 +21,7 @@ TOKEN = LeaveAlone("learned token")
 
 
 def each(reason: LeaveAlone | str, names: str) -> Rules:
-    """Rules that skip parameters of several names (or patterns), separated by spaces, for one reason."""
+    """Rules that skip several parameter names (separated by spaces) for one reason."""
     rule = LeaveAlone(reason) if isinstance(reason, str) else reason
     return dict.fromkeys(names.split(), rule)
 

@@ -69,7 +69,7 @@ class Recipe:
     def _decide(self, places: list[Site]) -> _Decided:
         if (reason := not_centerable(places[0].tensor)) is not None:
             return _Decided(reason, "")
-        # The last override that matches applies, so that exceptions can follow a general pattern.
+        # The last override that matches applies, so that exceptions can follow a general rule.
         for selector, rule in reversed(list(self.overrides.items())):
             if any(_matches(selector, site) for site in places):
                 return _Decided(_override(rule, places[0]), "override")

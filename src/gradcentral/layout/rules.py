@@ -54,10 +54,10 @@ class Entry:
 Decision: TypeAlias = "WeightVectors | LeaveAlone"
 Rule: TypeAlias = "str | Decision | Callable[[nn.Module, Tensor], str | Decision | None] | None"
 Rules: TypeAlias = "Mapping[str, Rule]"
-"""{parameter name or pattern of names: rule} of one class; the first pattern that matches decides."""
+"""{parameter name, with wildcards: rule} of one class; the first name that matches decides."""
 Table: TypeAlias = "Mapping[type[nn.Module], Rules]"
 LibraryTable: TypeAlias = "Mapping[str, Rules]"
-"""{pattern of a class's path inside its library: rules}, so that the library need not be imported."""
+"""{path of a class inside its library, with wildcards: rules}, so that the library need not be imported."""
 
 _registered: dict[type[nn.Module], dict[str, Rule]] = {}
 
@@ -70,7 +70,7 @@ def register_layout(cls: type[nn.Module], name: str, rule: Rule) -> None:
 
     Args:
         cls: the layer's class. The rule also applies to subclasses that have no rule of their own.
-        name: the parameter's attribute name, or a pattern (as in `fnmatch`, matched separately between the dots).
+        name: the parameter's attribute name, with wildcards as in `fnmatch`, which do not match dots.
             A name with dots refers to items of a ParameterList (``"experts.*"``) or to parameters of direct
             submodules (``"proj.weight"``, or ``"blocks.*.weight"`` for a ModuleList), and takes precedence over
             their own rules.
@@ -129,13 +129,13 @@ def check_rule(rule: object, what: str) -> None:
         )
 
 
-def matching_pattern(rules: Rules, name: str) -> str | None:
-    """The first pattern of the rules that matches a parameter's name."""
+def matching_name(rules: Rules, name: str) -> str | None:
+    """The first name in the rules that matches a parameter's name."""
     pieces = name.split(".")
-    for pattern in rules:
-        patterns = pattern.split(".")
-        if len(patterns) == len(pieces) and all(map(fnmatchcase, pieces, patterns)):
-            return pattern
+    for key in rules:
+        wildcards = key.split(".")
+        if len(wildcards) == len(pieces) and all(map(fnmatchcase, pieces, wildcards)):
+            return key
     return None
 
 

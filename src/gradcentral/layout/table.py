@@ -57,7 +57,7 @@ def compact_names(names: Iterable[str]) -> list[str]:
 
 
 def suggestion(site: Site) -> str:
-    """A line to paste for an unknown parameter, which skips it until edited; empty for fewer than two axes."""
+    """A line of code that skips an unknown parameter, or centers it once edited; empty for fewer than two axes."""
     tensor = site.tensor
     if is_lazy(tensor) or tensor.ndim <= 1:
         return ""
@@ -65,7 +65,7 @@ def suggestion(site: Site) -> str:
     module, path = cls.__module__, cls.__qualname__
     importable = all(piece.isidentifier() for piece in f"{module}.{path}".split("."))
     if site.owner.skip is None and importable and not module.startswith("torch.nn."):
-        line = f"gradcentral.register_layout({path}, {json.dumps(_name_pattern(site))}, None)"
+        line = f"gradcentral.register_layout({path}, {json.dumps(_name_for_all_items(site))}, None)"
         if module != "__main__":
             line = f"from {module} import {path.partition('.')[0]}; {line}"
     else:  # a rule for the class would be too broad, or would not be applied
@@ -77,8 +77,8 @@ def suggestion(site: Site) -> str:
     return f"{line}  # {'×'.join(map(str, tensor.shape))}: None to skip it, {choices}"
 
 
-def _name_pattern(site: Site) -> str:
-    """The parameter's name for `register_layout`, covering all items of a list."""
+def _name_for_all_items(site: Site) -> str:
+    """The parameter's name for `register_layout`, with a wildcard for the items of a list."""
     first, *rest = site.owner.name.split(".")
     if not rest:
         return first
