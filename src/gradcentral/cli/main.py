@@ -19,13 +19,14 @@ from gradcentral.bench.benchmark_plot import plot_benchmark
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import OURS
 from gradcentral.bench.table import conclusion, markdown_table, terminal_table
-from gradcentral.cli import layout as layout_report
+from gradcentral.cli.layout import build_model
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES
 from gradcentral.experiment import CustomTask, ExperimentError, TaskError, load_task
 from gradcentral.experiment import compare as compare_task
 from gradcentral.experiment.probing import probe_task
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import MissingExtraError
+from gradcentral.layout import report as layout_report
 from gradcentral.paper.draw import FIGURES, STATEMENTS, draw_all, statement_table
 from gradcentral.plotting import to_png
 
@@ -153,7 +154,7 @@ def layout(
 ) -> None:
     """Show which elements of each parameter form one weight vector, or why it is skipped."""
     try:
-        built = layout_report.build_model(model)
+        built = build_model(model)
         found = weight_layout(built, only=only)
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -124,11 +124,11 @@ def _attached_layouts(optimizer: Optimizer, parameters: list[Tensor]) -> list[We
     layouts = [targets.layout for targets in centering_of(optimizer)]
     for layout in layouts:
         _refresh(layout, parameters)
-    return [layout for layout in layouts if any(layout.knows(p) for p in parameters)]
+    return [layout for layout in layouts if any(layout.in_model(p) for p in parameters)]
 
 
 def _refresh(layout: WeightLayout, parameters: list[Tensor]) -> None:
-    if layout.pending or not all(layout.knows(p) for p in parameters):
+    if layout.pending or not all(layout.in_model(p) for p in parameters):
         layout.refresh()
 
 
