@@ -47,7 +47,7 @@ def test_parameters_that_changed_their_shape_are_noticed(attached: tuple[Any, Op
 def test_a_replaced_layer_is_noticed(attached: tuple[Any, Optimizer]) -> None:
     model, optimizer = attached
     model[2] = nn.Linear(6, 5)
-    with pytest.raises(RuntimeError, match=r"no longer the model's .*\(2.weight\)"):
+    with pytest.raises(RuntimeError, match=r"the model no longer uses.*\(2.weight\)"):
         optimizer.step()
 
 
@@ -55,7 +55,7 @@ def test_a_parametrization_of_all_layers_is_noticed(attached: tuple[Any, Optimiz
     model, optimizer = attached
     for layer in (model[0], model[2]):
         weight_norm(layer)
-    with pytest.raises(RuntimeError, match=r"no longer the model's .*\(0.weight, 2.weight\)"):
+    with pytest.raises(RuntimeError, match=r"the model no longer uses.*\(0.weight, 2.weight\)"):
         optimizer.step()
 
 
@@ -77,7 +77,7 @@ def test_after_the_first_step_layers_may_come_and_go(attached: tuple[Any, Optimi
 def test_flat_partitions_are_refused_when_attaching() -> None:
     model = _model()
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    with pytest.raises(ValueError, match="flat partitions, as of DeepSpeed's ZeRO, can't be centered"):
+    with pytest.raises(ValueError, match="flat partitions, as of DeepSpeed's ZeRO, cannot be centered"):
         centralize(SGD([flat], lr=0.1), model)
 
 
@@ -130,5 +130,5 @@ def test_what_is_refused_is_refused_again() -> None:
     model[0] = nn.Linear(4, 4)
     model(torch.randn(3, 4)).square().sum().backward()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="no longer the model's"):
+        with pytest.raises(RuntimeError, match="the model no longer uses"):
             optimizer.step()

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 import gradcentral
 from gradcentral import WeightLayout, WeightVectors, kernels, weight_layout
-from gradcentral.distributed import divide
-from gradcentral.optim.base import Centralized
+from gradcentral.distributed import shards_of
+from gradcentral.optim.base import CentralizedOptimizer
 from tests.distributed.workers import Workers
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], WeightVectors]] = {
@@ -134,10 +134,10 @@ def compare_with_whole(mesh_name: str, placement: str) -> list[Outcome]:
         optimizer = kind(sharded, placement)
         _train(sharded, optimizer, placed)
         layout = sharded.layout()
-        split = {split.parameter for split in divide([*layout.items()], layout.names).split}
+        split = {split.parameter for split in shards_of([*layout.items()], layout.names).split}
         start = Weights(torch.clone)
         # What torch's own steps compute is rounded by where in memory an element lies: compare what they are given.
-        ours = isinstance(optimizer, Centralized)
+        ours = isinstance(optimizer, CentralizedOptimizer)
         for name, expected in whole.weights.items():
             parameter: Any = sharded.weights[name]
             parts = [placed(tensor.detach()).to_local() for tensor in (expected, start.weights[name])]
@@ -163,5 +163,7 @@ def test_sharded_steps_equal_whole_ones(ranks: Workers, mesh: str, placement: st
         assert not [outcome for outcome in outcomes if not outcome.difference <= 1e-6]
         # torch's sums, which the reference path takes, are rounded by the shape of the tensor: so for joined axes, too.
         here = [outcome for outcome in outcomes if not outcome.split and outcome.name != "joined axes"]
-        native = [outcome for outcome in here if outcome.kind != "_reference_sgd" and not kernels.native.unavailable]
+        native = [
+            outcome for outcome in here if outcome.kind != "_reference_sgd" and not kernels.native.unavailable_reason()
+        ]
         assert not [outcome for outcome in native if not outcome.equal]

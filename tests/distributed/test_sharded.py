@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 import gradcentral
 from gradcentral import WeightVectors, weight_layout
-from gradcentral.distributed import runs_of_axes
+from gradcentral.dtensor import runs_of_axes
 from tests.distributed.workers import Workers
 
 BOTH = pytest.mark.parametrize("placement", ["gradient", "update"])
@@ -206,7 +206,7 @@ def describe_error_of_cut_view() -> str:
     """A view whose axes begin and end within those of the parameter."""
     model = Rows(Shard(0), shapes=((4, 6),))
     layout = weight_layout(model, overrides={"layers.0.weight": WeightVectors((1,), view=(6, 4))})
-    with pytest.raises(ValueError, match="cuts through its axes") as raised:
+    with pytest.raises(ValueError, match="cuts across its axes") as raised:
         gradcentral.centralize(torch.optim.SGD(model.parameters(), lr=0.1), layout=layout)
     return str(raised.value)
 
@@ -228,14 +228,14 @@ def describe_error_of_unsummed_parameter() -> str:
 
 def test_an_unsummed_parameter_is_refused(two_ranks: Workers) -> None:
     for message in two_ranks.run(describe_error_of_unsummed_parameter):
-        assert message.startswith("weight is a DTensor placed as")
+        assert message.startswith("weight is a DTensor with placements")
 
 
 def describe_error_of_differentiable_step() -> None:
     """A differentiable step would lose the way through what is centered."""
     model = Rows(Shard(1))
     optimizer = gradcentral.SGD(model, lr=0.1, differentiable=True)
-    with pytest.raises(ValueError, match="differentiable=True can't be used with DTensors"):
+    with pytest.raises(ValueError, match="differentiable=True cannot be used with DTensors"):
         optimizer.step()
 
 
@@ -345,7 +345,7 @@ def describe_late_sharding(how: str) -> str:
 @pytest.mark.parametrize("how", ["hook", "fused", "fused foreach"])
 def test_sharding_after_attaching_is_noticed_at_the_first_step(how: str, two_ranks: Workers) -> None:
     for message in two_ranks.run(describe_late_sharding, how):
-        assert "no longer the model's and trains nothing by them (0.weight, 1.weight)" in message
+        assert "the model no longer uses, so this step would train nothing (0.weight, 1.weight)" in message
         assert "after fully_shard" in message
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import gradcentral
 from gradcentral import WeightLayout, WeightVectors, center
-from gradcentral.kernels import Centering, available, native
+from gradcentral.kernels import Centering, native, unavailable_reasons
 from gradcentral.kernels.loops import Loop, loop_of_vectors
 from tests.strategies import Case, cases
 
@@ -26,7 +26,8 @@ SERVED = (torch.float64, torch.float32, torch.bfloat16)
 ROWS, COLUMNS = WeightVectors((1,)), WeightVectors((0,))
 
 pytestmark = pytest.mark.skipif(
-    bool(native.unavailable), reason=f"needs the native kernels ({native.unavailable}): install with a C compiler"
+    bool(native.unavailable_reason()),
+    reason=f"needs the native kernels ({native.unavailable_reason()}): install with a C compiler",
 )
 
 
@@ -193,7 +194,7 @@ def test_nan_and_inf_stay_in_their_weight_vector(bad: float, dtype: torch.dtype)
 @example(loops=[(Loop(0, 3, 1, 1), 1), (Loop(5, 3, 1, 1), 1)], dtype=2)
 def test_the_division_covers_everything_once_in_order(loops: list[tuple[Loop, int]], dtype: int) -> None:
     """Also for sizes beyond 2³¹ elements: the arithmetic, without the memory."""
-    work = native.Work(loops, dtype, with_scratch=False)
+    work = native.WorkList(loops, dtype, with_scratch=False)
     covered: dict[tuple[int, int], list[tuple[int, int]]] = {}
     wave_of: dict[tuple[int, int], list[int]] = {}
     batches, waves = list(work.batches), list(work.waves)
@@ -203,21 +204,21 @@ def test_the_division_covers_everything_once_in_order(loops: list[tuple[Loop, in
         for batch in range(waves[wave], waves[wave + 1]):
             for position in range(batches[batch], batches[batch + 1]):
                 piece = work.pieces[position]
-                covered.setdefault((piece.item, piece.kind), []).append((piece.begin, piece.end))
-                wave_of.setdefault((piece.item, piece.kind), []).append(wave)
+                covered.setdefault((piece.parameter, piece.kind), []).append((piece.begin, piece.end))
+                wave_of.setdefault((piece.parameter, piece.kind), []).append(wave)
     elements, rows, groups, sums, steps = range(5)
-    for index, ((loop, placement), item) in enumerate(zip(loops, work.items, strict=True)):
-        width, total = loop.unit * loop.b, math.prod(loop)
+    for index, ((loop, placement), item) in enumerate(zip(loops, work.parameters, strict=True)):
+        width, total = loop.units * loop.inner, math.prod(loop)
         if total == 0:
             expected = {}
         elif placement == 0:
             expected = {elements: total}
         elif width == 1:
-            expected = {rows: loop.group}
+            expected = {rows: loop.groups}
         elif item.blocks == 1:
-            expected = {groups: loop.group}
+            expected = {groups: loop.groups}
         else:
-            expected = {sums: loop.group * item.blocks, steps: loop.group * loop.a}
+            expected = {sums: loop.groups * item.blocks, steps: loop.groups * loop.outer}
             assert max(wave_of[index, sums]) < min(wave_of[index, steps])
         assert {kind for position, kind in covered if position == index} == set(expected)
         for kind, count in expected.items():
@@ -232,7 +233,7 @@ def test_memory_of_a_plan_is_less_than_a_number_for_each_weight_vector_of_gpt2()
 
     shapes = [(shape, vectors) for shape, vectors in MODELS["GPT-2"]() if vectors is not None]
     loops = [(loop, 1) for _, vectors in shapes if (loop := loop_of_vectors(vectors)) is not None]
-    numbers = native.Work(loops, 0, with_scratch=False).scratch_bytes / 8
+    numbers = native.WorkList(loops, 0, with_scratch=False).scratch_bytes / 8
     assert numbers <= sum(vectors.count for _, vectors in shapes)
 
 
@@ -279,7 +280,7 @@ def test_state_of_another_layout_is_left_to_torch() -> None:
 
 
 def test_available_says_which_and_why_not() -> None:
-    found = available()
+    found = unavailable_reasons()
     assert [*found] == ["reference", "native", "triton"]
     assert (found["reference"], found["native"]) == ("", "")
 
@@ -289,11 +290,11 @@ def test_available_says_which_and_why_not() -> None:
     [
         ("reference", "GRADCENTRAL_KERNELS=reference"),
         ("native", ""),
-        ("triton!", "must be 'reference', 'native' or 'triton'"),
+        ("triton!", "choose from reference, native, triton"),
     ],
 )
 def test_the_environment_forces_a_path(value: str, outcome: str) -> None:
-    code = "from gradcentral import kernels; print(kernels.available()['native'])"
+    code = "from gradcentral import kernels; print(kernels.unavailable_reasons()['native'])"
     run = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "GRADCENTRAL_KERNELS": value}, capture_output=True, text=True
     )

@@ -21,16 +21,17 @@ from torch import Tensor, nn
 import gradcentral
 from gradcentral import WeightVectors, center, weight_layout
 from gradcentral.kernels import Centering, native, triton
+from gradcentral.kernels.forms import Placement
 from gradcentral.kernels.triton import division
-from gradcentral.kernels.triton.division import Shape
+from gradcentral.kernels.triton.division import TileShape
 from tests.strategies import Case, cases, shapes_and_vectors
 
-why_not = triton.missing()
+why_not = triton.unavailable_reason()
 pytestmark = pytest.mark.skipif(
     bool(why_not),
     reason=f"needs a CUDA device, or TRITON_INTERPRET=1 and GRADCENTRAL_KERNELS=triton in the environment ({why_not})",
 )
-DEVICE = "cpu" if triton.interpreted else "cuda"
+DEVICE = "cpu" if triton.serves_cpu else "cuda"
 on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no streams and no graphs")
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,12 +76,12 @@ def _quick_interpreter() -> Iterator[None]:
 @contextmanager
 def reference_path() -> Iterator[None]:
     """Without any kernels."""
-    before = native.unavailable, triton.unavailable
-    native.unavailable = triton.unavailable = "turned off by a test"
+    before = native._unavailable, triton._unavailable
+    native._unavailable = triton._unavailable = "turned off by a test"
     try:
         yield
     finally:
-        native.unavailable, triton.unavailable = before
+        native._unavailable, triton._unavailable = before
 
 
 @pytest.fixture
@@ -102,8 +103,10 @@ def served(pairs: list[tuple[Tensor, WeightVectors]]) -> list[Any]:
     """The items that the kernel gets for them."""
     loops = [triton.loop_of(*pair) for pair in pairs]
     assert None not in loops
-    table = division.divide([(loop, 1) for loop in loops if loop is not None], pairs[0][0].itemsize).items
-    return [division._Item(*row) for row in table.tolist()]
+    table = division.divide(
+        [(loop, Placement.GRADIENT) for loop in loops if loop is not None], pairs[0][0].itemsize
+    ).parameters
+    return [division.TiledParameter(*row) for row in table.tolist()]
 
 
 # Centering.
@@ -111,7 +114,7 @@ def served(pairs: list[tuple[Tensor, WeightVectors]]) -> list[Any]:
 
 def test_the_layouts_take_every_way_through_the_kernel() -> None:
     shapes = {item.shape for item in served(pairs_of(torch.float32))}
-    assert shapes == {*Shape} - {Shape.PLAIN, Shape.PLAIN_ALIGNED}
+    assert shapes == {*TileShape} - {TileShape.PLAIN, TileShape.PLAIN_ALIGNED}
 
 
 @pytest.mark.parametrize("dtype", SERVED)
@@ -144,7 +147,7 @@ def test_means_come_back(dtype: torch.dtype, cut: bool, request: pytest.FixtureR
     means = [tensor.double() - center(tensor.double(), vectors) for tensor, vectors in pairs]
     centering = Centering()
     kept = centering.means(pairs)
-    assert [found.numel() for found in kept.native] == [sum(v.for_shape(t.shape).count for t, v in pairs)]
+    assert [found.numel() for found in kept.planned] == [sum(v.for_shape(t.shape).count for t, v in pairs)]
     for tensor, _ in pairs:
         tensor.add_(0.25)
     expected = [center(tensor.double(), vectors) for tensor, vectors in pairs]
@@ -388,15 +391,15 @@ def test_what_the_plan_needs_is_looked_at_anew_at_each_step() -> None:
 
 def test_a_captured_step_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager steps with gradients elsewhere leave the pointers alone that a CUDA graph will read again."""
-    from gradcentral.kernels.triton.plans import _Table
+    from gradcentral.kernels.triton import plans
 
-    table = _Table(torch.device(DEVICE), 3)
+    table = plans._PointerTable(torch.device(DEVICE), 3)
     eager, _ = table.uploaded([16, 32, 48])
     with monkeypatch.context() as capture:
-        capture.setattr(_Table, "_capturing", lambda self: True)
+        capture.setattr(plans, "_capturing", lambda device: True)
         captured, aligned = table.uploaded([64, 80, 97])
         assert not aligned
-        with pytest.raises(RuntimeError, match="capture one step at a time"):
+        with pytest.raises(RuntimeError, match="capture one step per graph"):
             table.uploaded([1, 2, 3])
     assert table.uploaded([16, 32, 48]) == (eager, True)
     table.uploaded([112, 128, 144])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 import textwrap
@@ -12,12 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gradcentral.diagnostics.probing import ProbeReport
+from gradcentral.diagnostics.probe_report import ProbeReport
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.statistics import Paired, epochs_to_reach, mean_std, paired
 from gradcentral.experiment.store import Key, Run
 from gradcentral.experiment.verdict import Verdict, judge
 from gradcentral.extras import optional
+from gradcentral.tables import csv_text
 
 __all__ = ["Comparison", "Row", "spread"]
 
@@ -182,9 +182,7 @@ class Comparison:
         header = ["optimizer", "arm", "runs", "diverged"]
         header += [f"{name}_{what}" for name in numbers for what in ("mean", "std")]
         header += ["never_reached_baseline", "difference", "low", "high", "p_corrected", "outcome"]
-        file = io.StringIO()
-        writer = csv.DictWriter(file, header, lineterminator="\n")
-        writer.writeheader()
+        lines: list[list[Any]] = [header]
         verdicts = {(verdict.optimizer, verdict.arm): verdict for verdict in self.verdicts}
         for row in self.rows:
             cells: dict[str, Any] = {name: getattr(row, name) for name in header[:4]}
@@ -196,8 +194,8 @@ class Comparison:
                 evidence = verdict.evidence
                 cells["low"], cells["high"] = evidence.interval or (None, None)
                 cells |= {"difference": evidence.mean, "p_corrected": evidence.p, "outcome": verdict.outcome}
-            writer.writerow(cells)
-        return file.getvalue()
+            lines.append([cells.get(name) for name in header])
+        return csv_text(lines)
 
     def __rich__(self) -> Any:
         """Render the tables and verdicts on a rich console."""

@@ -10,8 +10,10 @@ import torch
 
 from gradcentral.diagnostics.centering_effect import Effect
 from gradcentral.diagnostics.input_means import InputMean
-from gradcentral.diagnostics.preserve import random_numbers_unchanged
-from gradcentral.diagnostics.probing import DEFAULT_BATCHES, LayerReport, ProbeReport, probe
+from gradcentral.diagnostics.layer_report import LayerReport
+from gradcentral.diagnostics.preserve import preserve_state
+from gradcentral.diagnostics.probe_report import ProbeReport
+from gradcentral.diagnostics.probing import DEFAULT_BATCHES, probe
 from gradcentral.experiment.determinism import derive, seed_everything
 from gradcentral.experiment.errors import TaskError, line_of, one_line
 from gradcentral.experiment.task import Task
@@ -36,7 +38,7 @@ def probe_task(
         >>> probe_task(load_task("digits")).layers[0].name
         '0.weight'
     """
-    with random_numbers_unchanged():
+    with preserve_state():
         model = fresh_model(task, seed).to(device)
         seed_everything(derive(seed, "training"))
         loader = loader_of(task, next(orders_of(task, seed)))
@@ -63,7 +65,9 @@ def read_probe(path: Path) -> ProbeReport | None:
             for name in part.keys() & {"effects", "whole"}:
                 part[name] = tuple(Effect(*effect) for effect in part[name])
         for layer in report["layers"]:
-            layer["vectors"] = layer["vectors"] and WeightVectors(**layer["vectors"])
+            layer["vectors"] = layer["vectors"] and WeightVectors(
+                **{k: v and tuple(v) for k, v in layer["vectors"].items()}
+            )
             layer["input"] = layer["input"] and InputMean(*layer["input"])
         layers = tuple(LayerReport(**layer) for layer in report["layers"])
         return ProbeReport(layers, report["whole"], tuple(report["losses"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gradcentral.diagnostics.preserve import random_numbers_unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.arms import ARMS, NONE
 from gradcentral.experiment.comparison import Comparison
 from gradcentral.experiment.errors import ArmError, TaskError
@@ -29,7 +29,7 @@ CUSTOM_OPTIMIZER = "custom"
 PROBE = "probe.json"
 
 
-@random_numbers_unchanged()
+@preserve_state()
 def compare(
     task: Task | CustomTask | Callable[..., Any] | str | Path,
     *,

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from gradcentral.diagnostics.batches import moved
+from gradcentral.diagnostics.batches import to_device
 from gradcentral.diagnostics.centering_effect import Effect
 from gradcentral.experiment.arms import CheckedArm
 from gradcentral.experiment.determinism import derive, digest, seed_everything
@@ -214,7 +214,7 @@ class _Trainer:
         for step, batch in enumerate(batches, start=1):
             if step == 1:
                 data = digest([order, batch])
-            losses.append(self._step(moved(batch, self.device), effects if step in (1, len(batches)) else None))
+            losses.append(self._step(to_device(batch, self.device), effects if step in (1, len(batches)) else None))
         return {
             "train_loss": sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses),
             "share": _mean(effect.share for effect in effects),
@@ -239,7 +239,7 @@ class _Trainer:
         losses = metrics = examples = 0.0
         with torch.inference_mode():
             for batch in DataLoader(dataset, 4 * self.task.batch_size, sampler=indices, generator=torch.Generator()):
-                loss, output, target = self._forward(moved(batch, self.device))
+                loss, output, target = self._forward(to_device(batch, self.device))
                 if not math.isfinite(loss):
                     return {"loss": float(loss), "metric": math.nan}
                 n = _count(target)

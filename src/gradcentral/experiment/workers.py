@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gradcentral.diagnostics.preserve import random_numbers_unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.determinism import one_thread
 from gradcentral.experiment.errors import ArmError, ExperimentError, RunError, TaskError, line_of, one_line
 from gradcentral.experiment.loading import LoadedTask, PackedTask, unpack
@@ -185,7 +185,7 @@ _one_at_a_time = threading.Lock()
 
 
 def _run_in_worker(packed: PackedTask, key: Key, settings: Settings | None, epochs_file: Path | None) -> Run | Failure:
-    with _one_at_a_time, random_numbers_unchanged(), one_thread():
+    with _one_at_a_time, preserve_state(), one_thread():
         try:
             return _run(unpack(packed), key, settings, epochs_file)
         except ExperimentError as error:
