@@ -185,7 +185,9 @@ def test_without_a_cluster_a_local_one_is_started_and_stopped(backend: str, tmp_
 @pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
     """A cluster of two workers that lasts for several comparisons."""
-    if request.param == "ray":
+    if request.param == "loky":
+        yield "loky"
+    elif request.param == "ray":
         import ray
 
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -217,7 +219,7 @@ def test_a_users_file_runs_on_a_cluster(cluster: str, tmp_path: Path) -> None:
     assert [run.final("test_metric") for run in result.all_runs] == [4, 8, 6, 5, 9, 7]
 
 
-@on_each_cluster
+@pytest.mark.parametrize("cluster", ["loky", *CLUSTERS], indirect=True)
 def test_an_interrupted_comparison_continues_with_the_missing_runs(
     cluster: str, tiny: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

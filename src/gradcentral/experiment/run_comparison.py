@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -104,10 +105,12 @@ def compare(
         with (
             TemporaryDirectory(prefix="gradcentral-") as folder,
             Progress(keys, before, length, task.metric_name, Path(folder, EPOCHS), progress) as display,
+            # After an interruption, the workers end before their temporary folder is removed.
+            closing(
+                run_all(loaded, missing, settings, jobs=jobs, backend=backend, out=store.folder, scratch=Path(folder))
+            ) as runs,
         ):
-            scratch = Path(folder)
-            runs = run_all(loaded, missing, settings, jobs=jobs, backend=backend, out=store.folder, scratch=scratch)
-            for run in runs if missing else ():
+            for run in runs:
                 pairs.check(run)
                 store.add(run)
                 display.finished(run)

@@ -7,7 +7,7 @@ import os
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -69,7 +69,7 @@ def run_all(
     backend: str,
     out: Path,
     scratch: Path,
-) -> Iterator[Run]:
+) -> Generator[Run, None, None]:
     """Run them all and yield each when it finishes, in no particular order; on Ray in rounds of ``jobs``.
 
     Runs in this process change the global random number generators.
@@ -88,6 +88,8 @@ def run_all(
         RunError: the task's code raised an exception in a run.
         ArmError: a run did not train as its arm requires.
     """
+    if not keys:
+        return
     device = "cpu" if settings is None else settings.device
     local = backend == "loky"
     epochs_file = scratch / EPOCHS if local else None
