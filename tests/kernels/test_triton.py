@@ -103,9 +103,8 @@ def served(pairs: list[tuple[Tensor, WeightVectors]]) -> list[Any]:
     """The items that the kernel gets for them."""
     loops = [triton.loop_of(*pair) for pair in pairs]
     assert None not in loops
-    table = division.divide(
-        [(loop, Placement.GRADIENT) for loop in loops if loop is not None], pairs[0][0].itemsize
-    ).parameters
+    centered = [(loop, Placement.GRADIENT) for loop in loops if loop is not None]
+    table = division.divide(centered, pairs[0][0].itemsize).parameters
     return [division.TiledParameter(*row) for row in table.tolist()]
 
 
