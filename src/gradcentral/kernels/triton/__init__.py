@@ -69,11 +69,11 @@ def _static_reason() -> str:
     except importlib.metadata.PackageNotFoundError:  # another build of Triton, under another name
         version = ""
     if version and tuple(map(int, version.split(".")[:2])) < _OLDEST:
-        return f"Triton {version} is too old: {'.'.join(map(str, _OLDEST))} or later (torch 2.8) is needed"
+        return f"Triton {version} is too old: pip install 'triton>={'.'.join(map(str, _OLDEST))}' (torch 2.8 or later)"
     if torch.version.hip is not None:
         return "torch is built for ROCm, on which these kernels are not tested"
     if INTERPRETED and not serves_cpu:
-        return "TRITON_INTERPRET is set, which requires GRADCENTRAL_KERNELS=triton"
+        return "TRITON_INTERPRET is set: unset it, or set GRADCENTRAL_KERNELS=triton too"
     return ""
 
 
