@@ -119,9 +119,9 @@ def test_restore_means_adds_the_centered_change(case: Case) -> None:
     """restore_means_(w + Δw) = w + Φ(Δw): placement "update"."""
     w, vectors = case
     change = torch.randn_like(w)
-    moved = w + change
-    restored = restore_means_(moved, unit_means(w, vectors), vectors)
-    assert restored is moved
+    updated = w + change
+    restored = restore_means_(updated, unit_means(w, vectors), vectors)
+    assert restored is updated
     _close(restored, w + center(change, vectors))
 
 

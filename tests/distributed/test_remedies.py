@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import SGD, Optimizer
 
 import gradcentral
@@ -144,7 +145,9 @@ def distribute_a_plain_gradient() -> None:
     function = _suggested(optimizer.step, r"convert it with (distribute_tensor)")
     distribute = getattr(importlib.import_module("torch.distributed.tensor"), function)
     weight.grad = distribute(gradient, weight.device_mesh, weight.placements)
+    expected = _whole(weight) - 0.1 * gradcentral.center(gradient, WeightVectors((1,)))
     optimizer.step()
+    torch.testing.assert_close(_whole(weight), expected, rtol=0, atol=1e-6)
 
 
 def turn_differentiable_off() -> None:
@@ -172,16 +175,26 @@ def turn_the_overlap_with_ddp_off() -> None:
 
 
 def attach_after_fully_shard() -> None:
+    _attach_after(lambda model, mesh: fully_shard(model, mesh=mesh), "fully_shard")
+
+
+def attach_after_parallelize_module() -> None:
+    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    _attach_after(lambda model, mesh: parallelize_module(model, mesh, plan), "parallelize_module")
+
+
+def _attach_after(shard: Callable[[nn.Module, Any], object], name: str) -> None:
     model = _model()
     optimizer = _attached(model)
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    _suggested(optimizer.step, r"(create the optimizer, and attach Gradient Centralization, after fully_shard)")
+    shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    _suggested(optimizer.step, rf"create the optimizer, and attach Gradient Centralization, after .*({name})")
     _assert_step_centers(model, _attached(model))
 
 
 def use_fully_shard_instead_of_fsdp1() -> None:
     wrapped = FullyShardedDataParallel(_model(), use_orig_params=True, device_id=torch.device("cpu"))
     _shard_as_suggested(lambda: _attached(wrapped))
+    _shard_as_suggested(lambda: gradcentral.WeightLayout.from_shapes(wrapped.parameters()))
 
 
 def use_fully_shard_instead_of_flat_partitions() -> None:
@@ -226,6 +239,7 @@ CASES = (
     turn_differentiable_off,
     turn_the_overlap_with_ddp_off,
     attach_after_fully_shard,
+    attach_after_parallelize_module,
     use_fully_shard_instead_of_fsdp1,
     use_fully_shard_instead_of_flat_partitions,
     use_fully_shard_instead_of_replaced_parameters,

@@ -213,7 +213,7 @@ def test_adam_is_the_papers_algorithm_2() -> None:
 
 @by_rule
 def test_placement_update_restores_the_means_after_a_plain_step(rule: str) -> None:
-    """w + Φ(Δw) = restore_means_(w + Δw, unit_means(w)), for weights that lie anywhere."""
+    """w + Φ(Δw) = restore_means_(w + Δw, unit_means(w))."""
     for name, (_, vectors) in WEIGHTS.items():
         if vectors is None:
             continue
@@ -221,9 +221,9 @@ def test_placement_update_restores_the_means_after_a_plain_step(rule: str) -> No
         plain_state = state = None
         for step in range(1, 6):
             g = _numbers(step, torch.float64)[name]
-            moved, plain_state = _reference_step(rule, w, g, plain_state, None, "update")
+            plain, plain_state = _reference_step(rule, w, g, plain_state, None, "update")
             updated, state = _reference_step(rule, w, g, state, vectors, "update")
-            restored = restore_means_(moved, unit_means(w, vectors), vectors)
+            restored = restore_means_(plain, unit_means(w, vectors), vectors)
             torch.testing.assert_close(updated, restored, rtol=0, atol=1e-14)
             w = updated
 
