@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradcentral.distributed import Shards, is_expanded, local
+from gradcentral.distributed import Shards
+from gradcentral.dtensor import is_expanded, local
 from gradcentral.kernels import Centering, Means
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.layout import WeightLayout, weight_layout

@@ -8,88 +8,32 @@ parameters, and the means are subtracted from the shards.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradcentral.dtensor import (
+    Run,
+    cuts_of,
+    indices_of_shards,
+    is_aligned,
+    is_expanded,
+    is_sharded,
+    local,
+    placed_like,
+    runs_of_axes,
+    with_local,
+)
 from gradcentral.projection import Pair
 from gradcentral.weight_vectors import WeightVectors
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-    from typing_extensions import TypeIs
 
-__all__ = [
-    "Shards",
-    "SplitParameter",
-    "any_sharded",
-    "is_expanded",
-    "is_sharded",
-    "local",
-    "placed_like",
-    "shards_of",
-    "with_local",
-]
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
-def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
-    """Whether a tensor is a DTensor, of which this rank holds a shard or a replica."""
-    module = sys.modules.get("torch.distributed.tensor")  # nobody has created a DTensor before importing it
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether some of the tensors are DTensors."""
-    return any(kind not in _PLAIN and issubclass(kind, _dtensor_class()) for kind in set(map(type, tensors)))
-
-
-def _dtensor_class() -> Any:
-    module = sys.modules.get("torch.distributed.tensor")
-    return () if module is None else module.DTensor
-
-
-def is_expanded(tensor: Tensor) -> bool:
-    """Whether several elements share memory, so that nothing can be written in place."""
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return the local shard of a DTensor, sharing its memory; a plain tensor itself."""
-    if not is_sharded(tensor):
-        return tensor
-    held = tensor._local_tensor
-    return held.wait() if hasattr(held, "wait") else held  # a collective may still be running
-
-
-def with_local(tensor: Tensor, held: Tensor) -> Tensor:
-    """Return a DTensor like ``tensor`` with the local shard ``held``; for a plain tensor, ``held`` itself."""
-    if not is_sharded(tensor):
-        return held
-    return type(tensor).from_local(
-        held, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
-
-
-def placed_like(gradient: Tensor, parameter: DTensor, name: str) -> DTensor:
-    """Redistribute a gradient to its parameter's placements, where an optimizer needs it anyway.
-
-    Tensor parallelism leaves Partial gradients, which are still to be summed over the ranks.
-
-    Raises:
-        TypeError: the gradient is not a DTensor.
-    """
-    if not is_sharded(gradient):
-        raise TypeError(f"{name} is a DTensor, but its gradient is not: convert it with distribute_tensor")
-    if gradient.placements == parameter.placements and gradient.device_mesh == parameter.device_mesh:
-        return gradient
-    return gradient.redistribute(parameter.device_mesh, parameter.placements)
+__all__ = ["Shards", "SplitParameter", "shards_of"]
 
 
 class _UnitLabels(NamedTuple):
@@ -255,15 +199,10 @@ def shards_of(targets: list[Pair], names: Mapping[Tensor, str]) -> Shards:
     return Shards(targets, whole, split, names)
 
 
-# The sharding algebra. Each axis of a parameter is written as *runs*: factors of its size, slowest first, each of which
-# lies inside a weight vector ("spanned") or counts output units. [in = (g [i])] has the runs (g, no), (i, yes). A mesh
-# dimension that cuts a spanned run splits weight vectors between ranks; one that cuts between output units does not.
-
-
 def _shard(parameter: DTensor, vectors: WeightVectors, name: str) -> WeightVectors | SplitParameter:
     """Return the weight vectors of the local shard, or, where ranks share them, how to sum over all shards."""
     mesh, held = parameter.device_mesh, local(parameter)
-    cuts = _cuts(parameter, name)
+    cuts = cuts_of(parameter, name)
     axes = runs_of_axes(vectors.for_shape(parameter.shape))
     if axes is None:
         raise ValueError(
@@ -276,83 +215,33 @@ def _shard(parameter: DTensor, vectors: WeightVectors, name: str) -> WeightVecto
     labels: list[_UnitLabels] = []
     split_by: set[int] = set()
     for axis, runs in enumerate(axes):
-        kinds = {spanned for _, spanned in runs}
+        kinds = {run.spanned for run in runs}
         cutting = [dim for dim, _ in cuts[axis]]
         if len(kinds) < 2:
-            runs = [(held.shape[axis], True in kinds)]
+            runs = [Run(held.shape[axis], True in kinds)]
             split_by.update(cutting if True in kinds else ())
         else:
-            here, shards = _indices_of_shards(parameter, axis, cuts[axis])
+            here, shards = indices_of_shards(parameter, axis, cuts[axis])
             if len(here) != held.shape[axis]:
                 raise ValueError(
                     f"{name}: this rank holds {held.shape[axis]} entries of axis {axis}, but the placements "
                     f"{parameter.placements} give it {len(here)}: create it with distribute_tensor or fully_shard"
                 )
-            inner = math.prod(size for size, _ in runs[1:])
-            if runs[0][1] or not all(_is_aligned(indices, inner) for indices in shards):
+            inner = math.prod(run.size for run in runs[1:])
+            if runs[0].spanned or not all(is_aligned(indices, inner) for indices in shards):
                 split_by.update(cutting)
             labels.append(_unit_labels(axis, runs, here.to(held.device)))
-            runs = [(len(here) // inner, runs[0][1]), *runs[1:]]
-        span += [len(dims) + position for position, (_, spanned) in enumerate(runs) if spanned]
-        dims += [size for size, _ in runs]
+            runs = [Run(len(here) // inner, runs[0].spanned), *runs[1:]]
+        span += [len(dims) + position for position, run in enumerate(runs) if run.spanned]
+        dims += [run.size for run in runs]
     if not split_by:
         return WeightVectors(tuple(span), None if len(dims) == held.ndim else tuple(dims), tuple(held.shape))
-    spanned_axes = tuple(axis for axis, runs in enumerate(axes) if runs and all(spanned for _, spanned in runs))
+    spanned_axes = tuple(axis for axis, runs in enumerate(axes) if runs and all(run.spanned for run in runs))
     groups = tuple(mesh.get_group(dim) for dim in sorted(split_by))
     return SplitParameter(parameter, vectors.fan_in, spanned_axes, tuple(labels), groups)
 
 
-def _cuts(parameter: DTensor, name: str) -> list[list[tuple[int, Any]]]:
-    """Return, for each axis, the mesh dimensions that shard it, with their placements."""
-    cuts: list[list[tuple[int, Any]]] = [[] for _ in parameter.shape]
-    for dim, placement in enumerate(parameter.placements):
-        if placement.is_replicate():
-            continue
-        axis = getattr(placement, "dim", None)
-        if axis is None or type(placement).__name__ not in ("Shard", "_StridedShard"):
-            raise ValueError(
-                f"{name} is a DTensor with placements {parameter.placements}, of which only Shard and Replicate can be "
-                f"centered: redistribute it, or skip it (exclude=[{name!r}])"
-            )
-        if parameter.device_mesh.size(dim) > 1:
-            cuts[axis].append((dim, placement))
-    return cuts
-
-
-def _indices_of_shards(parameter: DTensor, axis: int, cuts: list[tuple[int, Any]]) -> tuple[Tensor, list[Tensor]]:
-    """Return the indices of an axis that this rank holds, and those of every rank."""
-    mesh: DeviceMesh = parameter.device_mesh
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    pieces, mine = [torch.arange(parameter.shape[axis])], 0
-    for dim, placement in cuts:
-        count = mesh.size(dim)
-        factor = getattr(placement, "split_factor", 1)
-        pieces = [part for piece in pieces for part in _cut(piece, count, factor)]
-        mine = mine * count + coordinate[dim]
-    return pieces[mine], pieces
-
-
-def _cut(indices: Tensor, count: int, factor: int) -> list[Tensor]:
-    """Cut an axis as Shard does, or _StridedShard: each of ``factor`` chunks is cut and a rank gets one cut of each."""
-    cuts = [_chunks(chunk, count) for chunk in _chunks(indices, factor)]
-    return [torch.cat(cut) for cut in zip(*cuts, strict=True)]
-
-
-def _chunks(indices: Tensor, count: int) -> list[Tensor]:
-    size = -(-len(indices) // count)
-    return [indices[position * size : (position + 1) * size] for position in range(count)]
-
-
-def _is_aligned(indices: Tensor, inner: int) -> bool:
-    """Whether the indices form whole consecutive blocks of size ``inner``."""
-    if not len(indices):
-        return True
-    first, last = int(indices[0]), int(indices[-1])
-    return last - first + 1 == len(indices) and first % inner == 0 and len(indices) % inner == 0
-
-
-def _unit_labels(axis: int, runs: list[tuple[int, bool]], indices: Tensor) -> _UnitLabels:
+def _unit_labels(axis: int, runs: list[Run], indices: Tensor) -> _UnitLabels:
     """Number the output units that the indices of an axis belong to, by the runs that a weight vector does not span."""
     units = torch.zeros_like(indices)
     step = math.prod(size for size, _ in runs)
@@ -361,35 +250,3 @@ def _unit_labels(axis: int, runs: list[tuple[int, bool]], indices: Tensor) -> _U
         if not spanned:
             units = units * size + indices // step % size
     return _UnitLabels(axis, units, math.prod(size for size, spanned in runs if not spanned))
-
-
-def runs_of_axes(vectors: WeightVectors) -> list[list[tuple[int, bool]]] | None:
-    """Return each axis of the parameter as runs (size, is it spanned), slowest first; axes of size 1 have none.
-
-    None where the view cuts across axes, so that an index of the view depends on several axes of the parameter.
-
-    Examples:
-        A transposed convolution with 2 groups: of the axis "in", a weight vector spans one group's part.
-
-        >>> runs_of_axes(WeightVectors(span=(1, 3), view=(2, 4, 3, 5), shape=(8, 3, 5)))
-        [[(2, False), (4, True)], [(3, False)], [(5, True)]]
-    """
-    assert vectors.shape is not None, "call for_shape(tensor.shape) first"
-    dims = iter(enumerate(vectors.dims))
-    axis, left = -1, 1
-    found: list[list[tuple[int, bool]]] = []
-    for rest in vectors.shape:
-        runs: list[tuple[int, bool]] = []
-        while rest > 1:
-            while left == 1:
-                axis, left = next(dims)
-            size = min(rest, left)
-            if rest % size or left % size:
-                return None
-            rest, left = rest // size, left // size
-            spanned = axis in vectors.span
-            if runs and runs[-1][1] == spanned:
-                size *= runs.pop()[0]
-            runs.append((size, spanned))
-        found.append(runs)
-    return found

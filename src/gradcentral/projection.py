@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradcentral.weight_vectors import WeightVectors
+from gradcentral.weight_vectors import WeightVectors, as_vectors
 
 __all__ = [
     "Pair",
@@ -30,32 +30,32 @@ Pair = tuple[Tensor, WeightVectors]
 """A tensor and its weight vectors."""
 
 
-def center(tensor: Tensor, vectors: WeightVectors) -> Tensor:
+def center(tensor: Tensor, vectors: WeightVectors | str) -> Tensor:
     """Return Φ(g): subtract from each weight vector its mean. Pure and differentiable.
 
     Args:
         tensor: any floating-point or complex dtype, any strides. Types narrower than 32 bits are averaged in float32
             and rounded once.
-        vectors: which elements form one weight vector.
+        vectors: which elements form one weight vector: `WeightVectors`, or a pattern such as ``"o [i k k]"``.
 
     Returns:
         A new tensor of the same shape and dtype.
 
     Raises:
         TypeError: the tensor is neither floating-point nor complex.
-        ValueError: the tensor is sparse, or ``vectors`` does not fit its shape.
+        ValueError: the tensor is sparse, or ``vectors`` does not fit its shape or is not a valid pattern.
 
     Source: Yong et al. 2020, eq. 1.
 
     Examples:
         >>> import torch
-        >>> from gradcentral import WeightVectors, center
-        >>> center(torch.tensor([[1.0, 2.0, 6.0]]), WeightVectors(span=(1,)))
+        >>> from gradcentral import center
+        >>> center(torch.tensor([[1.0, 2.0, 6.0]]), "o [i]")
         tensor([[-2., -1.,  3.]])
     """
     _check(tensor)
     g = _at_least_32_bits(tensor)
-    view, span = _view(g, vectors)
+    view, span = _view(g, as_vectors(vectors, tensor.shape))
     return (view - view.mean(span, keepdim=True)).reshape(tensor.shape).to(tensor.dtype)
 
 
@@ -106,7 +106,7 @@ def subtract_means_(tensor: Tensor, means: Tensor, vectors: WeightVectors) -> Te
     return tensor
 
 
-def share(tensor: Tensor, vectors: WeightVectors) -> Tensor:
+def share(tensor: Tensor, vectors: WeightVectors | str) -> Tensor:
     """Return the fraction of a gradient's energy that centering removes: 1 − ‖Φ(g)‖²/‖g‖² = ‖eᵀg‖²/‖g‖².
 
     Returns:
@@ -119,10 +119,11 @@ def share(tensor: Tensor, vectors: WeightVectors) -> Tensor:
 
     Examples:
         >>> import torch
-        >>> from gradcentral import WeightVectors, share
-        >>> share(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), WeightVectors(span=(1,)))
+        >>> from gradcentral import share
+        >>> share(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), "o [i]")
         tensor(0.5000)
     """
+    vectors = as_vectors(vectors, tensor.shape)
     means = unit_means(tensor, vectors)
     fan_in = vectors.for_shape(tensor.shape).fan_in
     total = _at_least_32_bits(tensor).abs().square().sum()

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradcentral.distributed import Shards, any_sharded, shards_of
+from gradcentral.distributed import Shards, shards_of
+from gradcentral.dtensor import any_sharded
 from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout
 from gradcentral.projection import Pair
@@ -86,11 +87,11 @@ class Targets:
     def _find_new(self, parameters: list[Tensor], warn: bool) -> None:
         """Look up parameters that the layout does not have yet in the model as it is now."""
         layout = self.layout
-        new = [p for p in parameters if not layout.knows(p) and p not in self._not_in_model]
+        new = [p for p in parameters if not layout.in_model(p) and p not in self._not_in_model]
         if not new and not layout.pending:
             return
         layout.refresh()
-        missing = [p for p in new if not layout.knows(p)]
+        missing = [p for p in new if not layout.in_model(p)]
         self._not_in_model.update(missing)
         if missing and warn:
             shapes = ", ".join(str(tuple(p.shape)) for p in missing)
@@ -115,7 +116,7 @@ class Targets:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if shards.targets or layout.pending:
             return shards
-        held = {names[p] for p in self._parameters if layout.knows(p)}
+        held = {names[p] for p in self._parameters if layout.in_model(p)}
         if not held and (self._parameters or not several):
             flat = self._parameters and all(p.ndim <= 1 for p in self._parameters)
             raise ValueError(
@@ -138,7 +139,7 @@ class Targets:
         """
         if not self._at_attach or torch.compiler.is_compiling():
             return
-        in_model = self.layout.standing()
+        in_model = self.layout.current_parameters()
         held = {p for group in optimizer.param_groups for p in group["params"]}
         if not any(p in held for _, p, _ in self._at_attach):
             raise RuntimeError(

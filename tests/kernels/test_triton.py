@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import gradcentral
 from gradcentral import WeightVectors, center, weight_layout
 from gradcentral.kernels import Centering, native, triton
+from gradcentral.kernels.forms import Placement
 from gradcentral.kernels.triton import division
 from gradcentral.kernels.triton.division import TileShape
 from tests.strategies import Case, cases, shapes_and_vectors
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.skipif(
     bool(why_not),
     reason=f"needs a CUDA device, or TRITON_INTERPRET=1 and GRADCENTRAL_KERNELS=triton in the environment ({why_not})",
 )
-DEVICE = "cpu" if triton.interpreted else "cuda"
+DEVICE = "cpu" if triton.serves_cpu else "cuda"
 on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no streams and no graphs")
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,7 +103,9 @@ def served(pairs: list[tuple[Tensor, WeightVectors]]) -> list[Any]:
     """The items that the kernel gets for them."""
     loops = [triton.loop_of(*pair) for pair in pairs]
     assert None not in loops
-    table = division.divide([(loop, 1) for loop in loops if loop is not None], pairs[0][0].itemsize).items
+    table = division.divide(
+        [(loop, Placement.GRADIENT) for loop in loops if loop is not None], pairs[0][0].itemsize
+    ).parameters
     return [division.TiledParameter(*row) for row in table.tolist()]
 
 
@@ -388,15 +391,15 @@ def test_what_the_plan_needs_is_looked_at_anew_at_each_step() -> None:
 
 def test_a_captured_step_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager steps with gradients elsewhere leave the pointers alone that a CUDA graph will read again."""
-    from gradcentral.kernels.triton.plans import _Table
+    from gradcentral.kernels.triton import plans
 
-    table = _Table(torch.device(DEVICE), 3)
+    table = plans._PointerTable(torch.device(DEVICE), 3)
     eager, _ = table.uploaded([16, 32, 48])
     with monkeypatch.context() as capture:
-        capture.setattr(_Table, "_capturing", lambda self: True)
+        capture.setattr(plans, "_capturing", lambda device: True)
         captured, aligned = table.uploaded([64, 80, 97])
         assert not aligned
-        with pytest.raises(RuntimeError, match="capture one step at a time"):
+        with pytest.raises(RuntimeError, match="capture one step per graph"):
             table.uploaded([1, 2, 3])
     assert table.uploaded([16, 32, 48]) == (eager, True)
     table.uploaded([112, 128, 144])

@@ -10,9 +10,9 @@ import pytest
 triton = pytest.importorskip("triton", reason="needs the extra triton")
 
 from gradcentral.kernels.forms import Operation, Placement, UpdateRule  # noqa: E402
+from gradcentral.kernels.triton import INTERPRETED  # noqa: E402
 from gradcentral.kernels.triton.division import TILE, columns_beside  # noqa: E402
 from gradcentral.kernels.triton.plans import REGISTERS, WARPS  # noqa: E402
-from gradcentral.kernels.triton.rules import INTERPRETED  # noqa: E402
 from gradcentral.kernels.triton.step import run  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing under TRITON_INTERPRET=1")
@@ -39,11 +39,11 @@ def compiled(capability: int, rule: int, placement: int, dtype: Any, extras: boo
     if not extras:
         constants |= dict.fromkeys(optional)
     signature: dict[str, Any] = {
-        **dict.fromkeys(("pointers", "items"), "*i64"),
+        **dict.fromkeys(("pointers", "parameters"), "*i64"),
         **dict.fromkeys(("pieces", "progress"), "*i32"),
         **dict.fromkeys(("partials", "means"), "*fp32"),
         **optional,
-        "n_items": "i32",
+        "n_parameters": "i32",
         "n_counters": "i32",
         "lr": "fp32",
         "rule": ("fp32",) * 11,

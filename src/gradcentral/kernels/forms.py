@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 
+POINTERS = 6
+"""Columns of a pointer table: weight, gradient, momentum, squares, largest squares, step counter."""
+
+
 class Placement(IntEnum):
     """What a step centers for one parameter: nothing, the gradient, or the change of the weights."""
 
@@ -159,6 +163,11 @@ class StepPlan:
         self._lasting_form = self._form_of_lasting()
         self._lasting_pointers = self._lasting_form[0]
         self._gradient_form = _form_of(grads, self.gradient_properties)
+        self._prepare(grads, loops)
+
+    def _prepare(self, grads: list[Tensor], loops: list[tuple[Loop, Placement]]) -> None:
+        """Divide the work, as a constructor's last step."""
+        raise NotImplementedError
 
     def fits(self, grads: list[Tensor], states: States) -> bool:
         """Whether parameters, gradients and states still have the form that was planned for."""
@@ -224,7 +233,12 @@ class CenteringPlan:
         self._vectors = vectors
         self._device = tensors[0].device
         self._form = _form_of(tensors, self.properties)
-        self._counts = [loop.groups * loop.units for loop in loops]
+        self._count = sum(loop.groups * loop.units for loop in loops)
+        self._prepare(tensors, loops)
+
+    def _prepare(self, tensors: list[Tensor], loops: list[Loop]) -> None:
+        """Divide the work, as a constructor's last step."""
+        raise NotImplementedError
 
     def fits(self, tensors: list[Tensor], vectors: list[WeightVectors]) -> bool:
         """Whether these tensors have the form that was planned for."""
@@ -232,24 +246,30 @@ class CenteringPlan:
 
     def center_(self, tensors: list[Tensor]) -> None:
         """Center each tensor in place."""
-        self._run(tensors, Operation.CENTER, None)
+        self._run(_pointers_to(tensors), Operation.CENTER, None)
         torch.autograd.graph.increment_version(tensors)
 
     def means(self, tensors: list[Tensor]) -> Tensor:
         """The mean of every weight vector of every tensor, one after another."""
-        means = torch.empty(sum(self._counts), dtype=self.means_dtype, device=self._device)
-        self._run(tensors, Operation.MEANS, means)
+        means = torch.empty(self._count, dtype=self.means_dtype, device=self._device)
+        self._run(_pointers_to(tensors), Operation.MEANS, means)
         return means
 
     def restore_(self, tensors: list[Tensor], means: Tensor) -> None:
         """Shift every weight vector so that its mean is again the one that `means` returned."""
-        if means.numel() != sum(self._counts):
+        if means.numel() != self._count:
             raise RuntimeError(
                 "parameters changed their shapes during the step, so their means cannot be restored: change shapes "
                 "between steps"
             )
-        self._run(tensors, Operation.RESTORE, means)
+        self._run(_pointers_to(tensors), Operation.RESTORE, means)
         torch.autograd.graph.increment_version(tensors)
 
-    def _run(self, tensors: list[Tensor], operation: Operation, means: Tensor | None) -> None:
+    def _run(self, pointers: list[int], operation: Operation, means: Tensor | None) -> None:
         raise NotImplementedError
+
+
+def _pointers_to(tensors: list[Tensor]) -> list[int]:
+    """The pointers of a centering operation: the tensors are weights, and in Triton gradients too."""
+    pointers = [*map(Tensor.data_ptr, tensors)]
+    return pointers * 2 + [0] * ((POINTERS - 2) * len(tensors))

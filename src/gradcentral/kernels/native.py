@@ -7,7 +7,6 @@ import os
 from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_int32, c_int64, c_uint64, c_void_p
-from itertools import accumulate
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradcentral.kernels import forms
-from gradcentral.kernels.forms import Coefficients, Operation, Placement, States, UpdateRule, is_plain, same_strides
+from gradcentral.kernels.forms import Coefficients, Operation, Placement, UpdateRule, is_plain, same_strides
 from gradcentral.kernels.loops import Loop, loop_over
 from gradcentral.weight_vectors import WeightVectors
 
@@ -35,8 +34,6 @@ __all__ = [
 ]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-_POINTERS = 6
-"""Pointers per parameter: weight, gradient, momentum, squares, largest squares, step counter."""
 
 
 # Structures of c/kernels.h.
@@ -49,7 +46,7 @@ class _CParameter(ctypes.Structure):
         ("scratch", c_int64),
         *((name, c_void_p) for name in ("w", "g", "m", "v", "x")),
         *((name, c_double) for name in ("step_size", "root_correction")),
-        *((name, c_void_p) for name in ("sums", "means")),
+        *((name, c_void_p) for name in ("sums", "means", "kept")),
         ("missing", c_int64),
     )
 
@@ -80,11 +77,9 @@ def _load() -> tuple[Any, str]:
         return None, f"{found[0].name} is of another version: install gradcentral again"
     library.gradcentral_plan.restype = None
     library.gradcentral_plan.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_void_p]
-    work: list[Any] = [c_void_p, c_int64, c_void_p, POINTER(_CWorkList), c_int32, c_int32]
-    library.gradcentral_step.restype = None
-    library.gradcentral_step.argtypes = [*work, POINTER(Coefficients), c_int32]
-    library.gradcentral_center.restype = None
-    library.gradcentral_center.argtypes = [*work, c_void_p, c_void_p, c_int32]
+    work: list[Any] = [c_void_p, c_int64, c_void_p, POINTER(_CWorkList), c_int32]
+    library.gradcentral_run.restype = None
+    library.gradcentral_run.argtypes = [*work, c_int32, POINTER(Coefficients), c_void_p, c_int32]
     library.gradcentral_stream.restype = None
     library.gradcentral_stream.argtypes = [c_void_p, c_void_p, c_int64, c_int32, c_uint64, c_int32]
     return library, ""
@@ -143,7 +138,7 @@ def accepts_counter(tensor: object, device: torch.device) -> bool:
 
 
 class WorkList:
-    """Parameters with these loops and placements, and the work on them divided into pieces (see c/gradcentral.c).
+    """Parameters with these loops and placements, and the work on them divided into pieces (see c/work_list.h).
 
     Args:
         loops: for each parameter its loop and its placement.
@@ -167,11 +162,26 @@ class WorkList:
         self._list = _CWorkList(*pointers, n_batches, n_waves, self._scratch.data_ptr())
         self._dtype = dtype
 
-    def run(self, function: Any, pointers: array[int], *arguments: Any) -> None:
-        """Call a C function on the parameters at these pointers."""
-        address, _ = pointers.buffer_info()
-        count, work = len(self.parameters), ctypes.byref(self._list)
-        function(self.parameters, count, address, work, self._dtype, *arguments, torch.get_num_threads())
+    def run(
+        self,
+        pointers: list[int],
+        rule: UpdateRule | Operation,
+        coefficients: Coefficients | None = None,
+        means: Tensor | None = None,
+    ) -> None:
+        """Take a step of the parameters at these pointers, or center them."""
+        table = array("Q", pointers)
+        _library.gradcentral_run(
+            self.parameters,
+            len(self.parameters),
+            table.buffer_info()[0],
+            self._list,
+            self._dtype,
+            rule,
+            coefficients,
+            None if means is None else means.data_ptr(),
+            torch.get_num_threads(),
+        )
 
 
 class StepPlan(forms.StepPlan):
@@ -181,25 +191,16 @@ class StepPlan(forms.StepPlan):
     parameter_properties = (Tensor.size, Tensor.stride)
     lasting_properties = (Tensor.numel, attrgetter("dtype"))
 
-    def __init__(
-        self,
-        rule: UpdateRule,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: States,
-        loops: list[tuple[Loop, Placement]],
-    ) -> None:
-        super().__init__(rule, params, grads, states, loops)
-        self.work = WorkList(loops, DTYPES[params[0].dtype])
-        for parameter, counter in zip(self.work.parameters, states.steps or (), strict=False):
+    def _prepare(self, grads: list[Tensor], loops: list[tuple[Loop, Placement]]) -> None:
+        self.work = WorkList(loops, DTYPES[self.params[0].dtype])
+        for parameter, counter in zip(self.work.parameters, self.states.steps or (), strict=False):
             parameter.step_is_f64 = counter.dtype == torch.float64
 
     def run(self, grads: list[Tensor], coefficients: Coefficients, fresh: list[bool]) -> None:
         """Take the step (see `forms.StepPlan.run`)."""
         for parameter, is_fresh in zip(self.work.parameters, fresh, strict=False):
             parameter.fresh = is_fresh
-        pointers = array("Q", self._pointers(grads))
-        self.work.run(_library.gradcentral_step, pointers, self.rule, ctypes.byref(coefficients))
+        self.work.run(self._pointers(grads), self.rule, coefficients)
         for parameter, _ in zip(self.work.parameters, fresh, strict=False):
             parameter.fresh = 0
         torch.autograd.graph.increment_version(self.params)
@@ -211,15 +212,11 @@ class CenteringPlan(forms.CenteringPlan):
     properties = StepPlan.gradient_properties
     means_dtype = torch.float64
 
-    def __init__(self, tensors: list[Tensor], vectors: list[WeightVectors], loops: list[Loop]) -> None:
-        super().__init__(tensors, vectors, loops)
+    def _prepare(self, tensors: list[Tensor], loops: list[Loop]) -> None:
         self.work = WorkList([(loop, Placement.GRADIENT) for loop in loops], DTYPES[tensors[0].dtype])
-        self._first_mean = array("q", accumulate(self._counts, initial=0))
 
-    def _run(self, tensors: list[Tensor], operation: Operation, means: Tensor | None) -> None:
-        pointers = array("Q", [*map(Tensor.data_ptr, tensors), *[0] * (len(tensors) * (_POINTERS - 1))])
-        places = (None, None) if means is None else (means.data_ptr(), self._first_mean.buffer_info()[0])
-        self.work.run(_library.gradcentral_center, pointers, operation, *places)
+    def _run(self, pointers: list[int], operation: Operation, means: Tensor | None) -> None:
+        self.work.run(pointers, operation, means=means)
 
 
 def stream(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]]) -> None:
@@ -230,7 +227,7 @@ def stream(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tens
     """
     columns = [params, grads, *states]
     pointers = array("Q", [tensor.data_ptr() for column in columns for tensor in column])
-    pointers.extend([0] * (len(params) * (_POINTERS - len(columns))))
+    pointers.extend([0] * (len(params) * (forms.POINTERS - len(columns))))
     sizes = array("q", [p.numel() * p.itemsize for p in params])
     addresses = pointers.buffer_info()[0], sizes.buffer_info()[0]
     _library.gradcentral_stream(*addresses, len(params), len(states), 0, torch.get_num_threads())

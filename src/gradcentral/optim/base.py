@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradcentral.distributed import any_sharded, local, with_local
+from gradcentral.dtensor import any_sharded, local, with_local
 from gradcentral.kernels import native
 from gradcentral.kernels.compiled import TracedCentering
-from gradcentral.kernels.forms import Coefficients, UpdateRule, same_objects
+from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout, weight_layout
-from gradcentral.optim.fused import GroupPlan, KernelCall, LocalTensors
+from gradcentral.optim.fused import FusedOptimizer, GroupPlan, KernelCall, LocalTensors
 from gradcentral.projection import center, restore_means_, unit_means
 from gradcentral.targets import Targets, check_placement, refuse_sparse
 
 __all__ = ["CentralizedOptimizer"]
 
 
-class CentralizedOptimizer(Optimizer):
+class CentralizedOptimizer(FusedOptimizer):
     """Base of `SGD`, `Adam` and `AdamW`: torch's optimizer of that name, centering inside its step.
 
     Args:
@@ -50,7 +50,6 @@ class CentralizedOptimizer(Optimizer):
             nothing is left to center.
     """
 
-    targets: Targets
     _torch_optimizer: type[Optimizer]
 
     def __init__(
@@ -135,23 +134,6 @@ class CentralizedOptimizer(Optimizer):
         super().add_param_group(param_group)
         if getattr(self, "_by_shape", False):
             self.targets = Targets(WeightLayout.from_shapes(self.param_groups), self.placement)
-
-    # What a subclass defines.
-
-    def _update_rule(self, group: dict[str, Any]) -> UpdateRule:
-        """The update rule that a group's options select."""
-        raise NotImplementedError
-
-    def _coefficients(self, group: dict[str, Any], lr: float) -> Coefficients:
-        """The coefficients for a group's options and this learning rate."""
-        raise NotImplementedError
-
-    def _create_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
-        """Return a parameter's state, created as torch creates it if it does not exist.
-
-        A new momentum buffer starts as the first gradient: until that step its parameter is in ``_fresh``.
-        """
-        raise NotImplementedError
 
     # A departure from torch.optim.Optimizer.step: what the kernels serve is planned for all groups before anything is
     # changed, so that whatever is refused is refused with the weights untouched.

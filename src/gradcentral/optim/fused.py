@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from gradcentral.distributed import Shards, any_sharded, local
+from gradcentral.distributed import Shards
+from gradcentral.dtensor import any_sharded, local
 from gradcentral.kernels import native, triton
 from gradcentral.kernels.forms import Coefficients, Placement, States, UpdateRule, same_objects
 from gradcentral.kernels.planner import group_by_kernels
+from gradcentral.targets import Targets
 
-if TYPE_CHECKING:
-    from gradcentral.optim.base import CentralizedOptimizer
-
-__all__ = ["GroupPlan", "KernelCall", "LocalTensors"]
+__all__ = ["FusedOptimizer", "GroupPlan", "KernelCall", "LocalTensors"]
 
 _STATE_KEYS = {
     UpdateRule.SGD: (None, None, None, None),
@@ -26,6 +26,27 @@ _STATE_KEYS = {
     UpdateRule.AMSGRAD: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"),
 }
 """The keys under which torch keeps the fields of `States` in an optimizer's state."""
+
+
+class FusedOptimizer(Optimizer):
+    """What an optimizer defines so that the kernels can update its parameters."""
+
+    targets: Targets
+
+    def _update_rule(self, group: dict[str, Any]) -> UpdateRule:
+        """The update rule that a group's options select."""
+        raise NotImplementedError
+
+    def _coefficients(self, group: dict[str, Any], lr: float) -> Coefficients:
+        """The coefficients for a group's options and this learning rate."""
+        raise NotImplementedError
+
+    def _create_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        """Return a parameter's state, created as torch creates it if it does not exist.
+
+        A new momentum buffer starts as the first gradient: until that step its parameter is in ``_fresh``.
+        """
+        raise NotImplementedError
 
 
 class LocalTensors(NamedTuple):
@@ -77,7 +98,7 @@ class GroupPlan(NamedTuple):
 
     @classmethod
     def create(
-        cls, optimizer: CentralizedOptimizer, group: dict[str, Any], params: list[Tensor], held: LocalTensors | None
+        cls, optimizer: FusedOptimizer, group: dict[str, Any], params: list[Tensor], held: LocalTensors | None
     ) -> GroupPlan:
         """Divide a group among kernel calls; what no kernel takes is left to torch's own step."""
         rule = optimizer._update_rule(group)
@@ -103,7 +124,7 @@ class GroupPlan(NamedTuple):
 
         calls = []
         with torch.no_grad():
-            centered = Placement[optimizer.placement.upper()]
+            centered = Placement[optimizer.targets.placement.upper()]
             for chosen in group_by_kernels(shards, [targets.get(p) for p in params], companions)[0]:
                 owners = [*chosen.select(params)]
                 states = [optimizer._create_state(group, p) for p in owners]
@@ -119,7 +140,7 @@ class GroupPlan(NamedTuple):
         return cls(params, rule, calls, [*optimizer.state.values()], everything, any_sharded(everything))
 
     def kernel_calls(
-        self, optimizer: CentralizedOptimizer, group: dict[str, Any], held: LocalTensors | None
+        self, optimizer: FusedOptimizer, group: dict[str, Any], held: LocalTensors | None
     ) -> list[KernelCall] | None:
         """Return the calls with the gradients and coefficients of now, or None where a plan no longer fits."""
         if not same_objects([*optimizer.state.values()], self.all_states):
@@ -129,7 +150,7 @@ class GroupPlan(NamedTuple):
             # The local shard of a DTensor may have been replaced since.
             if held is not None and not same_objects([local(p) for p in owners], plan.params):
                 return None
-            grads = [cast("Tensor", p.grad) for p in owners] if held is None else [held.gradient(p) for p in owners]
+            grads: list[Any] = [p.grad for p in owners] if held is None else [held.gradient(p) for p in owners]
             try:
                 states = _states_of(self.rule, owners_states)
             except KeyError:  # a state has been cleared
@@ -145,11 +166,11 @@ def _gradient(p: Tensor, held: LocalTensors | None) -> Tensor:
 
 
 def _states_of(rule: UpdateRule, states: Sequence[dict[str, Any]]) -> States:
-    return States(*(None if key is None else [state[key] for state in states] for key in _STATE_KEYS[rule]))
+    return States(*[None if key is None else [state[key] for state in states] for key in _STATE_KEYS[rule]])
 
 
 def _coefficients(
-    optimizer: CentralizedOptimizer, group: dict[str, Any], plan: Any
+    optimizer: FusedOptimizer, group: dict[str, Any], plan: Any
 ) -> Coefficients | triton.DeviceCoefficients:
     """Return the coefficients as the plan's kernel takes them."""
     sign = -1.0 if group["maximize"] else 1.0

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gradcentral.diagnostics.probe_plot import shares
 from gradcentral.experiment.errors import TaskError
 from gradcentral.experiment.loading import refer_to
 from gradcentral.experiment.probing import probe_task
@@ -29,7 +28,6 @@ from gradcentral.paper.operation import operation
 from gradcentral.paper.statements import Statements
 from gradcentral.paper.study import Study
 from gradcentral.paper.theorems import measure_all
-from gradcentral.plotting import Theme
 
 __all__ = ["FIGURES", "STATEMENTS", "Drawn", "draw_all", "statement_table"]
 
@@ -181,13 +179,10 @@ def _make(name: str, study: Study, folder: Path, progress: bool) -> Figure:
 
 def _shares(study: Study) -> Figure:
     (report,) = study.track((probe_task(study.task, seed=seed, device=study.device) for seed in (study.seed,)), 1)
-
-    def draw(theme: Theme) -> Any:
-        return shares(report.centered, report.share, theme)
-
     title = f"{study.task.name}: where GC acts before training"
     columns = ("name", "kind", "share", "spread", "finding")
-    return Figure(title, draw, columns, [[getattr(layer, column) for column in columns] for layer in report.layers])
+    rows = [[getattr(layer, column) for column in columns] for layer in report.layers]
+    return Figure(title, report.plot, columns, rows)
 
 
 def _statements(study: Study) -> Statements:

@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-from gradcentral.diagnostics.centering_effect import effects, together
+from gradcentral.diagnostics.centering_effect import combine_effects, effects
 from gradcentral.experiment.arms import NONE
 from gradcentral.paper.figure import Figure
 from gradcentral.paper.study import Study, gradient_of, kind_of
@@ -30,7 +30,7 @@ def gradient_norms(study: Study) -> Figure:
                 entries = [entry for entry in moment.layout.entries if entry.parameter.requires_grad]
                 seen = effects([(gradient_of(entry.parameter), entry.vectors) for entry in entries])
                 shown = {names[e.name]: effect for e, effect in zip(entries, seen, strict=True) if e.name in names}
-                for place, effect in (shown | {_WHOLE: together(seen)}).items():
+                for place, effect in (shown | {_WHOLE: combine_effects(seen)}).items():
                     centered = arm != NONE
                     norms[place, arm, moment.step].append(effect.centered_norm if centered else effect.norm)
                     largest[place, arm, moment.step].append(effect.centered_largest if centered else effect.largest)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradcentral.diagnostics.batches import loss_of
-from gradcentral.diagnostics.preserve import unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.layout import WeightLayout
 from gradcentral.projection import center
 
@@ -293,7 +293,7 @@ def _ritz(diagonal: list[float], beside: list[float]) -> tuple[tuple[float, floa
 def _hessian(model: nn.Module, loss: Loss, batch: Batch, parameters: Sequence[Tensor]) -> Iterator[_Multiply]:
     """v -> ∇²L v on flat vectors. The gradient's graph is built once and walked for each product."""
     # The fast attention kernels can't be differentiated twice.
-    with unchanged(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with preserve_state(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         # An embedding table may have a sparse gradient.
         gradients = [
             gradient.to_dense()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradcentral.diagnostics.preserve import unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.arms import NONE
 from gradcentral.layout import WeightLayout
 from gradcentral.paper.figure import Figure
@@ -71,7 +71,7 @@ def _look(study: Study, arm: str, moment: Moment, before: _Before) -> _Look:
     weights = list(model.parameters())
     now = [w.detach().clone() for w in weights]
     way = [after - start for after, start in zip(now, before.weights, strict=True)]
-    with unchanged(model):
+    with preserve_state(model):
         try:
             _set(weights, before.weights)
             curvature = abs(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from gradcentral.diagnostics.preserve import unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.paper.hessian import Batch
 from gradcentral.paper.statements import NotMeasurableError
@@ -129,7 +129,7 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> dic
 
     hooks = [watch(name, layer) for name, layer in layers.items()]
     try:
-        with unchanged(model), torch.no_grad():
+        with preserve_state(model), torch.no_grad():
             if isinstance(batch, Mapping):
                 model(**batch)
             else:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gradcentral.attach import centralize
-from gradcentral.diagnostics.batches import moved
-from gradcentral.diagnostics.preserve import random_numbers_unchanged
+from gradcentral.diagnostics.batches import to_device
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.randomness import derive, seed_everything
 from gradcentral.experiment.task import Task
@@ -86,14 +86,14 @@ class Study:
 
     def fresh_model(self) -> nn.Module:
         """The model as a run of the first seed begins with it; nobody's random numbers change."""
-        with random_numbers_unchanged():
+        with preserve_state():
             return fresh_model(self.task, self.seed).to(self.device)
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """All batches of a run in its order, the same as in a comparison."""
         for order in itertools.islice(orders_of(self.task, seed), self.epochs):
             for batch in loader_of(self.task, order):
-                yield moved(pair_of(batch), self.device)
+                yield to_device(pair_of(batch), self.device)
 
     def train(self, arm: str, seed: int) -> Iterator[Moment]:
         """Train once: yields after each backward pass, and steps when it is resumed.
@@ -105,7 +105,7 @@ class Study:
             seed: of weights, order and dropout.
         """
         task = self.task
-        with random_numbers_unchanged():
+        with preserve_state():
             model = fresh_model(task, seed).to(self.device)
             optimizer = fresh_optimizer(task, self.optimizer, model)
             schedule = fresh_schedule(task, optimizer, self.steps)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from gradcentral.attach import centralize
 from gradcentral.diagnostics.batches import loss_of
-from gradcentral.diagnostics.preserve import random_numbers_unchanged, unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.initialization import SCHEMES, center_weights_, initial_means
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.paper.hessian import Batch, Loss, hessian_matrix, projected_norm, top_eigenvalue
@@ -448,10 +448,10 @@ def measure_all(
     """
     trained, plain = _Copy(model, optimizer, with_gc=True), _Copy(model, optimizer, with_gc=False)
     first, steps = None, 0
-    with random_numbers_unchanged():
+    with preserve_state():
         for batch in batches:
             first, steps = batch if first is None else first, steps + 1
-            with random_numbers_unchanged():
+            with preserve_state():
                 trained.step(loss, batch)
             plain.step(loss, batch)
     if first is None:
@@ -524,7 +524,7 @@ def _gradients(
     trained = [(w, vectors) for w, vectors in layout.items() if w.requires_grad]
     if not trained:
         raise ValueError("layout: none of the parameters that it centers needs a gradient")
-    with unchanged(model), torch.enable_grad():
+    with preserve_state(model), torch.enable_grad():
         gradients = torch.autograd.grad(loss_of(model, loss, batch), [w for w, _ in trained], materialize_grads=True)
     return [(layout.names[w], w, g, vectors) for (w, vectors), g in zip(trained, gradients, strict=True)]
 

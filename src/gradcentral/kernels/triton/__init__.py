@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     from gradcentral.kernels.triton.plans import CenteringPlan, StepPlan
 
 __all__ = [
+    "INTERPRETED",
     "CenteringPlan",
     "DeviceCoefficients",
     "StepPlan",
     "accepts_counter",
     "accepts_gradient",
     "accepts_state",
-    "interpreted",
     "loop_of",
     "serves",
+    "serves_cpu",
     "unavailable_reason",
 ]
 
@@ -39,10 +40,11 @@ _OLDEST = (3, 4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _choice = os.environ.get("GRADCENTRAL_KERNELS", "")
-_interpret = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+"""Whether Triton, which reads the same variable when it is imported, runs every kernel on the CPU in Python."""
 
-interpreted = _interpret and _choice == "triton"
-"""Whether CPU tensors are served, by Triton's interpreter."""
+serves_cpu = INTERPRETED and _choice == "triton"
+"""Whether these kernels serve CPU tensors, by Triton's interpreter."""
 
 
 class DeviceCoefficients(NamedTuple):
@@ -70,7 +72,7 @@ def _static_reason() -> str:
         return f"Triton {version} is too old: {'.'.join(map(str, _OLDEST))} or later (torch 2.8) is needed"
     if torch.version.hip is not None:
         return "torch is built for ROCm, on which these kernels are not tested"
-    if _interpret and not interpreted:
+    if INTERPRETED and not serves_cpu:
         return "TRITON_INTERPRET is set, which requires GRADCENTRAL_KERNELS=triton"
     return ""
 
@@ -81,14 +83,14 @@ _unavailable = _static_reason()
 
 def unavailable_reason() -> str:
     """Why these kernels cannot be used on this machine; empty if they can."""
-    if _unavailable or interpreted or torch.cuda.is_available():
+    if _unavailable or serves_cpu or torch.cuda.is_available():
         return _unavailable
     return "no CUDA device"
 
 
 def serves(tensor: Tensor) -> bool:
     """Whether these kernels are for tensors on this one's device."""
-    return not _unavailable and (tensor.device.type == "cpu" if interpreted else tensor.is_cuda)
+    return not _unavailable and (tensor.device.type == "cpu" if serves_cpu else tensor.is_cuda)
 
 
 def loop_of(tensor: Tensor, vectors: WeightVectors | None) -> Loop | None:
