@@ -1,4 +1,4 @@
-"""Initial means against theory, and weights without any."""
+"""The means of initial weight vectors compared with theory, and their removal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradcentral.paper.output_shift import intensity_responses
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("shape", [(2000, 16, 3, 3), (3000, 50)])
-def test_initial_means_spread_as_theory_says(scheme: str, shape: tuple[int, ...]) -> None:
+def test_initial_means_have_the_expected_standard_deviation(scheme: str, shape: tuple[int, ...]) -> None:
     means = initial_means(shape, scheme)
     assert means.absolute.shape == shape[:1]
     # The root mean square of n normal numbers has a relative standard error of 1/√(2n).
@@ -27,27 +27,27 @@ def test_initial_means_spread_as_theory_says(scheme: str, shape: tuple[int, ...]
     assert float(means.absolute.mean()) == pytest.approx(means.expected * math.sqrt(2 / math.pi), rel=0.1)
 
 
-def test_expected_deviation_is_that_of_the_weights_over_root_M() -> None:
+def test_the_expected_standard_deviation_is_that_of_a_weight_over_root_M() -> None:
     assert initial_means((8, 4, 3, 3), "xavier_normal").expected == pytest.approx(math.sqrt(2 / (36 + 72)) / 6)
     assert initial_means((8, 4, 3, 3), "kaiming_uniform").expected == pytest.approx(math.sqrt(2 / 36) / 6)
 
 
-def test_the_draw_is_seeded_and_leaves_the_generator_alone() -> None:
-    random = torch.get_rng_state()
+def test_sampling_is_seeded_and_does_not_change_the_global_generator() -> None:
+    state = torch.get_rng_state()
     first = initial_means((5, 7), "xavier_uniform", seed=1).absolute
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(initial_means((5, 7), "xavier_uniform", seed=1).absolute, first)
     assert not torch.equal(initial_means((5, 7), "xavier_uniform", seed=2).absolute, first)
 
 
-def test_unknown_schemes_and_shapes_are_refused() -> None:
+def test_unknown_schemes_and_shapes_raise() -> None:
     with pytest.raises(ValueError, match="scheme must be one of 'xavier_uniform'"):
         initial_means((5, 7), "lecun")
     with pytest.raises(ValueError, match="shape must be"):
         initial_means((5,), "xavier_normal")
 
 
-def test_center_weights_takes_the_mean_of_each_weight_vector_and_nothing_else() -> None:
+def test_center_weights_subtracts_the_mean_of_each_weight_vector_only() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 5, 3), nn.Embedding(3, 4), nn.Linear(6, 2)).double()
     before = copy.deepcopy(model)
     layout = center_weights_(model)
@@ -60,7 +60,7 @@ def test_center_weights_takes_the_mean_of_each_weight_vector_and_nothing_else() 
         assert torch.equal(model.get_parameter(name), before.get_parameter(name))
 
 
-def test_center_weights_follows_the_layout_it_is_given() -> None:
+def test_center_weights_uses_the_given_layout() -> None:
     first, second = nn.Linear(4, 3), nn.Linear(3, 4)
     model = nn.Sequential(first, second)
     before = second.weight.detach().clone()
@@ -71,7 +71,7 @@ def test_center_weights_follows_the_layout_it_is_given() -> None:
     assert torch.equal(second.weight, before)
 
 
-def test_centered_weights_and_gc_make_a_network_blind_to_intensity() -> None:
+def test_centered_weights_and_gc_make_a_network_invariant_to_intensity() -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     center_weights_(model)
     before = copy.deepcopy(model)
@@ -86,7 +86,7 @@ def test_centered_weights_and_gc_make_a_network_blind_to_intensity() -> None:
     torch.testing.assert_close(model(x + 3.0), model(x), rtol=0, atol=1e-4)
 
 
-def test_center_weights_refuses_what_it_cannot_center() -> None:
+def test_center_weights_raises_without_weights_to_center() -> None:
     with pytest.raises(ValueError, match="nothing to center"):
         center_weights_(nn.LayerNorm(4))
     with pytest.raises(ValueError, match="weight is not the model's"):
