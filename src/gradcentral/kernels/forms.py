@@ -21,12 +21,12 @@ from gradcentral.kernels.loops import Loop
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = [
-    "CenteringPlan",
+    "BaseCenteringPlan",
+    "BaseStepPlan",
     "Coefficients",
     "Operation",
     "Placement",
     "States",
-    "StepPlan",
     "UpdateRule",
     "is_plain",
     "same_objects",
@@ -132,7 +132,7 @@ def _form_of(tensors: Sequence[Tensor], properties: Sequence[Property]) -> list[
     return [[*map(get, tensors)] for get in properties]
 
 
-class StepPlan:
+class BaseStepPlan:
     """One fused step of parameters that share their device, dtypes and update rule.
 
     Args:
@@ -217,7 +217,7 @@ class StepPlan:
         raise NotImplementedError
 
 
-class CenteringPlan:
+class BaseCenteringPlan:
     """Φ, means and their restoration for many tensors of one device and dtype, each in one call.
 
     Args:

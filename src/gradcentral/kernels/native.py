@@ -14,8 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcentral.kernels import forms
-from gradcentral.kernels.forms import Coefficients, Operation, Placement, UpdateRule, is_plain, same_strides
+from gradcentral.kernels.forms import (
+    POINTERS,
+    BaseCenteringPlan,
+    BaseStepPlan,
+    Coefficients,
+    Operation,
+    Placement,
+    UpdateRule,
+    is_plain,
+    same_strides,
+)
 from gradcentral.kernels.loops import Loop, loop_over
 from gradcentral.weight_vectors import WeightVectors
 
@@ -184,7 +193,7 @@ class WorkList:
         )
 
 
-class StepPlan(forms.StepPlan):
+class NativeStepPlan(BaseStepPlan):
     """One fused step of parameters that share their dtype and update rule, in one call."""
 
     gradient_properties = (Tensor.size, Tensor.stride, attrgetter("dtype"), type, attrgetter("is_cpu"), Tensor.is_neg)
@@ -197,7 +206,7 @@ class StepPlan(forms.StepPlan):
             parameter.step_is_f64 = counter.dtype == torch.float64
 
     def run(self, grads: list[Tensor], coefficients: Coefficients, fresh: list[bool]) -> None:
-        """Take the step (see `forms.StepPlan.run`)."""
+        """Take the step (see `BaseStepPlan.run`)."""
         for parameter, is_fresh in zip(self.work.parameters, fresh, strict=False):
             parameter.fresh = is_fresh
         self.work.run(self._pointers(grads), self.rule, coefficients)
@@ -206,10 +215,10 @@ class StepPlan(forms.StepPlan):
         torch.autograd.graph.increment_version(self.params)
 
 
-class CenteringPlan(forms.CenteringPlan):
+class NativeCenteringPlan(BaseCenteringPlan):
     """Φ, means (in f64) and their restoration for many tensors of one dtype, each in one call."""
 
-    properties = StepPlan.gradient_properties
+    properties = NativeStepPlan.gradient_properties
     means_dtype = torch.float64
 
     def _prepare(self, tensors: list[Tensor], loops: list[Loop]) -> None:
@@ -217,6 +226,10 @@ class CenteringPlan(forms.CenteringPlan):
 
     def _run(self, pointers: list[int], operation: Operation, means: Tensor | None) -> None:
         self.work.run(pointers, operation, means=means)
+
+
+StepPlan = NativeStepPlan
+CenteringPlan = NativeCenteringPlan
 
 
 def stream(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]]) -> None:
@@ -227,7 +240,7 @@ def stream(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tens
     """
     columns = [params, grads, *states]
     pointers = array("Q", [tensor.data_ptr() for column in columns for tensor in column])
-    pointers.extend([0] * (len(params) * (forms.POINTERS - len(columns))))
+    pointers.extend([0] * (len(params) * (POINTERS - len(columns))))
     sizes = array("q", [p.numel() * p.itemsize for p in params])
     addresses = pointers.buffer_info()[0], sizes.buffer_info()[0]
     _library.gradcentral_stream(*addresses, len(params), len(states), 0, torch.get_num_threads())

@@ -15,8 +15,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from gradcentral.kernels import forms
-from gradcentral.kernels.forms import Coefficients, Operation, Placement, UpdateRule
+from gradcentral.kernels.forms import (
+    POINTERS,
+    BaseCenteringPlan,
+    BaseStepPlan,
+    Coefficients,
+    Operation,
+    Placement,
+    UpdateRule,
+)
 from gradcentral.kernels.loops import Loop
 from gradcentral.kernels.triton.division import TILE, columns_beside, divide
 from gradcentral.kernels.triton.step import run
@@ -102,7 +109,7 @@ class _Launch:
         self.parameters, self.pieces = tables.parameters.to(device), tables.pieces.to(device)
         self.progress = torch.zeros(2 + tables.counters, dtype=torch.int32, device=device)
         self.partials = torch.empty(max(1, tables.slots), dtype=torch.float32, device=device)
-        self.pointers = _PointerTable(device, forms.POINTERS * len(loops))
+        self.pointers = _PointerTable(device, POINTERS * len(loops))
         self.beside = columns_beside(grad.itemsize)
         self.options = {"num_warps": WARPS}
         if device.type == "cuda":
@@ -122,7 +129,7 @@ class _Launch:
         """Launch the kernel (see step.py).
 
         Args:
-            pointers: `forms.POINTERS` columns.
+            pointers: `POINTERS` columns.
             rule, placement: select the variant of the kernel.
             types: of the weights, the gradients and the states.
             coefficients: of the update rule.
@@ -204,7 +211,7 @@ def _logarithms(c: Coefficients) -> tuple[float, ...]:
     return tuple(parts)
 
 
-class StepPlan(forms.StepPlan):
+class TritonStepPlan(BaseStepPlan):
     """One fused step of parameters that share their device, dtypes and update rule, in one launch."""
 
     # A step must not cost the host more time than the device, so only what can differ is compared: torch itself
@@ -222,7 +229,7 @@ class StepPlan(forms.StepPlan):
         self._fresh = torch.zeros(len(loops), dtype=torch.int32, device=weight.device)
 
     def run(self, grads: list[Tensor], coefficients: DeviceCoefficients, fresh: list[bool]) -> None:
-        """Take the step (see `forms.StepPlan.run`) on the current stream, without synchronizing the host."""
+        """Take the step (see `BaseStepPlan.run`) on the current stream, without synchronizing the host."""
         dampened = self.rule == UpdateRule.MOMENTUM and coefficients.coefficients.keep != 1
         if dampened and any(fresh):
             self._fresh.copy_(torch.tensor(fresh))
@@ -231,7 +238,7 @@ class StepPlan(forms.StepPlan):
         torch.autograd.graph.increment_version(self.params)
 
 
-class CenteringPlan(forms.CenteringPlan):
+class TritonCenteringPlan(BaseCenteringPlan):
     """Φ, means (in f32) and their restoration for many tensors of one device and dtype, each in one launch."""
 
     properties = (Tensor.size, Tensor.stride, attrgetter("dtype"), Tensor.get_device, type, Tensor.is_neg)
@@ -244,3 +251,7 @@ class CenteringPlan(forms.CenteringPlan):
 
     def _run(self, pointers: list[int], operation: Operation, means: Tensor | None) -> None:
         self.launch(pointers, operation, Placement.GRADIENT, self._types, means=means)
+
+
+StepPlan = TritonStepPlan
+CenteringPlan = TritonCenteringPlan
