@@ -151,6 +151,12 @@ CASES = {
         r"run one forward pass of the model before the first step",
         "model(batch)\noptimizer.step(backward)",
     ),
+    "a copy with lazy parameters": Case(
+        LAZY + "model, optimizer = copy.deepcopy((model, gradcentral.SGD(model, lr=0.1)))",
+        "step()",
+        r"create the layout and the optimizer again",
+        "optimizer = gradcentral.SGD(model, lr=0.1)",
+    ),
     "reshaped parameters": Case(
         "centralize(optimizer, model)\nmodel[1].weight.data = torch.randn(5, 6)\nmodel[1].bias.data = torch.randn(5)",
         "step()",
