@@ -32,6 +32,7 @@ ROOMS = (
     "projection",
     "weight_vectors",
     "plotting",
+    "tables",
     "json_lines",
     "extras",
 )

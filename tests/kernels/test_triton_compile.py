@@ -1,4 +1,4 @@
-"""The Triton kernel compiles for GPUs that are not here, into code that reads and writes 16 bytes at a time."""
+"""The Triton kernel compiles without a GPU, into code whose threads read and write 16 bytes at a time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gradcentral.kernels.triton.division import TILE, columns_beside  # noqa: E4
 from gradcentral.kernels.triton.plans import REGISTERS, WARPS  # noqa: E402
 from gradcentral.kernels.triton.step import run  # noqa: E402
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing under TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 turns off the compiler")
 
 
 def compiled(capability: int, rule: int, placement: int, dtype: Any, extras: bool) -> str:
-    """The PTX of the kernel with these choices, by Triton's own compiler, which needs no GPU."""
+    """The PTX of a variant of the kernel; Triton's compiler needs no GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -55,7 +55,7 @@ def compiled(capability: int, rule: int, placement: int, dtype: Any, extras: boo
     source = ASTSource(fn=run, signature={name: signature[name] for name in names}, constexprs=values)
     options = {"num_warps": WARPS, "maxnreg": REGISTERS}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert kernel.asm["cubin"], "the assembler made nothing of it"
+    assert kernel.asm["cubin"], "the assembler returned nothing"
     return str(kernel.asm["ptx"])
 
 
@@ -70,7 +70,7 @@ def compiled(capability: int, rule: int, placement: int, dtype: Any, extras: boo
 )
 def test_the_kernel_compiles(capability: int, rule: int, placement: Placement, dtype: str, extras: bool) -> None:
     ptx = compiled(capability, rule, placement, getattr(triton.language, dtype), extras)
-    wide = "v4.b32" if dtype == "float32" else "v2.b32"  # of each thread's share of a tile, all at once
+    wide = "v4.b32" if dtype == "float32" else "v2.b32"  # a thread's 4 elements of a tile
     assert re.search(rf"ld\.global\S*\.{wide}", ptx)
     assert re.search(rf"st\.global\S*\.{wide}", ptx)
     assert f".maxnreg {REGISTERS}" in ptx

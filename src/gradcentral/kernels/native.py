@@ -63,18 +63,18 @@ class _CWorkList(ctypes.Structure):
     )
 
 
-def _load() -> tuple[Any, str]:
-    """The library, or None and the reason why it cannot be used."""
-    found = sorted(Path(__file__).parent.glob("_native.*"))
+def _load(folder: Path) -> tuple[Any, str]:
+    """The library in a folder, or None and the reason why it cannot be used."""
+    found = sorted(folder.glob("_native.*"))
     if not found:
-        return None, "not built: no C compiler was found when gradcentral was installed"
+        return None, "not built, for lack of a C compiler: install a C compiler and reinstall gradcentral"
     try:
         library = ctypes.CDLL(str(found[0]))
         sizes = [library.gradcentral_struct_size(which) for which in range(4)]
     except (OSError, AttributeError) as error:
-        return None, f"{found[0].name} does not load: {error}"
+        return None, f"{found[0].name} does not load ({error}): reinstall gradcentral"
     if sizes != [ctypes.sizeof(kind) for kind in (_CParameter, _CWorkPiece, Coefficients, _CWorkList)]:
-        return None, f"{found[0].name} is of another version: install gradcentral again"
+        return None, f"{found[0].name} is of another version: reinstall gradcentral"
     library.gradcentral_plan.restype = None
     library.gradcentral_plan.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_void_p]
     work: list[Any] = [c_void_p, c_int64, c_void_p, POINTER(_CWorkList), c_int32]
@@ -85,7 +85,7 @@ def _load() -> tuple[Any, str]:
     return library, ""
 
 
-_library, _unavailable = _load()
+_library, _unavailable = _load(Path(__file__).parent)
 if _unavailable == "" and os.environ.get("GRADCENTRAL_KERNELS") == "reference":
     _unavailable = "GRADCENTRAL_KERNELS=reference"
 

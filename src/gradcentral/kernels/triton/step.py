@@ -21,7 +21,7 @@ import triton.language as tl
 
 from gradcentral.kernels.forms import Operation, Placement
 from gradcentral.kernels.triton.division import FIELDS, STEP, SUM, TileShape
-from gradcentral.kernels.triton.rules import ADAM, AMSGRAD, CENTER, first_pass, second_pass, step
+from gradcentral.kernels.triton.rules import ADAM, CENTER, first_pass, second_pass, step
 
 __all__ = ["run"]
 
@@ -160,11 +160,9 @@ def _coefficients(
         keep = tl.where(is_fresh, 1.0, keep)
     step_size = lr
     root_correction = 1.0
-    if RULE == ADAM or RULE == AMSGRAD:
-        t = (
-            tl.load(tl.load(pointers + 5 * n_parameters + parameter).to(tl.pointer_type(tl.float32))).to(tl.float64)
-            + 1.0
-        )
+    if RULE >= ADAM and RULE < CENTER:
+        counter = tl.load(pointers + 5 * n_parameters + parameter).to(tl.pointer_type(tl.float32))
+        t = tl.load(counter).to(tl.float64) + 1.0
         power1 = tl.exp(t * (tl.cast(log1, tl.float64) + log1_rest))
         power2 = tl.exp(t * (tl.cast(log2, tl.float64) + log2_rest))
         step_size = lr / (1.0 - power1).to(tl.float32)
@@ -195,7 +193,7 @@ def _finish(pointers, progress, fresh, n_parameters, n_counters, skipped, RULE: 
     if skipped == 0:
         for i in range(0, n_parameters, 1024):
             at, mask = i + each, i + each < n_parameters
-            if RULE == ADAM or RULE == AMSGRAD:
+            if RULE >= ADAM and RULE < CENTER:
                 steps = tl.load(pointers + 5 * n_parameters + at, mask=mask, other=0).to(tl.pointer_type(tl.float32))
                 tl.store(steps, tl.load(steps, mask=mask, other=0.0) + 1.0, mask=mask)
             if DAMPENED:
@@ -316,7 +314,7 @@ def run(
             _vectors(at, c, nv, nk, size, what, places, BESIDE, TILE // BESIDE, _BESIDE, RULE, PLACEMENT)
         else:
             _vectors(at16, c, nv16, nk, size16, what, places, BESIDE, TILE // BESIDE, _BESIDE, RULE, PLACEMENT)
-    if WAITS or RULE == ADAM or RULE == AMSGRAD or DAMPENED:
+    if WAITS or (RULE >= ADAM and RULE < CENTER) or DAMPENED:
         tl.debug_barrier()  # all threads have read what the last program resets
         if tl.atomic_add(progress + 1, 1) == tl.num_programs(0) - 1:
             _finish(pointers, progress, fresh, n_parameters, n_counters, skipped, RULE, DAMPENED)
