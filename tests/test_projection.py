@@ -173,6 +173,12 @@ def test_center_has_first_and_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(lambda t: center(t, vectors).pow(3), (g,))
 
 
+def test_center_and_share_accept_a_pattern() -> None:
+    g, filters = torch.randn(4, 3, 2, 2), WeightVectors((1, 2, 3))
+    assert torch.equal(center(g, "o [i k k]"), center(g, filters))
+    assert torch.equal(share(g, "o [i k k]"), share(g, filters))
+
+
 @given(case=cases(DOUBLE))
 def test_share_is_the_fraction_of_energy_that_centering_removes(case: Case) -> None:
     kept = center(case.tensor, case.vectors).square().sum() / case.tensor.square().sum()

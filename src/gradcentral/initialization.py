@@ -105,13 +105,13 @@ def center_weights_(model: nn.Module, layout: WeightLayout | None = None) -> Wei
     """
     layout = weight_layout(model) if layout is None else layout
     if layout.pending:
-        raise ValueError("model: a lazy parameter has no values yet: run one forward of the model first")
+        raise ValueError("model: a lazy parameter has no values yet: run one forward pass of the model first")
     if not layout:
         raise ValueError(f"nothing to center: {layout.summary()}")
     own = {*model.parameters()}
     for parameter in layout:
         if parameter not in own:
-            raise ValueError(f"layout: {layout.names[parameter]} is not the model's: give weight_layout(model)")
+            raise ValueError(f"layout: {layout.names[parameter]} is not the model's: pass weight_layout(model)")
     with torch.no_grad():
         for parameter, vectors in layout.items():
             center_(parameter, vectors)
