@@ -50,14 +50,7 @@ _STATEMENT_STEPS = 300
 
 
 class FigureSet(NamedTuple):
-    """The result of `draw_all`.
-
-    Attributes:
-        out: the folder with the PNG, SVG and CSV files of the figures, and ``statements.csv``.
-        titles: the figures' titles by name.
-        statements: the measured statements, with those that need a layer the network lacks in ``statements.skipped``;
-            empty if they were not selected.
-    """
+    """The output folder, the titles of the figures in it by name, and the statements, if they were selected."""
 
     out: Path
     titles: dict[str, str]
@@ -77,6 +70,8 @@ def draw_all(
 ) -> FigureSet:
     """Measure and draw the paper's figures and statements with a task's own network and data.
 
+    Writes a PNG, an SVG and a CSV file per figure, and ``statements.csv``.
+
     Args:
         task: a `Task`, a file that defines ``task``, or the name of a built-in task.
         out: the output folder; by default ``runs/figures-<task name>``.
@@ -90,8 +85,7 @@ def draw_all(
     Raises:
         TaskError: the task or an option is not usable; no trainable parameter is centered; there is only one step.
     """
-    reference = refer_to(task)
-    loaded = reference.task
+    loaded = refer_to(task).task
     if isinstance(loaded, CustomTask):
         raise TaskError(f"task {loaded.name!r} is a CustomTask, whose training steps are not accessible; give a Task")
     chosen = _chosen(only)
@@ -102,16 +96,8 @@ def draw_all(
         check_count("epochs", epochs)
     _check_device(device)
     folder = Path(out) if out is not None else Path("runs") / f"figures-{loaded.name}"
-    study = Study(
-        loaded,
-        task,
-        optimizer if optimizer is not None else next(iter(loaded.optimizers)),
-        tuple(range(seeds)),
-        loaded.epochs if epochs is None else epochs,
-        device,
-        runs=folder / "runs",
-        progress=progress,
-    )
+    optimizer, epochs = optimizer or next(iter(loaded.optimizers)), epochs or loaded.epochs
+    study = Study(loaded, task, optimizer, tuple(range(seeds)), epochs, device, folder / "runs", progress)
     _check(study, chosen)
     folder.mkdir(parents=True, exist_ok=True)
     titles: dict[str, str] = {}

@@ -159,17 +159,17 @@ def projected_norm(
     batch: Batch,
     layout: WeightLayout,
     *,
-    parameters: Iterable[Tensor] | None = None,
     tolerance: float = 1e-3,
     max_iterations: int = 60,
     seed: int = 0,
 ) -> Eigenvalue:
     """‖P∇²L‖, the spectral norm of the centered gradient's derivative.
 
-    P∇²L is not symmetric; its norm is the square root of the top eigenvalue of (P∇²L)ᵀ(P∇²L) = ∇²L P ∇²L.
+    Differentiates by all parameters that require a gradient. P∇²L is not symmetric; its norm is the square root of the
+    top eigenvalue of (P∇²L)ᵀ(P∇²L) = ∇²L P ∇²L.
 
     Args:
-        model, loss, batch, parameters, layout, tolerance, max_iterations, seed: as in `top_eigenvalue`; the tolerance
+        model, loss, batch, layout, tolerance, max_iterations, seed: as in `top_eigenvalue`; the tolerance
             is that of the norm, and each iteration takes two products with ∇²L.
 
     Source: ‖∇Φ(∇L)‖ of theorem 4.2, Yong et al. 2020.
@@ -183,7 +183,7 @@ def projected_norm(
         >>> round(projected_norm(model, squares, batch, gradcentral.weight_layout(model)).value, 4)
         3.1623
     """
-    chosen = _checked(model, parameters)
+    chosen = _checked(model, None)
     P = _projection(chosen, layout)
     with _hessian(model, loss, batch, chosen) as multiply:
         # The relative error of a square is twice that of the norm.

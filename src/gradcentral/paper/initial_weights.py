@@ -19,6 +19,7 @@ from gradcentral.paper.theorem_4_1 import plain_layers
 
 __all__ = ["SCHEMES", "centered_initialization", "initial_means", "initial_means_near_zero", "sampled_means"]
 
+STATEMENT = "the means of initial weight vectors are near zero"
 SCHEMES = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
 """The initializations of ``torch.nn.init`` that `initial_means` takes, with their default gains: 1 and √2 (ReLU)."""
 
@@ -99,17 +100,11 @@ def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None
     for scheme in SCHEMES:
         means = sampled_means(shapes, scheme, seed)
         count = len(means["relative"])
-        found.append(
-            Measurement(
-                "section 4.1",
-                f"the means of initial weight vectors are near zero ({scheme})",
-                "| rms(mean(w⁰) / (σ/√M)) − 1 |",
-                abs(float(means["relative"].square().mean().sqrt()) - 1),
-                5 / math.sqrt(2 * count),
-                f"5 standard errors of {count} means",
-                f"median |mean(w⁰)| {float(means['absolute'].median()):.2g}",
-            )
-        )
+        value = abs(float(means["relative"].square().mean().sqrt()) - 1)
+        bound, allowance = 5 / math.sqrt(2 * count), f"5 standard errors of {count} means"
+        statement, formula = f"{STATEMENT} ({scheme})", "| rms(mean(w⁰) / (σ/√M)) − 1 |"
+        where = f"median |mean(w⁰)| {float(means['absolute'].median()):.2g}"
+        found.append(Measurement("section 4.1", statement, formula, value, bound, allowance, where))
     return found
 
 

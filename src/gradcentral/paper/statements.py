@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from gradcentral.attach import centralize
 from gradcentral.diagnostics.preserve import random_numbers_unchanged
+from gradcentral.paper import initial_weights, theorem_4_1, theorem_4_2
 from gradcentral.paper.gradients import Batch, Loss, backpropagate
 from gradcentral.paper.initial_weights import centered_initialization, check_copyable, initial_means_near_zero
 from gradcentral.paper.measurement import Measurement, NotMeasurableError
@@ -106,24 +107,20 @@ def measure_all(
             skipped.append(SkippedStatement(source, statement, str(error)))
             return []
 
+    def shift() -> list[Measurement]:
+        return [compared(lambda copied: intensity_shift(copied, model, first, steps, gamma))]
+
+    def curvature() -> list[Measurement]:
+        return gradient_lipschitzness(with_gc, loss, first, tolerance=tolerance)
+
     found = [
         *projection_identities(with_gc, loss, first),
         compared(lambda copied: hyperplane(copied, model, steps)),
-        *if_possible(
-            "theorem 4.1",
-            "x → x + γ1 changes an output by γ1ᵀw⁰ alone",
-            lambda: [compared(lambda copied: intensity_shift(copied, model, first, steps, gamma))],
-        ),
-        *if_possible(
-            "section 4.1", "the means of initial weight vectors are near zero", lambda: initial_means_near_zero(model)
-        ),
+        *if_possible("theorem 4.1", theorem_4_1.STATEMENT, shift),
+        *if_possible("section 4.1", initial_weights.STATEMENT, lambda: initial_means_near_zero(model)),
         centered_initialization(model),
         *loss_lipschitzness(with_gc, loss, first),
-        *if_possible(
-            "theorem 4.2",
-            "the gradient changes no faster within the hyperplane",
-            lambda: gradient_lipschitzness(with_gc, loss, first, tolerance=tolerance),
-        ),
+        *if_possible("theorem 4.2", theorem_4_2.STATEMENT, curvature),
     ]
     return Measurements(found, skipped)
 

@@ -17,6 +17,8 @@ from gradcentral.paper.rows import along_e, double_rows, relative
 
 __all__ = ["Response", "hyperplane", "intensity_responses", "intensity_shift", "plain_layers"]
 
+STATEMENT = "x → x + γ1 changes an output by γ1ᵀw⁰ alone"
+
 # These classes themselves: a subclass may standardize its weight first, and then its output is not wᵀx.
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -101,15 +103,10 @@ def intensity_shift(
     eps, dtype = coarsest_eps(layout)
     # The two outputs that are subtracted are rounded, in double precision, in proportion to x.
     outputs = 8 * (1 + max(response.intensity for response in responses) / abs(gamma))
-    return Measurement(
-        "theorem 4.1",
-        f"x → x + γ1 changes an output by γ1ᵀw⁰ alone (γ = {gamma:g})",
-        "|wᵀ(x+γ1) − wᵀx − γ1ᵀw⁰| / γ√M‖w‖",
-        value,
-        steps * eps + outputs * torch.finfo(torch.float64).eps,
-        f"{steps} eps({dtype}): one rounding of w per step",
-        where,
-    )
+    bound = steps * eps + outputs * torch.finfo(torch.float64).eps
+    allowance = f"{steps} eps({dtype}): one rounding of w per step"
+    statement, formula = f"{STATEMENT} (γ = {gamma:g})", "|wᵀ(x+γ1) − wᵀx − γ1ᵀw⁰| / γ√M‖w‖"
+    return Measurement("theorem 4.1", statement, formula, value, bound, allowance, where)
 
 
 def intensity_responses(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import nn
@@ -16,6 +15,8 @@ from gradcentral.paper.rows import along_e, as_rows, double_rows, relative
 from gradcentral.projection import center, projection_matrix
 
 __all__ = ["gradient_lipschitzness", "loss_lipschitzness"]
+
+STATEMENT = "the gradient changes no faster within the hyperplane"
 
 # Rounding of products with ∇²L, in eps of ‖∇²L‖: up to 4 eps were measured over 2000 small networks.
 _CURVATURE = 16
@@ -41,19 +42,13 @@ def loss_lipschitzness(
         shortened, whole = math.hypot(shortened, centered.norm()), math.hypot(whole, length.norm())
     value, where = largest(ratios)
     eps, dtype = coarsest_eps(layout)
-    statement = "centering removes exactly the gradient's component along e"
-    formula = "|‖Φ(∇L)‖² − (‖∇L‖² − (eᵀ∇L)²)| / ‖∇L‖²"
+    shorter = "the loss changes no faster within the hyperplane: a centered gradient is not longer"
+    bound, allowance = 1 + CENTERING * eps, f"1 + {CENTERING} eps({dtype})"
+    where = f"{where}; all together {shortened / (whole or 1):.3f}"
+    removed, formula = "centering removes exactly the component along e", "|‖Φ(∇L)‖² − (‖∇L‖² − (eᵀ∇L)²)| / ‖∇L‖²"
     return [
-        Measurement(
-            "theorem 4.2",
-            "the loss changes no faster within the hyperplane: a centered gradient is not longer",
-            "‖Φ(∇L)‖ / ‖∇L‖",
-            value,
-            1 + CENTERING * eps,
-            f"1 + {CENTERING} eps({dtype})",
-            f"{where}; all together {shortened / (whole or 1):.3f}",
-        ),
-        measure_equation("theorem 4.2, proof", statement, formula, pythagoras, 2 * CENTERING, layout),
+        Measurement("theorem 4.2", shorter, "‖Φ(∇L)‖ / ‖∇L‖", value, bound, allowance, where),
+        measure_equation("theorem 4.2, proof", removed, formula, pythagoras, 2 * CENTERING, layout),
     ]
 
 
@@ -87,23 +82,15 @@ def gradient_lipschitzness(
     Source: Yong et al. 2020, theorem 4.2, the second part of eq. 6: ‖∇Φ(∇L)‖ ≤ ‖∇²L‖.
     """
     layout = centered_layout(model, layout)
-    measured = partial(Measurement, "theorem 4.2")
-    statement = "the gradient changes no faster within the hyperplane"
     gradients = [g for g in gradients_of(model, loss, batch, layout) if g.vectors.fan_in <= largest_fan_in]
     ratios = dict(_exact_ratio(model, loss, batch, gradient) for gradient in gradients)
     found = []
     if ratios:
-        where = max(ratios, key=lambda unit: ratios[unit])
-        found.append(
-            measured(
-                f"{statement}: one weight vector, exact Hessian",
-                "‖P∇²L‖ / ‖∇²L‖",
-                ratios[where],
-                1 + CENTERING * torch.finfo(torch.float64).eps,
-                f"1 + {CENTERING} eps(float64)",
-                f"{where}; {len(ratios)} of {len(layout)} parameters measured",
-            )
-        )
+        unit = max(ratios, key=lambda unit: ratios[unit])
+        statement, formula = f"{STATEMENT}: one weight vector, exact Hessian", "‖P∇²L‖ / ‖∇²L‖"
+        bound, allowance = 1 + CENTERING * torch.finfo(torch.float64).eps, f"1 + {CENTERING} eps(float64)"
+        where = f"{unit}; {len(ratios)} of {len(layout)} parameters measured"
+        found.append(Measurement("theorem 4.2", statement, formula, ratios[unit], bound, allowance, where))
     whole = top_eigenvalue(model, loss, batch, tolerance=tolerance)
     norm, (eps, dtype) = abs(whole.value), coarsest_eps(p for p in model.parameters() if p.requires_grad)
     bound = norm * (1 + _CURVATURE * eps) + whole.residual
@@ -114,9 +101,8 @@ def gradient_lipschitzness(
     ):
         where = f"{projected.iterations} Lanczos iterations, residual {projected.residual:.1e}"
         where += "" if projected.converged and whole.converged else ", NOT converged"
-        found.append(
-            measured(f"{statement}: the whole network", formula, abs(projected.value), bound, allowance, where)
-        )
+        statement, value = f"{STATEMENT}: the whole network", abs(projected.value)
+        found.append(Measurement("theorem 4.2", statement, formula, value, bound, allowance, where))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,47 +12,44 @@ from torch import Tensor
 from gradcentral.diagnostics.centering_effect import effects, together
 from gradcentral.experiment.arms import NONE
 from gradcentral.paper.figure import Figure
-from gradcentral.paper.study import Study, gradient_of, layer_label
+from gradcentral.paper.study import Study, TrainingStep, gradient_of, layer_label
 from gradcentral.plotting import STYLES, Theme, new_figure, style
 
 __all__ = ["gradient_norms_figure"]
 
 _ARMS = (NONE, "gradient")
-_NUMBERS = ("norm", "largest")
-_QUARTILES = {"median": 0.5, "low": 0.25, "high": 0.75}
+_QUARTILES = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
+_COLUMNS = ("norm_median", "norm_low", "norm_high", "largest_median", "largest_low", "largest_high")
 
 
 def gradient_norms_figure(study: Study) -> Figure:
     """Figure 4 of the paper: the gradient that the optimizer receives, ∇L without GC and Φ(∇L) with it."""
     labels = {entry.name: layer_label(entry) for entry in study.example_layers}
-    found: dict[str, list[float]] = defaultdict(list)
     places = [*labels.values(), "whole network"]
+    values = {}
     for arm in _ARMS:
-        for seed in study.seeds:
-            for step in study.train(arm, seed):
-                entries = [entry for entry in step.layout.entries if entry.parameter.requires_grad]
-                parts = effects([(gradient_of(entry.parameter), entry.vectors) for entry in entries])
-                by_name = {entry.name: effect for entry, effect in zip(entries, parts, strict=True)}
-                for effect in (*(by_name[name] for name in labels), together(parts)):
-                    found[arm] += (
-                        [effect.norm, effect.largest]
-                        if arm == NONE
-                        else [effect.centered_norm, effect.centered_largest]
-                    )
-    shape = (len(study.seeds), study.steps, len(places), len(_NUMBERS))
-    values = {arm: torch.tensor(numbers, dtype=torch.float64).view(shape) for arm, numbers in found.items()}
-    table = {arm: torch.quantile(numbers, _quartiles(), dim=0).permute(2, 1, 3, 0) for arm, numbers in values.items()}
+        runs = [[_numbers(step, arm, labels) for step in study.train(arm, seed)] for seed in study.seeds]
+        values[arm] = torch.tensor(runs, dtype=torch.float64)  # [seeds, steps, places, 2]
     return Figure(
         f"{study.task.name}, {study.optimizer}: the gradient that the optimizer receives, {study.seed_label}",
         lambda theme: _draw(places, values, theme),
-        ("place", "arm", "step", *(f"{number}_{quartile}" for number in _NUMBERS for quartile in _QUARTILES)),
+        ("place", "arm", "step", *_COLUMNS),
         [
-            (place, arm, step, *numbers.flatten().tolist())
-            for arm in _ARMS
-            for place, steps in zip(places, table[arm], strict=True)
-            for step, numbers in enumerate(steps)
+            (place, arm, step, *row)
+            for arm, runs in values.items()
+            for place, steps in zip(places, torch.quantile(runs, _QUARTILES, dim=0).permute(2, 1, 3, 0), strict=True)
+            for step, row in enumerate(steps.flatten(1).tolist())
         ],
     )
+
+
+def _numbers(step: TrainingStep, arm: str, names: Iterable[str]) -> list[list[float]]:
+    """Norm and largest entry of the gradient that the optimizer receives, of each named layer and of all parameters."""
+    trained = [entry for entry in step.layout.entries if entry.parameter.requires_grad]
+    gradients = [(gradient_of(entry.parameter), None if arm == NONE else entry.vectors) for entry in trained]
+    parts = dict(zip((entry.name for entry in trained), effects(gradients), strict=True))
+    shown = [*(parts[name] for name in names), together([*parts.values()])]
+    return [[effect.centered_norm, effect.centered_largest] for effect in shown]
 
 
 def _draw(places: list[str], values: dict[str, Tensor], theme: Theme) -> Any:
@@ -83,8 +80,4 @@ def _draw(places: list[str], values: dict[str, Tensor], theme: Theme) -> Any:
 def _smoothed(values: Tensor, width: int) -> list[list[float]]:
     """The quartiles over the seeds and over ``width`` neighboring steps; zeros have no place on a logarithmic axis."""
     windows = torch.split(values.where(values > 0, math.nan), width, dim=1)
-    return torch.stack([torch.nanquantile(window.flatten(), _quartiles()) for window in windows], dim=1).tolist()
-
-
-def _quartiles() -> Tensor:
-    return torch.tensor(list(_QUARTILES.values()), dtype=torch.float64)
+    return torch.stack([torch.nanquantile(window.flatten(), _QUARTILES) for window in windows], dim=1).tolist()

@@ -83,6 +83,6 @@ def _draw(panels: list[_Panel], theme: Theme) -> Any:
             means.set_ylim(len(panel.means) - 0.5, -0.5)
             means.set_yticks([])
             means.set_title("means", loc="left")
-            means.set_xlabel("gray ∇L, blue Φ(∇L)", fontsize=9)
+            means.set_xlabel("gray ∇L, blue Φ(∇L)", fontsize=9, labelpad=14)
             means.ticklabel_format(axis="x", scilimits=(0, 0), useMathText=True)
         return figure
