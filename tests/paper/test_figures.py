@@ -228,7 +228,7 @@ def test_a_device_without_double_precision_is_refused_and_the_suggested_one_work
     monkeypatch.setattr("gradcentral.paper.draw.check_device", lambda device, amp: None)
     message = refused(tmp_path, make_task(), device="mps")
     assert "device: 'mps' has no double precision" in message
-    suggested = eval(message.partition("; use ")[2])
+    suggested = message.partition("; use ")[2]
     assert draw_all(make_task(), out=tmp_path, progress=False, only=["shares"], device=suggested).titles
 
 
@@ -303,7 +303,7 @@ def test_a_single_step_is_refused_if_a_figure_needs_more_and_the_suggested_epoch
     drawn = draw_all(whole, out=tmp_path, progress=False, only=["operation", "shares"])
     assert list(drawn.titles) == ["operation", "shares"]
     both = draw_all(whole, out=tmp_path, progress=False, only=["geometry", "landscape", STATEMENTS],
-                    epochs=int(message.partition("use epochs=")[2]))  # fmt: skip
+                    epochs=int(message.partition("set epochs to ")[2]))  # fmt: skip
     assert list(both.titles) == ["geometry", "landscape"]
 
 
@@ -323,7 +323,7 @@ def test_without_second_derivatives_the_landscape_is_refused_and_the_suggested_f
     bag = make_task(model=lambda: nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 2)), train=data, test=data)
     with pytest.raises(TaskError, match="landscape: torch cannot compute this .*embedding_bag") as caught:
         draw_all(bag, out=tmp_path, progress=False, only=["landscape", "shares"])
-    suggested = eval(str(caught.value).partition("only=")[2])
+    suggested = str(caught.value).partition("choose only ")[2].split(", ")
     assert list(draw_all(bag, out=tmp_path, progress=False, only=suggested).titles) == ["shares"]
 
 

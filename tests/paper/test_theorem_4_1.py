@@ -1,4 +1,4 @@
-"""Theorem 4.1 and the hyperplane hold where the paper says so, and their violation is detected where they do not."""
+"""Theorem 4.1 and the hyperplane hold where the paper states it, and violations are detected elsewhere."""
 
 from __future__ import annotations
 

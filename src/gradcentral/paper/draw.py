@@ -42,7 +42,7 @@ FIGURES: dict[str, Callable[[Study], Figure]] = {
 }
 """The figures that `draw_all` draws, by name."""
 STATEMENTS = "statements"
-"""The name that stands for the table of statements in ``draw_all(only=…)``."""
+"""The name of the table of statements in ``draw_all(only=…)``."""
 
 _WITHOUT_TRAINING = {"operation", "initial-means", "shares"}
 # Enough steps for the weights to move away from w⁰, and few enough for the statements to take seconds.
@@ -149,9 +149,9 @@ def _figure(name: str, study: Study, chosen: Sequence[str]) -> Figure:
     try:
         return FIGURES[name](study)
     except NotImplementedError as error:
-        others = [other for other in chosen if other != name]
+        others = [other for other in chosen if other != name] or [other for other in FIGURES if other != name]
         raise TaskError(
-            f"{name}: torch cannot compute this for the task's network: {error}; draw the others with only={others}"
+            f"{name}: torch cannot compute this for the task's network: {error}; choose only {', '.join(others)}"
         ) from error
 
 
@@ -188,7 +188,7 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(1, dtype=torch.float64, device=device)
     except (TypeError, RuntimeError) as error:
-        raise TaskError(f"device: {device!r} has no double precision, which the figures need; use 'cpu'") from error
+        raise TaskError(f"device: {device!r} has no double precision, which the figures need; use cpu") from error
 
 
 def _check(study: Study, chosen: Sequence[str]) -> None:
@@ -200,4 +200,4 @@ def _check(study: Study, chosen: Sequence[str]) -> None:
             f"{layout.summary()}; {reasons}"
         )
     if study.steps < 2 and (trained := [name for name in chosen if name not in _WITHOUT_TRAINING]):
-        raise TaskError(f"epochs: a run is a single step, and {', '.join(trained)} need at least 2; use epochs=2")
+        raise TaskError(f"epochs: a run is a single step, and {', '.join(trained)} need at least 2; set epochs to 2")

@@ -91,6 +91,10 @@ def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None
         NotMeasurableError: the model has no such layer.
 
     Source: Yong et al. 2020, section 4.1.
+
+    Examples:
+        >>> all(m.holds for m in initial_means_near_zero(nn.Linear(50, 20)))
+        True
     """
     layers = plain_layers(model, centered_layout(model, layout))
     shapes = [layer.get_parameter("weight").shape for _, layer in layers]
@@ -115,6 +119,10 @@ def centered_initialization(model: nn.Module, layout: WeightLayout | None = None
         ValueError: nothing is centered; the model cannot be copied.
 
     Source: Yong et al. 2020, section 4.1: the smaller mean(w⁰), the less an output changes with γ.
+
+    Examples:
+        >>> centered_initialization(nn.Linear(50, 20)).holds
+        True
     """
     check_copyable(model)
     copied, layout = copy.deepcopy((model, centered_layout(model, layout)))

@@ -126,7 +126,7 @@ def measure_all(
 
 
 def _training(model: nn.Module, factory: Callable[[list[nn.Parameter]], Optimizer]) -> Optimizer:
-    """Put a model into training mode, unless parts of it are, and make its optimizer."""
+    """Make the optimizer of a model in training mode; modules frozen in a training model stay in evaluation mode."""
     if not model.training:
         model.train()
     return factory([p for p in model.parameters() if p.requires_grad])

@@ -95,6 +95,12 @@ def intensity_shift(
     unit.
 
     Source: Yong et al. 2020, theorem 4.1, eq. 5.
+
+    Examples:
+        >>> import copy
+        >>> model = nn.Linear(5, 2)
+        >>> intensity_shift(model, copy.deepcopy(model), (torch.randn(8, 5), None), steps=1).holds
+        True
     """
     layout = centered_layout(model, layout)
     _check_steps(steps)

@@ -30,6 +30,11 @@ def loss_lipschitzness(
     The arguments and errors are those of `projection_identities`.
 
     Source: Yong et al. 2020, theorem 4.2, the first part of eq. 6, and its proof.
+
+    Examples:
+        >>> model, batch = nn.Linear(5, 2), (torch.randn(8, 5), torch.randn(8, 2))
+        >>> [m.holds for m in loss_lipschitzness(model, nn.functional.mse_loss, batch)]
+        [True, True]
     """
     layout = centered_layout(model, layout)
     pythagoras, ratios = {}, {}
@@ -80,6 +85,11 @@ def gradient_lipschitzness(
         NotImplementedError: torch cannot differentiate a part of the model twice.
 
     Source: Yong et al. 2020, theorem 4.2, the second part of eq. 6: ‖∇Φ(∇L)‖ ≤ ‖∇²L‖.
+
+    Examples:
+        >>> model, batch = nn.Linear(5, 2), (torch.randn(8, 5), torch.randn(8, 2))
+        >>> [m.holds for m in gradient_lipschitzness(model, nn.functional.mse_loss, batch)]
+        [True, True, True]
     """
     layout = centered_layout(model, layout)
     gradients = [g for g in gradients_of(model, loss, batch, layout) if g.vectors.fan_in <= largest_fan_in]

@@ -38,7 +38,7 @@ class _Point(NamedTuple):
 
 
 def landscape_figure(study: Study) -> Figure:
-    """Is the loss smoother where GC moves the weights? What theorem 4.2 bounds, measured along training."""
+    """How the loss and its gradient vary along the steps of training, which theorem 4.2 bounds at fixed weights."""
     points: list[_Point] = []
     every = max(1, study.steps // _POINTS)
     for arm in _ARMS:
