@@ -1,6 +1,6 @@
-# make compare   train with and without Gradient Centralization on bundled data, print the verdict and the report's place
-# make test      lint, types and tests
-# Both set up what they need in .venv first; Python 3, make and pip are enough.
+# make compare   train with and without GC on bundled data; print the verdict and the path of the report
+# make test      lint, types and all tests
+# Both first set up what they need in .venv; they require Python 3, make and pip.
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,17 +20,18 @@ test: lint types tests triton zoo cluster without-compiler sanitize
 lint: $(VENV)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(C)/*.[ch]
 
 types: $(VENV)/dev
 	$(BIN)/mypy
 
-# On several cores: a file of tests to a process, each of one thread, for threads that share cores wait for each other.
+# One process per test file on several cores, each with one thread, since threads that share a core wait for each other.
 JOBS ?= 2
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 tests: $(VENV)/dev
 	$(PARALLEL) --dist loadfile --ignore tests/zoo
 
-# The kernels for CUDA devices, without one: Triton reads the variable when it is imported, hence a run of its own.
+# The CUDA kernels in Triton's interpreter. A separate run, because Triton reads the variable when it is imported.
 triton: $(VENV)/dev
 	TRITON_INTERPRET=1 GRADCENTRAL_KERNELS=triton $(PARALLEL) tests/kernels/test_triton.py
 
@@ -38,14 +39,14 @@ triton: $(VENV)/dev
 zoo: $(VENV)/zoo
 	PYTHONPATH=$(VENV)/torchvision $(PARALLEL) --dist loadfile tests/zoo
 
-# Comparisons on a Ray and a Dask of this machine; see the extras of that name.
+# Comparisons on local Ray and Dask clusters; see the extras "ray" and "dask".
 cluster: $(VENV)/cluster
 	$(BIN)/pytest tests/experiment/test_backends.py
 
 bench: $(VENV)/experiments
 	$(BIN)/gradcentral bench
 
-# Installed where there is no C compiler, the package runs its reference path.
+# Without a C compiler the package installs without the native kernels and takes the reference path.
 KERNEL_TESTS := tests/kernels/test_native.py tests/optim tests/test_attach.py
 without-compiler: $(VENV)/dev
 	rm -rf build/without-compiler
@@ -63,7 +64,7 @@ sanitize: $(VENV)/dev
 	    ASAN_OPTIONS=detect_leaks=0 GRADCENTRAL_KERNELS=native PYTHONPATH=build/sanitized \
 	    $(BIN)/pytest -q -p no:cacheprovider $(KERNEL_TESTS)
 
-# torch comes first and alone: with it installed, nothing else asks for another build of it.
+# torch is installed first and alone, so that no other package pulls in another build of it.
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
@@ -79,8 +80,8 @@ $(VENV)/dev: $(VENV)/experiments
 
 $(VENV)/zoo: $(VENV)/dev
 	$(PIP) --editable '.[zoo]'
-	# timm imports torchvision, of which only the build on the package index is to be had: it stays out of sight of
-	# everything else. Without it the tests of timm's models are skipped.
+	# timm imports torchvision. The build on the package index may not match the installed torch, so it goes to a
+	# folder that only the zoo tests see. If it cannot be installed, the tests of timm's models are skipped.
 	-$(PIP) --no-deps timm && $(PIP) --no-deps --target $(VENV)/torchvision torchvision
 	touch $@
 

@@ -1,4 +1,4 @@
-"""Which files pytest leaves out: the kernels in Triton can't be imported, not even for their examples, without it."""
+"""Exclude the Triton kernels, whose modules import triton, from collection where triton is not installed."""
 
 from __future__ import annotations
 

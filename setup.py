@@ -1,5 +1,6 @@
-"""Builds the C kernels where a compiler is found; without one the package installs and runs its reference path."""
+"""Build the C kernels if a compiler is found; without one the package installs and takes its reference path."""
 
+import glob
 import os
 import platform
 import sys
@@ -11,7 +12,7 @@ C = "src/gradcentral/kernels/c"
 
 
 class BuildNative(build_ext):
-    """A plain shared library: one file for every Python and torch version, with the best flags that compile."""
+    """Build a plain shared library: one file for every Python and torch version, with the best flags that compile."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + (".dll" if sys.platform == "win32" else ".so")
@@ -21,15 +22,15 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         openmp, clones = "-fopenmp", "-DGRADCENTRAL_CLONES"
-        # From the best to what any compiler takes: several threads and one copy of the kernels for each
-        # generation of x86-64; then without the one or the other.
+        # From the best flags to those any compiler accepts: threads and one copy of the kernels per generation of
+        # x86-64, then threads alone, then neither.
         attempts = [[openmp, clones], [openmp], ["-fopenmp-simd"], []]
         if platform.machine().lower() not in ("x86_64", "amd64"):
             attempts.remove([openmp, clones])
         if self.compiler.compiler_type == "msvc":
             attempts, base = [["/openmp"], []], ["/O2"]
         else:
-            # -fno-math-errno: a packed square root needs it. No -ffast-math: NaN and Inf must stay in their row.
+            # A packed square root needs -fno-math-errno. No -ffast-math: NaN and Inf must stay in their row.
             base = ["-O2", "-g0", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden"]
         ext.extra_compile_args, ext.extra_link_args = [], []
         for position, flags in enumerate(attempts):
@@ -49,7 +50,7 @@ setup(
         Extension(
             "gradcentral.kernels._native",
             [f"{C}/gradcentral.c"],
-            depends=[f"{C}/{name}.h" for name in ("kernels", "bf16", "types", "center", "step", "dtype")],
+            depends=sorted(glob.glob(f"{C}/*.h")),
             libraries=[] if sys.platform == "win32" else ["m"],
             optional=True,
         )

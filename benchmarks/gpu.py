@@ -1,12 +1,12 @@
-"""Everything that has to be found out on a CUDA device, in one call of under ten minutes.
+"""All measurements that need a CUDA device, in one call of less than ten minutes.
 
-    python benchmarks/gpu.py --out DIR              where there are a CUDA device, torch built for it, Triton, pytest
-    python benchmarks/gpu.py --out DIR --dry-run    anywhere: small models on the CPU, to see that the script runs
+    python benchmarks/gpu.py --out DIR              needs a CUDA device, a CUDA build of torch, Triton and pytest
+    python benchmarks/gpu.py --out DIR --dry-run    runs small models on the CPU, to test the script itself
 
-Runs the kernels' tests on the device; measures optimizer steps with and without GC as `gradcentral bench --device cuda`
-does (by the device's events, with kernel launches, peak memory and steps replayed from CUDA graphs); a bf16 training
-iteration of ResNet-18; and how the kernel's own settings change its time. Writes gpu.md, gpu.json, bench.json and
-tests.txt on the way, so that what is done is kept. A part that fails says so and the next one starts.
+Runs the kernel tests on the device, then measures optimizer steps with and without GC like `gradcentral bench --device
+cuda` (with CUDA events, kernel launches, peak memory and steps replayed from CUDA graphs), a bf16 training iteration of
+ResNet-18, and the effect of the kernel's settings on its time. gpu.md, gpu.json, bench.json and tests.txt are updated
+after every result. If one part fails, the failure is reported and the next part runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
-# Most important first: what the clock cuts off is the end.
+# The most important models first, because the time limit cuts off the last ones.
 MODELS = ("ResNet-50", "GPT-2", "4096×11008", "ViT-S", "MobileNetV2", "tiny CNN", "DCGAN")
 SETTINGS = [
     {},
@@ -42,7 +42,7 @@ SETTINGS = [
 
 
 class Run:
-    """One call: its results so far, and how much time is left."""
+    """The results so far and the time left."""
 
     def __init__(self, out: Path, minutes: float, dry: bool) -> None:
         self.out, self.dry = out, dry
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Time left in seconds."""
         return self.end - time.monotonic()
 
     def part(self, name: str, do: Callable[[], Any]) -> None:
@@ -67,11 +67,11 @@ class Run:
             self.results[name] = do()
         except Exception:
             self.results[name] = {"failed": traceback.format_exc()}
-            self.say(f"**{name} failed**: {traceback.format_exc().splitlines()[-1]}")
+            self.report(f"**{name} failed**: {traceback.format_exc().splitlines()[-1]}")
         self.results[name + ", seconds"] = round(time.monotonic() - started, 1)
         self.write()
 
-    def say(self, line: str = "") -> None:
+    def report(self, line: str = "") -> None:
         print(line, flush=True)
         self.lines.append(line)
         (self.out / "gpu.md").write_text("\n".join(self.lines) + "\n", encoding="utf-8")
@@ -81,7 +81,7 @@ class Run:
 
 
 def tests(run: Run) -> Any:
-    """The kernels' own tests, on the device; under Triton's interpreter when dry."""
+    """Run the kernel tests on the device; in a dry run, some of them in Triton's interpreter."""
     files = ["tests/kernels/test_triton.py", "tests/kernels/test_triton_division.py"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "--durations=5"]
@@ -98,28 +98,29 @@ def tests(run: Run) -> Any:
     )
     (run.out / "tests.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
     last = [line for line in done.stdout.splitlines() if line][-1:]
-    run.say(f"Tests on the device: {' '.join(last)} (exit code {done.returncode})\n")
+    run.report(f"Tests on the device: {' '.join(last)} (exit code {done.returncode})\n")
     return {"exit code": done.returncode, "summary": last}
 
 
 def steps(run: Run) -> Any:
-    """Optimizer steps of every model, type and optimizer, one row each as soon as it is known."""
-    from gradcentral.bench import runs, table
-    from gradcentral.bench.steps import BASELINE, OURS
+    """Measure the optimizer steps of every model, type and optimizer; print each row once it is measured."""
+    from gradcentral.bench.benchmark import Benchmark, bench, describe_machine
+    from gradcentral.bench.steps import ATTACHED, BASELINE, LOOP, OURS, OURS_UPDATE, TORCH_DEFAULT
+    from gradcentral.bench.table import conclusion
 
-    benchmark = runs.Benchmark(machine=runs.machine(run.device))
+    benchmark = Benchmark(machine=describe_machine(run.device))
     models, dtypes = (["tiny CNN"], ["f32"]) if run.dry else (MODELS, ["f32", "bf16"])
     columns = {
-        OURS: "ours",
-        "gradcentral update": "ours, update",
-        "centralize + torch fused": "centralize",
-        "loop + torch fused": "loop",
-        "torch default, no GC": "torch default",
+        OURS: "gradcentral",
+        OURS_UPDATE: "gradcentral, update",
+        ATTACHED: "centralize",
+        LOOP: "loop",
+        TORCH_DEFAULT: "torch default",
     }
     heads = ["model", "type", "optimizer", "torch fused, ms", *columns.values()]
-    heads += ["ours ÷ copy", "captured", "launches", "peak, MB", "noise"]
-    run.say("| " + " | ".join(heads) + " |")
-    run.say("|---|---|---" + "|--:" * (len(heads) - 3) + "|")
+    heads += ["gradcentral ÷ copy", "captured", "launches", "peak, MB", "noise"]
+    run.report("| " + " | ".join(heads) + " |")
+    run.report("|---|---|---" + "|--:" * (len(heads) - 3) + "|")
     failed: dict[str, str] = {}
     for model in models:
         for dtype in dtypes:
@@ -129,7 +130,7 @@ def steps(run: Run) -> Any:
                     continue
                 try:
                     how: dict[str, Any] = {"rounds": 3, "seconds": 0.5} if run.dry else {"rounds": 30, "seconds": 3.0}
-                    case = next(runs.bench([model], [algorithm], [dtype], device=run.device, **how))
+                    case = next(bench([model], [algorithm], [dtype], device=run.device, **how))
                 except Exception:
                     failed[f"{model} {dtype} {algorithm}"] = traceback.format_exc()
                     continue
@@ -144,40 +145,39 @@ def steps(run: Run) -> Any:
                     launched = f"{on.launches[BASELINE]} → {on.launches[OURS]}"
                     cells += [f"{on.captured.median:.2f}", launched, f"{on.peak_bytes[OURS] / 1e6:.1f}"]
                 start = [model, dtype, algorithm, f"{case.milliseconds:.3f}"]
-                run.say("| " + " | ".join([*start, *cells, f"±{case.noise:.0%}"]) + " |")
+                run.report("| " + " | ".join([*start, *cells, f"±{case.noise:.0%}"]) + " |")
     if benchmark.cases:
-        run.say("\n" + table.verdict(benchmark) + "\n")
+        run.report("\n" + conclusion(benchmark) + "\n")
     for name in failed:
-        run.say(f"Not measured: {name}: {failed[name].splitlines()[-1]}")
+        run.report(f"Not measured: {name}: {failed[name].splitlines()[-1]}")
     return {"machine": benchmark.machine, "cases": [asdict(case) for case in benchmark.cases], "failed": failed}
 
 
 def iteration(run: Run) -> Any:
-    """A whole training iteration of ResNet-18 in bf16; few images, and in f32, when dry."""
-    from gradcentral.bench import runs
+    """Measure a training iteration of ResNet-18 in bf16; in a dry run, of two images in f32."""
+    from gradcentral.bench import iteration as measure
 
     how: dict[str, Any] = {"rounds": 20, "seconds": 30.0, "dtype": "bf16"}
     if run.dry:
         how = {"rounds": 2, "batch": 2, "dtype": "f32"}
-    case = runs.iteration(device=run.device, **how)
+    case = measure(device=run.device, **how)
     ratios = ", ".join(f"{name} {found}" for name, found in case.ratios.items())
-    run.say(
+    run.report(
         f"ResNet-18 iteration, {case.dtype}: {case.milliseconds:.2f} ms; ÷ that: {ratios}; noise ±{case.noise:.0%}\n"
     )
     return asdict(case)
 
 
 def settings(run: Run) -> Any:
-    """Our step's time over torch's fused one, for other settings of the kernel than those it has."""
+    """Measure the fused GC step over torch's fused step for several settings of the kernel."""
     import torch
 
-    from gradcentral.bench import steps as bench_steps
-    from gradcentral.bench.device import clock_of
+    from gradcentral.bench.cuda import clock_for
     from gradcentral.bench.shapes import MODELS as SHAPES
+    from gradcentral.bench.steps import BASELINE, OURS, optimizer_steps
     from gradcentral.bench.timing import interleave, ratio
     from gradcentral.kernels.triton import division, plans
 
-    ours, baseline = bench_steps.OURS, bench_steps.BASELINE
     found: dict[str, Any] = {}
     for model, algorithm in (("ResNet-50", "AdamW"), ("GPT-2", "SGD")) if not run.dry else (("tiny CNN", "SGD"),):
         for dtype in ("f32", "bf16") if not run.dry else ("f32",):
@@ -190,12 +190,12 @@ def settings(run: Run) -> Any:
                     for home, name in homes:
                         setattr(home, name, setting[name])
                     kind = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
-                    runs = bench_steps.alternatives(SHAPES[model](), algorithm, kind, run.device)
-                    chosen = {name: runs[name] for name in (baseline, ours)}
-                    times = interleave(chosen, 10, 1.0, clock=clock_of(run.device))
-                    took = ratio(times[ours], times[baseline])
+                    runs = optimizer_steps(SHAPES[model](), algorithm, kind, run.device)
+                    chosen = {name: runs[name] for name in (BASELINE, OURS)}
+                    times = interleave(chosen, 10, 1.0, clock=clock_for(run.device))
+                    took = ratio(times[OURS], times[BASELINE])
                     found[f"{model} {dtype} {algorithm} {setting}"] = took.median
-                    run.say(f"- {model} {dtype} {algorithm}, {setting or 'as it is'}: {took}")
+                    run.report(f"- {model} {dtype} {algorithm}, {setting or 'default settings'}: {took}")
                 finally:
                     for home, name, value in before:
                         setattr(home, name, value)
@@ -203,18 +203,18 @@ def settings(run: Run) -> Any:
 
 
 def main() -> None:
-    """Parse, and run every part."""
+    """Parse the arguments and run every part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.md, gpu.json, bench.json and tests.txt")
-    parser.add_argument("--minutes", type=float, default=9.0, help="how long it may take")
-    parser.add_argument("--dry-run", action="store_true", help="small, on the CPU: is the script itself all right?")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit")
+    parser.add_argument("--dry-run", action="store_true", help="run small models on the CPU, to test the script")
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT / "src"))
     run = Run(arguments.out, arguments.minutes, arguments.dry_run)
     import torch
 
     if not run.dry and not torch.cuda.is_available():
-        sys.exit("torch finds no CUDA device here; --dry-run tries the script without one")
+        sys.exit("torch finds no CUDA device; --dry-run tests the script without one")
     run.part("tests", lambda: tests(run))
     run.part("steps", lambda: steps(run))
     run.part("iteration", lambda: iteration(run))

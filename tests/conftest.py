@@ -1,4 +1,4 @@
-"""What the tests share."""
+"""Settings and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# A failing example must fail again on the next run, on every machine; a slow machine is no failure.
+# In CI, examples are the same in every run. No deadline: a slow machine is not a failure.
 settings.register_profile("gradcentral", deadline=None, derandomize=bool(os.environ.get("CI")), max_examples=60)
 settings.load_profile("gradcentral")
 

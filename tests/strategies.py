@@ -16,7 +16,7 @@ COMPLEX = (torch.complex128, torch.complex64)
 
 
 class Case(NamedTuple):
-    """A tensor and weight vectors that fit it."""
+    """A tensor and weight vectors that fit its shape."""
 
     tensor: Tensor
     vectors: WeightVectors
@@ -24,7 +24,7 @@ class Case(NamedTuple):
 
 @st.composite
 def shapes_and_vectors(draw: st.DrawFn) -> tuple[tuple[int, ...], WeightVectors]:
-    """A shape of 1 to 5 axes, some of which the view may split, and a non-empty span of the view's axes."""
+    """Draw a shape of 1 to 4 axes, a view that may split some of them, and a non-empty span of the view's axes."""
     shape: list[int] = []
     view: list[int] = []
     for _ in range(draw(st.integers(1, 4))):
@@ -43,7 +43,7 @@ def shapes_and_vectors(draw: st.DrawFn) -> tuple[tuple[int, ...], WeightVectors]
 
 @st.composite
 def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = FLOATING, expanded: bool = True) -> Case:
-    """A random tensor: contiguous, with permuted axes (transposed, channels_last), sliced, or expanded."""
+    """Draw a tensor that is contiguous, permuted (transposed, channels_last), sliced, or expanded."""
     shape, vectors = draw(shapes_and_vectors())
     dtype = draw(st.sampled_from(dtypes))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))

@@ -1,4 +1,4 @@
-"""Attaching to an optimizer: hooks, closures, pausing, copies, and everything that must not pass in silence."""
+"""`centralize` on an optimizer: hooks, closures, pausing, copies, checkpoints, and errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gradcentral.attach import attached
 ROWS = WeightVectors((1,))
 
 
-def _model() -> Any:  # indexing nn.Sequential gives a type without weights
+def _model() -> Any:  # nn.Sequential: its layers have no typed `weight`
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
 
 
@@ -44,7 +44,7 @@ def _weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-def test_gradient_placement_hands_the_centered_gradient_to_the_optimizer() -> None:
+def test_placement_gradient_passes_centered_gradients_to_the_optimizer() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     handle = centralize(optimizer, model)
@@ -61,7 +61,7 @@ def test_gradient_placement_hands_the_centered_gradient_to_the_optimizer() -> No
     assert handle.placement == "gradient"
 
 
-def test_update_placement_keeps_the_gradient_and_the_means() -> None:
+def test_placement_update_leaves_gradients_unchanged_and_keeps_the_means() -> None:
     model = _model()
     optimizer = Adam(model.parameters(), lr=0.1, weight_decay=0.1)
     centralize(optimizer, model, "update")
@@ -88,7 +88,7 @@ def test_gradients_are_centered_in_place(placement: str) -> None:
     assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True))
 
 
-# Closures: the gradients appear inside step().
+# Closures, which compute the gradients inside step().
 
 
 def _closure_steps(optimizer: Optimizer, model: nn.Module, how: str) -> None:
@@ -110,7 +110,7 @@ def _closure_steps(optimizer: Optimizer, model: nn.Module, how: str) -> None:
 
 @pytest.mark.parametrize("placement", ["gradient", "update"])
 @pytest.mark.parametrize("how", ["positional", "keyword", "None"])
-def test_closures_give_the_same_steps(how: str, placement: str) -> None:
+def test_steps_with_a_closure_equal_steps_without(how: str, placement: str) -> None:
     plain, closed = _model(), _model()
     closed.load_state_dict(plain.state_dict())
     optimizer = SGD(plain.parameters(), lr=0.1, momentum=0.9)
@@ -126,7 +126,7 @@ def test_closures_give_the_same_steps(how: str, placement: str) -> None:
 
 
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
-def test_lbfgs_searches_in_the_centered_space(line_search: str | None) -> None:
+def test_lbfgs_keeps_the_means(line_search: str | None) -> None:
     model = _model()
     start = _means(model)
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=8, line_search_fn=line_search)
@@ -134,7 +134,7 @@ def test_lbfgs_searches_in_the_centered_space(line_search: str | None) -> None:
     first = _loss(model).item()
     _closure_steps(optimizer, model, "positional")
     assert _loss(model).item() < first
-    # Its directions are combinations of centered gradients, so that the weights keep their means.
+    # Its directions are linear combinations of centered gradients.
     for new, old in zip(_means(model), start, strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=1e-12)
 
@@ -142,7 +142,7 @@ def test_lbfgs_searches_in_the_centered_space(line_search: str | None) -> None:
 # The handle.
 
 
-def test_remove_ends_it_and_twice_is_harmless() -> None:
+def test_remove_ends_centering_and_can_be_called_twice() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     for placement in ("gradient", "update"):
@@ -161,7 +161,7 @@ def test_remove_ends_it_and_twice_is_harmless() -> None:
 
 
 @pytest.mark.parametrize("placement", ["gradient", "update"])
-def test_paused_steps_are_plain(placement: str) -> None:
+def test_paused_steps_do_not_center(placement: str) -> None:
     model, reference = _model(), _model()
     reference.load_state_dict(model.state_dict())
     optimizer, plain = SGD(model.parameters(), lr=0.1), SGD(reference.parameters(), lr=0.1)
@@ -179,7 +179,7 @@ def test_paused_steps_are_plain(placement: str) -> None:
     assert all(torch.allclose(m, s, rtol=0, atol=1e-15) for m, s in zip(_means(model), start, strict=True))
 
 
-def test_handle_makes_no_reference_cycle_with_the_optimizer() -> None:
+def test_the_handle_creates_no_reference_cycle_with_the_optimizer() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     handle = centralize(optimizer, model)
@@ -193,7 +193,7 @@ def test_handle_makes_no_reference_cycle_with_the_optimizer() -> None:
     handle.remove()
 
 
-def test_attaching_again_with_the_same_settings_changes_nothing() -> None:
+def test_attaching_again_with_the_same_settings_returns_the_same_handle() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     handle = centralize(optimizer, model)
@@ -201,17 +201,17 @@ def test_attaching_again_with_the_same_settings_changes_nothing() -> None:
     assert len(optimizer._optimizer_step_pre_hooks) == 1
 
 
-def test_attaching_again_with_other_settings_is_refused() -> None:
+def test_attaching_again_with_other_settings_raises() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     centralize(optimizer, model)
-    with pytest.raises(ValueError, match=r"0.weight is centered in this optimizer already \(placement 'gradient'"):
+    with pytest.raises(ValueError, match=r"0.weight is already centered in this optimizer \(placement 'gradient'"):
         centralize(optimizer, model, "update")
-    with pytest.raises(ValueError, match="centered in this optimizer already"):
+    with pytest.raises(ValueError, match="already centered in this optimizer"):
         centralize(optimizer, layout=weight_layout(model, exclude=["2.weight"]))
 
 
-def test_two_models_in_one_optimizer() -> None:
+def test_two_models_can_share_an_optimizer() -> None:
     one, two = _model(), _model()
     optimizer = SGD([*one.parameters(), *two.parameters()], lr=0.1)
     centralize(optimizer, one)
@@ -237,7 +237,7 @@ def test_copies_of_an_optimizer_have_no_hooks_as_in_torch(copier: Any) -> None:
     assert len(attached(optimizer)) == 1
 
 
-def test_copying_model_and_optimizer_together_and_attaching_anew() -> None:
+def test_a_copied_model_and_optimizer_can_be_attached_again() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     centralize(optimizer, model)
@@ -252,7 +252,7 @@ def test_copying_model_and_optimizer_together_and_attaching_anew() -> None:
 
 
 @pytest.mark.parametrize("placement", ["gradient", "update"])
-def test_state_dict_is_torchs_own_and_loads_both_ways(placement: str) -> None:
+def test_state_dict_is_that_of_torch_and_loads_in_both_directions(placement: str) -> None:
     model, reference = _model(), _model()
     plain = Adam(reference.parameters())
     optimizer = Adam(model.parameters())
@@ -285,13 +285,13 @@ def test_layers_added_later_are_centered() -> None:
     assert model[3].weight.grad.mean(1).abs().max() < 1e-15
 
 
-def test_parameters_of_another_model_added_later_are_reported_once() -> None:
+def test_parameters_of_another_model_added_later_warn_once() -> None:
     model, other = _model(), _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     centralize(optimizer, model)
     optimizer.add_param_group({"params": other.parameters()})
     _backward(model)
-    with pytest.warns(UserWarning, match=r"not the model's, of shape \(6, 4\).*centralize on the optimizer"):
+    with pytest.warns(UserWarning, match=r"not in the model, of shape \(6, 4\).*centralize\(optimizer, their_model\)"):
         optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -311,7 +311,7 @@ def test_lazy_models_are_centered_from_the_first_step(placement: str) -> None:
     assert all(torch.allclose(m, s, rtol=0, atol=1e-15) for m, s in zip(_means(model), start, strict=True))
 
 
-def test_lazy_models_with_a_closure_and_update_placement_say_what_to_do() -> None:
+def test_lazy_parameters_with_a_closure_and_placement_update_raise() -> None:
     model = nn.Sequential(nn.LazyLinear(3)).double()
     optimizer = SGD(model.parameters(), lr=0.1)
     centralize(optimizer, model, "update")
@@ -319,7 +319,7 @@ def test_lazy_models_with_a_closure_and_update_placement_say_what_to_do() -> Non
         _closure_steps(optimizer, model, "positional")
 
 
-def test_learning_rate_schedulers_center_once_and_work() -> None:
+def test_learning_rate_schedulers_work() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     centralize(optimizer, model)
@@ -331,8 +331,8 @@ def test_learning_rate_schedulers_center_once_and_work() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_grad_scaler_unscales_before_or_after_and_skips_bad_steps(fused: bool) -> None:
-    """Φ is linear: centering the still scaled gradient of a fused optimizer changes nothing."""
+def test_scaled_steps_are_centered_and_skipped_on_overflow(fused: bool) -> None:
+    """Φ is linear, so the gradient may be centered before a fused optimizer unscales it."""
     model, reference = _model().float(), _model().float()
     reference.load_state_dict(model.state_dict())
     x = torch.randn(5, 4)
@@ -357,7 +357,7 @@ def test_grad_scaler_unscales_before_or_after_and_skips_bad_steps(fused: bool) -
 # Hand-written loops.
 
 
-def test_centralize_gradients_in_a_loop() -> None:
+def test_centralize_gradients_in_a_hand_written_loop() -> None:
     model = _model()
     _backward(model)
     expected = [center(p.grad, ROWS) for p in model.parameters() if p.ndim == 2 and p.grad is not None]
@@ -371,7 +371,7 @@ def test_centralize_gradients_in_a_loop() -> None:
     assert model[3].weight.grad.mean(1).abs().max() < 1e-15
 
 
-def test_centralize_gradients_forgets_models_that_are_gone() -> None:
+def test_centralize_gradients_keeps_no_model_alive() -> None:
     model = _model()
     _backward(model)
     centralize_gradients(model)
@@ -392,7 +392,7 @@ def test_centralize_gradients_with_a_layout() -> None:
     assert model[0].weight.grad.mean(1).abs().max() < 1e-15
 
 
-# Gradients that need care.
+# Unusual gradients and parameters.
 
 
 def test_expanded_gradients_are_centered_out_of_place() -> None:
@@ -406,7 +406,7 @@ def test_expanded_gradients_are_centered_out_of_place() -> None:
     assert torch.equal(shared[0], torch.arange(4.0))
 
 
-def test_sparse_gradients_raise_with_the_name_and_the_way_out() -> None:
+def test_sparse_gradients_raise_with_the_name_and_a_remedy() -> None:
     model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2))
     layout = weight_layout(model, overrides={"0.weight": ROWS})
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -416,7 +416,7 @@ def test_sparse_gradients_raise_with_the_name_and_the_way_out() -> None:
         optimizer.step()
 
 
-def test_sparse_embeddings_are_left_alone_by_default() -> None:
+def test_sparse_embeddings_are_skipped_by_default() -> None:
     model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2))
     optimizer = SGD(model.parameters(), lr=0.1)
     centralize(optimizer, model)
@@ -425,7 +425,7 @@ def test_sparse_embeddings_are_left_alone_by_default() -> None:
 
 
 @pytest.mark.parametrize("placement", ["gradient", "update"])
-def test_parameters_without_a_gradient_are_untouched(placement: str) -> None:
+def test_parameters_without_a_gradient_are_unchanged(placement: str) -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     centralize(optimizer, model, placement)
@@ -447,7 +447,7 @@ def test_nan_stays_in_its_weight_vector(placement: str) -> None:
     assert finite.tolist() == [True, True, False, True, True, True]
 
 
-def test_complex_and_channels_last_parameters() -> None:
+def test_complex_and_channels_last_parameters_are_centered() -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
     model = model.to(memory_format=torch.channels_last)
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -466,21 +466,21 @@ def test_complex_and_channels_last_parameters() -> None:
     assert linear.weight.grad.mean(1).abs().max() < 1e-6
 
 
-# Nothing is silent.
+# Errors.
 
 
-def test_unknown_placement() -> None:
+def test_an_unknown_placement_raises() -> None:
     model = _model()
-    with pytest.raises(ValueError, match="placement must be 'gradient' or 'update', not 'weights'"):
+    with pytest.raises(ValueError, match="unknown placement 'weights'; choose from 'gradient', 'update'"):
         centralize(SGD(model.parameters()), model, "weights")
 
 
-def test_model_or_layout() -> None:
+def test_exactly_one_of_model_and_layout_is_required() -> None:
     model = _model()
     optimizer = SGD(model.parameters())
     calls: list[Callable[..., Any]] = [lambda **k: centralize(optimizer, **k), centralize_gradients]
     for call in calls:
-        with pytest.raises(ValueError, match="give model=.*from_shapes"):
+        with pytest.raises(ValueError, match="pass model=.*from_shapes"):
             call()
         with pytest.raises(ValueError, match="model or layout, not both"):
             call(model=model, layout=weight_layout(model))
@@ -490,13 +490,13 @@ def test_model_or_layout() -> None:
     assert len(handle.layout) == 2
 
 
-def test_a_model_that_is_not_in_the_optimizer() -> None:
+def test_a_model_that_is_not_in_the_optimizer_raises() -> None:
     model = _model()
     with pytest.raises(ValueError, match="none of the model's parameters is in the optimizer"):
         centralize(SGD(model.parameters()), copy.deepcopy(model))
 
 
-def test_nothing_left_to_center() -> None:
+def test_an_optimizer_without_anything_to_center_raises() -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4))
     with pytest.raises(ValueError, match=r"nothing is left to center.*0.weight: lookup table.*1.weight: gain"):
         centralize(SGD(model.parameters()), model)
@@ -507,14 +507,14 @@ def test_nothing_left_to_center() -> None:
         centralize(SGD([p for p in linear.parameters() if p.ndim == 1]), linear)
 
 
-def test_what_is_no_optimizer() -> None:
+def test_an_object_that_is_not_an_optimizer_raises() -> None:
     model = _model()
     with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer with step hooks, not Sequential"):
         centralize(model, model)
 
 
 def test_wrapped_optimizers_are_unwrapped() -> None:
-    """accelerate's AcceleratedOptimizer is an Optimizer without hooks around the one that steps."""
+    """accelerate's AcceleratedOptimizer is an Optimizer without step hooks that wraps the one with hooks."""
 
     class Accelerated(Optimizer):
         def __init__(self, optimizer: Optimizer) -> None:

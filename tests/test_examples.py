@@ -1,4 +1,4 @@
-"""Every example runs."""
+"""The examples run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from gradcentral.experiment import compare
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_my_task(tmp_path: Path) -> None:
+def test_my_task_runs(tmp_path: Path) -> None:
     result = compare(EXAMPLES / "my_task.py", seeds=2, epochs=3, jobs=1, out=tmp_path, progress=False)
     assert result.task == "wine"
     assert len(result.records) == 2 * 2 * 3
     assert result.report.exists()
 
 
-def test_learning_rates(tmp_path: Path) -> None:
+def test_learning_rates_runs(tmp_path: Path) -> None:
     path = EXAMPLES / "learning_rates.py"
     result = compare(path, seeds=2, epochs=1, optimizers=["adamw-0.001"], jobs=1, out=tmp_path, progress=False)
     assert result.task == "learning-rates"

@@ -1,4 +1,4 @@
-"""Centering initial weights."""
+"""Centering the initial weights of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradcentral.initialization import center_weights_
 from gradcentral.paper import intensity_responses
 
 
-def test_center_weights_takes_the_mean_of_each_weight_vector_and_nothing_else() -> None:
+def test_center_weights_subtracts_the_mean_of_each_weight_vector_only() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 5, 3), nn.Embedding(3, 4), nn.Linear(6, 2)).double()
     before = copy.deepcopy(model)
     layout = center_weights_(model)
@@ -27,7 +27,7 @@ def test_center_weights_takes_the_mean_of_each_weight_vector_and_nothing_else() 
         assert torch.equal(model.get_parameter(name), before.get_parameter(name))
 
 
-def test_center_weights_follows_the_layout_it_is_given() -> None:
+def test_center_weights_uses_the_given_layout() -> None:
     first, second = nn.Linear(4, 3), nn.Linear(3, 4)
     model = nn.Sequential(first, second)
     before = second.weight.detach().clone()
@@ -38,7 +38,7 @@ def test_center_weights_follows_the_layout_it_is_given() -> None:
     assert torch.equal(second.weight, before)
 
 
-def test_centered_weights_and_gc_make_a_network_blind_to_intensity() -> None:
+def test_centered_weights_and_gc_make_a_network_invariant_to_intensity() -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     center_weights_(model)
     before = copy.deepcopy(model)
@@ -53,7 +53,7 @@ def test_centered_weights_and_gc_make_a_network_blind_to_intensity() -> None:
     torch.testing.assert_close(model(x + 3.0), model(x), rtol=0, atol=1e-4)
 
 
-def test_center_weights_refuses_what_it_cannot_center() -> None:
+def test_center_weights_raises_without_weights_to_center() -> None:
     with pytest.raises(ValueError, match="nothing to center"):
         center_weights_(nn.LayerNorm(4))
     with pytest.raises(ValueError, match="weight is not the model's"):

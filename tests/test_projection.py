@@ -1,4 +1,4 @@
-"""Φ and P by name: the statements of section 3 of the paper, over random shapes, dtypes and strides."""
+"""Φ, P and their properties (section 3 of the paper), over random shapes, dtypes and strides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradcentral import WeightVectors, center, projection_matrix, share
-from gradcentral.projection import center_, unit_means
+from gradcentral.projection import center_, restore_means_, unit_means
 from tests.strategies import COMPLEX, FLOATING, Case, cases
 
 DOUBLE = (torch.float64,)
@@ -21,7 +21,7 @@ def _close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-12) ->
 
 
 @pytest.mark.parametrize("fan_in", [1, 2, 9, 64])
-def test_projection_matrix_is_symmetric_idempotent_and_kills_e(fan_in: int) -> None:
+def test_projection_matrix_is_symmetric_and_idempotent_and_maps_e_to_zero(fan_in: int) -> None:
     P = projection_matrix(fan_in, dtype=torch.float64)
     e = torch.full((fan_in,), 1 / math.sqrt(fan_in), dtype=torch.float64)
     _close(P, torch.eye(fan_in, dtype=torch.float64) - torch.outer(e, e))
@@ -30,7 +30,7 @@ def test_projection_matrix_is_symmetric_idempotent_and_kills_e(fan_in: int) -> N
     _close(e @ P, torch.zeros_like(e))
 
 
-def test_projection_matrix_refuses_an_empty_weight_vector() -> None:
+def test_projection_matrix_of_an_empty_weight_vector_raises() -> None:
     with pytest.raises(ValueError, match="fan_in must be at least 1"):
         projection_matrix(0)
 
@@ -69,12 +69,12 @@ def test_centered_weight_vectors_have_zero_mean(case: Case) -> None:
 
 
 @given(case=cases(DOUBLE + COMPLEX[:1]))
-def test_center_never_grows_the_norm(case: Case) -> None:
+def test_center_does_not_increase_the_norm(case: Case) -> None:
     assert center(case.tensor, case.vectors).norm() <= case.tensor.norm() * (1 + 1e-12)
 
 
 @given(units=st.integers(1, 6), fan_in=st.integers(1, 9), seed=st.integers(0, 100))
-def test_center_commutes_with_permuting_units(units: int, fan_in: int, seed: int) -> None:
+def test_center_commutes_with_permutations_of_the_units(units: int, fan_in: int, seed: int) -> None:
     g = torch.randn(units, fan_in)
     order = torch.randperm(units, generator=torch.Generator().manual_seed(seed))
     rows = WeightVectors((1,))
@@ -82,7 +82,7 @@ def test_center_commutes_with_permuting_units(units: int, fan_in: int, seed: int
 
 
 @given(case=cases(FLOATING + COMPLEX))
-def test_center_is_float64_rounded_to_the_dtype(case: Case) -> None:
+def test_center_equals_the_float64_result_rounded_to_the_dtype(case: Case) -> None:
     tensor, vectors = case
     wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
     centered = center(tensor, vectors)
@@ -102,21 +102,56 @@ def test_center_in_place_equals_center(case: Case) -> None:
     assert torch.equal(result, expected)
 
 
-def test_center_in_place_works_where_the_view_must_merge_axes() -> None:
+def test_center_in_place_works_where_the_strides_do_not_allow_the_view() -> None:
     columns = torch.randn(4, 6).T
     merged = WeightVectors((1,), view=(2, 12))
     expected = center(columns, merged)
     assert torch.equal(center_(columns, merged), expected)
 
 
-def test_center_in_place_refuses_shared_memory() -> None:
+def test_center_in_place_raises_where_elements_share_memory() -> None:
     with pytest.raises(RuntimeError, match="single memory location"):
         center_(torch.ones(1, 3).expand(2, 3), WeightVectors((1,)))
 
 
+@given(case=cases(DOUBLE + COMPLEX[:1], expanded=False))
+def test_restore_means_adds_the_centered_change(case: Case) -> None:
+    """restore_means_(w + Δw) = w + Φ(Δw): placement "update"."""
+    w, vectors = case
+    change = torch.randn_like(w)
+    updated = w + change
+    restored = restore_means_(updated, unit_means(w, vectors), vectors)
+    assert restored is updated
+    _close(restored, w + center(change, vectors))
+
+
+@given(case=cases(DOUBLE + COMPLEX[:1], expanded=False), steps=st.integers(1, 5))
+def test_restore_means_keeps_the_constraint_over_steps(case: Case, steps: int) -> None:
+    """eᵀ(w − w⁰) = 0 (eq. 4)."""
+    start, vectors = case
+    w = start.clone()
+    for _ in range(steps):
+        w = restore_means_(w + torch.randn_like(w), unit_means(w, vectors), vectors)
+    _close(unit_means(w - start, vectors), torch.zeros_like(unit_means(start, vectors)))
+
+
+@given(case=cases(DOUBLE + COMPLEX[:1], expanded=False))
+def test_restore_means_is_idempotent(case: Case) -> None:
+    means = unit_means(torch.randn_like(case.tensor), case.vectors)
+    once = restore_means_(case.tensor.clone(), means, case.vectors)
+    _close(restore_means_(once.clone(), means, case.vectors), once)
+
+
+@given(case=cases(FLOATING + COMPLEX, expanded=False))
+def test_restoring_zero_means_is_centering(case: Case) -> None:
+    expected = center(case.tensor, case.vectors)
+    zeros = torch.zeros_like(unit_means(case.tensor, case.vectors))
+    assert torch.equal(restore_means_(case.tensor, zeros, case.vectors), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_means_do_not_overflow_or_stagnate(dtype: torch.dtype) -> None:
-    # 100 × 4096 overflows a float16 sum, and a bfloat16 sum stands still at 256 times its terms.
+def test_means_in_half_precision_neither_overflow_nor_stagnate(dtype: torch.dtype) -> None:
+    # A float16 sum overflows at 100 × 4096, and a bfloat16 sum stops growing at 256 times its terms.
     g = torch.full((1, 4096), 100.0, dtype=dtype)
     assert torch.equal(center(g, WeightVectors((1,))), torch.zeros_like(g))
 
@@ -131,7 +166,7 @@ def test_nan_and_inf_stay_in_their_weight_vector(bad: float) -> None:
     assert not centered[1].isfinite().any()
 
 
-def test_center_is_differentiable_and_its_derivative_is_P() -> None:
+def test_center_has_first_and_second_derivatives() -> None:
     vectors = WeightVectors((1, 3), view=(2, 2, 3, 2))
     g = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: center(t, vectors), (g,))
@@ -139,14 +174,14 @@ def test_center_is_differentiable_and_its_derivative_is_P() -> None:
 
 
 @given(case=cases(DOUBLE))
-def test_share_is_the_lost_energy(case: Case) -> None:
+def test_share_is_the_fraction_of_energy_that_centering_removes(case: Case) -> None:
     kept = center(case.tensor, case.vectors).square().sum() / case.tensor.square().sum()
     _close(share(case.tensor, case.vectors), 1 - kept)
 
 
 @given(case=cases(DOUBLE))
-def test_energy_splits_as_theorem_1_says(case: Case) -> None:
-    """‖Φ(g)‖² = ‖g‖² − ‖eᵀg‖², the core of theorem 4.2, for each weight vector."""
+def test_centering_removes_the_energy_along_e(case: Case) -> None:
+    """‖Φ(g)‖² = ‖g‖² − ‖eᵀg‖² for each weight vector (theorem 4.2)."""
     vectors = case.vectors.for_shape(case.tensor.shape)
     rows = case.tensor.reshape(vectors.dims)
     energy = rows.square().sum(vectors.span)
@@ -171,7 +206,7 @@ def test_share_of_known_gradients(rows: list[list[float]], expected: float) -> N
         (torch.zeros(3), ValueError, "out of range"),
     ],
 )
-def test_what_cannot_be_centered_is_refused(tensor: torch.Tensor, error: type[Exception], message: str) -> None:
+def test_tensors_that_cannot_be_centered_raise(tensor: torch.Tensor, error: type[Exception], message: str) -> None:
     for operation in (center, center_, share):
         with pytest.raises(error, match=message):
             operation(tensor, WeightVectors((1,)))

@@ -1,12 +1,18 @@
-"""WeightVectors: which elements make a weight vector."""
+"""WeightVectors: which elements form a weight vector, and the notation for it."""
 
 from __future__ import annotations
 
 import pickle
+import re
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gradcentral import WeightVectors
+from gradcentral.weight_vectors import as_vectors, check_pattern
+from tests.strategies import shapes_and_vectors
 
 
 @pytest.mark.parametrize(
@@ -34,20 +40,26 @@ def test_count_and_fan_in(vectors: WeightVectors, count: int, fan_in: int) -> No
         ({"span": (0,), "view": (2, 4), "shape": (3, 3)}, "8 elements"),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments: dict[str, tuple[int, ...]], message: str) -> None:
+def test_invalid_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WeightVectors(**arguments)
 
 
-def test_fan_in_needs_a_shape() -> None:
-    with pytest.raises(ValueError, match="for_shape"):
+def test_fan_in_needs_a_shape_which_any_of_the_named_remedies_gives() -> None:
+    with pytest.raises(ValueError, match=r"pass view= or shape=, or call for_shape\(tensor.shape\)"):
         _ = WeightVectors((1,)).fan_in
+    remedies = (
+        WeightVectors((1,), view=(3, 4)),
+        WeightVectors((1,), shape=(3, 4)),
+        WeightVectors((1,)).for_shape((3, 4)),
+    )
+    assert [vectors.fan_in for vectors in remedies] == [4, 4, 4]
 
 
-def test_pickles_and_hashes() -> None:
+def test_weight_vectors_can_be_pickled_and_hashed() -> None:
     vectors = WeightVectors((1,), shape=(3, 4))
     assert pickle.loads(pickle.dumps(vectors)) == vectors
-    assert len({vectors, WeightVectors((-1,), shape=(3, 4))}) == 1
+    assert len({vectors, WeightVectors((-1,), shape=(3, 4)), WeightVectors.parse("units [inputs]", (3, 4))}) == 1
 
 
 @pytest.mark.parametrize(
@@ -62,3 +74,99 @@ def test_pickles_and_hashes() -> None:
 def test_agreement_is_about_elements_not_about_axes(one: WeightVectors, other: WeightVectors, agree: bool) -> None:
     assert one.agrees_with(other) is agree
     assert other.agrees_with(one) is agree
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "sizes", "span", "view", "printed"),
+    [
+        ("o [i]", (3, 4), {}, (1,), None, "o [i]"),
+        ("[i] o", (3, 4), {"o": 4}, (0,), None, "[i] o"),
+        ("o [i k k]", (8, 3, 3, 5), {"k": (3, 5)}, (1, 2, 3), None, "o [i k k]"),
+        ("e [i] o", (2, 3, 4), {}, (1,), None, "e [i] o"),
+        ("o [i...]", (8, 3, 3, 5), {}, (1, 2, 3), None, "o [i i i]"),
+        ("[i] o [k...]", (8, 3), {"k": ()}, (0,), None, "[i] o"),
+        ("(g [i]) o [k k]", (8, 3, 5, 5), {"g": 2}, (1, 3, 4), (2, 4, 3, 5, 5), "(2 [i]) o [k k]"),
+        ("(g [i]) o [k k]", (8, 3, 5, 5), {"i": 4}, (1, 3, 4), (2, 4, 3, 5, 5), "(2 [i]) o [k k]"),
+        ("(g [i]) o", (8, 3), {"g": 1}, (0,), None, "[i] o"),
+        ("(g [i]) o", (8, 3), {"g": 8}, (1,), (8, 1, 3), "(8 [i]) o"),
+        ("o ([i] e)", (5, 12), {"e": 3}, (1,), (5, 4, 3), "o ([i] 3)"),
+        ("e (2 [2 3 3])", (3, 36), {}, (2, 3, 4), (3, 2, 2, 3, 3), "e (2 [i 3 3])"),
+        ("[i] o ([m] s) ([m] s)", (4, 3, 4, 6), {"s": 2}, (0, 2, 4), (4, 3, 2, 2, 3, 2), "[i] o ([m] 2) ([m] 2)"),
+    ],
+)
+def test_patterns_are_read_and_printed(
+    pattern: str,
+    shape: tuple[int, ...],
+    sizes: dict[str, int],
+    span: tuple[int, ...],
+    view: tuple[int, ...] | None,
+    printed: str,
+) -> None:
+    vectors = WeightVectors.parse(pattern, shape, **sizes)
+    assert vectors == WeightVectors(span, view, shape)
+    assert vectors.pattern == printed
+    assert WeightVectors.parse(printed, shape) == vectors
+
+
+@given(shapes_and_vectors())
+def test_a_printed_pattern_reads_back_as_the_same_weight_vectors(
+    case: tuple[tuple[int, ...], WeightVectors],
+) -> None:
+    shape, vectors = case
+    fitted = vectors.for_shape(shape)
+    read = as_vectors(fitted.pattern, shape)
+    assert read.agrees_with(fitted)
+    assert (read.count, read.fan_in) == (fitted.count, fitted.fan_in)
+
+
+@given(st.permutations([1, 2, 2, 3]), st.permutations([4, 3, 1]), st.sets(st.integers(0, 2), min_size=1))
+def test_views_that_merge_axes_read_back_and_views_that_straddle_them_are_named(
+    shape: list[int], view: list[int], span: set[int]
+) -> None:
+    fitted = WeightVectors(tuple(span), tuple(view), tuple(shape))
+    pattern, _, named_view = fitted.pattern.partition(" of ")
+    if named_view:
+        assert named_view == "×".join(map(str, view))
+    else:
+        assert WeightVectors.parse(pattern, shape).agrees_with(fitted)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "sizes", "message"),
+    [
+        ("o i", (3, 4), {}, "pattern 'o i' for shape (3, 4): put brackets around the axes"),
+        ("o [i", (3, 4), {}, "'[' is not closed"),
+        ("(g [i) o]", (8, 4), {}, "')' closes nothing"),
+        ("o [[i]]", (3, 4), {}, "'[' inside '['"),
+        ("o [i] ()", (3, 4), {}, "parentheses is empty"),
+        ("o! [i]", (3, 4), {}, "'!' is not the name of an axis"),
+        ("o... [i...]", (3, 4), {}, "at most one axis may have an ellipsis"),
+        ("o [i...]", (3,), {}, "no axis of the shape is inside the brackets"),
+        ("o [i k k]", (3, 4), {}, "the pattern has 4 axes, but the shape has 2"),
+        ("(3 [i]) o", (8, 4), {}, "axis 0 has size 8, which is not a multiple of 3"),
+        ("o [i]", (8, 4), {"i": 3}, "axis 1 has size 4, which is not 3"),
+        ("o [i]", (8, 4), {"g": 3}, "g = 3, but 0 axes are named g"),
+    ],
+)
+def test_patterns_that_do_not_fit_are_refused(
+    pattern: str, shape: tuple[int, ...], sizes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        WeightVectors.parse(pattern, shape, **sizes)
+
+
+def test_refused_patterns_are_mended_as_the_message_tells() -> None:
+    for pattern in ("o i", "(g [i]) o"):
+        with pytest.raises(ValueError, match="as in") as refused:
+            as_vectors(pattern, (8, 4))
+        (example,) = re.findall(r"as in '(.*)'", str(refused.value))
+        mended = pattern.replace("(g [i])", example) if "g" in pattern else example
+        assert as_vectors(mended, (8, 4)).fan_in == 4
+
+
+def test_only_patterns_and_weight_vectors_are_weight_vectors() -> None:
+    with pytest.raises(TypeError, match=r"a pattern such as 'o \[i\]' or WeightVectors, not \(1,\)"):
+        as_vectors((1,), (3, 4))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="pattern 'rows': put brackets"):
+        check_pattern("rows")
+    check_pattern("(g [i]) o [k...]")

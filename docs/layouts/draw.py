@@ -1,10 +1,11 @@
-"""Draw docs/layouts/weight-vectors.png: `python docs/layouts/draw.py`.
+"""Draw docs/layouts/weight-vectors.png: ``python docs/layouts/draw.py``.
 
-What is blue is asked of `gradcentral.weight_layout`, so that the picture cannot say anything else than the code.
+The blue elements come from `gradcentral.weight_layout`, so the picture cannot contradict the code.
 """
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,52 +20,44 @@ from gradcentral import WeightVectors, weight_layout
 
 BLUE, GRAY, EDGE, TEXT = "#2563eb", "#e5e7eb", "#ffffff", "#111827"
 LABEL: dict[str, Any] = {"color": TEXT, "fontsize": 9, "ha": "center", "va": "center"}
+AT_TOP: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "bottom"}
 
 
-class Project(nn.Module):
-    """What transformers' Conv1D is: ``x @ weight``."""
+class Weight(nn.Module):
+    """A layer of another library, as far as its layout is concerned."""
 
-    weight_vectors = {"weight": WeightVectors((0,))}  # noqa: RUF012
+    weight_vectors = {"weight": lambda module, tensor: module.pattern}  # noqa: RUF012
 
-    def __init__(self) -> None:
+    def __init__(self, pattern: str, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(6, 5))
-
-
-class Experts(nn.Module):
-    """All experts in one tensor, in either layout."""
-
-    def __init__(self, *shape: int, span: int) -> None:
-        super().__init__()
+        self.pattern = pattern
         self.weight = nn.Parameter(torch.zeros(shape))
-        self.span = span
-
-    weight_vectors = {"weight": lambda module, tensor: WeightVectors((module.span,))}  # noqa: RUF012
 
 
-# Title, layer, which unit to show, names of the axes. Axes: rows, columns (of blocks), rows and columns inside a block.
-PANELS: list[tuple[str, nn.Module, int, str]] = [
-    ("Linear, LSTM, attention", nn.Linear(6, 5), 2, "o i"),
-    ("used as x @ w: GPT-2 Conv1D", Project(), 2, "i o"),
-    ("Conv2d", nn.Conv2d(3, 4, 3), 1, "o i k k"),
-    ("Conv2d, two groups", nn.Conv2d(4, 4, 3, groups=2), 1, "o i/g k k"),
-    ("Bilinear", nn.Bilinear(4, 3, 3), 1, "o i₁ i₂"),
-    ("ConvTranspose2d", nn.ConvTranspose2d(4, 3, 3), 1, "i o k k"),
-    ("ConvTranspose2d, two groups", nn.ConvTranspose2d(4, 6, 3, groups=2), 1, "i o/g k k"),
-    ("experts: Mixtral, Qwen, DeepSeek …", Experts(3, 4, 5, span=2), 5, "e o i"),
-    ("experts: GPT-OSS, Llama 4, Aria", Experts(3, 5, 4, span=1), 5, "e i o"),
-    ("Embedding, token, scale", nn.Embedding(5, 6), 0, "v d"),
+# Title, pattern, layer, index of the output unit to color.
+PANELS: list[tuple[str, str, nn.Module, int]] = [
+    ("Linear, LSTM, attention", "o [i]", nn.Linear(6, 5), 2),
+    ("GPT-2 Conv1D: x @ weight", "[i] o", Weight("[i] o", 6, 5), 2),
+    ("Conv2d", "o [i k k]", nn.Conv2d(3, 4, 3), 1),
+    ("Conv2d, two groups", "o [i k k]", nn.Conv2d(4, 4, 3, groups=2), 1),
+    ("Bilinear", "o [i j]", nn.Bilinear(4, 3, 3), 1),
+    ("ConvTranspose2d", "[i] o [k k]", nn.ConvTranspose2d(4, 3, 3), 1),
+    ("ConvTranspose2d, two groups", "(2 [i]) o [k k]", nn.ConvTranspose2d(4, 6, 3, groups=2), 1),
+    ("experts: Mixtral, Qwen, DeepSeek …", "e o [i]", Weight("e o [i]", 3, 4, 5), 5),
+    ("experts: GPT-OSS, Llama 4, Aria", "e [i] o", Weight("e [i] o", 3, 5, 4), 5),
+    ("Embedding, token, scale", "v d", nn.Embedding(5, 6), 0),
 ]
 
 
-def chosen(layer: nn.Module, unit: int) -> tuple[Tensor, str]:
-    """Which elements of the layer's weight make the unit's weight vector, and what the layout says."""
+def weight_vector(layer: nn.Module, pattern: str, unit: int) -> tuple[Tensor, str]:
+    """Return a mask of the elements that form one unit's weight vector, and a caption for the panel."""
     layout = weight_layout(layer)
     parameter = layer.get_parameter("weight")
     mask = torch.zeros(parameter.shape, dtype=torch.bool)
     if parameter not in layout:
-        return mask, "left alone"
+        return mask, "skipped: no output units"
     vectors = layout[parameter]
+    assert vectors.agrees_with(WeightVectors.parse(pattern, parameter.shape)), f"{layer} is not {pattern!r}"
     view = mask.view(vectors.dims)
     units = [axis for axis in range(view.ndim) if axis not in vectors.span]
     index: list[Any] = [slice(None)] * view.ndim
@@ -72,12 +65,16 @@ def chosen(layer: nn.Module, unit: int) -> tuple[Tensor, str]:
         index[axis] = unit % view.shape[axis]
         unit //= view.shape[axis]
     view[tuple(index)] = True
-    axes = ", ".join(map(str, vectors.span)) + (f" of {list(vectors.view)}" if vectors.view else "")
-    return mask, f"one vector runs over {'axis' if len(vectors.span) == 1 else 'axes'} {axes}"
+    return mask, f"{vectors.count} weight vectors of {vectors.fan_in} elements"
+
+
+def axis_names(pattern: str) -> list[str]:
+    """Return the names of the parameter's own axes: ``2 i``, ``o``, ``k`` and ``k`` for ``"(2 [i]) o [k k]"``."""
+    return [group or name for group, name in re.findall(r"\((.*?)\)|(\w+)", pattern.replace("[", "").replace("]", ""))]
 
 
 def draw(ax: Axes, mask: Tensor, names: list[str]) -> None:
-    """Matrices as grids; a third axis as blocks one below the other; a convolution as a grid of its kernels."""
+    """Draw a matrix as a grid, the third axis of experts as stacked blocks, and a convolution as a grid of kernels."""
     blocks = mask if mask.ndim == 4 else mask[None, None] if mask.ndim == 2 else mask[:, None]
     rows, columns, height, width = blocks.shape
     gap = 0.6 if mask.ndim > 2 else 0.0
@@ -92,7 +89,7 @@ def draw(ax: Axes, mask: Tensor, names: list[str]) -> None:
     down, across = names[-2:] if mask.ndim == 3 else names[:2]
     ax.annotate(f"{across} →", (right / 2, 0), (0, 9), textcoords="offset points", **LABEL)
     first_block = height if mask.ndim == 3 else bottom
-    ax.annotate(f"{down}\n↓", (0, first_block / 2), (-11, 0), textcoords="offset points", **LABEL)
+    ax.annotate(f"{down}\n↓", (0, first_block / 2), (-13, 0), textcoords="offset points", **LABEL)
     if mask.ndim == 3:
         for row in range(rows):
             middle = row * (height + gap) + height / 2
@@ -101,13 +98,14 @@ def draw(ax: Axes, mask: Tensor, names: list[str]) -> None:
 
 def main() -> None:
     """Draw all panels into one picture."""
-    figure, axes = plt.subplots(2, 5, figsize=(15, 7.4), facecolor="white")
-    for ax, (title, layer, unit, names) in zip(axes.flat, PANELS, strict=True):
-        mask, verdict = chosen(layer, unit)
-        draw(ax, mask, names.split())
-        ax.set_title(f"{title}\n[{', '.join(names.split())}]", fontsize=10.5, color=TEXT, pad=20)
-        ax.text(0.5, -0.03, verdict, transform=ax.transAxes, ha="center", va="top", fontsize=9, color=TEXT)
-    figure.tight_layout(h_pad=3)
+    figure, axes = plt.subplots(2, 5, figsize=(15, 7.8), facecolor="white")
+    for ax, (title, pattern, layer, unit) in zip(axes.flat, PANELS, strict=True):
+        mask, caption = weight_vector(layer, pattern, unit)
+        draw(ax, mask, axis_names(pattern))
+        ax.set_title(f"{title}\n", fontsize=10.5, color=TEXT, pad=30)
+        ax.annotate(pattern, (0.5, 1), (0, 25), **AT_TOP, fontsize=11, color=BLUE, family="monospace")
+        ax.text(0.5, -0.03, caption, transform=ax.transAxes, ha="center", va="top", fontsize=9, color=TEXT)
+    figure.subplots_adjust(left=0.03, right=0.97, bottom=0.05, top=0.86, hspace=0.6)
     figure.savefig(Path(__file__).with_name("weight-vectors.png"), dpi=110)
 
 

@@ -1,10 +1,10 @@
-"""``gradcentral`` and ``python -m gradcentral``."""
+"""The command line as ``gradcentral`` and ``python -m gradcentral``."""
 
 import sys
 
 
 def main() -> None:
-    """Run the command line; without its extra installed, say in one line how to get it."""
+    """Run the command line, or exit with the command that installs what it needs."""
     try:
         from gradcentral.cli.main import run
     except ModuleNotFoundError as error:

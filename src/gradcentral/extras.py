@@ -1,4 +1,4 @@
-"""Libraries that come as extras: imported when they are needed, and asked for in one line where they are missing."""
+"""Optional libraries: imported when they are needed, with the command that installs a missing one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ __all__ = ["MissingExtraError", "optional"]
 
 
 class MissingExtraError(ImportError):
-    """Something needs a library that is not installed; the message says how to get it."""
+    """A library that is not installed is needed; the message says how to install it."""
 
 
 def optional(module: str, extra: str = "experiments") -> ModuleType:
-    """Import a module of an extra.
+    """Import a module that one of gradcentral's extras installs.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -21,10 +21,10 @@ def optional(module: str, extra: str = "experiments") -> ModuleType:
     Examples:
         >>> optional("no_such_library")
         Traceback (most recent call last):
-        gradcentral.extras.MissingExtraError: this needs no_such_library: pip install 'gradcentral[experiments]'
+        gradcentral.extras.MissingExtraError: no_such_library is not installed: pip install 'gradcentral[experiments]'
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = (error.name or module).partition(".")[0]
-        raise MissingExtraError(f"this needs {missing}: pip install 'gradcentral[{extra}]'") from error
+        raise MissingExtraError(f"{missing} is not installed: pip install 'gradcentral[{extra}]'") from error

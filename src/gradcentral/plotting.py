@@ -1,4 +1,4 @@
-"""How every figure looks, in light and in dark, and how it is written to a file."""
+"""The style of all figures, in light and dark colors, and saving them as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from gradcentral.extras import optional
 
-__all__ = ["DARK", "LIGHT", "STYLES", "Theme", "new_figure", "recolored", "style", "to_png", "to_svg"]
+__all__ = ["DARK", "LIGHT", "STYLES", "Theme", "new_figure", "recolor", "style", "to_png", "to_svg"]
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors of a figure. Those of the arms are Okabe and Ito's, which color-blind people can tell apart."""
+    """Colors of a figure. The colors of the arms are from Okabe and Ito's palette for color-blind readers."""
 
     background: str
     text: str
@@ -27,12 +27,13 @@ class Theme:
 LIGHT = Theme("#ffffff", "#1f2328", "#d8dce1", {"none": "#6b7280", "gradient": "#0072b2", "update": "#d55e00"})
 DARK = Theme("#14171c", "#e4e7eb", "#3a404a", {"none": "#a3abb8", "gradient": "#56b4e9", "update": "#ef8a3c"})
 
-# Line styles too, for print in gray.
 STYLES = {"none": "--", "gradient": "-", "update": "-."}
+"""Line style of each arm, so that gray prints stay readable."""
 
 
 @contextmanager
 def style(theme: Theme) -> Iterator[None]:
+    """Apply the style to every figure drawn in the block."""
     with optional("matplotlib").rc_context(
         {
             "figure.facecolor": theme.background,
@@ -62,27 +63,27 @@ def style(theme: Theme) -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Without pyplot, whose windows and global state are the caller's."""
+    """Create a figure of this size in inches, without pyplot, which would open windows and keep global state."""
     return optional("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
 
 
 def to_png(figure: Any, title: str) -> bytes:
-    """The figure at 200 dots an inch, with a title, as it may be shown on its own."""
+    """Render a figure at 200 dpi, with a title."""
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return _save(figure, format="png", dpi=200)
 
 
 def to_svg(figure: Any) -> bytes:
-    """The figure as vectors, letters included."""
+    """Render a figure as SVG, without a date, so that equal figures give equal files."""
     return _save(figure, format="svg", metadata={"Date": None})
 
 
-def recolored(svg: bytes, theme: Theme, other: Theme) -> bytes:
-    """A figure that `to_svg` wrote in one theme, in another: drawing it anew takes much longer."""
+def recolor(svg: bytes, theme: Theme, other: Theme) -> bytes:
+    """Convert the output of `to_svg` from one theme to another, which is much faster than drawing again."""
     colors = [(getattr(theme, name), getattr(other, name)) for name in ("background", "text", "faint")]
     colors += [(color, other.arms[arm]) for arm, color in theme.arms.items()]
-    # All at once: one theme's color may be the other's for something else.
-    table = {one.encode(): another.encode() for one, another in colors}
+    # In one pass: a color of one theme may have another role in the other theme.
+    table = {old.encode(): new.encode() for old, new in colors}
     return re.sub(b"|".join(table), lambda found: table[found.group()], svg)
 
 

@@ -1,6 +1,11 @@
-"""Gradient centralization on one tensor: the reference that every faster path is tested equal to.
+"""The mathematics of Gradient Centralization, one tensor at a time, in torch.
 
-Φ(g) = g − mean(g) = P g,  P = I − e eᵀ,  e = (1, …, 1)/√M,  M = fan-in   (Yong et al. 2020, eq. 1 and 2)
+    Φ(g) = g − mean(g) = P g,  P = I − e eᵀ,  e = (1, …, 1)/√M,  M = fan-in          (Yong et al. 2020, eq. 1 and 2)
+
+    placement "gradient":  the optimizer receives Φ(∂L/∂w)                           `center`
+    placement "update":    w ← w + Φ(Δw), Δw the whole change of a step              `restore_means_`
+
+Everything faster (kernels, compiled graphs, sharded tensors) is tested equal to these functions.
 """
 
 from __future__ import annotations
@@ -8,48 +13,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradcentral.weight_vectors import WeightVectors
+from gradcentral.weight_vectors import WeightVectors, as_vectors
 
-__all__ = ["Pair", "center", "center_", "projection_matrix", "share", "unit_means"]
+__all__ = [
+    "Pair",
+    "center",
+    "center_",
+    "projection_matrix",
+    "restore_means_",
+    "share",
+    "subtract_means_",
+    "unit_means",
+]
 
 Pair = tuple[Tensor, WeightVectors]
-"""A tensor and the weight vectors in it."""
-
-# Sums of a thousand half-precision numbers lose the mean; f32 holds it.
-_ACCUMULATE_IN = {torch.complex32: torch.complex64}
+"""A tensor and its weight vectors."""
 
 
-def center(tensor: Tensor, vectors: WeightVectors) -> Tensor:
-    """Φ(g): the tensor with the mean of each of its weight vectors removed. Pure and differentiable.
+def center(tensor: Tensor, vectors: WeightVectors | str) -> Tensor:
+    """Return Φ(g): subtract from each weight vector its mean. Pure and differentiable.
 
     Args:
-        tensor: any floating or complex dtype, any strides. Types narrower than 32 bits are averaged in f32 and
-            rounded once.
-        vectors: which elements make one weight vector.
+        tensor: any floating-point or complex dtype, any strides. Types narrower than 32 bits are averaged in float32
+            and rounded once.
+        vectors: which elements form one weight vector: `WeightVectors`, or a pattern such as ``"o [i k k]"``.
 
     Returns:
         A new tensor of the same shape and dtype.
 
     Raises:
-        TypeError: the tensor is not floating or complex.
-        ValueError: the tensor is sparse, or ``vectors`` does not fit its shape.
+        TypeError: the tensor is neither floating-point nor complex.
+        ValueError: the tensor is sparse, or ``vectors`` does not fit its shape or is not a valid pattern.
 
     Source: Yong et al. 2020, eq. 1.
 
     Examples:
         >>> import torch
-        >>> from gradcentral import WeightVectors, center
-        >>> center(torch.tensor([[1.0, 2.0, 6.0]]), WeightVectors(span=(1,)))
+        >>> from gradcentral import center
+        >>> center(torch.tensor([[1.0, 2.0, 6.0]]), "o [i]")
         tensor([[-2., -1.,  3.]])
     """
     _check(tensor)
-    g = _wide(tensor)
-    view, span = _view(g, vectors)
+    g = _at_least_32_bits(tensor)
+    view, span = _view(g, as_vectors(vectors, tensor.shape))
     return (view - view.mean(span, keepdim=True)).reshape(tensor.shape).to(tensor.dtype)
 
 
 def center_(tensor: Tensor, vectors: WeightVectors) -> Tensor:
-    """`center` in place: the tensor keeps its storage, its strides and its identity.
+    """Apply `center` in place; the tensor keeps its storage and strides.
 
     Raises:
         TypeError, ValueError: as `center`.
@@ -58,15 +69,33 @@ def center_(tensor: Tensor, vectors: WeightVectors) -> Tensor:
     return subtract_means_(tensor, unit_means(tensor, vectors), vectors)
 
 
+def restore_means_(weights: Tensor, means: Tensor, vectors: WeightVectors) -> Tensor:
+    """Placement "update": shift each weight vector in place so that its mean is ``means`` again.
+
+        w ← w − (mean(w) − m),   m = mean(w_old)
+
+    After a step w = w_old + Δw, so the result is w_old + Δw − mean(Δw) = w_old + Φ(Δw), for any optimizer and without
+    a copy of w_old. It keeps the constraint eᵀ(w − w⁰) = 0.
+
+    Args:
+        weights: the weights after a step.
+        means: `unit_means` of the weights before it.
+        vectors: which elements form one weight vector.
+
+    Source: Yong et al. 2020, eq. 4.
+    """
+    return subtract_means_(weights, unit_means(weights, vectors) - means, vectors)
+
+
 def unit_means(tensor: Tensor, vectors: WeightVectors) -> Tensor:
-    """Mean of each weight vector, with the spanned axes of the view kept at size 1, at least in f32."""
+    """Return the mean of each weight vector, in float32 or wider; the spanned axes of the view are kept with size 1."""
     _check(tensor)
-    view, span = _view(_wide(tensor), vectors)
+    view, span = _view(_at_least_32_bits(tensor), vectors)
     return view.mean(span, keepdim=True)
 
 
 def subtract_means_(tensor: Tensor, means: Tensor, vectors: WeightVectors) -> Tensor:
-    """Subtract one number per weight vector (as `unit_means` returns them) in place, rounding once."""
+    """Subtract one number per weight vector, shaped as `unit_means` returns them, in place and with one rounding."""
     dims = vectors.for_shape(tensor.shape).dims
     if vectors.view is None:
         return tensor.sub_(means)
@@ -77,11 +106,11 @@ def subtract_means_(tensor: Tensor, means: Tensor, vectors: WeightVectors) -> Te
     return tensor
 
 
-def share(tensor: Tensor, vectors: WeightVectors) -> Tensor:
-    """Part of the tensor's energy that centering removes: 1 − ‖Φ(g)‖²/‖g‖² = ‖eᵀg‖²/‖g‖², between 0 and 1.
+def share(tensor: Tensor, vectors: WeightVectors | str) -> Tensor:
+    """Return the fraction of a gradient's energy that centering removes: 1 − ‖Φ(g)‖²/‖g‖² = ‖eᵀg‖²/‖g‖².
 
     Returns:
-        A real scalar tensor; 0 where the tensor is all zero (nothing is removed), NaN where it is not finite.
+        A real scalar tensor between 0 and 1; 0 where the tensor is all zero, NaN where it is not finite.
 
     Raises:
         TypeError, ValueError: as `center`.
@@ -90,13 +119,14 @@ def share(tensor: Tensor, vectors: WeightVectors) -> Tensor:
 
     Examples:
         >>> import torch
-        >>> from gradcentral import WeightVectors, share
-        >>> share(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), WeightVectors(span=(1,)))
+        >>> from gradcentral import share
+        >>> share(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), "o [i]")
         tensor(0.5000)
     """
+    vectors = as_vectors(vectors, tensor.shape)
     means = unit_means(tensor, vectors)
     fan_in = vectors.for_shape(tensor.shape).fan_in
-    total = _wide(tensor).abs().square().sum()
+    total = _at_least_32_bits(tensor).abs().square().sum()
     removed = fan_in * means.abs().square().sum()
     return torch.where(total == 0, 0.0, removed / torch.where(total == 0, 1, total))
 
@@ -104,10 +134,10 @@ def share(tensor: Tensor, vectors: WeightVectors) -> Tensor:
 def projection_matrix(
     fan_in: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """P = I − e eᵀ as a matrix of shape (fan_in, fan_in): for teaching and for tests.
+    """Return P = I − e eᵀ of shape ``[fan_in, fan_in]``: Φ(g) = P g. For analysis and tests; centering never forms it.
 
     Raises:
-        ValueError: fan_in < 1.
+        ValueError: ``fan_in`` is not positive.
 
     Source: Yong et al. 2020, eq. 2.
 
@@ -122,10 +152,10 @@ def projection_matrix(
     return torch.eye(fan_in, dtype=dtype, device=device) - 1.0 / fan_in
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """The tensor itself, or its copy in 32 bits where its own type is narrower."""
-    if tensor.is_complex():
-        return tensor.to(_ACCUMULATE_IN.get(tensor.dtype, tensor.dtype))
+def _at_least_32_bits(tensor: Tensor) -> Tensor:
+    # The mean of a thousand half-precision numbers would be lost in their sum; float32 holds it.
+    if tensor.dtype == torch.complex32:
+        return tensor.to(torch.complex64)
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
@@ -136,6 +166,8 @@ def _view(tensor: Tensor, vectors: WeightVectors) -> tuple[Tensor, tuple[int, ..
 
 def _check(tensor: Tensor) -> None:
     if not (tensor.is_floating_point() or tensor.is_complex()):
-        raise TypeError(f"can't center a tensor of dtype {tensor.dtype}: a mean needs a floating or complex type")
+        raise TypeError(
+            f"cannot center a tensor of dtype {tensor.dtype}: its mean needs a floating-point or complex type"
+        )
     if tensor.layout != torch.strided:
-        raise ValueError(f"can't center a sparse tensor (layout {tensor.layout}): pass tensor.to_dense()")
+        raise ValueError(f"cannot center a sparse tensor (layout {tensor.layout}): pass tensor.to_dense()")

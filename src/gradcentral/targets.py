@@ -1,4 +1,7 @@
-"""Which of an optimizer's parameters are centered, and what is refused: shared by the hooks and the optimizers."""
+"""What an optimizer's step centers: layout, placement, sharding and the optimizer's own parameters, in one object.
+
+Hooks, gradcentral's optimizers, Monitor and the arms of a comparison all ask the same `Targets`.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +12,32 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradcentral.distributed import Shards, shards_of
+from gradcentral.dtensor import any_sharded
 from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout
-from gradcentral.weight_vectors import WeightVectors
+from gradcentral.projection import Pair
 
-__all__ = ["PLACEMENTS", "Targets", "check_placement", "refuse_sparse"]
+__all__ = ["PLACEMENTS", "Targets", "check_placement", "refuse_sparse", "shards_in_layout"]
 
 PLACEMENTS = ("gradient", "update")
 
 
 def check_placement(placement: str) -> None:
-    """Refuse a placement that does not exist."""
+    """Refuse an unknown placement.
+
+    Raises:
+        ValueError: it is none of `PLACEMENTS`.
+    """
     if placement not in PLACEMENTS:
-        raise ValueError(f"placement must be {' or '.join(map(repr, PLACEMENTS))}, not {placement!r}")
+        raise ValueError(f"unknown placement {placement!r}; choose from {', '.join(map(repr, PLACEMENTS))}")
 
 
 class Targets:
     """What an optimizer's step centers: a layout, a placement, and the parameters as they are at each step.
 
-    Follows what changes while training: parameter groups added later, lazy parameters that have received their shape,
-    layers added to the model.
+    Follows changes during training: parameter groups added later, lazy parameters that have received their shape,
+    layers added to the model, layers that are frozen or unfrozen.
 
     Attributes:
         layout: the weight vectors of the model's parameters.
@@ -41,123 +50,168 @@ class Targets:
         self.layout = layout
         self.placement = placement
         self.paused = False
-        self._strangers: set[Tensor] = set()
-        # What was found, and for which parameters and decisions: seldom do they change.
-        self._found: list[tuple[Tensor, WeightVectors]] = []
+        # The last answer of `current`, and what it was computed from. These change rarely.
+        self._shards = Shards([], [], [], {})
         self._parameters: list[Tensor] = []
         self._revision = -1
-        # What was there when attaching, until the first step has looked whether it still is.
-        self._attached: list[tuple[str, Tensor, WeightVectors]] = []
+        self._trained: list[bool] | None = None
+        self._not_in_model: set[Tensor] = set()
+        # The parameters at attach time, checked for replacement at the first step.
+        self._at_attach: list[tuple[str, Tensor, tuple[int, ...] | None]] = []
 
-    def of(self, optimizer: Optimizer, warn: bool = True) -> list[tuple[Tensor, WeightVectors]]:
-        """The optimizer's centered parameters with their weight vectors.
+    def current(self, optimizer: Optimizer, warn: bool = True) -> Shards:
+        """Return the optimizer's centered parameters, each with the weight vectors that this rank holds.
 
-        A parameter that is not the model's is left alone, with one warning unless ``warn`` is off.
+        A parameter that is not in the model is skipped, with one warning if ``warn``.
+
+        Raises:
+            ValueError: a parameter is sharded in a way that cannot be centered (with its name and a remedy).
         """
-        layout = self.layout
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if layout.revision == self._revision and same_objects(parameters, self._parameters) and not layout.pending:
-            return self._found
-        new = [p for p in parameters if not layout.knows(p) and p not in self._strangers]
-        if new or layout.pending:
-            layout.refresh()
-            strangers = [p for p in new if not layout.knows(p)]
-            self._strangers.update(strangers)
-            if strangers and warn:
-                shapes = ", ".join(str(tuple(p.shape)) for p in strangers)
-                warnings.warn(
-                    f"the optimizer got parameters that are not the model's, of shape {shapes}: they are left alone; "
-                    "call gradcentral.centralize on the optimizer with their model too",
-                    stacklevel=4,
-                )
-        self._found = [(p, vectors) for p in parameters if (vectors := layout.get(p)) is not None]
-        self._parameters, self._revision = parameters, layout.revision
-        return self._found
+        if not self._is_current(parameters):
+            self._find_new(parameters, warn)
+            pairs = [(p, vectors) for p in parameters if (vectors := self.layout.get(p)) is not None]
+            self._shards = shards_in_layout(self.layout, pairs)
+            self._trained = _trained(pairs) if any_sharded(p for p, _ in pairs) else None
+            self._parameters, self._revision = parameters, self.layout.revision
+        return self._shards
 
-    def first(self, optimizer: Optimizer) -> list[tuple[Tensor, WeightVectors]]:
-        """As `of`, when attaching: parameters of other models are fine, nothing to center is not.
+    def _is_current(self, parameters: list[Tensor]) -> bool:
+        return (
+            self.layout.revision == self._revision
+            and same_objects(parameters, self._parameters)
+            and not self.layout.pending
+            and (self._trained is None or self._trained == _trained(self._shards.targets))
+        )
+
+    def _find_new(self, parameters: list[Tensor], warn: bool) -> None:
+        """Look up parameters that the layout does not have yet in the model as it is now."""
+        layout = self.layout
+        new = [p for p in parameters if not layout.in_model(p) and p not in self._not_in_model]
+        if not new and not layout.pending:
+            return
+        layout.refresh()
+        missing = [p for p in new if not layout.in_model(p)]
+        self._not_in_model.update(missing)
+        if missing and warn:
+            shapes = ", ".join(str(tuple(p.shape)) for p in missing)
+            warnings.warn(
+                f"the optimizer received parameters that are not in the model, of shape {shapes}: they are not "
+                "centered; call gradcentral.centralize(optimizer, their_model) for them too",
+                stacklevel=5,
+            )
+
+    def attach(self, optimizer: Optimizer) -> Shards:
+        """Return `current` for an optimizer that centering is being attached to, and remember its parameters.
+
+        Parameters of other models are fine here; having nothing to center is not.
 
         Raises:
             ValueError: none of the model's parameters is in the optimizer, or none of them is centered.
         """
-        targets, layout = self.of(optimizer, warn=False), self.layout
+        shards, layout = self.current(optimizer, warn=False), self.layout
         names = layout.names
-        self._attached = [(names[p], p, vectors) for p, vectors in targets]
-        if targets or layout.pending:
-            return targets
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        # Of several ranks one may own biases alone: ZeroRedundancyOptimizer, pipeline stages.
+        self._at_attach = [(names[p], p, vectors.shape) for p, vectors in shards.targets]
+        # Of several ranks, one may own biases only: ZeroRedundancyOptimizer, pipeline stages.
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not any(layout.knows(p) for p in parameters) and (parameters or not several):
-            flat = parameters and all(p.ndim <= 1 for p in parameters)
+        if shards.targets or layout.pending:
+            return shards
+        held = {names[p] for p in self._parameters if layout.in_model(p)}
+        if not held and (self._parameters or not several):
+            flat = self._parameters and all(p.ndim <= 1 for p in self._parameters)
             raise ValueError(
-                "none of the model's parameters is in the optimizer: give the model whose parameters it was made with "
-                "(make the optimizer after moving, wrapping or sharding the model)"
-                + (f"; flat partitions, as of DeepSpeed's ZeRO, can't be centered: {_KEEPS_SHAPES}" if flat else "")
+                "none of the model's parameters is in the optimizer: pass the model whose parameters it was created "
+                "with (create the optimizer after moving, wrapping or sharding the model)"
+                + (f"; flat partitions, as of DeepSpeed's ZeRO, cannot be centered: {_KEEPS_SHAPES}" if flat else "")
             )
-        if several:
-            return targets
-        held = {names[p] for p in parameters if layout.knows(p)}
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in layout.skipped.items() if name in held)
-        raise ValueError(f"nothing is left to center in this optimizer ({reasons})")
+        if not several:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in layout.skipped.items() if name in held)
+            raise ValueError(f"nothing is left to center in this optimizer ({reasons})")
+        return shards
 
     def check(self, optimizer: Optimizer) -> None:
-        """At the first step: that the parameters which were there when attaching have not been replaced since.
+        """At the first step, check that the parameters present at attach time have not been replaced since.
 
         Raises:
-            RuntimeError: sharding, flattening or rebuilding the model has left the optimizer with parameters that are
-                no longer the model's, or has changed their shapes.
+            RuntimeError: sharding, flattening or rebuilding the model has left the optimizer with parameters that the
+                model no longer uses, or has changed their shapes.
             ValueError: the model has been wrapped in FSDP1.
         """
-        if not self._attached or torch.compiler.is_compiling():
+        if not self._at_attach or torch.compiler.is_compiling():
             return
-        attached = self._attached
-        standing = self.layout.standing()
+        in_model = self.layout.current_parameters()
         held = {p for group in optimizer.param_groups for p in group["params"]}
-        if not any(p in held for _, p, _ in attached):
+        if not any(p in held for _, p, _ in self._at_attach):
             raise RuntimeError(
                 "the optimizer has lost all parameters that were to be centered: something (DeepSpeed's ZeRO does so) "
-                f"has put others into it since; {_KEEPS_SHAPES}"
+                f"has replaced them since; {_KEEPS_SHAPES}"
             )
-        for name, p, vectors in attached:
-            if p.shape != vectors.shape:
+        for name, p, shape in self._at_attach:
+            if p.shape != shape:
                 raise RuntimeError(
-                    f"{name} had shape {vectors.shape} when Gradient Centralization was attached and has "
-                    f"{tuple(p.shape)} now: attach after all that re-shapes parameters; {_KEEPS_SHAPES}"
+                    f"{name} had shape {shape} when Gradient Centralization was attached and has {tuple(p.shape)} now: "
+                    f"attach after everything that reshapes parameters; {_KEEPS_SHAPES}"
                 )
-        if standing is not None:
-            self._check_standing(attached, standing, held)
-        self._attached = []
+        if in_model is not None:
+            self._check_in_model(in_model, held)
+        self._at_attach = []
 
-    def _check_standing(
-        self, attached: list[tuple[str, Tensor, WeightVectors]], standing: dict[str, Tensor], held: set[Tensor]
-    ) -> None:
-        here = set(standing.values())
-        lost = [
+    def _check_in_model(self, in_model: dict[str, Tensor], held: set[Tensor]) -> None:
+        present = set(in_model.values())
+        replaced = [
             name
-            for name, p, _ in attached
-            # Under another name it still trains, and so does another one in its place that the optimizer has got.
-            if p not in here and _is_lost(p, standing.get(name)) and standing.get(name) not in held
+            for name, p, _ in self._at_attach
+            # Registered under another name it still trains; so does its replacement if the optimizer has received it.
+            if p not in present and _is_replaced(p, in_model.get(name)) and in_model.get(name) not in held
         ]
-        # A layer that was taken out of the model and not replaced is no reason to stop.
-        if lost and (len(lost) == len(attached) or any(name in standing for name in lost)):
+        # A layer that was removed from the model and not replaced is no reason to stop.
+        if replaced and (len(replaced) == len(self._at_attach) or any(name in in_model for name in replaced)):
             raise RuntimeError(
-                "the optimizer holds parameters that are no longer the model's and trains nothing by them "
-                f"({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}): make the optimizer, and attach Gradient "
-                "Centralization, after fully_shard, parallelize_module and all else that replaces parameters"
+                "the optimizer holds parameters that the model no longer uses, so this step would train nothing "
+                f"({', '.join(replaced[:3])}{', …' if len(replaced) > 3 else ''}): create the optimizer, and attach "
+                "Gradient Centralization, after fully_shard, parallelize_module and whatever else replaces parameters"
             )
 
 
 _KEEPS_SHAPES = (
-    "torch.distributed.fsdp.fully_shard (FSDP2) and ZeroRedundancyOptimizer keep the shapes of parameters: use one of "
-    "them"
+    "use torch.distributed.fsdp.fully_shard (FSDP2) or ZeroRedundancyOptimizer, which keep the shapes of parameters"
 )
 
 
-def _is_lost(parameter: Tensor, now: Tensor | None) -> bool:
+def shards_in_layout(layout: WeightLayout, pairs: list[Pair]) -> Shards:
+    """Return what this rank holds of some of a layout's parameters; all of them, whole, where none is a DTensor."""
+    if any_sharded(parameter for parameter, _ in pairs):
+        return shards_of(pairs, layout.names)
+    return Shards(pairs, pairs, [], {})
+
+
+def refuse_sparse(gradient: Tensor, parameter: Tensor, layout: WeightLayout) -> None:
+    """Refuse a gradient that cannot be centered without filling in its zeros.
+
+    Raises:
+        ValueError: the gradient is sparse (with its parameter's name and a remedy).
+    """
+    if gradient.layout == torch.strided:
+        return
+    name = layout.names[parameter]
+    remedy = f"skip it with layout=weight_layout(model, exclude=[{name!r}])"
+    if layout.by_shape:
+        name = f"parameter {name} of shape {tuple(parameter.shape)}"
+        remedy = "pass model=, so that embeddings are recognized"
+    raise ValueError(
+        f"{name} has a sparse gradient, and centering would fill in its zeros: {remedy}, or make the gradient dense "
+        "(sparse=False)"
+    )
+
+
+def _trained(pairs: list[Pair]) -> list[bool]:
+    return [parameter.requires_grad for parameter, _ in pairs]
+
+
+def _is_replaced(parameter: Tensor, now: Tensor | None) -> bool:
     """Whether the model has another parameter in the place of this one.
 
-    FSDP2 puts gathered parameters into the place of sharded ones for a while: they are on fewer mesh dimensions.
+    FSDP2 temporarily puts gathered parameters in the place of sharded ones: they have fewer mesh dimensions.
     """
     return now is not parameter and (now is None or _mesh_dimensions(now) >= _mesh_dimensions(parameter))
 
@@ -165,17 +219,3 @@ def _is_lost(parameter: Tensor, now: Tensor | None) -> bool:
 def _mesh_dimensions(tensor: Tensor) -> int:
     mesh = getattr(tensor, "device_mesh", None)
     return 0 if mesh is None else int(mesh.ndim)
-
-
-def refuse_sparse(gradient: Tensor, parameter: Tensor, layout: WeightLayout) -> None:
-    """Refuse a gradient that can't be centered without filling its zeros, naming its parameter."""
-    if gradient.layout != torch.strided:
-        name = layout.names[parameter]
-        way_out = f"leave it alone with layout=weight_layout(model, exclude=[{name!r}])"
-        if layout.by_shape:
-            name = f"parameter {name} of shape {tuple(parameter.shape)}"
-            way_out = "give the model, whose layers tell what an embedding is"
-        raise ValueError(
-            f"{name} has a sparse gradient, and centering would fill its zeros: {way_out}, or make the gradient dense "
-            "(sparse=False)"
-        )

@@ -1,29 +1,46 @@
-"""Which elements of a parameter make one weight vector. Pure Python: no torch, no numpy."""
+"""Which elements of a parameter form one weight vector, and the notation for it. Pure Python: no torch, no numpy.
+
+A layout is written like a shape, with brackets around the axes that one weight vector runs over (as in einx):
+
+    "o [i]"            Linear
+    "o [i k k]"        convolution
+    "[i] o"            weights used as x @ w, such as GPT-2's Conv1D
+    "(g [i]) o [k k]"  grouped transposed convolution: the first axis is split into groups
+    "e [i] o"          experts
+
+Every index of the axes outside the brackets is one output unit. The paper (section 3.2) unfolds weights into a matrix
+whose *columns* are the weight vectors, (in·k·k) × out; torch stores most layers with one unit per row instead.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
-__all__ = ["WeightVectors"]
+__all__ = ["WeightVectors", "as_vectors", "check_pattern"]
 
 
 @dataclass(frozen=True)
 class WeightVectors:
-    """The weight vectors of one parameter: view it as ``view``; one vector runs over the axes ``span``.
+    """The weight vectors of one parameter: viewed as ``view``, one vector runs over the axes ``span``.
 
-    Every index of the axes outside ``span`` is one output unit.
+    A pattern such as ``"o [i k k]"`` is accepted wherever a `WeightVectors` is; see `parse`.
 
     Args:
         span: axes of the view that one weight vector runs over; negative axes count from the end.
-        view: shape to view the parameter as, with as many elements as the parameter. ``None``: its own shape.
-        shape: the parameter's shape. A layout fills it in (see `for_shape`); ``fan_in`` and ``count`` need it or
+        view: shape to view the parameter as, with as many elements as the parameter. Default: its own shape.
+        shape: shape of the parameter. Layouts fill it in (see `for_shape`); ``fan_in`` and ``count`` need it or
             ``view``.
+        names: names of the axes of the view, used to print the pattern.
 
     Raises:
         ValueError: an axis is repeated or out of range, ``span`` is empty, or ``view`` and ``shape`` differ in
             their number of elements.
+
+    Source: Yong et al. 2020, section 3.2.
 
     Examples:
         A convolution of 16 filters, each with 3·5·5 incoming weights:
@@ -40,14 +57,17 @@ class WeightVectors:
 
     span: tuple[int, ...]
     view: tuple[int, ...] | None = None
-    shape: tuple[int, ...] | None = field(default=None)
+    shape: tuple[int, ...] | None = None
+    names: tuple[str, ...] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        span, view, shape = tuple(self.span), _shape(self.view), _shape(self.shape)
+        span, view, shape = tuple(self.span), _as_shape(self.view), _as_shape(self.shape)
         if not span:
             raise ValueError("span is empty: name at least one axis that a weight vector runs over")
         if view is not None and shape is not None and math.prod(view) != math.prod(shape):
-            raise ValueError(f"view {view} has {math.prod(view)} elements, the shape {shape} {math.prod(shape)}")
+            raise ValueError(
+                f"view {view} has {math.prod(view)} elements, but the shape {shape} has {math.prod(shape)}"
+            )
         dims = view if view is not None else shape
         if dims is not None:
             outside = [axis for axis in span if not -len(dims) <= axis < len(dims)]
@@ -60,18 +80,53 @@ class WeightVectors:
         object.__setattr__(self, "view", view)
         object.__setattr__(self, "shape", shape)
 
+    @classmethod
+    def parse(cls, pattern: str, shape: Sequence[int], /, **sizes: int | Sequence[int]) -> WeightVectors:
+        """Read a pattern such as ``"(g [i]) o [k k]"`` for a parameter of the given shape.
+
+        A pattern has one name per axis of the parameter. Brackets mark the axes that one weight vector runs over;
+        parentheses split an axis, outermost factor first; a number is an axis of that size; ``k...`` stands for any
+        number of axes. Unlike in einops, axes of the same name may differ in size: ``k k`` also covers a 3×5 kernel.
+
+        Args:
+            pattern: names, numbers, brackets and parentheses, separated by spaces.
+            shape: shape of the parameter.
+            sizes: sizes of named axes, which determine how axes are split and are checked against the shape; a
+                sequence has one size for each axis of that name.
+
+        Raises:
+            ValueError: the pattern is malformed, has no brackets, or does not fit the shape; an axis is split and more
+                than one of the sizes is unknown; ``sizes`` names an axis that the pattern does not have.
+
+        Examples:
+            >>> WeightVectors.parse("o [i k k]", (16, 3, 5, 5))
+            WeightVectors(span=(1, 2, 3), view=None, shape=(16, 3, 5, 5))
+            >>> WeightVectors.parse("(g [i]) o [k k]", (8, 3, 5, 5), g=2).view
+            (2, 4, 3, 5, 5)
+            >>> WeightVectors.parse("(2 [i]) o [k...]", (8, 3, 5, 5)).fan_in
+            100
+        """
+        shape = tuple(shape)
+        try:
+            groups = _sized(_expanded(_read(pattern), len(shape)), shape, sizes)
+        except ValueError as error:
+            raise ValueError(f"pattern {pattern!r} for shape {shape}: {error}") from None
+        axes = [axis for group in groups for axis in group]
+        view = tuple(axis.size or 0 for axis in axes)
+        span = tuple(position for position, axis in enumerate(axes) if axis.spanned)
+        names = tuple(axis.name for axis in axes)
+        return cls(span, None if len(view) == len(shape) else view, shape, names)
+
     def for_shape(self, shape: Sequence[int]) -> WeightVectors:
-        """The same weight vectors, checked against a parameter of this shape and knowing it."""
-        if self.shape == tuple(shape):
-            return self
-        return WeightVectors(self.span, self.view, tuple(shape))
+        """The same weight vectors, checked against a parameter's shape."""
+        return self if self.shape == tuple(shape) else replace(self, shape=tuple(shape))
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """The shape that ``span`` counts axes of: the view, or the parameter's own shape."""
+        """The shape that ``span`` refers to: the view, or the parameter's own shape."""
         dims = self.view if self.view is not None else self.shape
         if dims is None:
-            raise ValueError("the shape is not known: give view=, or shape= (for_shape(tensor.shape))")
+            raise ValueError("the shape is unknown: pass view= or shape=, or call for_shape(tensor.shape)")
         return dims
 
     @property
@@ -81,26 +136,192 @@ class WeightVectors:
 
     @property
     def count(self) -> int:
-        """Number of weight vectors, that is of output units."""
+        """Number of weight vectors, that is, of output units."""
         return math.prod(size for axis, size in enumerate(self.dims) if axis not in self.span)
 
+    @property
+    def pattern(self) -> str:
+        """The weight vectors in the notation of `parse`, which reads it back for the same shape.
+
+        A view whose axes straddle those of the parameter has no pattern; then the view is named.
+
+        Examples:
+            >>> WeightVectors(span=(1, 3, 4), view=(2, 4, 3, 5, 5), shape=(8, 3, 5, 5)).pattern
+            '(2 [i]) o [i i]'
+            >>> WeightVectors(span=(0,), view=(3, 8), shape=(4, 6)).pattern
+            '[i] o of 3×8'
+        """
+        dims = self.dims
+        factors = _factors(self.shape, dims) if self.view is not None and self.shape is not None else None
+        if factors is not None:
+            return _bracketed([self._axis_text(group) for group in factors])
+        text = _bracketed([self._axis_text([(size, axis)]) for axis, size in enumerate(dims)])
+        return text if self.view is None else f"{text} of {'×'.join(map(str, dims))}"
+
+    def _axis_text(self, factors: list[tuple[int, int]]) -> tuple[str, bool]:
+        """Text of one axis of the parameter, given its factors (size, axis of the view), and whether it is spanned."""
+        if not factors:
+            return "1", False
+        spanned = [axis in self.span for _, axis in factors]
+        named = spanned.index(True) if any(spanned) else 0  # its size follows from those of the others
+        texts = [self._name(axis) if position == named else str(size) for position, (size, axis) in enumerate(factors)]
+        if len(texts) == 1:
+            return texts[0], spanned[0]
+        return f"({_bracketed(list(zip(texts, spanned, strict=True)))})", False
+
+    def _name(self, axis: int) -> str:
+        return (self.names[axis] if self.names else "") or ("i" if axis in self.span else "o")
+
     def agrees_with(self, other: WeightVectors) -> bool:
-        """Whether both mean the same sets of elements of a parameter of the same shape."""
-        return self == other or _labels(self) == _labels(other)
+        """Whether both describe the same sets of elements of a parameter of the same shape."""
+        return self == other or _runs(self) == _runs(other)
 
 
-def _labels(vectors: WeightVectors) -> list[tuple[int, bool]]:
-    """The view as merged runs of axes, which is unique for a contiguous parameter."""
-    runs: list[tuple[int, bool]] = []
-    for axis, size in enumerate(vectors.dims):
-        if size == 1:
-            continue
-        spanned = axis in vectors.span
-        if runs and runs[-1][1] == spanned:
-            size *= runs.pop()[0]
-        runs.append((size, spanned))
-    return runs
+def as_vectors(value: str | WeightVectors, shape: Sequence[int]) -> WeightVectors:
+    """The weight vectors of a parameter, given as a pattern or as `WeightVectors`, checked against its shape.
+
+    Raises:
+        ValueError: they do not fit the shape.
+        TypeError: the value is neither.
+
+    Examples:
+        >>> as_vectors("o [i]", (4, 3)) == as_vectors(WeightVectors(span=(1,)), (4, 3))
+        True
+    """
+    if isinstance(value, str):
+        return WeightVectors.parse(value, shape)
+    if isinstance(value, WeightVectors):
+        return value.for_shape(shape)
+    raise TypeError(f"weight vectors must be a pattern such as 'o [i]' or WeightVectors, not {value!r}")
 
 
-def _shape(value: Sequence[int] | None) -> tuple[int, ...] | None:
+def check_pattern(pattern: str) -> None:
+    """Check the syntax of a pattern before any shape is known.
+
+    Raises:
+        ValueError: the pattern is malformed.
+    """
+    try:
+        _read(pattern)
+    except ValueError as error:
+        raise ValueError(f"pattern {pattern!r}: {error}") from None
+
+
+@dataclass
+class _Axis:
+    """One axis of a pattern."""
+
+    name: str
+    size: int | None
+    spanned: bool
+    repeats: bool
+    """Whether it is written with an ellipsis and stands for any number of axes."""
+
+
+def _read(pattern: str) -> list[list[_Axis]]:
+    """The axes of a pattern, as one list per axis of the parameter."""
+    groups: list[list[_Axis]] = []
+    opened: list[str] = []
+    for token in re.findall(r"\w+(?:\.\.\.)?|\S", pattern):
+        if token in ("(", "["):
+            if token in opened:
+                raise ValueError(f"{token!r} inside {token!r}")
+            opened.append(token)
+            if token == "(":
+                groups.append([])
+        elif token in (")", "]"):
+            if not opened or opened.pop() + token not in ("()", "[]"):
+                raise ValueError(f"{token!r} closes nothing")
+        elif (name := token.removesuffix("...")).isdecimal() or name.isidentifier():
+            axis = _Axis(name, None, "[" in opened, token != name)
+            if name.isdecimal():
+                axis.name, axis.size = "", int(name)
+            if "(" in opened:
+                groups[-1].append(axis)
+            else:
+                groups.append([axis])
+        else:
+            raise ValueError(f"{token!r} is not the name of an axis")
+    if opened:
+        raise ValueError(f"{opened[-1]!r} is not closed")
+    if not all(groups):
+        raise ValueError("a pair of parentheses is empty")
+    if [len(group) for group in groups for axis in group if axis.repeats] not in ([], [1]):
+        raise ValueError("at most one axis may have an ellipsis, and not inside parentheses")
+    if not any(axis.spanned for group in groups for axis in group):
+        raise ValueError("put brackets around the axes that one weight vector runs over, as in 'o [i]'")
+    return groups
+
+
+def _expanded(groups: list[list[_Axis]], ndim: int) -> list[list[_Axis]]:
+    """The pattern without its ellipsis, for a parameter of ``ndim`` axes."""
+    expanded: list[list[_Axis]] = []
+    for group in groups:
+        times = ndim - len(groups) + 1 if group[0].repeats else 1
+        expanded += [[replace(axis, repeats=False) for axis in group] for _ in range(times)]
+    if len(expanded) != ndim:
+        raise ValueError(f"the pattern has {len(expanded)} axes, but the shape has {ndim}")
+    if not any(axis.spanned for group in expanded for axis in group):
+        raise ValueError("no axis of the shape is inside the brackets")
+    return expanded
+
+
+def _sized(
+    groups: list[list[_Axis]], shape: tuple[int, ...], sizes: dict[str, int | Sequence[int]]
+) -> list[list[_Axis]]:
+    """The pattern with the size of every axis; unspanned factors of size 1 are dropped, since they split nothing."""
+    for name, value in sizes.items():
+        named = [axis for group in groups for axis in group if axis.name == name]
+        given = [value] * max(len(named), 1) if isinstance(value, int) else list(value)
+        if len(given) != len(named):
+            raise ValueError(f"{name} = {value}, but {len(named)} axes are named {name}")
+        for axis, size in zip(named, given, strict=True):
+            axis.size = size
+    for position, (group, size) in enumerate(zip(groups, shape, strict=True)):
+        unknown = [axis for axis in group if axis.size is None]
+        known = math.prod(axis.size for axis in group if axis.size is not None)
+        if len(unknown) > 1:
+            names = " and ".join(axis.name for axis in unknown)
+            raise ValueError(f"the sizes of {names} are unknown; write a number for all but one, as in '(2 [i])'")
+        if (size != known) if not unknown else (not known or size % known):
+            raise ValueError(f"axis {position} has size {size}, which is not {'a multiple of ' * bool(unknown)}{known}")
+        for axis in unknown:
+            axis.size = size // known
+    return [[axis for axis in group if axis.size != 1 or axis.spanned] or group[:1] for group in groups]
+
+
+def _factors(shape: tuple[int, ...], view: tuple[int, ...]) -> list[list[tuple[int, int]]] | None:
+    """Factors (size, axis of the view) of each axis of the shape, outermost first; None if their axes straddle."""
+    factors: list[list[tuple[int, int]]] = [[] for _ in shape]
+    if not shape or 0 in shape:
+        return None
+    rest = list(view)
+    axis = 0
+    for group, size, following in zip(factors, shape, (*shape[1:], None), strict=True):
+        left = size
+        # A view's axis of size 1 belongs to the preceding axis, unless the next one has size 1 itself.
+        while axis < len(view) and (left > 1 or not group or (rest[axis] == 1 != following)):
+            small, large = sorted((left, rest[axis]))
+            if large % small:
+                return None
+            group.append((small, axis))
+            left //= small
+            rest[axis] //= small
+            axis += rest[axis] == 1
+    return factors
+
+
+def _bracketed(axes: list[tuple[str, bool]]) -> str:
+    """The texts of axes, with brackets around runs of spanned ones."""
+    runs = [(spanned, " ".join(text for text, _ in run)) for spanned, run in groupby(axes, key=lambda axis: axis[1])]
+    return " ".join(f"[{run}]" if spanned else run for spanned, run in runs)
+
+
+def _runs(vectors: WeightVectors) -> list[tuple[int, bool]]:
+    """The view with neighboring axes of a kind merged, which is unique for a contiguous parameter."""
+    axes = [(size, axis in vectors.span) for axis, size in enumerate(vectors.dims) if size != 1]
+    return [(math.prod(size for size, _ in run), spanned) for spanned, run in groupby(axes, key=lambda axis: axis[1])]
+
+
+def _as_shape(value: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if value is None else tuple(int(size) for size in value)

@@ -1,10 +1,12 @@
-"""The benchmark measures what it says: same tensors, paired rounds, known models. No test looks at a time."""
+"""The benchmark: alternatives on the same tensors, paired rounds, real parameter shapes. No test depends on a time."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,23 @@ import torch
 from typer.testing import CliRunner
 
 from gradcentral.bench import Benchmark, Case, bench
-from gradcentral.bench.device import copying
-from gradcentral.bench.network import resnet18
-from gradcentral.bench.runs import NOISY
+from gradcentral.bench.benchmark import BENCH_DTYPES
+from gradcentral.bench.benchmark_plot import plot_benchmark
+from gradcentral.bench.cuda import copy_bytes
 from gradcentral.bench.shapes import MODELS
-from gradcentral.bench.steps import ATTACHED, BASELINE, OURS, alternatives
-from gradcentral.bench.table import markdown, plot, table, verdict
+from gradcentral.bench.steps import (
+    ATTACHED,
+    ATTACHED_UPDATE,
+    BASELINE,
+    OPTIMIZERS,
+    OURS,
+    OURS_UPDATE,
+    TORCH_DEFAULT,
+    optimizer_steps,
+)
+from gradcentral.bench.table import NOISY, conclusion, markdown_table, terminal_table
 from gradcentral.bench.timing import Ratio, interleave, ratio
+from gradcentral.bench.training_iteration import resnet18
 from gradcentral.cli.main import app
 
 
@@ -32,13 +44,13 @@ from gradcentral.cli.main import app
         ("4096×11008", 1, 45_088_768),
     ],
 )
-def test_shapes_are_the_models(model: str, tensors: int, elements: int) -> None:
+def test_shapes_are_those_of_the_published_models(model: str, tensors: int, elements: int) -> None:
     shapes = list(MODELS[model]())
     assert len(shapes) == tensors
     assert sum(math.prod(shape) for shape, _ in shapes) == elements
 
 
-def test_resnet18_is_the_one_for_small_images() -> None:
+def test_resnet18_is_the_variant_for_small_images() -> None:
     with torch.device("meta"):
         model = resnet18()
         assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
@@ -46,29 +58,28 @@ def test_resnet18_is_the_one_for_small_images() -> None:
 
 
 def test_ratios_are_paired_by_round() -> None:
-    """A machine that slows down in the middle slows both of a round."""
+    """A machine that slows down halfway slows down both measurements of a round."""
     found = ratio([2.0, 20.0, 2.0, 2.0], [1.0, 10.0, 1.0, 1.0])
     assert (found.low, found.median, found.high) == (2.0, 2.0, 2.0)
 
 
-def test_interleaving_runs_everything_equally_often_in_turns() -> None:
+def test_interleaving_rotates_the_order_of_the_alternatives() -> None:
     calls: list[str] = []
     times = interleave({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=4, warm_up=0)  # type: ignore[misc]
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 4, "b": 4}
     turns = [name for name, before in zip(calls, ["", *calls], strict=False) if name != before]
-    # To find how often, a and b; then a b, b a, a b, b a.
+    # Once a and b to choose the number of calls; then a b, b a, a b, b a.
     assert "".join(turns) == "abababa"
 
 
 @pytest.mark.parametrize("algorithm", ["SGD", "AdamW"])
-def test_every_alternative_takes_the_same_step(algorithm: str) -> None:
-    """Those with GC give one result, those without another, from the same start."""
+def test_alternatives_with_the_same_placement_take_the_same_step(algorithm: str) -> None:
     results: dict[str, torch.Tensor] = {}
     shapes = list(MODELS["tiny CNN"]())
-    for name in alternatives(shapes, algorithm, torch.float64):
+    for name in optimizer_steps(shapes, algorithm, torch.float64):
         if name.startswith("streaming"):
             continue
-        runs = alternatives(shapes, algorithm, torch.float64)
+        runs = optimizer_steps(shapes, algorithm, torch.float64)
         optimizer = getattr(runs[name], "__self__", None)
         if optimizer is None:
             continue
@@ -80,29 +91,45 @@ def test_every_alternative_takes_the_same_step(algorithm: str) -> None:
         results[name] = p.detach() - before
     assert len(results) >= 6
     torch.testing.assert_close(results[OURS], results[ATTACHED])
-    torch.testing.assert_close(results["gradcentral update"], results["centralize update + torch fused"])
-    torch.testing.assert_close(results["torch default, no GC"], results[BASELINE])
+    torch.testing.assert_close(results[OURS_UPDATE], results[ATTACHED_UPDATE])
+    torch.testing.assert_close(results[TORCH_DEFAULT], results[BASELINE])
     assert not torch.allclose(results[OURS], results[BASELINE])
-    assert results["gradcentral update"].mean((1, 2, 3)).abs().max() < 1e-12
+    assert results[OURS_UPDATE].mean((1, 2, 3)).abs().max() < 1e-12
 
 
-def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="models: 'ResNet-51' is unknown; there are ResNet-50"):
-        next(bench(["ResNet-51"]))
-    with pytest.raises(ValueError, match="dtypes: 'f8' is unknown"):
-        next(bench(dtypes=["f8"]))
+@pytest.mark.parametrize(
+    ("parameter", "known"),
+    [("models", MODELS), ("optimizers", OPTIMIZERS), ("dtypes", BENCH_DTYPES), ("device", ("cpu", "cuda"))],
+)
+def test_an_unknown_name_is_rejected_with_the_valid_choices(parameter: str, known: Collection[str]) -> None:
+    names = "mps" if parameter == "device" else ["ResNet-51"]
+    with pytest.raises(ValueError, match=rf"{parameter}: unknown .* '[\w-]+'; choose from ") as caught:
+        bench(**{parameter: names})  # type: ignore[arg-type]
+    assert str(caught.value).partition("; choose from ")[2].split(", ") == list(known)
 
 
-def test_devices_that_are_not_there_are_refused() -> None:
-    with pytest.raises(ValueError, match="device: 'mps' is unknown"):
-        next(bench(["tiny CNN"], device="mps"))
-    if not torch.cuda.is_available():
-        run = CliRunner().invoke(app, ["bench", "--device", "cuda"])
-        assert "no CUDA device" in str(run.exception)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_missing_cuda_device_is_reported_with_the_option_that_works(tmp_path: Path) -> None:
+    run = CliRunner().invoke(app, ["bench", "--device", "cuda"])
+    found = re.search(r"no CUDA device; use (--device \w+)", str(run.exception))
+    assert found is not None
+    arguments = ["--models", "tiny CNN", "--optimizers", "SGD", "--dtypes", "f32", "--rounds", "3", "--no-iteration"]
+    run = CliRunner().invoke(app, ["bench", *found[1].split(), *arguments, "--out", str(tmp_path)])
+    assert run.exit_code == 0, run.output
 
 
-def test_a_clock_of_ones_own_times_every_call() -> None:
-    """As the events of a device do."""
+def test_missing_peers_are_reported_with_a_package_that_provides_them() -> None:
+    try:
+        package = metadata.version("pytorch-optimizer")
+    except metadata.PackageNotFoundError:
+        with pytest.raises(ValueError, match="pip install 'pytorch-optimizer>=4.1'"):
+            next(bench(["tiny CNN"], peers=True))
+    else:
+        case = next(bench(["tiny CNN"], ["SGD"], ["f32"], rounds=3, peers=True))
+        assert "pytorch_optimizer + torch fused" in case.ratios, package
+
+
+def test_a_custom_clock_times_every_measurement() -> None:
     counted: list[int] = []
 
     def clock(run: Callable[[], object], count: int) -> float:
@@ -111,13 +138,12 @@ def test_a_clock_of_ones_own_times_every_call() -> None:
         return count * 1e-3
 
     times = interleave({"a": lambda: None}, rounds=3, warm_up=0, clock=clock)
-    assert counted == [1, 2, 2, 2]  # two milliseconds at least for one measurement
+    assert counted == [1, 2, 2, 2]  # at least two milliseconds per measurement
     assert times == {"a": [1e-3] * 3}
 
 
-def test_copying_touches_as_many_bytes_as_said() -> None:
-    run = copying([torch.zeros(1)], 4096)
-    target = run()
+def test_a_copy_touches_the_requested_number_of_bytes() -> None:
+    target = copy_bytes(4096, "cpu")()
     assert isinstance(target, torch.Tensor)
     assert 2 * target.nbytes == 4096
 
@@ -126,23 +152,22 @@ def _case(ours: Ratio, noise: float) -> Case:
     return Case("tiny CNN", "f32", "SGD", 1.0, {OURS: ours}, noise)
 
 
-def test_the_verdict_says_when_it_cannot_tell() -> None:
+def test_a_noisy_machine_gives_no_conclusion() -> None:
     faster, slower = _case(Ratio(0.8, 0.7, 0.9), 0.02), _case(Ratio(1.2, 1.1, 1.3), 0.02)
-    text = verdict(Benchmark([faster, slower]))
+    text = conclusion(Benchmark([faster, slower]))
     assert "faster than torch fused, no GC in 1 of 2 cases, slower in 1" in text
     assert "tiny CNN f32 SGD 1.20" in text
-    assert verdict(Benchmark([_case(Ratio(0.8, 0.7, 0.9), 2 * NOISY)])).startswith("Too noisy to tell")
+    assert conclusion(Benchmark([_case(Ratio(0.8, 0.7, 0.9), 2 * NOISY)])).startswith("Too noisy to tell")
 
 
-def test_table_and_plot(tmp_path: Path) -> None:
+def test_tables_and_plot() -> None:
     benchmark = Benchmark([_case(Ratio(0.8, 0.7, 0.9), 0.02)], {"threads": "2"})
-    assert table(benchmark).row_count == 1
-    assert "| tiny CNN | f32 | SGD | 1.00 | – | – | – | **0.80** | – | – | ±2% |" in markdown(benchmark)
-    plot(benchmark, tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert terminal_table(benchmark).row_count == 1
+    assert "| tiny CNN | f32 | SGD | 1.00 | – | – | – | **0.80** | – | – | ±2% |" in markdown_table(benchmark)
+    assert plot_benchmark(benchmark).startswith(b"\x89PNG")
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_the_command_writes_its_results(tmp_path: Path) -> None:
     arguments = ["bench", "--models", "tiny CNN", "--optimizers", "SGD", "--dtypes", "f32", "--rounds", "3"]
     run = CliRunner().invoke(app, [*arguments, "--seconds", "0.5", "--no-iteration", "--out", str(tmp_path)])
     assert run.exit_code == 0, run.output
@@ -150,3 +175,5 @@ def test_command_line(tmp_path: Path) -> None:
     assert [case["model"] for case in written["cases"]] == ["tiny CNN"]
     assert OURS in written["cases"][0]["ratios"]
     assert "kernels" in written["machine"]
+    assert (tmp_path / "bench.md").read_text(encoding="utf-8").count("\n") == 3
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -1,3 +1,5 @@
+"""The cost of `Monitor` per iteration, as the benchmark reports it."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -6,22 +8,22 @@ import math
 import pytest
 from torch import nn
 
-from gradcentral.bench import Benchmark, Case, runs
+from gradcentral.bench import Benchmark, Case, training_iteration
 from gradcentral.bench.steps import OURS
-from gradcentral.bench.table import verdict
+from gradcentral.bench.table import conclusion
 from gradcentral.bench.timing import Ratio
 
 
-def test_the_verdict_says_what_monitoring_adds_where_it_was_measured() -> None:
+def test_the_conclusion_includes_the_cost_of_monitoring_if_measured() -> None:
     case = Case("tiny CNN", "f32", "SGD", 1.0, {OURS: Ratio(0.8, 0.7, 0.9)}, noise=0.02)
-    assert "Monitor" not in verdict(Benchmark([case]))
+    assert "Monitor" not in conclusion(Benchmark([case]))
     watched = dataclasses.replace(case, monitoring={"ResNet-18": 0.00064, "three layers of 32": 0.0055})
     expected = "Monitor adds to an iteration at its default interval: 0.06% (ResNet-18), 0.55% (three layers of 32)."
-    assert expected in verdict(Benchmark([case, watched]))
+    assert expected in conclusion(Benchmark([case, watched]))
 
 
 def test_monitoring_is_measured_on_a_large_and_a_small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "resnet18", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)))
-    case = runs.iteration(rounds=3, batch=2)
+    monkeypatch.setattr(training_iteration, "resnet18", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)))
+    case = training_iteration.iteration(rounds=3, batch=2)
     assert list(case.monitoring) == ["ResNet-18", "three layers of 32"]
     assert all(map(math.isfinite, case.monitoring.values()))

@@ -1,14 +1,20 @@
-"""The command line: what the user can mend is one line and exit code 2."""
+"""The command line: errors that the user can correct are one line with a remedy, and exit code 2."""
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import gradcentral
+from gradcentral import __main__ as entry_point
 from gradcentral.cli import main as cli
 
 TASK = """
@@ -41,7 +47,9 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_compare(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_trains_and_writes_a_report(
+    task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(monkeypatch, "compare", "line.py", "--seeds", "2", "--jobs", "1", "--arms", "none,update") == 0
     shown = capsys.readouterr().out
     assert "4/4  sgd, update, seed 1: l1_loss" in shown
@@ -52,7 +60,9 @@ def test_compare(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "gradcentral compare line.py --seeds 2 --arms none,update" in report.read_text()
 
 
-def test_probe(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_probe_prints_and_writes_the_shares(
+    task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(monkeypatch, "probe", "line.py", "--batches", "1", "--out", "found") == 0
     shown = capsys.readouterr().out
     assert "GC removes" in shown
@@ -61,7 +71,9 @@ def test_probe(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert (task.parent / "found" / "probe.png").stat().st_size > 5_000
 
 
-def test_figures(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_draws_and_writes_what_is_chosen(
+    task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(monkeypatch, "figures", "--task", "line.py", "--only", "statements,operation", "--seeds", "1") == 0
     shown = capsys.readouterr().out
     assert "P² = P: centering twice is centering once" in shown
@@ -89,10 +101,12 @@ def test_figures(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["compare", "line.py", "--epochs", "x"], "epochs"),
         (["compare", "line.py", "--epoch", "3"], "No such option"),
         (["compare", "line.py", "extra"], "unexpected extra argument"),
+        (["bench", "--models", "ResNet-51"], "models: unknown model 'ResNet-51'; choose from ResNet-50"),
+        (["bench", "--device", "toaster"], "device: unknown device 'toaster'; choose from cpu, cuda"),
         (["compar"], "No such command 'compar'"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(
+def test_errors_that_the_user_can_correct_are_one_line(
     task: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -107,7 +121,44 @@ def test_what_the_user_can_mend_is_one_line(
     assert message in shown.err
 
 
-def test_missing_data_and_a_failing_run(
+def test_the_command_that_a_usage_error_suggests_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "compar") == 2
+    found = re.search(r"See gradcentral (.+)\.$", capsys.readouterr().err)
+    assert found is not None
+    assert run(monkeypatch, *shlex.split(found[1])) == 0
+    assert "compare" in capsys.readouterr().out
+
+
+def test_probing_a_custom_task_suggests_a_call_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text("from gradcentral.experiment import CustomTask\ntask = CustomTask('own', lambda seed, arm: [])\n")
+    assert run(monkeypatch, "probe", str(path)) == 2
+    found = re.search(r"call (gradcentral\.probe\(.*?\))", capsys.readouterr().err)
+    assert found is not None
+    batches = [(torch.randn(4, 3), torch.randn(4, 2))]
+    names = {"gradcentral": gradcentral, "model": nn.Linear(3, 2), "loss": nn.functional.mse_loss, "batches": batches}
+    assert eval(found[1], names).layers
+
+
+def test_a_missing_library_is_reported_with_an_extra_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradcentral.cli.main", None)
+    with pytest.raises(ModuleNotFoundError):  # a defect of the installation, not a missing library
+        entry_point.main()
+    monkeypatch.delitem(sys.modules, "gradcentral.cli.main")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as caught:
+        entry_point.main()
+    found = re.search(r"needs (\w+): pip install 'gradcentral\[(\w+)\]'", str(caught.value))
+    assert found is not None
+    required = metadata.requires("gradcentral") or []
+    assert any(line.startswith(found[1]) and f'extra == "{found[2]}"' in line for line in required)
+
+
+def test_errors_of_the_task_are_reported_with_their_place(
     task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task.write_text("open('digits.csv')\n")
@@ -122,7 +173,7 @@ def test_missing_data_and_a_failing_run(
     assert "ZeroDivisionError" in (task.parent / "runs" / "line" / "error.txt").read_text()
 
 
-def test_a_changed_task_is_refused_and_no_resume_goes_on(
+def test_a_changed_task_is_rejected_unless_no_resume_is_given(
     task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["compare", "line.py", "--seeds", "1", "--jobs", "1"]
@@ -133,12 +184,37 @@ def test_a_changed_task_is_refused_and_no_resume_goes_on(
     assert (task.parent / "runs" / "line" / "previous-1" / "results.jsonl").exists()
 
 
-def test_an_interrupt_says_how_to_go_on(
+def test_the_same_command_continues_after_an_interrupt(
     task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task.write_text("raise KeyboardInterrupt\n")
-    assert run(monkeypatch, "compare", "line.py") == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
+    metric = """
+from pathlib import Path
+
+def l1_loss(output, target):
+    if Path("interrupt").exists() and Path("runs/line/results.jsonl").exists():
+        raise KeyboardInterrupt
+    return torch.nn.functional.l1_loss(output, target)
+"""
+    task.write_text("import torch\n" + metric + TASK.replace("torch.nn.functional.l1_loss", "l1_loss"))
+    arguments = ["compare", "line.py", "--seeds", "1", "--jobs", "1"]
+    results = task.parent / "runs" / "line" / "results.jsonl"
+    (task.parent / "interrupt").touch()
+    assert run(monkeypatch, *arguments) == 130
+    assert "the same command continues from there" in capsys.readouterr().err
+    finished = results.read_text().splitlines()
+    (task.parent / "interrupt").unlink()
+    assert run(monkeypatch, *arguments) == 0
+    assert results.read_text().splitlines()[: len(finished)] == finished
+    assert len(finished) == 1
+
+
+def test_the_seeds_that_an_error_suggests_are_accepted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "compare", "--seeds", "many") == 2
+    found = re.search(r"such as (\S+), or a list such as (\S+), not", capsys.readouterr().err)
+    assert found is not None
+    assert [cli._seeds(text) for text in found.groups()] == [5, [0, 3, 7]]
 
 
 def test_seeds_are_a_count_or_a_list() -> None:
@@ -146,12 +222,12 @@ def test_seeds_are_a_count_or_a_list() -> None:
         assert cli._seeds(text) == seeds
 
 
-def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"gradcentral {metadata.version('gradcentral')}\n"
 
 
-def test_python_m(task: Path) -> None:
+def test_python_m_runs_the_command_line(task: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "gradcentral", "compare", "none.py"], capture_output=True, text=True, check=False
     )

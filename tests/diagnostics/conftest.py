@@ -1,4 +1,4 @@
-"""What the tests of the analysis share."""
+"""Fixtures of the diagnostics tests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from gradcentral.experiment import threads
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The networks are tiny, and two threads wait for each other where the machine is busy."""
+    """Use one thread, since the networks are tiny and a second one only waits on a busy machine."""
     with threads.one_thread():
         yield

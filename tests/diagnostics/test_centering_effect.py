@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 
 from gradcentral import WeightVectors, center
-from gradcentral.diagnostics.centering_effect import effects, together
+from gradcentral.diagnostics.centering_effect import combine_effects, effects
 from tests.strategies import Case, cases
 
 ROWS = WeightVectors(span=(1,))
 
 
 @given(cases(dtypes=(torch.float64,)))
-def test_numbers_are_those_of_the_gradient_and_of_its_projection(case: Case) -> None:
+def test_effects_match_the_gradient_and_its_projection(case: Case) -> None:
     g, centered = case.tensor, center(*case)
     (effect,) = effects([case])
     assert effect.norm == pytest.approx(float(g.norm()))
@@ -29,14 +29,14 @@ def test_numbers_are_those_of_the_gradient_and_of_its_projection(case: Case) -> 
     )
 
 
-def test_what_is_left_alone_does_not_change() -> None:
+def test_a_gradient_without_weight_vectors_is_not_changed() -> None:
     g = torch.tensor([[3.0, 4.0]])
     assert effects([(g, None)]) == [(0.0, 5.0, 5.0, 4.0, 4.0)]
 
 
-def test_several_gradients_together_are_as_one_vector() -> None:
+def test_combined_effects_match_one_long_vector() -> None:
     a, b, bias = torch.randn(3, 4).double(), torch.randn(5, 4).double(), torch.randn(7).double()
-    whole = together(effects([(a, ROWS), (b, ROWS), (bias, None)]))
+    whole = combine_effects(effects([(a, ROWS), (b, ROWS), (bias, None)]))
     g = torch.cat([a.flatten(), b.flatten(), bias])
     centered = torch.cat([center(a, ROWS).flatten(), center(b, ROWS).flatten(), bias])
     assert whole.norm == pytest.approx(float(g.norm()))
@@ -45,11 +45,11 @@ def test_several_gradients_together_are_as_one_vector() -> None:
     assert whole.largest == float(g.abs().max())
 
 
-def test_a_zero_gradient_has_no_direction() -> None:
+def test_a_zero_gradient_has_share_zero_and_no_cosine() -> None:
     (effect,) = effects([(torch.zeros(2, 3), ROWS)])
     assert effect.share == 0
     assert math.isnan(effect.cosine)
-    assert together([effect]).share == 0
+    assert combine_effects([effect]).share == 0
     assert effects([]) == []
 
 
@@ -64,14 +64,14 @@ def test_sparse_gradients_are_read() -> None:
     assert effects([(g.to_sparse(), None)])[0].norm == pytest.approx(5)
 
 
-def test_dtypes_may_differ() -> None:
+def test_dtypes_can_be_mixed() -> None:
     first, second = effects([(torch.ones(1, 2), ROWS), (torch.ones(1, 2, dtype=torch.float64), ROWS)])
     assert first == pytest.approx(second)
 
 
-def test_what_is_not_finite_has_no_share() -> None:
+def test_a_gradient_with_nan_or_inf_has_no_share() -> None:
     for bad in (math.nan, math.inf):
         (effect,) = effects([(torch.tensor([[1.0, bad]]), ROWS)])
         assert math.isnan(effect.share)
         assert math.isnan(effect.cosine)
-        assert math.isnan(together([effect, effect]).share)
+        assert math.isnan(combine_effects([effect, effect]).share)

@@ -1,4 +1,4 @@
-"""The numbers, what gradient they are of, and that training does not notice."""
+"""Monitor: its readings, the gradient they belong to, and that training is unchanged."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import gradcentral
 from gradcentral import centralize, weight_layout
 from gradcentral.diagnostics.drift import Drift
 from gradcentral.diagnostics.monitor import Monitor
-from gradcentral.diagnostics.monitor_plot import history
-from gradcentral.diagnostics.record import Memory, Reading, Record
+from gradcentral.diagnostics.monitor_plot import plot_records
+from gradcentral.diagnostics.record import Reading, Record, RecordBuffer
 from gradcentral.plotting import DARK
 
 
@@ -45,15 +45,22 @@ def _train(model: nn.Module, optimizer: Optimizer, steps: int) -> None:
 
 
 def _raw_norm(model: nn.Module) -> float:
-    """Of the gradient at the weights of now."""
+    """Return the norm of the gradient at the current weights."""
     gradients = torch.autograd.grad(_loss(model), list(model.parameters()))
     return math.sqrt(sum(float(g.square().sum()) for g in gradients))
 
 
-# The numbers.
+def _remedy(error: Exception, model: nn.Module, optimizer: Optimizer) -> Any:
+    """Run the code that an error message suggests."""
+    code = str(error).partition("; use ")[2]
+    names = {"Monitor": Monitor, "weight_layout": weight_layout, "model": model, "optimizer": optimizer}
+    return eval(code, names)
 
 
-def test_numbers_are_those_of_the_formulas() -> None:
+# Readings.
+
+
+def test_readings_match_hand_computed_values() -> None:
     model = nn.Linear(2, 2).double()
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
@@ -65,16 +72,16 @@ def test_numbers_are_those_of_the_formulas() -> None:
         optimizer.step()
     first, second = monitor.records
     layer, net = second.layers["weight"], second.net
-    # Φ(g) = [[2, −2], [1.5, −1.5]]: of 25 remain 8 + 4.5.
+    # Φ(g) = [[2, −2], [1.5, −1.5]]: 8 + 4.5 of 25 is left.
     assert layer.share == pytest.approx(0.5, abs=1e-15)
     assert (layer.norm, layer.largest, layer.centered_largest) == (5.0, 4.0, 2.0)
     assert layer.centered_norm == pytest.approx(math.sqrt(12.5), abs=1e-15)
-    # With the bias's 12² the net has 169, of which 12.5 go.
+    # With the bias's 12², the net has 169, of which 12.5 is removed.
     assert net.norm == pytest.approx(13.0)
     assert net.centered_norm == pytest.approx(math.sqrt(169 - 12.5))
     assert net.share == pytest.approx(12.5 / 169)
     assert (net.largest, net.centered_largest) == (12.0, 12.0)
-    # One step has moved the rows' means by −2 and 1.5: drift is √2 times that; the sums were 3 and 1.
+    # One step changed the rows' means by −2 and 1.5; drift is √2 times that. The sums were 3 and 1.
     assert (first.layers["weight"].drift, first.layers["weight"].largest_drift) == (0.0, 0.0)
     assert layer.largest_drift == pytest.approx(2 * math.sqrt(2))
     assert layer.drift == pytest.approx(math.sqrt(8 + 4.5))
@@ -86,7 +93,7 @@ def test_numbers_are_those_of_the_formulas() -> None:
     assert (net.drift, net.largest_sensitivity) == (layer.drift, layer.largest_sensitivity)
 
 
-def test_the_nets_drift_is_over_all_units() -> None:
+def test_drift_of_the_net_covers_all_weight_vectors() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor = Monitor(model, optimizer, every=3)
@@ -101,13 +108,13 @@ def test_the_nets_drift_is_over_all_units() -> None:
     assert net.largest_drift == pytest.approx(float(torch.cat(moved).abs().max()))
 
 
-def test_drift_is_the_one_of_comparisons() -> None:
+def test_monitor_and_drift_agree() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     layout = weight_layout(model)
-    drift, monitor = Drift(layout), Monitor(model, optimizer, every=3, layout=layout)
+    drift, monitor = Drift(layout.items()), Monitor(model, optimizer, every=3, layout=layout)
     _train(model, optimizer, 3)
-    total, of_one = drift.total(), float(drift.of(model[0].weight).norm())
+    total, of_one = drift.total(), float(drift.of(model[0].weight, layout[model[0].weight]).norm())
     _train(model, optimizer, 1)
     assert monitor.records[-1].net.drift == pytest.approx(total, rel=1e-12)
     assert monitor.records[-1].layers["0.weight"].drift == pytest.approx(of_one, rel=1e-12)
@@ -126,11 +133,11 @@ def test_drift_is_zero_under_update_and_not_under_plain_sgd() -> None:
         drifts[placement] = monitor.records[-1].net.largest_drift or 0.0
         assert monitor.records[-1].placement == placement
     assert drifts["update"] < 1e-14
-    assert drifts["gradient"] > 1e-3  # the weight decay's
+    assert drifts["gradient"] > 1e-3  # from weight decay
     assert drifts[None] > 1e-2
 
 
-def test_complex_weights() -> None:
+def test_complex_weights_are_measured() -> None:
     model = nn.Linear(3, 2, bias=False, dtype=torch.complex128)
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor = Monitor(model, optimizer, every=1)
@@ -144,12 +151,12 @@ def test_complex_weights() -> None:
     assert layer.drift == pytest.approx(0.1 * math.sqrt(3) * math.sqrt(2))
 
 
-# Which gradient.
+# The recorded gradient.
 
 
 @pytest.mark.parametrize("placement", ["gradient", "update"])
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_the_gradient_is_the_raw_one_wherever_gc_was_attached(order: str, placement: str) -> None:
+def test_the_raw_gradient_is_recorded_before_or_after_attaching_gc(order: str, placement: str) -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     if order == "before":
@@ -168,7 +175,7 @@ def test_the_gradient_is_the_raw_one_wherever_gc_was_attached(order: str, placem
 
 @pytest.mark.parametrize("algorithm", ["SGD", "Adam", "AdamW"])
 @pytest.mark.parametrize("placement", ["gradient", "update"])
-def test_gradcentrals_own_optimizers(algorithm: str, placement: str) -> None:
+def test_the_raw_gradient_is_recorded_with_gradcentrals_optimizers(algorithm: str, placement: str) -> None:
     model = _model()
     optimizer = getattr(gradcentral, algorithm)(model, lr=0.01, placement=placement)
     monitor = Monitor(model, optimizer, every=1)
@@ -181,7 +188,7 @@ def test_gradcentrals_own_optimizers(algorithm: str, placement: str) -> None:
 
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("how", ["positional", "keyword", "None"])
-def test_closures(how: str, order: str) -> None:
+def test_gradients_of_closures_are_recorded(how: str, order: str) -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     if order == "before":
@@ -208,12 +215,12 @@ def test_closures(how: str, order: str) -> None:
         if step % 2 == 0:
             assert monitor.records[-1].net.norm == pytest.approx(raw, rel=1e-12)
     assert [record.step for record in monitor.records] == [0, 2]
-    # GC still saw every gradient.
+    # GC still centered every gradient.
     for i, mean in zip((0, 2), start, strict=True):
         torch.testing.assert_close(model[i].weight.detach().mean(1), mean, rtol=0, atol=1e-14)
 
 
-def test_lbfgs_is_recorded_once_a_step_at_the_weights_it_begins_with() -> None:
+def test_lbfgs_is_recorded_once_per_step_at_its_first_weights() -> None:
     model = _model()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=6, line_search_fn="strong_wolfe")
     centralize(optimizer, model)
@@ -230,7 +237,7 @@ def test_lbfgs_is_recorded_once_a_step_at_the_weights_it_begins_with() -> None:
     assert len(monitor.records) == 2
 
 
-def test_gradients_centered_by_hand_have_no_share_left() -> None:
+def test_the_share_is_zero_after_centralize_gradients() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor = Monitor(model, optimizer)
@@ -253,7 +260,7 @@ def _scaled_optimizers(model: nn.Module) -> dict[str, Optimizer]:
 
 
 @pytest.mark.parametrize("name", ["torch", "torch fused", "gradcentral", "gradcentral fused"])
-def test_norms_are_those_of_the_unscaled_gradient(name: str) -> None:
+def test_norms_are_unscaled_under_grad_scaler(name: str) -> None:
     model = _model().float()
     optimizer = _scaled_optimizers(model)[name]
     monitor = Monitor(model, optimizer, every=1)
@@ -268,7 +275,7 @@ def test_norms_are_those_of_the_unscaled_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "torch fused", "gradcentral", "gradcentral fused"])
-def test_a_step_skipped_for_an_infinite_gradient(name: str) -> None:
+def test_a_step_skipped_by_grad_scaler_is_marked(name: str) -> None:
     model = _model().float()
     optimizer = _scaled_optimizers(model)[name]
     monitor = Monitor(model, optimizer, every=1)
@@ -279,7 +286,7 @@ def test_a_step_skipped_for_an_infinite_gradient(name: str) -> None:
     scaler.step(optimizer)
     scaler.update()
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
-    if "fused" not in name:  # GradScaler has not called step()
+    if "fused" not in name:  # GradScaler did not call step()
         assert monitor.step == 0
         assert not monitor.records
         return
@@ -294,7 +301,7 @@ def test_a_step_skipped_for_an_infinite_gradient(name: str) -> None:
     assert Record.from_line(record.to_line()).net.norm is None
 
 
-def test_a_nan_in_one_gradient_leaves_the_net_without_numbers_and_the_other_layers_with_theirs() -> None:
+def test_nan_in_one_gradient_clears_the_readings_of_its_layer_and_the_net_only() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor = Monitor(model, optimizer)
@@ -309,11 +316,11 @@ def test_a_nan_in_one_gradient_leaves_the_net_without_numbers_and_the_other_laye
     assert not record.skipped
 
 
-# Training does not notice.
+# Training is unchanged.
 
 
 @pytest.mark.parametrize("kind", ["plain", "gradient", "update", "fused", "closure"])
-def test_training_is_the_same_to_the_bit(kind: str) -> None:
+def test_training_is_bit_identical(kind: str) -> None:
     def train(watched: bool) -> tuple[list[Tensor], dict[str, Any]]:
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 3))
@@ -339,7 +346,7 @@ def test_training_is_the_same_to_the_bit(kind: str) -> None:
     assert watched_state["state"].keys() == state["state"].keys()
 
 
-def test_it_keeps_neither_optimizer_nor_gradients_alive() -> None:
+def test_a_monitor_keeps_neither_optimizer_nor_gradients_alive() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor = Monitor(model, optimizer, every=1)
@@ -356,7 +363,7 @@ def test_it_keeps_neither_optimizer_nor_gradients_alive() -> None:
     monitor.remove()
 
 
-def test_remove_ends_it_and_twice_is_harmless() -> None:
+def test_remove_stops_recording_and_can_be_called_twice() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     handle = centralize(optimizer, model)
@@ -373,7 +380,7 @@ def test_remove_ends_it_and_twice_is_harmless() -> None:
 # The layout.
 
 
-def test_the_layout_is_that_of_what_is_attached_at_the_time() -> None:
+def test_the_layout_follows_the_attached_gc() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(8, 2))
 
     def step() -> Record:
@@ -399,7 +406,7 @@ def test_the_layout_is_that_of_what_is_attached_at_the_time() -> None:
     assert set(step().layers) == {"2.weight"}
 
 
-def test_two_models_in_one_optimizer() -> None:
+def test_two_models_in_one_optimizer_are_told_apart() -> None:
     one, other = nn.Linear(3, 2), nn.Linear(3, 2)
     optimizer = SGD([*one.parameters(), *other.parameters()], lr=0.1)
     centralize(optimizer, other, "update")
@@ -414,7 +421,7 @@ def test_two_models_in_one_optimizer() -> None:
     assert set(both.records[-1].layers) == {"1.weight"}
 
 
-def test_parameters_that_come_later() -> None:
+def test_parameters_added_later_are_monitored() -> None:
     model: Any = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
     optimizer = SGD(model.parameters(), lr=0.1)
     centralize(optimizer, model)
@@ -430,7 +437,7 @@ def test_parameters_that_come_later() -> None:
     assert monitor.records[-1].layers["2.weight"].drift == 0
 
 
-def test_parameters_without_gradients_sparse_and_empty_ones() -> None:
+def test_unused_sparse_and_empty_parameters_are_handled() -> None:
     names = ("unused", "empty", "used")
     model = nn.ModuleDict({"table": nn.Embedding(5, 3, sparse=True), **{name: nn.Linear(3, 2) for name in names}})
     model["empty"].weight = nn.Parameter(torch.empty(0, 3))
@@ -450,7 +457,7 @@ def test_parameters_without_gradients_sparse_and_empty_ones() -> None:
 # Resuming.
 
 
-def test_a_resumed_monitor_goes_on_as_if_it_had_not_been_interrupted() -> None:
+def test_a_resumed_monitor_matches_an_uninterrupted_one() -> None:
     def train(model: nn.Module, steps: int, state: dict[str, Any] | None = None) -> Monitor:
         optimizer = SGD(model.parameters(), lr=0.1)
         monitor = Monitor(model, optimizer, every=2)
@@ -468,7 +475,7 @@ def test_a_resumed_monitor_goes_on_as_if_it_had_not_been_interrupted() -> None:
     assert second.state_dict()["step"] == 9
 
 
-def test_records_do_not_run_backwards_where_a_training_goes_back() -> None:
+def test_loading_an_earlier_state_drops_later_records() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor = Monitor(model, optimizer, every=2)
@@ -484,31 +491,36 @@ def test_records_do_not_run_backwards_where_a_training_goes_back() -> None:
     assert [record.step for record in expected] == [0, 2, 4, 6, 8, 10]
 
 
-def test_a_state_of_another_model_is_refused() -> None:
+def test_the_state_of_another_model_raises() -> None:
     model, other = nn.Linear(3, 2), nn.Linear(3, 4)
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor = Monitor(model, optimizer)
-    with pytest.raises(ValueError, match="state: 0.weight is no parameter of the model"):
-        monitor.load_state_dict({"step": 0, "start": {"0.weight": torch.zeros(2, 1)}})
+    with pytest.raises(ValueError, match="state: 0.weight is not a parameter .* of a monitor of this model"):
+        monitor.load_state_dict({"step": 0, "start": {"0.weight": torch.zeros(2)}})
+    monitor.load_state_dict(Monitor(model, optimizer).state_dict())
+    optimizer.step()
     monitor.load_state_dict(Monitor(other, SGD(other.parameters(), lr=0.1)).state_dict())
-    with pytest.raises(ValueError, match="state: weight has other weight vectors now"):
+    with pytest.raises(ValueError, match="state: weight has other weight vectors now .*; attach a new Monitor"):
         optimizer.step()
+    monitor.remove()
+    monitor = Monitor(model, optimizer)
+    optimizer.step()
+    assert monitor.records[0].net.drift == 0
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"every": 0}, ValueError, "every must be at least 1, not 0"),
-        ({"every": 2.5}, TypeError, "every must be a whole number, not float"),
+        ({"every": 2.5}, TypeError, "every must be an integer, not float"),
         ({"step": -1}, ValueError, "step must be at least 0, not -1"),
-        ({"layout": "conv"}, TypeError, "layout must be a WeightLayout"),
         ({"to": 3}, TypeError, "to must be a path .* not int"),
     ],
 )
-def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_arguments_raise(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     with pytest.raises(error, match=message):
@@ -516,15 +528,25 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
     assert not optimizer._optimizer_step_pre_hooks
 
 
-def test_wrong_models_and_optimizers() -> None:
+def test_wrong_models_and_optimizers_raise() -> None:
     model, other = _model(), _model()
     optimizer = SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, not SGD: Monitor\(model, optimizer\)"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, not SGD; use Monitor\(.*\)") as caught:
         Monitor(optimizer, model)  # type: ignore[arg-type]
+    assert isinstance(_remedy(caught.value, model, optimizer), Monitor)
+    with pytest.raises(TypeError, match=r"layout must be a WeightLayout, not str; use weight_layout\(.*\)") as caught:
+        Monitor(model, optimizer, layout="conv")  # type: ignore[arg-type]
+    Monitor(model, optimizer, layout=_remedy(caught.value, model, optimizer))
     with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer"):
         Monitor(model, model)
-    with pytest.raises(ValueError, match="optimizer: none of the model's parameters is in it"):
+    with pytest.raises(ValueError, match="optimizer: contains none of the model's parameters; pass the model it was"):
         Monitor(other, optimizer)
+    changed = _model()
+    before = SGD(changed.parameters(), lr=0.1)
+    changed[0], changed[2] = nn.Linear(4, 6), nn.Linear(6, 3)
+    with pytest.raises(ValueError, match="create it after moving, wrapping or sharding the model"):
+        Monitor(changed, before)
+    Monitor(changed, SGD(changed.parameters(), lr=0.1))
     norm = nn.LayerNorm(3)
     with pytest.raises(ValueError, match="layout: nothing in this optimizer is centered"):
         Monitor(norm, SGD(norm.parameters(), lr=0.1))
@@ -533,7 +555,7 @@ def test_wrong_models_and_optimizers() -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-def test_sharded_parameters_are_refused() -> None:
+def test_sharded_parameters_raise() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -548,15 +570,15 @@ def test_sharded_parameters_are_refused() -> None:
         torch.distributed.destroy_process_group()
 
 
-# Records in memory, and the figure.
+# Records in memory, and the plot.
 
 
 @pytest.mark.parametrize("limit", [2, 3, 8, 9])
-def test_memory_is_bounded_evenly_spread_and_has_the_first_and_the_newest(limit: int) -> None:
-    memory = Memory(limit)
+def test_the_buffer_is_bounded_evenly_spaced_and_has_the_first_and_newest_record(limit: int) -> None:
+    buffer = RecordBuffer(limit)
     for step in range(100):
-        memory.add(Record(step, None, False, Reading(), {}))
-        steps = [record.step for record in memory.records]
+        buffer.add(Record(step, None, False, Reading(), {}))
+        steps = [record.step for record in buffer.records]
         assert len(steps) <= limit
         assert (steps[0], steps[-1]) == (0, step)
         gaps = {b - a for a, b in itertools.pairwise(steps[:-1])}
@@ -566,16 +588,16 @@ def test_memory_is_bounded_evenly_spread_and_has_the_first_and_the_newest(limit:
 
 @pytest.mark.parametrize("limit", [2, 3, 8, 9])
 @pytest.mark.parametrize("back", [0, 1, 37, 60, 99])
-def test_memory_goes_back(limit: int, back: int) -> None:
-    memory = Memory(limit)
+def test_the_buffer_rewinds(limit: int, back: int) -> None:
+    buffer = RecordBuffer(limit)
     for step in range(100):
-        memory.add(Record(step, None, False, Reading(), {}))
-    before = [record.step for record in memory.records if record.step < back]
-    memory.go_back(back)
-    assert [record.step for record in memory.records] == before
+        buffer.add(Record(step, None, False, Reading(), {}))
+    before = [record.step for record in buffer.records if record.step < back]
+    buffer.rewind(back)
+    assert [record.step for record in buffer.records] == before
     for step in range(back, back + 50):
-        memory.add(Record(step, None, False, Reading(), {}))
-        steps = [record.step for record in memory.records]
+        buffer.add(Record(step, None, False, Reading(), {}))
+        steps = [record.step for record in buffer.records]
         assert steps == sorted(set(steps))
         assert len(steps) <= limit
         assert (steps[0], steps[-1]) == (0, step)
@@ -583,20 +605,20 @@ def test_memory_goes_back(limit: int, back: int) -> None:
             assert steps == list(range(step + 1)) or len(steps) > limit // 2
 
 
-def test_memory_that_need_not_go_back_stays() -> None:
-    memory, other = Memory(4), Memory(4)
+def test_rewinding_beyond_the_newest_record_changes_nothing() -> None:
+    buffer, other = RecordBuffer(4), RecordBuffer(4)
     for step in range(23):
-        memory.add(Record(step, None, False, Reading(), {}))
+        buffer.add(Record(step, None, False, Reading(), {}))
         other.add(Record(step, None, False, Reading(), {}))
-        memory.go_back(step + 1)
-    assert memory.records == other.records
+        buffer.rewind(step + 1)
+    assert buffer.records == other.records
 
 
-def test_plot(tmp_path: Any) -> None:
+def test_the_plot_shows_the_records(tmp_path: Any) -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor = Monitor(model, optimizer, every=2, to=tmp_path / "run.jsonl")
-    with pytest.raises(ValueError, match="records: there are none yet"):
+    with pytest.raises(ValueError, match="records: there are none yet; the first one is made at the first step"):
         monitor.plot()
     _train(model, optimizer, 1)
     monitor.plot().savefig(tmp_path / "one.png")
@@ -608,18 +630,18 @@ def test_plot(tmp_path: Any) -> None:
     before, after = norm.lines
     assert list(before.get_xdata()) == [0, 2, 4, 6, 8]
     assert list(before.get_ydata()) == [record.net.norm for record in monitor.records]
-    assert after.get_label() == "as centering would make it"
+    assert after.get_label() == "if it were centered"
     assert list(drift.lines[1].get_ydata()) == [record.net.drift for record in monitor.records]
     assert [label.get_text() for label in shares.get_yticklabels()] == ["0.weight", "2.weight"]
     figure.savefig(tmp_path / "several.png")
-    again = history(Monitor.read(tmp_path / "run.jsonl"))
+    again = plot_records(Monitor.read(tmp_path / "run.jsonl"))
     assert list(again.axes[0].lines[0].get_ydata()) == pytest.approx(list(before.get_ydata()), rel=1e-5)
 
 
-def test_plot_has_gaps_where_a_gradient_was_not_finite(tmp_path: Any) -> None:
+def test_the_plot_has_gaps_where_a_gradient_is_not_finite(tmp_path: Any) -> None:
     readings: list[Callable[[], Reading]] = [lambda: Reading(share=0.5, norm=1.0), Reading, Reading]
     records = [Record(step, "update", True, make(), {"weight": make()}) for step, make in enumerate(readings)]
-    figure = history(records)
+    figure = plot_records(records)
     figure.savefig(tmp_path / "gaps.png")
     values = list(figure.axes[0].lines[0].get_ydata())
     assert values[0] == 1.0

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradcentral.diagnostics.preserve import unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 
 
 class Replacing(nn.Module):
-    """Puts a new tensor in its buffer's place at every call, as some modules do."""
+    """Replaces its buffer by a new tensor in every forward pass, as some modules do."""
 
     count: Tensor
 
@@ -35,7 +35,7 @@ def fail(model: nn.Module) -> None:
     raise RuntimeError("stop")
 
 
-def test_gradients_buffers_modes_and_random_numbers_come_back() -> None:
+def test_gradients_buffers_modes_and_random_numbers_are_restored() -> None:
     model = nn.Sequential(Replacing(), nn.BatchNorm1d(3), nn.Dropout()).eval()
     model[0].train()
     use(model)
@@ -45,7 +45,7 @@ def test_gradients_buffers_modes_and_random_numbers_come_back() -> None:
     gradients = [(p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None]
     modes = [module.training for module in model.modules()]
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index]
-    with unchanged(model):
+    with preserve_state(model):
         assert all(p.grad is None for p in model.parameters())
         use(model)
         assert not torch.equal(model.state_dict()["1.running_mean"], before["1.running_mean"])
@@ -60,21 +60,36 @@ def test_gradients_buffers_modes_and_random_numbers_come_back() -> None:
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
-def test_an_exception_leaves_no_trace_either() -> None:
+def test_state_is_restored_after_an_exception() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
-    with pytest.raises(RuntimeError, match="stop"), unchanged(model):
+    with pytest.raises(RuntimeError, match="stop"), preserve_state(model):
         fail(model)
     assert model[0].num_batches_tracked == 0
     assert model[0].weight.grad is None
 
 
-def test_a_lazy_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="weight has no values yet"), unchanged(nn.LazyLinear(3)):
+def test_a_lazy_model_raises_until_it_has_run_once() -> None:
+    model = nn.LazyLinear(3)
+    message = "weight is uninitialized .*; run one forward pass of the model first"
+    with pytest.raises(ValueError, match=message), preserve_state(model):
+        pass
+    model(torch.rand(2, 4))
+    with preserve_state(model):
         pass
 
 
+def test_without_modules_only_random_numbers_are_restored() -> None:
+    model, own = nn.BatchNorm1d(3), torch.Generator()
+    states = torch.get_rng_state(), own.get_state()
+    with preserve_state(generators=[own]):
+        model(torch.rand(4, 3) + torch.rand(1, generator=own))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(own.get_state(), states[1])
+    assert model.num_batches_tracked == 1
+
+
 class Caching(nn.Module):
-    """Fills a buffer that was None and makes one that was not there."""
+    """Fills a buffer that was None, and registers another one."""
 
     cache: Tensor | None
 
@@ -90,10 +105,10 @@ class Caching(nn.Module):
         return found
 
 
-def test_weights_and_new_buffers_are_put_back_too() -> None:
+def test_weights_are_restored_and_new_buffers_removed() -> None:
     model = Caching()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with unchanged(model):
+    with preserve_state(model):
         model(torch.arange(5))
         assert not torch.equal(model.table.weight, before["table.weight"])
         assert set(model.state_dict()) == {"table.weight", "cache"}
@@ -103,7 +118,7 @@ def test_weights_and_new_buffers_are_put_back_too() -> None:
     assert model.cache is None
 
 
-def test_a_lazy_buffer_is_refused() -> None:
+def test_a_lazy_buffer_raises() -> None:
     norm = nn.LazyBatchNorm1d(affine=False)
-    with pytest.raises(ValueError, match="running_mean has no values yet"), unchanged(norm):
+    with pytest.raises(ValueError, match="running_mean is uninitialized"), preserve_state(norm):
         pass

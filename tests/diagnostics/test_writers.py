@@ -1,11 +1,13 @@
-"""Files of records survive kills and restarts; writers and functions get every record."""
+"""Record files survive kills and restarts; TensorBoard writers and functions receive every record."""
 
 from __future__ import annotations
 
 import csv
 import importlib
+import importlib.metadata
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ from torch import nn
 
 from gradcentral.diagnostics.monitor import Monitor
 from gradcentral.diagnostics.record import Reading, Record
-from gradcentral.diagnostics.writers import RecordFile, read_records, sinks
+from gradcentral.diagnostics.record_file import RecordFile, read_records
+from gradcentral.diagnostics.writers import writers_for
 from gradcentral.extras import MissingExtraError
 
 NAMES = ("run.jsonl", "run.csv")
+REMEDIES = ["another path", "load_state_dict", "step=0"]
 
 
 def _record(step: int, placement: str | None = "gradient") -> Record:
@@ -41,7 +45,7 @@ def _train(steps: int, state: dict[str, Any] | None = None, **arguments: Any) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_gives_back_what_was_written(name: str, tmp_path: Path) -> None:
+def test_records_are_read_back(name: str, tmp_path: Path) -> None:
     path = tmp_path / "new" / name
     file = RecordFile(path)
     written = [_record(0), _record(100, None), _record(200, "update")]
@@ -60,7 +64,7 @@ def test_a_monitor_writes_every_record_with_six_digits(name: str, tmp_path: Path
         assert one.layers["weight"].share == pytest.approx(other.layers["weight"].share, rel=1e-5)
 
 
-def test_the_formats_are_plain(tmp_path: Path) -> None:
+def test_files_are_readable_by_json_and_csv(tmp_path: Path) -> None:
     _train(3, every=1, to=[tmp_path / "run.jsonl", tmp_path / "run.csv"])
     lines = (tmp_path / "run.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
@@ -71,7 +75,7 @@ def test_the_formats_are_plain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_that_goes_on_by_its_state_appends(name: str, tmp_path: Path) -> None:
+def test_a_run_continued_by_its_state_appends(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     state = _train(5, every=2, to=path).state_dict()
     again = _train(3, state, every=2, to=path)
@@ -80,7 +84,7 @@ def test_a_run_that_goes_on_by_its_state_appends(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_that_goes_on_by_its_step_appends(name: str, tmp_path: Path) -> None:
+def test_a_run_continued_by_its_step_appends(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     _train(5, every=2, to=path)
     _train(3, every=2, to=path, step=5)
@@ -90,7 +94,7 @@ def test_a_run_that_goes_on_by_its_step_appends(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_trainings_are_not_mixed_in_one_file(name: str, tmp_path: Path) -> None:
+def test_two_runs_are_not_mixed_in_one_file(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     _train(5, every=2, to=path)
     content = path.read_bytes()
@@ -98,14 +102,30 @@ def test_two_trainings_are_not_mixed_in_one_file(name: str, tmp_path: Path) -> N
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     monitor = Monitor(model, optimizer, to=path)
     for _ in range(2):  # not only the first time
-        with pytest.raises(ValueError, match=rf"to: .*{name} has the records of a training, the last of step 4"):
+        with pytest.raises(ValueError, match=rf"to: .*{name} has the records of a run, the last of step 4") as caught:
             optimizer.step()
     assert (monitor.step, monitor.records) == (0, [])
     assert path.read_bytes() == content
+    assert re.findall(r"another path|load_state_dict|step=0", str(caught.value)) == REMEDIES
+
+
+@pytest.mark.parametrize("remedy", REMEDIES)
+def test_the_remedies_for_a_file_of_another_run_work(remedy: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    state = _train(5, every=2, to=path).state_dict()
+    if remedy == "another path":
+        _train(3, every=2, to=tmp_path / "other.jsonl")
+        assert [record.step for record in read_records(path)] == [0, 2, 4]
+    elif remedy == "load_state_dict":
+        _train(3, state, every=2, to=path)
+        assert [record.step for record in read_records(path)] == [0, 2, 4, 6]
+    else:
+        _train(3, every=2, to=path, step=0)
+        assert [record.step for record in read_records(path)] == [0, 2]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_later_records_stand_where_a_run_went_back_to_a_checkpoint(name: str, tmp_path: Path) -> None:
+def test_a_resumed_run_replaces_the_records_after_its_checkpoint(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     _train(9, every=2, to=path)
     _train(2, every=1, to=path, step=3)
@@ -113,7 +133,7 @@ def test_later_records_stand_where_a_run_went_back_to_a_checkpoint(name: str, tm
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_killed_while_writing_breaks_nothing(name: str, tmp_path: Path) -> None:
+def test_a_partial_record_of_a_killed_run_is_dropped(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     file = RecordFile(path)
     file(_record(0))
@@ -130,7 +150,7 @@ def test_a_run_killed_while_writing_breaks_nothing(name: str, tmp_path: Path) ->
         assert read_records(path) == [_record(0), _record(100)]
 
 
-def test_the_first_rows_of_a_torn_record_are_no_part_of_the_next(tmp_path: Path) -> None:
+def test_rows_of_a_partial_record_are_not_added_to_the_next(tmp_path: Path) -> None:
     path = tmp_path / "run.csv"
     file = RecordFile(path)
     file(Record(0, None, False, Reading(), {"gone": Reading(share=0.5)}))
@@ -139,7 +159,7 @@ def test_the_first_rows_of_a_torn_record_are_no_part_of_the_next(tmp_path: Path)
     assert read_records(path) == [_record(100)]
 
 
-def test_a_header_torn_at_once_is_written_anew(tmp_path: Path) -> None:
+def test_a_partial_header_is_rewritten(tmp_path: Path) -> None:
     path = tmp_path / "run.csv"
     path.write_text("step,pla", encoding="utf-8")
     RecordFile(path)(_record(0))
@@ -156,14 +176,15 @@ def test_a_header_torn_at_once_is_written_anew(tmp_path: Path) -> None:
         ("run.csv", "\xff\n"),
     ],
 )
-def test_a_file_of_something_else_is_left_as_it_is(name: str, content: str, tmp_path: Path) -> None:
+def test_a_file_with_other_contents_raises_and_is_not_changed(name: str, content: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(content.encode("latin-1") + b"tail")
-    with pytest.raises(ValueError, match=rf"{name}, line 1: is no record of Monitor .* give another path"):
-        sinks(path)
+    with pytest.raises(ValueError, match=rf"{name}, line 1: not a record of Monitor .* give another path"):
+        writers_for(path)
     with pytest.raises(ValueError, match="line 1"):
         read_records(path)
     assert path.read_bytes() == content.encode("latin-1") + b"tail"
+    assert writers_for(tmp_path / f"another{path.suffix}")
 
 
 @pytest.mark.parametrize(
@@ -179,20 +200,18 @@ def test_a_file_of_something_else_is_left_as_it_is(name: str, content: str, tmp_
         ("run.csv", "1,2"),
     ],
 )
-def test_a_single_line_of_something_else_without_its_end_is_left_as_it_is(
-    name: str, content: str, tmp_path: Path
-) -> None:
+def test_a_partial_line_of_other_contents_raises_and_is_not_changed(name: str, content: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"{name}, line 1: is no record of Monitor .* give another path"):
-        sinks(path)
+    with pytest.raises(ValueError, match=rf"{name}, line 1: not a record of Monitor .* give another path"):
+        writers_for(path)
     with pytest.raises(ValueError, match="line 1"):
         read_records(path)
     assert path.read_text(encoding="utf-8") == content
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_first_record_torn_anywhere_is_written_anew(name: str, tmp_path: Path) -> None:
+def test_a_partial_first_record_is_rewritten(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     RecordFile(path)(_record(120))
     whole = path.read_bytes()
@@ -203,15 +222,17 @@ def test_a_first_record_torn_anywhere_is_written_anew(name: str, tmp_path: Path)
         assert read_records(path) == [_record(0)]
 
 
-def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"to: .*run.json: a file of records ends in .jsonl or .csv, not '.json'"):
-        sinks(tmp_path / "run.json")
-    with pytest.raises(ValueError, match="ends in .jsonl or .csv"):
+def test_an_unknown_suffix_raises(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"to: .*run.json: a file .* must end in .jsonl or .csv, not") as caught:
+        writers_for(tmp_path / "run.json")
+    with pytest.raises(ValueError, match="must end in .jsonl or .csv"):
         read_records(tmp_path / "run.txt")
     assert not list(tmp_path.iterdir())
+    for suffix in re.findall(r"\.jsonl|\.csv", str(caught.value)):
+        assert len(writers_for(tmp_path / f"run{suffix}")) == 1
 
 
-def test_functions_and_lists() -> None:
+def test_every_function_of_a_list_receives_every_record() -> None:
     seen: list[Record] = []
     also: list[int] = []
     monitor = _train(3, every=2, to=[seen.append, lambda record: also.append(record.step)])
@@ -227,10 +248,10 @@ class _Writer:
         self.scalars[tag, step] = value
 
 
-def test_a_writer_gets_scalars_and_no_gaps() -> None:
+def test_a_summary_writer_receives_finite_scalars_only() -> None:
     writer = _Writer()
-    (sink,) = sinks(writer)
-    sink(_record(5))
+    (write,) = writers_for(writer)
+    write(_record(5))
     assert writer.scalars["gc/norm", 5] == 3.0
     assert writer.scalars['gc_share/a,"b".weight', 5] == 0.25
     assert ("gc/share", 5) not in writer.scalars
@@ -238,7 +259,7 @@ def test_a_writer_gets_scalars_and_no_gaps() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
-def test_a_folder_is_tensorboards(tmp_path: Path) -> None:
+def test_a_folder_is_written_by_tensorboard(tmp_path: Path) -> None:
     events_of = importlib.import_module("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
     monitor = _train(4, every=2, to=tmp_path / "board")
     events = events_of(str(tmp_path / "board")).Reload()
@@ -247,9 +268,11 @@ def test_a_folder_is_tensorboards(tmp_path: Path) -> None:
     assert scalars[0].value == pytest.approx(monitor.records[0].layers["weight"].share, rel=1e-6)
 
 
-def test_without_tensorboard_a_folder_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_without_tensorboard_raises_with_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(MissingExtraError, match=r"this needs tensorboard: pip install 'gradcentral\[tensorboard\]'"):
-        sinks(tmp_path / "board")
+    with pytest.raises(MissingExtraError, match=r"this needs tensorboard: pip install 'gradcentral\[(.*)\]'") as caught:
+        writers_for(tmp_path / "board")
+    extras = importlib.metadata.metadata("gradcentral").get_all("Provides-Extra") or []
+    assert re.findall(r"\[(.*)\]", str(caught.value))[0] in extras

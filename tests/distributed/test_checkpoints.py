@@ -1,4 +1,4 @@
-"""A training on four ranks goes on with two: distributed checkpoints are laid out anew for the ranks there are."""
+"""A distributed checkpoint of four ranks resumes on two: loading it reshards parameters and state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def _network() -> nn.Sequential:
     torch.manual_seed(0)
-    # 10 and 3 rows: four ranks hold different numbers of them, one rank none of the last.
+    # 10 and 3 rows: the shards of four ranks are uneven, and one rank holds no row of the last layer.
     return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
 
 
@@ -50,12 +50,14 @@ def _train(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
         optimizer.step()
 
 
-def _whole(model: nn.Module) -> list[Tensor]:
+def _full_tensors(model: nn.Module) -> list[Tensor]:
     return [p.full_tensor().detach() for p in model.parameters()]  # type: ignore[attr-defined]
 
 
-def _part(case: tuple[str, str, str], folder: Path, ranks: int, resume: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Three steps on so many ranks, from a checkpoint or to one: the weights before and after them."""
+def _train_three_steps(
+    case: tuple[str, str, str], folder: Path, ranks: int, resume: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Train three steps, then save a checkpoint, or resume from one first. Return the weights before and after."""
     model = _network()
     if resume:
         with torch.no_grad():
@@ -64,28 +66,28 @@ def _part(case: tuple[str, str, str], folder: Path, ranks: int, resume: bool) ->
     fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
     optimizer = _optimizer(*case, model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's deprecations in its own checkpoints
+        warnings.simplefilter("ignore")  # torch warns about its own deprecations
         if resume:
             weights, state = get_state_dict(model, optimizer)
             load({"model": weights, "optimizer": state}, checkpoint_id=folder)
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-        before = [w.clone() for w in _whole(model)]
+        before = [w.clone() for w in _full_tensors(model)]
         _train(model, optimizer, range(3, 6) if resume else range(3))
         if not resume:
             weights, state = get_state_dict(model, optimizer)
             save({"model": weights, "optimizer": state}, checkpoint_id=folder)
-    return before, [w.clone() for w in _whole(model)]
+    return before, [w.clone() for w in _full_tensors(model)]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("who", ["attached", "gradcentral"])
-def test_a_checkpoint_of_four_ranks_goes_on_with_two(
+def test_a_checkpoint_of_four_ranks_resumes_on_two(
     who: str, kind: str, placement: str, tmp_path: Path, four_ranks: Workers, two_ranks: Workers
 ) -> None:
     case = (who, kind, placement)
-    _, saved = four_ranks.run(_part, case, tmp_path, 4, False)[0]
-    loaded, final = two_ranks.run(_part, case, tmp_path, 2, True)[0]
+    _, saved = four_ranks.run(_train_three_steps, case, tmp_path, 4, False)[0]
+    loaded, final = two_ranks.run(_train_three_steps, case, tmp_path, 2, True)[0]
     assert all(torch.equal(one, other) for one, other in zip(loaded, saved, strict=True))
     alone = _network()
     _train(alone, _optimizer(*case, alone), range(6))

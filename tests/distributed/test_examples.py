@@ -1,4 +1,4 @@
-"""The examples for several processes run under torchrun."""
+"""The distributed examples run under torchrun."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def _torchrun(script: Path) -> str:
     try:
         output, _ = process.communicate(timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # torchrun and what it has started
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun and its children
         output, _ = process.communicate()
-        pytest.fail(f"{script.name} has not ended in {LIMIT_S} s:\n{output}", pytrace=False)
+        pytest.fail(f"{script.name} has not finished within {LIMIT_S} s:\n{output}", pytrace=False)
     assert process.returncode == 0, output
     return output
 
 
 @pytest.mark.parametrize("name", ["ddp.py", "fsdp2.py"])
-def test_it_learns_on_two_processes(name: str) -> None:
+def test_the_example_learns_on_two_processes(name: str) -> None:
     script = EXAMPLES / name
     assert len(script.read_text().splitlines()) < 80
     reached = [float(number) for number in re.findall(r"test accuracy ([\d.]+)", _torchrun(script))]
-    assert len(reached) == 3  # one process speaks
+    assert len(reached) == 3  # only rank 0 prints
     assert reached[-1] > 0.8

@@ -1,4 +1,4 @@
-"""Every layout under every way to lay a parameter over ranks equals the whole parameter on one."""
+"""Steps on sharded parameters equal steps on whole ones, for every layout and every DTensor placement."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 import gradcentral
 from gradcentral import WeightLayout, WeightVectors, kernels, weight_layout
-from gradcentral.distributed import divide
-from gradcentral.optim.base import Centralized
+from gradcentral.distributed import shards_of
+from gradcentral.optim.base import CentralizedOptimizer
 from tests.distributed.workers import Workers
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], WeightVectors]] = {
@@ -31,13 +31,13 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], WeightVectors]] = {
     "one vector": ((3, 5), WeightVectors((0, 1))),
     "grouped transposed convolution": ((8, 3, 2, 2), WeightVectors((1, 3, 4), view=(2, 4, 3, 2, 2))),
     "groups that shards cut": ((6, 5), WeightVectors((1,), view=(3, 2, 5))),
-    "slow part of an axis": ((8, 3), WeightVectors((0,), view=(4, 2, 3))),
-    "fast part of an axis": ((5, 12), WeightVectors((2,), view=(5, 4, 3))),
-    "middle of an axis": ((16, 3), WeightVectors((1,), view=(2, 4, 2, 3))),
+    "slow factor of an axis": ((8, 3), WeightVectors((0,), view=(4, 2, 3))),
+    "fast factor of an axis": ((5, 12), WeightVectors((2,), view=(5, 4, 3))),
+    "middle factor of an axis": ((16, 3), WeightVectors((1,), view=(2, 4, 2, 3))),
     "joined axes": ((4, 3, 5), WeightVectors((0,), view=(12, 5))),
 }
 
-# A mesh's shape, and a parameter's placement on each of its dimensions.
+# The shape of a mesh, and the parameter's placement per mesh dimension.
 MESHES: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
     "rows on 2": ((2,), (Shard(0),)),
     "columns on 2": ((2,), (Shard(1),)),
@@ -64,7 +64,7 @@ class Weights(nn.Module):
         self.weights = nn.ParameterDict({name: nn.Parameter(placed(tensor)) for name, tensor in tensors.items()})
 
     def layout(self) -> WeightLayout:
-        """The layout of all of them."""
+        """Return the layout of all parameters."""
         overrides: dict[Any, Any] = {f"weights.{name}": vectors for name, (_, vectors) in LAYOUTS.items()}
         return weight_layout(self, overrides=overrides)
 
@@ -73,7 +73,7 @@ Kind = Callable[[Weights, str], Optimizer]
 
 
 def _sgd(model: Weights, placement: str) -> Optimizer:
-    # torch's own arithmetic on DTensors is slow to begin with, and not what is tested: the fewer operations the better.
+    # Plain SGD: torch's arithmetic on DTensors is slow, and not what is tested.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     gradcentral.centralize(optimizer, layout=model.layout(), placement=placement)
     return optimizer
@@ -97,14 +97,14 @@ KINDS: tuple[Kind, ...] = (_sgd, _fused_sgd, _fused_adamw, _reference_sgd)
 
 
 class Outcome(NamedTuple):
-    """How one parameter came out."""
+    """How a sharded parameter compares with the whole one, on one rank."""
 
     kind: str
     name: str
     split: bool
     equal: bool
     difference: float
-    moved: float
+    change: float
 
 
 def _gradients(step: int) -> dict[str, Tensor]:
@@ -119,8 +119,8 @@ def _train(model: Weights, optimizer: Optimizer, placed: Callable[[Tensor], Tens
         optimizer.step()
 
 
-def compare_with_whole(mesh_name: str, placement: str) -> list[Outcome]:
-    """Train sharded and whole with the same gradients."""
+def compare_sharded_with_whole(mesh_name: str, placement: str) -> list[Outcome]:
+    """Train sharded and whole parameters with the same gradients."""
     mesh_shape, placements = MESHES[mesh_name]
     mesh = init_device_mesh("cpu", mesh_shape)
 
@@ -134,10 +134,10 @@ def compare_with_whole(mesh_name: str, placement: str) -> list[Outcome]:
         optimizer = kind(sharded, placement)
         _train(sharded, optimizer, placed)
         layout = sharded.layout()
-        split = {split.parameter for split in divide([*layout.items()], layout.names).split}
+        split = {split.parameter for split in shards_of([*layout.items()], layout.names).split}
         start = Weights(torch.clone)
-        # What torch's own steps compute is rounded by where in memory an element lies: compare what they are given.
-        ours = isinstance(optimizer, Centralized)
+        # How torch's own steps round depends on an element's position in memory: compare the gradients they receive.
+        ours = isinstance(optimizer, CentralizedOptimizer)
         for name, expected in whole.weights.items():
             parameter: Any = sharded.weights[name]
             parts = [placed(tensor.detach()).to_local() for tensor in (expected, start.weights[name])]
@@ -154,14 +154,16 @@ def compare_with_whole(mesh_name: str, placement: str) -> list[Outcome]:
     ("ranks", "mesh"), [(math.prod(shape), mesh) for mesh, (shape, _) in MESHES.items()], indirect=["ranks"]
 )
 def test_sharded_steps_equal_whole_ones(ranks: Workers, mesh: str, placement: str) -> None:
-    outcomes_by_rank = ranks.run(compare_with_whole, mesh, placement)
+    outcomes_by_rank = ranks.run(compare_sharded_with_whole, mesh, placement)
     for kind, name in itertools.product(KINDS, LAYOUTS):
         own = [o for outcomes in outcomes_by_rank for o in outcomes if (o.kind, o.name) == (kind.__name__, name)]
         assert len(own) == ranks.ranks
-        assert max(outcome.moved for outcome in own) > 0.01
+        assert max(outcome.change for outcome in own) > 0.01
     for outcomes in outcomes_by_rank:
         assert not [outcome for outcome in outcomes if not outcome.difference <= 1e-6]
-        # torch's sums, which the reference path takes, are rounded by the shape of the tensor: so for joined axes, too.
+        # The rounding of torch's sums (reference path, joined axes) depends on the shape of the tensor.
         here = [outcome for outcome in outcomes if not outcome.split and outcome.name != "joined axes"]
-        native = [outcome for outcome in here if outcome.kind != "_reference_sgd" and not kernels.native.unavailable]
+        native = [
+            outcome for outcome in here if outcome.kind != "_reference_sgd" and not kernels.native.unavailable_reason()
+        ]
         assert not [outcome for outcome in native if not outcome.equal]

@@ -1,4 +1,4 @@
-"""What a step sends, and what happens where ranks or gradients are not alike."""
+"""Sharded parameters: collectives of a step, unusual gradients, and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 import gradcentral
 from gradcentral import WeightVectors, weight_layout
-from gradcentral.distributed import runs_of_axes
+from gradcentral.dtensor import runs_of_axes
 from tests.distributed.workers import Workers
 
 BOTH = pytest.mark.parametrize("placement", ["gradient", "update"])
@@ -30,7 +30,7 @@ def _mesh() -> DeviceMesh:
 
 
 class Rows(nn.Module):
-    """Linear layers of these shapes, placed as given: with Shard(1) their weight vectors are split."""
+    """Linear layers of the given shapes and placement; under Shard(1) their weight vectors are split."""
 
     def __init__(self, placement: Any, shapes: tuple[tuple[int, int], ...] = ((6, 8), (4, 6), (5, 4))) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Rows(nn.Module):
             layer.weight = nn.Parameter(weight)
 
     def gradients(self, seed: int) -> list[Any]:
-        """Some gradients, placed as the parameters are."""
+        """Return random gradients with the placements of the parameters."""
         numbers = torch.Generator().manual_seed(seed)
         weights: list[Any] = [*self.parameters()]
         return [
@@ -59,7 +59,7 @@ def _optimizer(model: nn.Module, placement: str, fused: bool) -> Optimizer:
 
 
 class Sent(NamedTuple):
-    """The collectives of one step."""
+    """The collectives of one step, and the number of elements in its all-reduces."""
 
     all_reduces: int
     others: int
@@ -67,7 +67,7 @@ class Sent(NamedTuple):
 
 
 def count_collectives(dim: int, placement: str, fused: bool, without_gradients: bool) -> Sent:
-    """Step with all gradients, or none, and listen."""
+    """Count the collectives of a step with all gradients, or with none."""
     model = Rows(Shard(dim))
     optimizer = _optimizer(model, placement, fused)
     if not without_gradients:
@@ -76,11 +76,11 @@ def count_collectives(dim: int, placement: str, fused: bool, without_gradients: 
     sent = []
     all_reduce = dist.all_reduce
 
-    def listening(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+    def recording(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
         sent.append(tensor.numel())
         return all_reduce(tensor, *arguments, **options)
 
-    dist.all_reduce = listening
+    dist.all_reduce = recording
     try:
         with CommDebugMode() as counted:
             optimizer.step()
@@ -92,7 +92,7 @@ def count_collectives(dim: int, placement: str, fused: bool, without_gradients: 
 @pytest.mark.parametrize("without_gradients", [False, True], ids=["", "without gradients"])
 @FUSED
 @BOTH
-def test_split_vectors_take_one_all_reduce_of_a_number_each(
+def test_split_weight_vectors_take_one_all_reduce_of_one_number_each(
     placement: str, fused: bool, without_gradients: bool, two_ranks: Workers
 ) -> None:
     for sent in two_ranks.run(count_collectives, 1, placement, fused, without_gradients):
@@ -101,7 +101,7 @@ def test_split_vectors_take_one_all_reduce_of_a_number_each(
 
 @FUSED
 @BOTH
-def test_whole_vectors_take_none(placement: str, fused: bool, two_ranks: Workers) -> None:
+def test_whole_weight_vectors_take_no_collective(placement: str, fused: bool, two_ranks: Workers) -> None:
     for sent in two_ranks.run(count_collectives, 0, placement, fused, False):
         assert sent == Sent(all_reduces=0, others=0, elements=0)
 
@@ -111,7 +111,7 @@ def _center_rows(whole: list[Tensor]) -> list[Tensor]:
 
 
 def step_where_a_rank_has_no_gradients(placement: str, fused: bool) -> float:
-    """The last rank has no gradient of the first layer, and no rank has one of the second."""
+    """Step where the last rank has no gradient of the first layer, and no rank has one of the second."""
     model = Rows(Shard(1))
     weights: list[Any] = [*model.parameters()]
     before = [weight.detach().full_tensor() for weight in weights]
@@ -126,10 +126,10 @@ def step_where_a_rank_has_no_gradients(placement: str, fused: bool) -> float:
     whole[0][:, -(-8 // dist.get_world_size()) * (dist.get_world_size() - 1) :] = 0
     whole[1].zero_()
     expected = [weight - 0.1 * change for weight, change in zip(before, _center_rows(whole), strict=True)]
-    if placement == "gradient":  # where there is no gradient, torch's optimizers do not move a parameter
-        moved = distribute_tensor(expected[0], _mesh(), [Shard(1)]).to_local()
-        still = distribute_tensor(before[0], _mesh(), [Shard(1)]).to_local()
-        parts = [still if last else moved]
+    if placement == "gradient":  # torch's optimizers do not update a parameter without a gradient
+        updated = distribute_tensor(expected[0], _mesh(), [Shard(1)]).to_local()
+        unchanged = distribute_tensor(before[0], _mesh(), [Shard(1)]).to_local()
+        parts = [unchanged if last else updated]
     else:
         parts = [distribute_tensor(expected[0], _mesh(), [Shard(1)]).to_local()]
     parts += [distribute_tensor(tensor, _mesh(), [Shard(1)]).to_local() for tensor in expected[1:]]
@@ -139,12 +139,12 @@ def step_where_a_rank_has_no_gradients(placement: str, fused: bool) -> float:
 
 @FUSED
 @BOTH
-def test_ranks_may_disagree_on_which_gradients_there_are(placement: str, fused: bool, two_ranks: Workers) -> None:
+def test_ranks_may_have_gradients_of_different_parameters(placement: str, fused: bool, two_ranks: Workers) -> None:
     assert max(two_ranks.run(step_where_a_rank_has_no_gradients, placement, fused)) <= 1e-6
 
 
-def step_with_unsummed_gradients(dim: int | None, placement: str, fused: bool) -> float:
-    """Each rank has a part of the sum that is the gradient, as tensor parallelism leaves it."""
+def step_with_partial_gradients(dim: int | None, placement: str, fused: bool) -> float:
+    """Step where each rank holds a summand of the gradient (Partial), as tensor parallelism leaves it."""
     placed = Replicate() if dim is None else Shard(dim)
     model = Rows(placed)
     weights: list[Any] = [*model.parameters()]
@@ -163,12 +163,12 @@ def step_with_unsummed_gradients(dim: int | None, placement: str, fused: bool) -
 @FUSED
 @BOTH
 @pytest.mark.parametrize("dim", [None, 0, 1], ids=["replicas", "rows", "columns"])
-def test_unsummed_gradients_are_summed_first(dim: int | None, placement: str, fused: bool, two_ranks: Workers) -> None:
-    assert max(two_ranks.run(step_with_unsummed_gradients, dim, placement, fused)) <= 1e-6
+def test_partial_gradients_are_summed_first(dim: int | None, placement: str, fused: bool, two_ranks: Workers) -> None:
+    assert max(two_ranks.run(step_with_partial_gradients, dim, placement, fused)) <= 1e-6
 
 
 def center_expanded_gradients(dim: int) -> float:
-    """The gradient of a sum is one number, expanded."""
+    """Center the gradients of a sum, which are one number, expanded."""
     model = Rows(Shard(dim))
     for weight in model.parameters():
         torch.autograd.backward(weight.sum())
@@ -183,7 +183,7 @@ def test_expanded_gradients_are_centered(dim: int, two_ranks: Workers) -> None:
 
 
 def center_in_dtype(dtype: torch.dtype) -> tuple[bool, float]:
-    """Center split gradients of a narrow or wide type."""
+    """Center split gradients of this dtype and compare with float64."""
     model = Rows(Shard(1)).to(dtype)
     for weight, gradient in zip(model.parameters(), model.gradients(2), strict=True):
         weight.grad = gradient.to(dtype)
@@ -196,29 +196,29 @@ def center_in_dtype(dtype: torch.dtype) -> tuple[bool, float]:
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-15), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
-def test_sums_are_made_in_f32_at_least(dtype: torch.dtype, limit: float, two_ranks: Workers) -> None:
+def test_sums_are_computed_in_float32_or_wider(dtype: torch.dtype, limit: float, two_ranks: Workers) -> None:
     for kept, worst in two_ranks.run(center_in_dtype, dtype):
         assert kept
         assert worst <= limit
 
 
-def describe_error_of_cut_view() -> str:
-    """A view whose axes begin and end within those of the parameter."""
+def error_of_cut_view() -> str:
+    """Attach with a view that cuts across the parameter's axes."""
     model = Rows(Shard(0), shapes=((4, 6),))
     layout = weight_layout(model, overrides={"layers.0.weight": WeightVectors((1,), view=(6, 4))})
-    with pytest.raises(ValueError, match="cuts through its axes") as raised:
+    with pytest.raises(ValueError, match="cuts across its axes") as raised:
         gradcentral.centralize(torch.optim.SGD(model.parameters(), lr=0.1), layout=layout)
     return str(raised.value)
 
 
-def test_a_view_that_cuts_axes_is_refused(two_ranks: Workers) -> None:
-    for message in two_ranks.run(describe_error_of_cut_view):
+def test_a_view_that_cuts_across_axes_raises(two_ranks: Workers) -> None:
+    for message in two_ranks.run(error_of_cut_view):
         assert "layers.0.weight" in message
         assert "exclude=['layers.0.weight']" in message
 
 
-def describe_error_of_unsummed_parameter() -> str:
-    """A parameter that is a sum over ranks."""
+def error_of_partial_parameter() -> str:
+    """Create an optimizer for a Partial parameter."""
     model = nn.Linear(4, 3, bias=False)
     model.weight = nn.Parameter(DTensor.from_local(torch.randn(3, 4), _mesh(), [Partial()]))
     with pytest.raises(ValueError, match="only Shard and Replicate") as raised:
@@ -226,25 +226,25 @@ def describe_error_of_unsummed_parameter() -> str:
     return str(raised.value)
 
 
-def test_an_unsummed_parameter_is_refused(two_ranks: Workers) -> None:
-    for message in two_ranks.run(describe_error_of_unsummed_parameter):
-        assert message.startswith("weight is a DTensor placed as")
+def test_a_partial_parameter_raises(two_ranks: Workers) -> None:
+    for message in two_ranks.run(error_of_partial_parameter):
+        assert message.startswith("weight is a DTensor with placements")
 
 
-def describe_error_of_differentiable_step() -> None:
-    """A differentiable step would lose the way through what is centered."""
+def error_of_differentiable_step() -> None:
+    """Take a differentiable step with DTensors."""
     model = Rows(Shard(1))
     optimizer = gradcentral.SGD(model, lr=0.1, differentiable=True)
-    with pytest.raises(ValueError, match="differentiable=True can't be used with DTensors"):
+    with pytest.raises(ValueError, match="differentiable=True cannot be used with DTensors"):
         optimizer.step()
 
 
-def test_a_differentiable_step_is_refused(two_ranks: Workers) -> None:
-    two_ranks.run(describe_error_of_differentiable_step)
+def test_a_differentiable_step_raises(two_ranks: Workers) -> None:
+    two_ranks.run(error_of_differentiable_step)
 
 
 def resume_from_state(placement: str) -> bool:
-    """A copy that loads the state steps as the original."""
+    """Step an optimizer and one that has loaded its state."""
     one, other = Rows(Shard(1)), Rows(Shard(1))
     optimizers = [gradcentral.AdamW(model, lr=0.1, placement=placement) for model in (one, other)]
     for step in range(3):
@@ -262,12 +262,12 @@ def resume_from_state(placement: str) -> bool:
 
 
 @BOTH
-def test_a_loaded_state_goes_on_exactly(placement: str, two_ranks: Workers) -> None:
+def test_resuming_from_a_state_dict_is_bit_identical(placement: str, two_ranks: Workers) -> None:
     assert all(two_ranks.run(resume_from_state, placement))
 
 
-def pause_and_remove() -> bool:
-    """Plain steps of a sharded optimizer."""
+def take_a_paused_step() -> bool:
+    """Compare a paused step with a step of an optimizer that does not center."""
     plain, paused = Rows(Shard(1)), Rows(Shard(1))
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (plain, paused)]
     handle = gradcentral.centralize(optimizers[1], paused)
@@ -281,12 +281,12 @@ def pause_and_remove() -> bool:
     return all(torch.equal(first.to_local(), second.to_local()) for first, second in pairs)
 
 
-def test_paused_steps_are_plain(two_ranks: Workers) -> None:
-    assert all(two_ranks.run(pause_and_remove))
+def test_paused_steps_do_not_center(two_ranks: Workers) -> None:
+    assert all(two_ranks.run(take_a_paused_step))
 
 
-def keep_the_gradients() -> bool:
-    """The optimizers leave gradients as they found them."""
+def step_and_compare_gradients() -> bool:
+    """Take a fused step and a step of torch's own; check that the gradients are unchanged."""
     model = Rows(Shard(1))
     gradients = model.gradients(2)
     for weight, gradient in zip(model.parameters(), gradients, strict=True):
@@ -298,12 +298,12 @@ def keep_the_gradients() -> bool:
     return kept and all(torch.equal(g.to_local(), copy) for g, copy in zip(gradients, copies, strict=True))
 
 
-def test_the_optimizers_leave_gradients_as_they_are(two_ranks: Workers) -> None:
-    assert all(two_ranks.run(keep_the_gradients))
+def test_the_optimizers_leave_gradients_unchanged(two_ranks: Workers) -> None:
+    assert all(two_ranks.run(step_and_compare_gradients))
 
 
-def find_frozen() -> Sent:
-    """A parameter that does not train has no part in what is sent."""
+def count_collectives_with_a_frozen_parameter() -> Sent:
+    """Center the gradients of a model of which one parameter is frozen."""
     model = Rows(Shard(1))
     next(model.parameters()).requires_grad_(False)
     with CommDebugMode() as counted:
@@ -311,16 +311,16 @@ def find_frozen() -> Sent:
     return Sent(counted.get_total_counts(), 0, 0)
 
 
-def test_centralize_gradients_takes_one_all_reduce_too(two_ranks: Workers) -> None:
-    for sent in two_ranks.run(find_frozen):
+def test_centralize_gradients_takes_one_all_reduce(two_ranks: Workers) -> None:
+    for sent in two_ranks.run(count_collectives_with_a_frozen_parameter):
         assert sent.all_reduces == 1
 
 
-# Models that were sharded too late or in a way that leaves no weight vectors.
+# Models that were sharded too late, or flattened.
 
 
-def describe_late_sharding(how: str) -> str:
-    """Shard after the optimizer was made."""
+def error_of_late_sharding(how: str) -> str:
+    """Shard a model after creating its optimizer, and step."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     fused = how.startswith("fused")
     if fused:
@@ -343,14 +343,14 @@ def describe_late_sharding(how: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["hook", "fused", "fused foreach"])
-def test_sharding_after_attaching_is_noticed_at_the_first_step(how: str, two_ranks: Workers) -> None:
-    for message in two_ranks.run(describe_late_sharding, how):
-        assert "no longer the model's and trains nothing by them (0.weight, 1.weight)" in message
+def test_sharding_after_attaching_raises_at_the_first_step(how: str, two_ranks: Workers) -> None:
+    for message in two_ranks.run(error_of_late_sharding, how):
+        assert "the model no longer uses, so this step would train nothing (0.weight, 1.weight)" in message
         assert "after fully_shard" in message
 
 
 def step_with_gathered_parameters() -> bool:
-    """FSDP2 leaves gathered parameters in the model when a forward without backward comes before the step."""
+    """Run a forward pass without backward before the step: FSDP2 leaves gathered parameters in the model."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     fully_shard(model, mesh=_mesh())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -365,12 +365,12 @@ def step_with_gathered_parameters() -> bool:
     return gathered and max(means) < 1e-6
 
 
-def test_gathered_parameters_are_no_reason_to_stop(two_ranks: Workers) -> None:
+def test_gathered_parameters_do_not_raise(two_ranks: Workers) -> None:
     assert all(two_ranks.run(step_with_gathered_parameters))
 
 
-def describe_flat(how: str) -> str:
-    """Attach to what FSDP1 has made of a model."""
+def error_of_flat_parameters(how: str) -> str:
+    """Attach to a model that FSDP1 has flattened."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     inner = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
@@ -386,19 +386,19 @@ def describe_flat(how: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["wrapped model", "inner model", "flat parameters", "shapes"])
-def test_fsdp1_is_refused_at_once(how: str, two_ranks: Workers) -> None:
-    for message in two_ranks.run(describe_flat, how):
+def test_attaching_to_fsdp1_raises(how: str, two_ranks: Workers) -> None:
+    for message in two_ranks.run(error_of_flat_parameters, how):
         assert "FullyShardedDataParallel (FSDP1)" in message
         assert "fully_shard (FSDP2)" in message
 
 
-def test_fsdp1_after_attaching_is_noticed_at_the_first_step(two_ranks: Workers) -> None:
-    for message in two_ranks.run(describe_late_sharding, "FSDP1"):
+def test_fsdp1_after_attaching_raises_at_the_first_step(two_ranks: Workers) -> None:
+    for message in two_ranks.run(error_of_late_sharding, "FSDP1"):
         assert "FullyShardedDataParallel (FSDP1)" in message
 
 
-def describe_overlapping_zero() -> None:
-    """ZeRO that steps inside DDP's communication."""
+def error_of_overlapping_zero() -> None:
+    """Attach to a ZeroRedundancyOptimizer that steps inside DDP's communication."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     model = nn.Linear(4, 3)
@@ -407,12 +407,12 @@ def describe_overlapping_zero() -> None:
         gradcentral.centralize(optimizer, model)
 
 
-def test_zero_that_overlaps_with_ddp_is_refused(two_ranks: Workers) -> None:
-    two_ranks.run(describe_overlapping_zero)
+def test_zero_that_overlaps_with_ddp_raises(two_ranks: Workers) -> None:
+    two_ranks.run(error_of_overlapping_zero)
 
 
-def own_biases_alone() -> list[int]:
-    """ZeRO gives each rank some parameters: one rank may have nothing to center."""
+def step_where_a_rank_owns_the_bias() -> list[int]:
+    """Step where ZeroRedundancyOptimizer gives one rank the weight and the other the bias."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     model = nn.Linear(4, 3)
@@ -422,8 +422,8 @@ def own_biases_alone() -> list[int]:
     return [parameter.ndim for group in optimizer.optim.param_groups for parameter in group["params"]]
 
 
-def test_a_rank_may_own_nothing_to_center(two_ranks: Workers) -> None:
-    assert two_ranks.run(own_biases_alone) == [[2], [1]]
+def test_a_rank_may_own_no_parameter_to_center(two_ranks: Workers) -> None:
+    assert two_ranks.run(step_where_a_rank_owns_the_bias) == [[2], [1]]
 
 
 def test_runs_of_axes() -> None:
@@ -439,8 +439,8 @@ def test_runs_of_axes() -> None:
     assert runs((4, 6), (0,), (6, 4)) is None
 
 
-def count_of_columns_sharded_by(axis: int) -> tuple[float, int]:
-    """Columns, as GPT-2 stores its weights, under FSDP2."""
+def center_columns_sharded_by(axis: int) -> tuple[float, int]:
+    """Center columns, as in GPT-2's Conv1D, under FSDP2."""
     model = nn.Linear(6, 4, bias=False)
     fully_shard(model, mesh=_mesh(), shard_placement_fn=lambda _: Shard(axis))
     layout = weight_layout(model, overrides={"weight": WeightVectors((0,))})
@@ -452,14 +452,14 @@ def count_of_columns_sharded_by(axis: int) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize(("axis", "all_reduces"), [(0, 1), (1, 0)])
-def test_fsdp2_by_the_other_axis_leaves_columns_whole(axis: int, all_reduces: int, two_ranks: Workers) -> None:
-    for worst, counted in two_ranks.run(count_of_columns_sharded_by, axis):
+def test_sharding_the_other_axis_keeps_columns_whole(axis: int, all_reduces: int, two_ranks: Workers) -> None:
+    for worst, counted in two_ranks.run(center_columns_sharded_by, axis):
         assert worst <= 1e-6
         assert counted == all_reduces
 
 
-def step_in_another_order(placement: str, fused: bool) -> float:
-    """Each rank's optimizer holds the parameters in an order of its own; two of them are of one shape."""
+def step_in_different_orders(placement: str, fused: bool) -> float:
+    """Step where the ranks' optimizers hold the parameters in different orders; two have the same shape."""
     model = Rows(Shard(1), ((6, 8), (6, 8), (5, 6)))
     weights: list[Any] = [*model.parameters()]
     before = [weight.detach().full_tensor() for weight in weights]
@@ -482,11 +482,14 @@ def step_in_another_order(placement: str, fused: bool) -> float:
 @FUSED
 @BOTH
 def test_ranks_may_hold_parameters_in_different_orders(placement: str, fused: bool, two_ranks: Workers) -> None:
-    assert max(two_ranks.run(step_in_another_order, placement, fused)) < 1e-6
+    assert max(two_ranks.run(step_in_different_orders, placement, fused)) < 1e-6
 
 
-def train_what_changes(placement: str, fused: bool) -> tuple[float, float]:
-    """FSDP2: a layer is frozen at first, and later all parameters get new memory. Drift, and the smallest movement."""
+def train_while_parameters_change(placement: str, fused: bool) -> tuple[float, float]:
+    """Train with FSDP2: unfreeze a layer, then move all parameters to new memory.
+
+    Return the drift of the means and the smallest change of a layer in the last step.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
     for layer in model:
@@ -506,14 +509,14 @@ def train_what_changes(placement: str, fused: bool) -> tuple[float, float]:
         optimizer.zero_grad()
         model(torch.randn(3, 6)).square().sum().backward()
         optimizer.step()
-    moved = min(float((w.full_tensor() - old).abs().max()) for w, old in zip(weights, before, strict=True))
+    change = min(float((w.full_tensor() - old).abs().max()) for w, old in zip(weights, before, strict=True))
     drift = max(float((w.full_tensor().mean(1) - old).abs().max()) for w, old in zip(weights, start, strict=True))
-    return drift, moved
+    return drift, change
 
 
 @FUSED
 @BOTH
-def test_unfreezing_and_new_memory_are_noticed(placement: str, fused: bool, two_ranks: Workers) -> None:
-    for drift, moved in two_ranks.run(train_what_changes, placement, fused):
+def test_unfrozen_and_moved_parameters_are_centered(placement: str, fused: bool, two_ranks: Workers) -> None:
+    for drift, change in two_ranks.run(train_while_parameters_change, placement, fused):
         assert drift < 1e-6
-        assert moved > 1e-4
+        assert change > 1e-4

@@ -1,4 +1,4 @@
-"""Training on several ranks gives the parameters of training on one."""
+"""Training on several ranks gives the same parameters as training on one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS, BATCH = 20, 16
 
 
 class Net(nn.Module):
-    """A convolution, a transposed one with groups, and linear layers; odd sizes, so that shards are uneven."""
+    """A convolution, a grouped transposed convolution and linear layers, of odd sizes, so that shards are uneven."""
 
     def __init__(self, checkpointed: bool = False) -> None:
         super().__init__()
@@ -47,14 +47,14 @@ class Net(nn.Module):
         return F.gelu(self.narrow(F.gelu(self.wide(self.norm(x.flatten(1))))))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, 1, 6, 6]`` to ``[n, 3]``."""
+        """Map ``[n, 1, 6, 6]`` to ``[n, 3]``."""
         hidden = checkpoint(self._body, x, use_reentrant=False) if self.checkpointed else self._body(x)
         output: Tensor = self.head(hidden)
         return output
 
 
 class Recipe(NamedTuple):
-    """How to train."""
+    """The settings of a training."""
 
     kind: str
     placement: str = "gradient"
@@ -64,7 +64,7 @@ class Recipe(NamedTuple):
     same_batch: bool = False
 
 
-RATES: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
     "Adam": {"lr": 1e-3, "weight_decay": 0.01},
     "AdamW": {"lr": 1e-3, "weight_decay": 0.1},
@@ -78,27 +78,27 @@ def _optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     where, name = recipe.kind.split(".")
     make = getattr(gradcentral if where == "gradcentral" else torch.optim, name)
     if where == "gradcentral":
-        return make(model, **RATES[name], placement=recipe.placement)  # type: ignore[no-any-return]
-    optimizer: Optimizer = make(model.parameters(), **RATES[name])
+        return make(model, **OPTIONS[name], placement=recipe.placement)  # type: ignore[no-any-return]
+    optimizer: Optimizer = make(model.parameters(), **OPTIONS[name])
     if recipe.clip != "after":
         gradcentral.centralize(optimizer, model, recipe.placement)
     return optimizer
 
 
 def _zero(recipe: Recipe, model: nn.Module) -> Optimizer:
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # importing it warns
 
     where, name = recipe.kind.split(".")
     if where == "gradcentral":
-        options = {**RATES[name], "model": model, "placement": recipe.placement}
+        options = {**OPTIONS[name], "model": model, "placement": recipe.placement}
         return ZeroRedundancyOptimizer(model.parameters(), getattr(gradcentral, name), **options)
-    optimizer = ZeroRedundancyOptimizer(model.parameters(), getattr(torch.optim, name), **RATES[name])
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), getattr(torch.optim, name), **OPTIONS[name])
     gradcentral.centralize(optimizer, model, recipe.placement)
     return optimizer
 
 
 class Scaled(NamedTuple):
-    """A model on several ranks, and which part of a batch this rank takes."""
+    """A model on several ranks, and the part of each batch that this rank receives."""
 
     model: nn.Module
     part: int = 0
@@ -155,7 +155,7 @@ SCHEMES: dict[str, Callable[[Net], Scaled]] = {
 }
 ON_FOUR_RANKS_ONLY = ("HSDP", "FSDP2 x TP")
 
-# What two ranks have shown in full is spot-checked on four.
+# All schemes and kinds on two ranks; a selection on four.
 SPOTS = (("gradient", "torch.SGD"), ("update", "gradcentral.AdamW"))
 MATRIX = [
     (ranks, scheme, placement, kind)
@@ -176,7 +176,7 @@ def _batches() -> Iterator[tuple[Tensor, Tensor]]:
 
 @contextlib.contextmanager
 def _without_sync(model: nn.Module) -> Iterator[None]:
-    """Gradients stay where they are until the last micro-batch."""
+    """Do not reduce gradients before the last micro-batch."""
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
@@ -207,24 +207,24 @@ def _train(scaled: Scaled, recipe: Recipe) -> None:
 
 
 def _clip(model: nn.Module) -> None:
-    # Tensors of different meshes have no common norm in torch: clip each by its own.
+    # torch cannot compute a norm over tensors of different meshes, so clip each tensor by its own norm.
     for parameter in model.parameters():
         clip_grad_norm_([parameter], 0.05)
 
 
 class Outcome(NamedTuple):
-    """How far the parameters of a training on several ranks are from those of a training on one."""
+    """How the parameters of a training on several ranks compare with those of a training on one."""
 
     difference: float
-    moved: float
+    change: float
     equal: bool
     all_reduces: int
-    """That centering took, in all steps."""
+    """Those of centering, over all steps."""
 
 
 @contextlib.contextmanager
 def _counting_all_reduces() -> Iterator[list[int]]:
-    """The sizes of what centering sends, without what FSDP2 sends."""
+    """Yield the sizes of the all-reduces of centering, without those of FSDP2."""
     sent: list[int] = []
 
     def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
@@ -244,38 +244,38 @@ def compare_with_one_rank(scheme: str, recipe: Recipe) -> Outcome:
     _train(Scaled(one), recipe)
     with _counting_all_reduces() as sent:
         _train(SCHEMES[scheme](several), recipe)
-    difference = moved = 0.0
+    difference = change = 0.0
     equal = True
     for before, expected, parameter in zip(*(net.parameters() for net in (start, one, several)), strict=True):
         got = parameter.detach()
         got = got.full_tensor() if isinstance(got, DTensor) else got
         difference = max(difference, float((got - expected.detach()).abs().max()))
-        moved = max(moved, float((got - before.detach()).abs().max()))
+        change = max(change, float((got - before.detach()).abs().max()))
         equal = equal and torch.equal(got, expected)
-    return Outcome(difference, moved, equal, len(sent))
+    return Outcome(difference, change, equal, len(sent))
 
 
 def _check(workers: Workers, scheme: str, recipe: Recipe) -> list[Outcome]:
     outcomes = workers.run(compare_with_one_rank, scheme, recipe)
     assert max(outcome.difference for outcome in outcomes) <= 1e-6
-    assert min(outcome.moved for outcome in outcomes) > 0.01
+    assert min(outcome.change for outcome in outcomes) > 0.01
     assert [outcome.all_reduces for outcome in outcomes] == workers.ranks * [STEPS * _all_reduces(scheme, workers)]
     return outcomes
 
 
 def _all_reduces(scheme: str, workers: Workers) -> int:
-    """Per step. Four ranks cut the groups of the transposed convolution; TP splits the rows of the narrow layer."""
+    """Return how many one step needs: four ranks cut the groups of ``up``, and TP splits the rows of ``narrow``."""
     return int(scheme in ("TP", "FSDP2 x TP") or (scheme == "FSDP2" and workers.ranks == 4))
 
 
 @pytest.mark.parametrize(("ranks", "scheme", "placement", "kind"), MATRIX, indirect=["ranks"])
-def test_several_ranks_train_as_one(ranks: Workers, scheme: str, placement: str, kind: str) -> None:
+def test_several_ranks_train_like_one(ranks: Workers, scheme: str, placement: str, kind: str) -> None:
     _check(ranks, scheme, Recipe(kind, placement))
 
 
 VARIANTS = {
     "accumulation": Recipe("gradcentral.AdamW", micro_batches=2),
-    "accumulation before a hook": Recipe("torch.SGD", "update", micro_batches=2),
+    "accumulation with a hook": Recipe("torch.SGD", "update", micro_batches=2),
     "clipping before": Recipe("torch.SGD", clip="before"),
     "clipping before a fused step": Recipe("gradcentral.SGD", "update", clip="before"),
     "clipping after": Recipe("torch.SGD", clip="after"),
@@ -285,20 +285,22 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("scheme", ["DDP", "FSDP2", "TP"])
-def test_they_do_with_what_surrounds_a_step(scheme: str, variant: str, two_ranks: Workers) -> None:
+def test_variants_of_a_training_loop_on_several_ranks(scheme: str, variant: str, two_ranks: Workers) -> None:
     _check(two_ranks, scheme, VARIANTS[variant])
 
 
 @pytest.mark.parametrize("variant", ["accumulation", "clipping before a fused step", "clipping after"])
-def test_they_do_so_on_two_dimensions(variant: str, four_ranks: Workers) -> None:
+def test_variants_of_a_training_loop_on_a_two_dimensional_mesh(variant: str, four_ranks: Workers) -> None:
     _check(four_ranks, "FSDP2 x TP", VARIANTS[variant])
 
 
-@pytest.mark.skipif(bool(kernels.native.unavailable), reason="torch's sums are rounded by the shape of the tensor")
+@pytest.mark.skipif(
+    bool(kernels.native.unavailable_reason()), reason="the rounding of torch's sums depends on the shape of the tensor"
+)
 @pytest.mark.parametrize("kind", ["gradcentral.SGD", "gradcentral.Adam", "gradcentral.AdamW"])
 @pytest.mark.parametrize("placement", ["gradient", "update"])
 @pytest.mark.parametrize("scheme", ["DDP", "ZeRO", "FSDP2"])
-def test_where_no_collective_is_needed_not_a_bit_differs(
+def test_trainings_without_a_collective_are_bit_identical(
     scheme: str, placement: str, kind: str, two_ranks: Workers
 ) -> None:
     # The mean of two equal gradients is exact.

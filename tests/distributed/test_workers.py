@@ -1,4 +1,4 @@
-"""What the tests of this folder rest on: a case that fails or hangs fails its test and nothing else."""
+"""A case that fails or hangs fails its own test and no other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.distributed.workers import Workers
 
 
 def hang() -> None:
-    """Never answer."""
+    """Exceed the limit."""
     time.sleep(1000)
 
 
@@ -19,7 +19,7 @@ def divide_by_zero() -> float:
     return 1 / 0
 
 
-def test_what_goes_wrong_fails_the_case_and_nothing_after_it() -> None:
+def test_a_case_that_fails_or_hangs_fails_only_itself() -> None:
     workers = Workers(1)
     try:
         for case, message, limit_s in (

@@ -1,7 +1,7 @@
-"""Processes that stand for ranks: started once per number of ranks, then asked to run one case after another.
+"""Processes that act as ranks: started once per number of ranks, they run one case after another.
 
-Importing torch takes seconds, so the processes stay. A case that fails or hangs on any rank ends all of them, and the
-next case starts new ones.
+Importing torch takes seconds, so the processes are reused. If a case fails or hangs on any rank, all of them are
+killed, and the next case starts new ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-# A case takes some seconds at most, the first one longer; collectives that wait for each other for ever end as well.
+# A case takes a few seconds, the first one longer. The limits also end collectives that deadlock.
 LIMIT_S = 120
 COLLECTIVE_LIMIT_S = 90
 START_LIMIT_S = 120
@@ -35,7 +35,10 @@ class Workers:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, case: Callable[..., Any], *arguments: Any, limit_s: float = LIMIT_S) -> list[Any]:
-        """What ``case(*arguments)``, a function of a module, returns on each rank; fails if it fails on any."""
+        """Return the results of ``case(*arguments)`` on all ranks; fail the test if it fails on any.
+
+        The case must be a module-level function, because it is pickled.
+        """
         __tracebackhide__ = True
         if not self._processes:
             self._start()
@@ -68,7 +71,7 @@ class Workers:
                         continue
                     answers[rank], failure = self._pipes[rank].recv()
                 except EOFError:
-                    failure = "the process has ended"
+                    failure = "the process has exited"
                 if failure:
                     failure = f"{what}: rank {rank} of {self.ranks}: {failure}"
                     break
@@ -81,7 +84,7 @@ class Workers:
         return [answers[rank] for rank in range(self.ranks)]
 
     def stop(self) -> None:
-        """End the processes, whatever they are doing."""
+        """Kill the processes."""
         for process in self._processes:
             process.kill()
             process.join()

@@ -1,13 +1,15 @@
-"""The native kernels: exactness, determinism, the division of the work, and what they leave to the reference path."""
+"""The native kernels: exactness, determinism, the division of the work, and what falls back to the reference path."""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from torch import Tensor
 
 import gradcentral
 from gradcentral import WeightLayout, WeightVectors, center
-from gradcentral.kernels import Centering, available, native
+from gradcentral.kernels import Centering, native, unavailable_reasons
 from gradcentral.kernels.loops import Loop, loop_of_vectors
 from tests.strategies import Case, cases
 
@@ -26,7 +28,8 @@ SERVED = (torch.float64, torch.float32, torch.bfloat16)
 ROWS, COLUMNS = WeightVectors((1,)), WeightVectors((0,))
 
 pytestmark = pytest.mark.skipif(
-    bool(native.unavailable), reason=f"needs the native kernels ({native.unavailable}): install with a C compiler"
+    bool(native.unavailable_reason()),
+    reason=f"needs the native kernels ({native.unavailable_reason()}): install with a C compiler",
 )
 
 
@@ -40,7 +43,7 @@ def threads() -> Iterator[Any]:
 
 @given(drawn=st.lists(cases((*SERVED, torch.float16, torch.complex64), expanded=False), min_size=1, max_size=4))
 def test_centering_equals_the_reference(drawn: list[Case]) -> None:
-    """On any strides and dtypes together: what the kernels can't serve, the reference path does."""
+    """With strides and dtypes mixed; the reference path centers what the kernels do not serve."""
     expected = [center(*case) for case in drawn]
     Centering().center_([(case.tensor, case.vectors) for case in drawn])
     for case, reference in zip(drawn, expected, strict=True):
@@ -49,7 +52,7 @@ def test_centering_equals_the_reference(drawn: list[Case]) -> None:
 
 
 @given(drawn=st.lists(cases(SERVED, expanded=False), min_size=1, max_size=3))
-def test_restoring_means(drawn: list[Case]) -> None:
+def test_restoring_means_shifts_each_weight_vector(drawn: list[Case]) -> None:
     pairs = [(case.tensor, case.vectors) for case in drawn]
     expected = [
         (t + 0.25).to(t.dtype) - (center_means((t + 0.25).to(t.dtype), v) - center_means(t, v)).to(t.dtype)
@@ -70,7 +73,7 @@ def center_means(tensor: Tensor, vectors: WeightVectors) -> Tensor:
     return tensor.double() - center(tensor.double(), vectors)
 
 
-# Large enough for every way through: several pieces, blocks, waves; odd widths; runs of taps.
+# Large enough for every path through the kernels: several pieces, blocks and waves; odd widths; runs of taps.
 LARGE = [
     ((3, 700_001), ROWS),
     ((40_000, 9), ROWS),
@@ -87,7 +90,7 @@ LARGE = [
 
 
 @pytest.mark.parametrize("dtype", SERVED)
-def test_every_way_through_the_work_equals_the_reference(dtype: torch.dtype) -> None:
+def test_every_path_through_the_kernels_equals_the_reference(dtype: torch.dtype) -> None:
     tensors = [torch.randn(shape).add_(0.1).to(dtype) for shape, _ in LARGE]
     expected = [center(tensor.double(), vectors) for tensor, (_, vectors) in zip(tensors, LARGE, strict=True)]
     Centering().center_([(tensor, vectors) for tensor, (_, vectors) in zip(tensors, LARGE, strict=True)])
@@ -99,7 +102,7 @@ def test_every_way_through_the_work_equals_the_reference(dtype: torch.dtype) -> 
 @pytest.mark.parametrize("placement", ["gradient", "update"])
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 def test_large_steps_equal_float64(kind: str, placement: str, dtype: torch.dtype) -> None:
-    """One step on every layout against the formula in float64, rounded once."""
+    """One step on every layout, compared with the formula in float64, rounded once."""
     options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1} | ({"momentum": 0.9} if kind == "SGD" else {})
     params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape, _ in LARGE]
     gradients = [torch.randn(p.shape).add_(0.3).to(dtype) for p in params]
@@ -118,7 +121,7 @@ def test_large_steps_equal_float64(kind: str, placement: str, dtype: torch.dtype
         change = -0.1 * (g_hat + 0.1 * w) if kind == "SGD" else adams
         if placement == "update":
             change = center(change, vectors)
-        # Adam's first step is the gradient's sign, up to the rounding of its state.
+        # Adam's first step is the sign of the gradient, up to the rounding of its state.
         slack = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
         error = (p.detach().double() - (w + change)).abs()
         near_zero = g_hat.abs() < 1e-3 if kind == "AdamW" else torch.zeros_like(g_hat, dtype=torch.bool)
@@ -146,8 +149,8 @@ def test_results_do_not_depend_on_the_number_of_threads(placement: str, dtype: t
 
 @pytest.mark.parametrize("fan_in", [2, 9, 27, 1000, 4608, 100_000, 10_000_000])
 @pytest.mark.parametrize("by", ["rows", "columns"])
-def test_means_are_no_worse_than_torchs(fan_in: int, by: str) -> None:
-    """Against float64, in units of the rounding of the mean size of an element."""
+def test_means_are_at_least_as_exact_as_those_of_torch(fan_in: int, by: str) -> None:
+    """Compared with float64, in units of the rounding of the mean absolute element."""
     units = max(1, 200_000 // fan_in)
     x = torch.randn(units, fan_in, generator=torch.Generator().manual_seed(1)).add_(0.5)
     exact = x.double().mean(1)
@@ -161,7 +164,7 @@ def test_means_are_no_worse_than_torchs(fan_in: int, by: str) -> None:
     means = native.CenteringPlan([x], [vectors], [loop]).means([x])
     ours = float((means - exact).abs().max()) / unit
     torchs = float((x.mean(span).double() - exact).abs().max()) / unit
-    # A mean that is written in f32 is off by half a unit of its own, and so is torch's best.
+    # Rounding a mean to f32 costs up to half a unit, so torch cannot be better than that.
     assert ours <= max(torchs, 1.0)
 
 
@@ -191,9 +194,9 @@ def test_nan_and_inf_stay_in_their_weight_vector(bad: float, dtype: torch.dtype)
 @example(loops=[(Loop(2**33, 9, 1, 1), 1), (Loop(1, 2**17, 2**17, 1), 1), (Loop(2**35, 1, 1, 1), 0)], dtype=0)
 @example(loops=[(Loop(1, 2, 2**34, 1), 2), (Loop(1, 3, 7, 2**33), 1)], dtype=1)
 @example(loops=[(Loop(0, 3, 1, 1), 1), (Loop(5, 3, 1, 1), 1)], dtype=2)
-def test_the_division_covers_everything_once_in_order(loops: list[tuple[Loop, int]], dtype: int) -> None:
-    """Also for sizes beyond 2³¹ elements: the arithmetic, without the memory."""
-    work = native.Work(loops, dtype, with_scratch=False)
+def test_pieces_cover_every_element_once_in_order(loops: list[tuple[Loop, int]], dtype: int) -> None:
+    """Including sizes beyond 2³¹ elements, without allocating them."""
+    work = native.WorkList(loops, dtype, with_scratch=False)
     covered: dict[tuple[int, int], list[tuple[int, int]]] = {}
     wave_of: dict[tuple[int, int], list[int]] = {}
     batches, waves = list(work.batches), list(work.waves)
@@ -203,21 +206,21 @@ def test_the_division_covers_everything_once_in_order(loops: list[tuple[Loop, in
         for batch in range(waves[wave], waves[wave + 1]):
             for position in range(batches[batch], batches[batch + 1]):
                 piece = work.pieces[position]
-                covered.setdefault((piece.item, piece.kind), []).append((piece.begin, piece.end))
-                wave_of.setdefault((piece.item, piece.kind), []).append(wave)
+                covered.setdefault((piece.parameter, piece.kind), []).append((piece.begin, piece.end))
+                wave_of.setdefault((piece.parameter, piece.kind), []).append(wave)
     elements, rows, groups, sums, steps = range(5)
-    for index, ((loop, placement), item) in enumerate(zip(loops, work.items, strict=True)):
-        width, total = loop.unit * loop.b, math.prod(loop)
+    for index, ((loop, placement), item) in enumerate(zip(loops, work.parameters, strict=True)):
+        width, total = loop.units * loop.inner, math.prod(loop)
         if total == 0:
             expected = {}
         elif placement == 0:
             expected = {elements: total}
         elif width == 1:
-            expected = {rows: loop.group}
+            expected = {rows: loop.groups}
         elif item.blocks == 1:
-            expected = {groups: loop.group}
+            expected = {groups: loop.groups}
         else:
-            expected = {sums: loop.group * item.blocks, steps: loop.group * loop.a}
+            expected = {sums: loop.groups * item.blocks, steps: loop.groups * loop.outer}
             assert max(wave_of[index, sums]) < min(wave_of[index, steps])
         assert {kind for position, kind in covered if position == index} == set(expected)
         for kind, count in expected.items():
@@ -227,19 +230,19 @@ def test_the_division_covers_everything_once_in_order(loops: list[tuple[Loop, in
             assert all(one[1] == other[0] for one, other in pairwise(ranges))
 
 
-def test_memory_of_a_plan_is_less_than_a_number_for_each_weight_vector_of_gpt2() -> None:
+def test_memory_of_a_plan_is_at_most_one_number_per_weight_vector_of_gpt2() -> None:
     from gradcentral.bench.shapes import MODELS
 
     shapes = [(shape, vectors) for shape, vectors in MODELS["GPT-2"]() if vectors is not None]
     loops = [(loop, 1) for _, vectors in shapes if (loop := loop_of_vectors(vectors)) is not None]
-    numbers = native.Work(loops, 0, with_scratch=False).scratch_bytes / 8
+    numbers = native.WorkList(loops, 0, with_scratch=False).scratch_bytes / 8
     assert numbers <= sum(vectors.count for _, vectors in shapes)
 
 
-# What the kernels do not serve.
+# What falls back to the reference path.
 
 
-def test_what_is_served() -> None:
+def test_only_plain_dense_tensors_are_served() -> None:
     whole = torch.randn(4, 6)
     assert native.loop_of(whole, ROWS) == Loop(4, 6, 1, 1)
     assert native.loop_of(whole, None) == Loop(24, 1, 1, 1)
@@ -257,8 +260,8 @@ def test_what_is_served() -> None:
         assert native.loop_of(tensor, ROWS) is None
 
 
-def test_state_of_another_layout_is_left_to_torch() -> None:
-    """A checkpoint of a contiguous model in a channels_last one: every tensor in its own order."""
+def test_state_with_other_strides_falls_back_to_torch() -> None:
+    """A checkpoint of a contiguous model, loaded into a channels_last one."""
     conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = gradcentral.SGD(conv, lr=0.1, momentum=0.9)
     reference = torch.nn.Conv2d(3, 4, 3)
@@ -278,8 +281,8 @@ def test_state_of_another_layout_is_left_to_torch() -> None:
         torch.testing.assert_close(p, q)
 
 
-def test_available_says_which_and_why_not() -> None:
-    found = available()
+def test_available_gives_a_reason_for_each_kernel() -> None:
+    found = unavailable_reasons()
     assert [*found] == ["reference", "native", "triton"]
     assert (found["reference"], found["native"]) == ("", "")
 
@@ -289,11 +292,11 @@ def test_available_says_which_and_why_not() -> None:
     [
         ("reference", "GRADCENTRAL_KERNELS=reference"),
         ("native", ""),
-        ("triton!", "must be 'reference', 'native' or 'triton'"),
+        ("triton!", "choose from reference, native, triton"),
     ],
 )
-def test_the_environment_forces_a_path(value: str, outcome: str) -> None:
-    code = "from gradcentral import kernels; print(kernels.available()['native'])"
+def test_the_environment_variable_selects_the_kernels(value: str, outcome: str) -> None:
+    code = "from gradcentral import kernels; print(kernels.unavailable_reasons()['native'])"
     run = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "GRADCENTRAL_KERNELS": value}, capture_output=True, text=True
     )
@@ -301,10 +304,41 @@ def test_the_environment_forces_a_path(value: str, outcome: str) -> None:
     assert (run.returncode == 0) == (value != "triton!")
 
 
-def test_reference_path_by_shape_layout() -> None:
-    """WeightLayout.from_shapes and the kernels agree on what a row is."""
+def test_a_layout_from_shapes_equals_the_reference() -> None:
+    """WeightLayout.from_shapes and the kernels agree on the rows of a convolution."""
     p = torch.nn.Parameter(torch.randn(8, 3, 5, 5))
     p.grad = torch.randn_like(p)
     expected = center(p.grad, WeightVectors((1, 2, 3)))
     gradcentral.centralize_gradients(layout=WeightLayout.from_shapes([p]))
     torch.testing.assert_close(p.grad, expected)
+
+
+# Remedies.
+
+
+def test_remedy_for_a_missing_or_broken_library(tmp_path: Path) -> None:
+    """Both messages ask to reinstall gradcentral with a C compiler, which builds the library by setup.py."""
+    library, reason = native._load(tmp_path)
+    assert (library, "install a C compiler and reinstall gradcentral" in reason) == (None, True)
+    (tmp_path / "_native.so").write_bytes(b"not a library")
+    library, reason = native._load(tmp_path)
+    assert (library, "reinstall gradcentral" in reason) == (None, True)
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    root = Path(__file__).parents[2]
+    build = ["setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    subprocess.run([sys.executable, *build], cwd=root, check=True, capture_output=True)
+    library, reason = native._load(tmp_path / "gradcentral" / "kernels")
+    assert (library is not None, reason) == (True, "")
+
+
+def test_remedy_for_shapes_that_change_during_a_step() -> None:
+    """The message asks to change shapes between steps."""
+    weight = torch.randn(4, 6)
+    centering = Centering()
+    means = centering.means([(weight, ROWS)])
+    larger = torch.randn(5, 6)
+    with pytest.raises(RuntimeError, match="change shapes between steps"):
+        centering.restore_([(larger, ROWS)], means)
+    means = centering.means([(larger, ROWS)])
+    centering.restore_([(larger.add_(1), ROWS)], means)

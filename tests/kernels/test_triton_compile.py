@@ -1,4 +1,4 @@
-"""The Triton kernel compiles for GPUs that are not here, into code that reads and writes 16 bytes at a time."""
+"""The Triton kernel compiles without a GPU, into code whose threads read and write 16 bytes at a time."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="needs the extra triton")
 
-from gradcentral.kernels import native  # noqa: E402
+from gradcentral.kernels.forms import Operation, Placement, UpdateRule  # noqa: E402
+from gradcentral.kernels.triton import INTERPRETED  # noqa: E402
 from gradcentral.kernels.triton.division import TILE, columns_beside  # noqa: E402
-from gradcentral.kernels.triton.plans import _CENTER, REGISTERS, WARPS  # noqa: E402
-from gradcentral.kernels.triton.rules import INTERPRETED  # noqa: E402
+from gradcentral.kernels.triton.plans import REGISTERS, WARPS  # noqa: E402
 from gradcentral.kernels.triton.step import run  # noqa: E402
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing under TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 turns off the compiler")
 
 
-def compiled(capability: int, kind: int, placement: int, dtype: Any, extras: bool) -> str:
-    """The PTX of the kernel with these choices, by Triton's own compiler, which needs no GPU."""
+def compiled(capability: int, rule: int, placement: int, dtype: Any, extras: bool) -> str:
+    """The PTX of a variant of the kernel; Triton's compiler needs no GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     constants: dict[str, Any] = {
-        "RULE": kind,
+        "RULE": rule,
         "PLACEMENT": placement,
-        "DAMPENED": extras and kind == native.MOMENTUM,
+        "DAMPENED": extras and rule == UpdateRule.MOMENTUM,
         "WAITS": True,
         "ALIGNED": True,
         "WEIGHT": dtype,
@@ -39,11 +39,11 @@ def compiled(capability: int, kind: int, placement: int, dtype: Any, extras: boo
     if not extras:
         constants |= dict.fromkeys(optional)
     signature: dict[str, Any] = {
-        **dict.fromkeys(("pointers", "items"), "*i64"),
+        **dict.fromkeys(("pointers", "parameters"), "*i64"),
         **dict.fromkeys(("pieces", "progress"), "*i32"),
         **dict.fromkeys(("partials", "means"), "*fp32"),
         **optional,
-        "n_items": "i32",
+        "n_parameters": "i32",
         "n_counters": "i32",
         "lr": "fp32",
         "rule": ("fp32",) * 11,
@@ -55,22 +55,22 @@ def compiled(capability: int, kind: int, placement: int, dtype: Any, extras: boo
     source = ASTSource(fn=run, signature={name: signature[name] for name in names}, constexprs=values)
     options = {"num_warps": WARPS, "maxnreg": REGISTERS}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert kernel.asm["cubin"], "the assembler made nothing of it"
+    assert kernel.asm["cubin"], "the assembler returned nothing"
     return str(kernel.asm["ptx"])
 
 
 @pytest.mark.parametrize(
-    ("capability", "kind", "placement", "dtype", "extras"),
+    ("capability", "rule", "placement", "dtype", "extras"),
     [
-        (90, native.MOMENTUM, "gradient", "float32", True),
-        (90, native.AMSGRAD, "update", "bfloat16", True),
-        (80, native.ADAM, "gradient", "float16", False),
-        (80, _CENTER, "gradient", "float32", False),
+        (90, UpdateRule.MOMENTUM, Placement.GRADIENT, "float32", True),
+        (90, UpdateRule.AMSGRAD, Placement.UPDATE, "bfloat16", True),
+        (80, UpdateRule.ADAM, Placement.GRADIENT, "float16", False),
+        (80, Operation.CENTER, Placement.GRADIENT, "float32", False),
     ],
 )
-def test_the_kernel_compiles(capability: int, kind: int, placement: str, dtype: str, extras: bool) -> None:
-    ptx = compiled(capability, kind, native.PLACEMENTS[placement], getattr(triton.language, dtype), extras)
-    wide = "v4.b32" if dtype == "float32" else "v2.b32"  # of each thread's share of a tile, all at once
+def test_the_kernel_compiles(capability: int, rule: int, placement: Placement, dtype: str, extras: bool) -> None:
+    ptx = compiled(capability, rule, placement, getattr(triton.language, dtype), extras)
+    wide = "v4.b32" if dtype == "float32" else "v2.b32"  # a thread's 4 elements of a tile
     assert re.search(rf"ld\.global\S*\.{wide}", ptx)
     assert re.search(rf"st\.global\S*\.{wide}", ptx)
     assert f".maxnreg {REGISTERS}" in ptx

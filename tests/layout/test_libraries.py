@@ -1,4 +1,4 @@
-"""Tables of libraries that are not installed: found by the path of a class, checked against its sizes."""
+"""Rule tables of libraries that are not installed: found by the path of a class, checked against its sizes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from gradcentral import WeightVectors, weight_layout
-from gradcentral.layout.library_tables import LIBRARIES
+from gradcentral.layout.lookup import LIBRARIES
 
 
 def _layer(path: str, parameters: dict[str, tuple[int, ...]], **attributes: object) -> nn.Module:
-    """A layer as a library would define it, without the library."""
+    """A layer as the library defines it, without the library."""
     module, _, name = path.rpartition(".")
     layer: nn.Module = type(name, (nn.Module,), {"__module__": module, "__qualname__": name})()
     for parameter, shape in parameters.items():
@@ -40,10 +40,9 @@ def test_every_library_has_a_table() -> None:
 def test_no_library_is_imported() -> None:
     code = f"""
 import sys, torch
-import gradcentral.layout.lookup
-from gradcentral.layout.library_tables import LIBRARIES, rules_of
+from gradcentral.layout.lookup import LIBRARIES, library_rules
 for library in LIBRARIES:
-    rules_of(type("Layer", (), {{"__module__": library + ".models"}}))
+    library_rules(type("Layer", (), {{"__module__": library + ".models"}}))
 print([name for name in {LIBRARIES!r} if name in sys.modules])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -60,12 +59,12 @@ print([name for name in {LIBRARIES!r} if name in sys.modules])
         (_EXPERTS, _SQUARE, {"is_transposed": True}, 1),  # the module tells
         (_EXPERTS, _SQUARE, {"is_transposed": False}, 2),
         (_GPT_OSS, _SQUARE, {}, 1),  # the table tells
-        (_GPT_OSS, _SQUARE, {"is_transposed": False}, 2),  # what the module says at run time counts more
+        (_GPT_OSS, _SQUARE, {"is_transposed": False}, 2),  # the module's own attribute takes precedence
         ("transformers.models.mixtral.modeling_mixtral.MixtralExperts", _SQUARE, {}, 2),
         ("transformers.models.moved.elsewhere.Llama4TextExperts", _SQUARE, {}, 1),
     ],
 )
-def test_experts_in_both_layouts(
+def test_experts_stored_in_either_order(
     path: str, shapes: dict[str, tuple[int, ...]], attributes: dict[str, object], span: int
 ) -> None:
     layout = weight_layout(_layer(path, shapes, **attributes))
@@ -75,18 +74,23 @@ def test_experts_in_both_layouts(
 @pytest.mark.parametrize(
     ("path", "shapes", "attributes", "reason"),
     [
-        (_EXPERTS, _SQUARE, {}, "does not tell [expert, out, in] from [expert, in, out]"),
-        (_EXPERTS, {"down_proj": (3, 4, 4)}, {"intermediate_dim": 4}, "does not tell"),
-        (_EXPERTS, _BOTH, {"is_transposed": True, "intermediate_dim": 5}, "is not what SomeMoeExperts has"),
+        (_EXPERTS, _SQUARE, {}, "may be stored as 'e o [i]' or as 'e [i] o'"),
+        (_EXPERTS, {"down_proj": (3, 4, 4)}, {"intermediate_dim": 4}, "may be stored as"),
+        (_EXPERTS, _BOTH, {"is_transposed": True, "intermediate_dim": 5}, "does not fit SomeMoeExperts"),
         (_GPT_OSS, _BOTH, {"intermediate_size": 5}, "a hidden layer of"),
         (_EXPERTS, _BOTH, {"intermediate_dim": 7}, "a hidden layer of 14 units"),
         (_EXPERTS, {"gate_up_proj": (10, 8)}, {}, "three axes"),
-        ("transformers.pytorch_utils.Conv1D", {"weight": (8, 3)}, {"nf": 8, "nx": 3}, "[i, o], i = nx = 3"),
+        (
+            "transformers.pytorch_utils.Conv1D",
+            {"weight": (8, 3)},
+            {"nf": 8, "nx": 3},
+            "expected '[i] o' with i = nx = 3",
+        ),
         ("timm.layers.cond_conv2d.CondConv2d", {"weight": (3, 50)}, {"weight_shape": (2, 2, 3, 3)}, "weight_shape"),
-        ("transformers.models.xlnet.Moved.XLNetRelativeAttention", {"q": (8, 8)}, {}, "[i, o, o]"),
+        ("transformers.models.xlnet.Moved.XLNetRelativeAttention", {"q": (8, 8)}, {}, "'[i] h o'"),
     ],
 )
-def test_what_does_not_fit_is_unknown(
+def test_parameters_that_do_not_fit_their_rule_are_unknown(
     path: str, shapes: dict[str, tuple[int, ...]], attributes: dict[str, object], reason: str
 ) -> None:
     layout = weight_layout(_layer(path, shapes, **attributes))
@@ -95,7 +99,7 @@ def test_what_does_not_fit_is_unknown(
     assert any(reason in skipped for skipped in layout.skipped.values()), layout.skipped
 
 
-def test_a_user_s_subclass_inherits_the_rule() -> None:
+def test_subclasses_defined_by_users_inherit_the_rule() -> None:
     base = _layer("transformers.pytorch_utils.Conv1D", {"weight": (8, 3)}, nf=3, nx=8)
     mine = type("Mine", (type(base),), {})()
     mine.weight = nn.Parameter(torch.zeros(8, 3))
@@ -104,24 +108,24 @@ def test_a_user_s_subclass_inherits_the_rule() -> None:
     assert layout.entries[0].origin == "transformers Mine.weight"
 
 
-def test_a_name_is_no_evidence_of_weights() -> None:
+def test_a_parameter_is_not_centered_because_of_its_name() -> None:
     layer = _layer("transformers.models.new.modeling_new.NewAttention", {"o_proj": (4, 4), "cls_token": (1, 1, 4)})
     layout = weight_layout(layer)
     assert [entry.name for entry in layout.unknown] == ["o_proj"]
     assert layout.skipped["cls_token"] == "learned token"
-    # The same name outside a known library says nothing.
+    # Outside the known libraries, the same name means nothing.
     assert len(weight_layout(_layer("mine.Attention", {"cls_token": (1, 1, 4)})).unknown) == 1
 
 
-def test_only_conv_means_the_libraries_convolutions_too() -> None:
+def test_only_conv_includes_the_convolutions_of_libraries() -> None:
     conv = _layer("timm.layers.cond_conv2d.CondConv2d", {"weight": (3, 36)}, weight_shape=(2, 2, 3, 3))
     conv1d = _layer("transformers.pytorch_utils.Conv1D", {"weight": (8, 3)})
     layout = weight_layout(nn.Sequential(conv, conv1d), only="conv")
     assert layout["0.weight"] == WeightVectors((2, 3, 4), view=(3, 2, 2, 3, 3), shape=(3, 36))
-    assert "no convolution" in layout.skipped["1.weight"]
+    assert "not a convolution" in layout.skipped["1.weight"]
 
 
-def test_lora_on_experts_keeps_them_apart() -> None:
+def test_lora_on_experts_keeps_the_experts_apart() -> None:
     wrapper = _layer("peft.tuners.lora.layer.ParamWrapper", {}, num_experts=3)
     wrapper.lora_A = nn.ModuleDict({"default": nn.Linear(6, 12, bias=False)})
     wrapper.lora_B = nn.ModuleDict({"default": nn.Linear(12, 5, bias=False)})

@@ -1,21 +1,26 @@
-"""A user's own layer: an attribute of the class, rules that reach into submodules, and the lines that are suggested."""
+"""Layers defined by users: class attributes, rules for submodules, and suggested rules."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from gradcentral import LeaveAlone, WeightVectors, register_layout, weight_layout
+import gradcentral
+from gradcentral import LeaveAlone, WeightLayout, WeightVectors, register_layout, weight_layout
+from gradcentral.layout import axes
 
 
 class Declared(nn.Module):
-    """Says itself what its parameters are."""
+    """Declares its weight vectors."""
 
     weight_vectors: ClassVar = {
-        "weight": WeightVectors((0,)),
+        "weight": "[i] o",
         "scale": LeaveAlone("a scale"),
         "items.*": lambda module, tensor: WeightVectors((tensor.ndim - 1,)),
     }
@@ -29,7 +34,7 @@ class Declared(nn.Module):
 
 
 class Plain(nn.Module):
-    """Says nothing."""
+    """Declares nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +42,7 @@ class Plain(nn.Module):
         self.parts = nn.ParameterList([torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)])
 
 
-def test_a_class_declares_its_weight_vectors() -> None:
+def test_a_class_can_declare_its_weight_vectors() -> None:
     layout = weight_layout(nn.Sequential(Declared()))
     assert layout["0.weight"].span == (0,)
     assert layout["0.items.0"].span == (1,)
@@ -46,7 +51,7 @@ def test_a_class_declares_its_weight_vectors() -> None:
     assert layout.entries[0].origin == "declared Declared.weight"
 
 
-def test_a_registered_rule_beats_a_declared_one() -> None:
+def test_a_registered_rule_takes_precedence_over_a_declared_one() -> None:
     class Mine(Declared):
         pass
 
@@ -55,19 +60,19 @@ def test_a_registered_rule_beats_a_declared_one() -> None:
 
     register_layout(Mine, "weight", None)
     assert "weight" in weight_layout(Mine()).skipped
-    assert weight_layout(Child())["weight"].span == (1,)  # the class's own word comes before its bases'
+    assert weight_layout(Child())["weight"].span == (1,)  # the class itself takes precedence over its bases
     assert weight_layout(Child())["items.0"].span == (1,)
 
 
-def test_a_declaration_that_is_no_rule_is_refused() -> None:
+def test_declared_values_that_are_not_rules_are_refused() -> None:
     class Wrong(Declared):
         weight_vectors: ClassVar = {"weight": (0,)}
 
-    with pytest.raises(TypeError, match=r"Wrong.weight_vectors\['weight'\] must be WeightVectors"):
+    with pytest.raises(TypeError, match=r"Wrong.weight_vectors\['weight'\] must be a pattern"):
         weight_layout(Wrong())
 
 
-def test_somebody_else_s_attribute_of_that_name_is_not_ours() -> None:
+def test_unrelated_attributes_of_the_same_name_are_ignored() -> None:
     class Foreign(nn.Linear):
         @property
         def weight_vectors(self) -> int:
@@ -76,46 +81,106 @@ def test_somebody_else_s_attribute_of_that_name_is_not_ours() -> None:
     assert weight_layout(Foreign(4, 3))["weight"].span == (1,)
 
 
-def test_a_rule_reaches_into_submodules() -> None:
+def test_rules_can_refer_to_parameters_of_submodules() -> None:
     class Mixture(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.shared = nn.Linear(4, 6)
             self.experts = nn.ModuleList(nn.Linear(4, 6) for _ in range(2))
 
-    register_layout(Mixture, "experts.*.weight", WeightVectors((2,), view=(3, 2, 4)))
-    register_layout(Mixture, "*", None)  # one piece: the module's own parameters, of which there are none
+    register_layout(Mixture, "experts.*.weight", "(3 o) [i]")
+    register_layout(Mixture, "*", None)  # matches the module's own parameters, of which there are none
     layout = weight_layout(nn.Sequential(Mixture()))
     assert layout["0.shared.weight"].fan_in == 4
     assert layout["0.experts.1.weight"].view == (3, 2, 4)
 
 
-def test_one_line_is_suggested_for_each_kind_of_unknown_parameter() -> None:
+def test_rules_can_take_the_sizes_of_split_axes_from_the_module() -> None:
+    class Grouped(nn.Module):
+        weight_vectors: ClassVar = {"weight": axes("(g [i]) o [k...]", g="groups", k="kernel_size")}
+
+        def __init__(self, groups: int) -> None:
+            super().__init__()
+            self.groups, self.kernel_size = groups, (5, 5)
+            self.weight = nn.Parameter(torch.zeros(8, 3, 5, 5))
+
+    patterns = [weight_layout(Grouped(groups))["weight"].pattern for groups in (1, 2)]
+    assert patterns == ["[i] o [k k]", "(2 [i]) o [k k]"]
+    reason = "shape (8, 3, 5, 5) does not fit Grouped: expected '(g [i]) o [k...]' with g = groups = 3, k = kernel_size"
+    assert weight_layout(Grouped(3)).unknown[0].reason == f"{reason} = (5, 5)"
+
+
+def test_one_rule_is_suggested_for_each_kind_of_unknown_parameter() -> None:
     layout = weight_layout(nn.Sequential(Plain(), Plain()))
     mix, parts = layout.suggestions
-    path = f"{Plain.__module__}.Plain"
-    assert mix.startswith(f'gradcentral.register_layout({path}, "mix", None)  # 4×3; ')
-    assert "span=(0,) if as x @ w" in mix
-    assert parts.startswith(f'gradcentral.register_layout({path}, "parts.*", None)  # 2×3×4; ')
+    register = f"from {Plain.__module__} import Plain; gradcentral.register_layout(Plain, "
+    assert mix.startswith(f'{register}"mix", None)  # 4×3: ')
+    assert parts.startswith(f'{register}"parts.*", None)  # 2×3×4: ')
     assert mix in str(layout)
-    code = mix.replace("None", "gradcentral.WeightVectors(span=(0,))").replace(path, "Mine")
-    import gradcentral
 
-    class Mine(Plain):
+
+class Parametrized(nn.Module):
+    """Has a rule, which does not apply to the parameter behind a parametrization of the user."""
+
+    weight_vectors: ClassVar = {"weight": "o [i]"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 3))
+        parametrize.register_parametrization(self, "weight", nn.Softplus())
+
+
+def _local_class() -> nn.Module:
+    class Local(Plain):
         pass
 
-    exec(code, {"gradcentral": gradcentral, "Mine": Mine})
-    assert weight_layout(Mine())["mix"].span == (0,)
+    return Local()
 
 
-def test_what_cannot_be_named_by_its_class_is_suggested_as_an_override() -> None:
+def _of_main() -> nn.Module:
+    model: nn.Module = type("InMain", (Plain,), {"__module__": "__main__"})()
+    return model
+
+
+def _reshaped_linear() -> nn.Module:
     layer = nn.Linear(4, 3)
     layer.weight = nn.Parameter(torch.zeros(3, 2, 2))
-    (line,) = weight_layout(nn.Sequential(layer)).suggestions
-    assert line.startswith('gradcentral.weight_layout(model, overrides={"0.weight": None})  # 3×2×2')
+    return layer
 
 
-def test_layers_that_repeat_share_a_row() -> None:
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: Plain(), "register_layout(Plain"),
+        (_of_main, "register_layout(InMain"),
+        (_local_class, 'overrides={"0.mix": None}'),
+        (_reshaped_linear, 'overrides={"0.weight": None}'),
+        (lambda: Parametrized(), 'overrides={"0.parametrizations.weight.original": None}'),
+        (lambda: nn.ParameterDict({"w[0]": torch.zeros(3, 4)}), 'overrides={"0.w[0]": None}'),
+    ],
+)
+def test_suggested_rules_run_as_they_are_and_with_each_suggested_edit(
+    make: Callable[[], nn.Module], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(make())
+    before = weight_layout(model)
+    assert any(kind in line for line in before.suggestions)
+    for line in before.suggestions:
+        suggested = re.findall(r'"[^"]*\[[^"]*"', line.partition("  # ")[2])
+        assert suggested
+        for rule in ["None", *suggested]:
+            monkeypatch.setattr("gradcentral.layout.rules._registered", {})
+            names = {"gradcentral": gradcentral, "model": model, type(model[0]).__name__: type(model[0])}
+            exec(line.replace("None", rule, 1), names)
+            after = names.get("layout", weight_layout(model))
+            assert isinstance(after, WeightLayout)
+            for entry in before.unknown:
+                if entry.suggestion == line:
+                    assert (entry.parameter in after) is (rule != "None")
+                    assert entry.name not in [unknown.name for unknown in after.unknown]
+
+
+def test_repeated_layers_share_a_row() -> None:
     block = lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))  # noqa: E731
     model = nn.ModuleDict({"blocks": nn.ModuleList([block(), block(), block(), nn.Sequential(nn.Linear(4, 4))])})
     text = str(weight_layout(model))
@@ -127,9 +192,9 @@ def test_layers_that_repeat_share_a_row() -> None:
     assert "blocks.1.1.bias" in every
 
 
-def test_what_does_not_train_is_told_apart() -> None:
+def test_frozen_parameters_are_marked() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     model[0].requires_grad_(False)
     text = str(weight_layout(model))
-    assert "Linear.weight; does not train" in text
-    assert "2 of 4 parameters are centered (80.0% of the elements); of those that train, 1 of 2" in text
+    assert "Linear.weight; not trained" in text
+    assert "2 of 4 parameters are centered (80.0% of the elements); of the trained ones, 1 of 2" in text

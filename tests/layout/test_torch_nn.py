@@ -1,4 +1,4 @@
-"""Every layer of torch.nn: which weight vectors it has, and the paper's theorem as the proof."""
+"""Every layer of torch.nn: its weight vectors, verified by theorem 4.1 of the paper."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from gradcentral import WeightLayout, WeightVectors, centralize, weight_layout
+from gradcentral import WeightLayout, centralize, weight_layout
 
 Double = Callable[[nn.Module], nn.Module]
 
 
 def _old_style(wrap: Callable[..., nn.Module], module: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():  # torch deprecates the functions, not the models that were made with them
+    with warnings.catch_warnings():  # torch deprecates the functions, but models made with them remain
         warnings.simplefilter("ignore", FutureWarning)
         return wrap(module)
 
@@ -49,7 +49,7 @@ CENTERED: list[tuple[str, Callable[[], nn.Module], dict[str, tuple[int, int]]]] 
     ("LSTMCell", lambda: nn.LSTMCell(4, 5), {"weight_ih": (20, 4), "weight_hh": (20, 5)}),
     ("MultiheadAttention", lambda: nn.MultiheadAttention(4, 2), {"in_proj_weight": (12, 4), "out_proj.weight": (4, 4)}),
     (
-        "MultiheadAttention, own k and v",
+        "MultiheadAttention with kdim and vdim",
         lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=5, add_bias_kv=True),
         {"q_proj_weight": (4, 4), "k_proj_weight": (4, 3), "v_proj_weight": (4, 5), "out_proj.weight": (4, 4)},
     ),
@@ -75,14 +75,14 @@ CENTERED: list[tuple[str, Callable[[], nn.Module], dict[str, tuple[int, int]]]] 
 
 
 @pytest.mark.parametrize(("make", "expected"), [c[1:] for c in CENTERED], ids=[c[0] for c in CENTERED])
-def test_weight_vectors_of(make: Callable[[], nn.Module], expected: dict[str, tuple[int, int]]) -> None:
+def test_count_and_fan_in_of_every_layer(make: Callable[[], nn.Module], expected: dict[str, tuple[int, int]]) -> None:
     layout = weight_layout(make())
     found = {e.name: (e.vectors.count, e.vectors.fan_in) for e in layout.entries if e.vectors is not None}
     assert found == expected
     assert not layout.unknown
 
 
-LEFT_ALONE: list[tuple[str, Callable[[], nn.Module], str, str]] = [
+SKIPPED: list[tuple[str, Callable[[], nn.Module], str, str]] = [
     ("Embedding", lambda: nn.Embedding(9, 4), "weight", "lookup"),
     ("EmbeddingBag", lambda: nn.EmbeddingBag(9, 4), "weight", "lookup"),
     ("LayerNorm", lambda: nn.LayerNorm((3, 4)), "weight", "normalization"),
@@ -109,16 +109,16 @@ LEFT_ALONE: list[tuple[str, Callable[[], nn.Module], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "name", "reason"), [c[1:] for c in LEFT_ALONE], ids=[c[0] for c in LEFT_ALONE])
-def test_left_alone(make: Callable[[], nn.Module], name: str, reason: str) -> None:
+@pytest.mark.parametrize(("make", "name", "reason"), [c[1:] for c in SKIPPED], ids=[c[0] for c in SKIPPED])
+def test_parameters_that_are_skipped(make: Callable[[], nn.Module], name: str, reason: str) -> None:
     layout = weight_layout(make())
     assert reason in layout.skipped[name]
     assert name not in layout
-    with pytest.raises(KeyError, match="left alone"):
+    with pytest.raises(KeyError, match="is skipped"):
         layout[name]
 
 
-def test_quantization_aware_layers_inherit() -> None:
+def test_quantization_aware_layers_inherit_their_rules() -> None:
     qat = pytest.importorskip("torch.ao.nn.qat")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -129,15 +129,15 @@ def test_quantization_aware_layers_inherit() -> None:
     assert weight_layout(qat.Conv2d(4, 3, 3, qconfig=config))["weight"].fan_in == 36
 
 
-def test_two_parametrizations_are_unknown() -> None:
+def test_parameters_behind_two_parametrizations_are_unknown() -> None:
     layer = parametrizations.spectral_norm(parametrizations.spectral_norm(nn.Linear(4, 3)))
     assert [e.reason for e in weight_layout(layer).unknown] == ["parametrized by _SpectralNorm, _SpectralNorm"]
 
 
-def test_a_weight_of_unexpected_shape_is_unknown() -> None:
+def test_weights_of_unexpected_shape_are_unknown() -> None:
     layer = nn.Linear(4, 3)
     layer.weight = nn.Parameter(torch.zeros(12))
-    assert "shape (12,) is not what Linear has" in weight_layout(layer).unknown[0].reason
+    assert weight_layout(layer).unknown[0].reason == "shape (12,) does not fit Linear: expected 'o [i]'"
 
 
 # The theorem (section 4.1 of the paper): after any number of GC steps, adding γ to every input of a unit changes its
@@ -185,7 +185,7 @@ def _error(
 
 
 THEOREM: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], tuple[int, ...], tuple[int, ...] | None, bool]] = [
-    # layer, input size, axes that Σw⁰ runs over, of which view, is the shape rule right?
+    # layer, input size, axes that Σw⁰ runs over, view, whether the shape rule is right
     ("Linear", lambda: nn.Linear(6, 4), (8, 6), (1,), None, True),
     ("Conv2d", lambda: nn.Conv2d(3, 4, 3), (2, 3, 7, 7), (1, 2, 3), None, True),
     ("Conv2d grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 7, 7), (1, 2, 3), None, True),
@@ -204,7 +204,7 @@ THEOREM: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], tuple[int, ..
 @pytest.mark.parametrize(
     ("make", "size", "axes", "view", "shape_rule_right"), [c[1:] for c in THEOREM], ids=[c[0] for c in THEOREM]
 )
-def test_theorem_holds_for_layers_linear_in_their_input(
+def test_theorem_holds_for_layers_that_are_linear_in_their_input(
     make: Callable[[], nn.Module],
     size: tuple[int, ...],
     axes: tuple[int, ...],
@@ -230,10 +230,10 @@ def test_theorem_holds_for_layers_linear_in_their_input(
 
 
 def test_theorem_fails_for_grouped_transposed_convolutions_without_splitting_groups() -> None:
-    """The rule (0, 2, 3), right for one group, means over filters of several groups when there are more."""
+    """``[i] o [k k]`` is right for one group only; with more, its means run over filters of several groups."""
     before = nn.ConvTranspose2d(4, 6, 3, groups=2).double()
     layer = copy.deepcopy(before)
-    layout = weight_layout(layer, overrides={"weight": WeightVectors((0, 2, 3))})
+    layout = weight_layout(layer, overrides={"weight": "[i] o [k k]"})
     _train(layer, lambda m: m(torch.ones(1, 4, 5, 5, dtype=torch.float64)).tanh().square().sum(), layout)
     assert _error(layer, before, "weight", (2, 4, 7, 7), (1, 3, 4), (2, 2, 3, 3, 3)) > 1e-4
 
@@ -291,7 +291,7 @@ def test_theorem_holds_for_multihead_attention(own_dims: bool) -> None:
     torch.testing.assert_close(change, (GAMMA * out_sums).expand(3, 4), rtol=0, atol=1e-12)
 
 
-def test_theorem_holds_for_bilinear_in_the_products() -> None:
+def test_theorem_holds_for_bilinear_layers_in_the_products_of_their_inputs() -> None:
     before = nn.Bilinear(3, 4, 2).double()
     layer = copy.deepcopy(before)
     x1, x2 = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
@@ -305,7 +305,7 @@ def test_theorem_holds_for_bilinear_in_the_products() -> None:
 
 
 def test_strided_transposed_convolution_keeps_only_the_sum_over_phases() -> None:
-    """A documented limit: with stride 2, one output pixel sees a quarter of the filter; the four together see all."""
+    """A documented limit: with stride 2, each output depends on a quarter of the filter, four outputs on all of it."""
     before = nn.ConvTranspose2d(3, 2, 4, stride=2).double()
     layer = copy.deepcopy(before)
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""Trainings that are killed and resumed, for test_checkpoints.py: run as a program, prints what became of them as JSON.
+"""Trainings that are killed and resumed, for test_checkpoints.py: a program that prints its results as JSON.
 
-One process imports torch and never computes with it; each training is a fork of it, which it kills.
+The main process imports torch and does not compute with it; each training is a fork that the main process kills.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # torch does so in the first step, for seconds: once, not in every fork
+import torch._dynamo  # torch imports it in the first step, which takes seconds: once here, not in every fork
 from torch import nn
 from torch.optim import Optimizer
 
@@ -29,7 +29,7 @@ X, Y = train.tensors
 
 
 def make(case: str, model: nn.Module) -> Optimizer:
-    """The optimizer of a case: who centers, kind, placement."""
+    """Create the optimizer of a case, written "who-centers kind placement"."""
     who, kind, placement = case.split()
     options = SGD if kind == "SGD" else {"lr": 1e-2}
     if who == "gradcentral":
@@ -48,7 +48,7 @@ CASES = [
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint that is either the old one or the new one, whenever the process is killed."""
+    """Write a checkpoint atomically: whenever the process is killed, the file is the old one or the new one."""
     temporary = path.with_suffix(".new")
     with temporary.open("wb") as file:
         torch.save(content, file)
@@ -58,7 +58,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def training(case: str, folder: Path, report: int) -> None:
-    """Train from the last checkpoint to the end; a byte goes to ``report`` after every step."""
+    """Train from the last checkpoint to the end; write a byte to ``report`` after every step."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def training(case: str, folder: Path, report: int) -> None:
 
 
 def run(case: str, folder: Path, kill_after: int | None) -> bool:
-    """Train in a fork, killed somewhere after so many steps. Whether it came to its end."""
+    """Train in a fork, which is killed at a random moment after ``kill_after`` steps. Return whether it finished."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -104,7 +104,7 @@ def run(case: str, folder: Path, kill_after: int | None) -> bool:
     while steps != kill_after and os.read(reading, 1):
         steps += 1
     if kill_after is not None:
-        # Anywhere within a step, or while a checkpoint is written.
+        # At any moment of a step, or while a checkpoint is written.
         time.sleep(random.uniform(0, (time.monotonic() - began) / max(steps, 1)))
         os.kill(child, signal.SIGKILL)
     os.close(reading)
@@ -117,19 +117,19 @@ def run(case: str, folder: Path, kill_after: int | None) -> bool:
 
 
 def differing(one: Any, other: Any, where: str = "") -> list[str]:
-    """The places where two checkpoints are not the same to the bit."""
+    """Return the paths of the entries in which two checkpoints are not bit-identical."""
     if isinstance(one, torch.Tensor):
         same = isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
         return [] if same else [where]
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return [place for key in one for place in differing(one[key], other[key], f"{where}/{key}")]
+        return [path for key in one for path in differing(one[key], other[key], f"{where}/{key}")]
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        return [place for key in range(len(one)) for place in differing(one[key], other[key], f"{where}/{key}")]
+        return [path for key in range(len(one)) for path in differing(one[key], other[key], f"{where}/{key}")]
     return [] if type(one) is type(other) and one == other else [where]
 
 
 def main(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """For each case and repetition: the steps after which it was killed, where it went on, and what differs."""
+    """Return, per case and repetition, the kills, the steps it resumed from, and the differing entries."""
     found: dict[str, list[dict[str, Any]]] = {}
     for case in CASES:
         whole = root / case.replace(" ", "-")
@@ -152,6 +152,6 @@ def main(root: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # a fork has no use for threads of its parent
+    torch.set_num_threads(1)  # a fork cannot use its parent's threads
     with tempfile.TemporaryDirectory() as path:
         json.dump(main(Path(path)), sys.stdout)

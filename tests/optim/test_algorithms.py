@@ -1,4 +1,7 @@
-"""The paper's two algorithms, the equalities between placements, and eᵀ(w − w⁰) = 0 on every optimizer of torch."""
+"""`centralize` on torch's optimizers: the paper's algorithms, both placements, and the constraint eᵀ(w − w⁰) = 0.
+
+The algorithms are derived from the paper in test_reference.py.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradcentral import WeightLayout, WeightVectors, center, centralize, weight_layout
+from gradcentral.optim.reference import AdamState, adam_step, sgd_step
 from gradcentral.projection import unit_means
 from tests.strategies import Case, cases
 
@@ -32,7 +36,7 @@ def _gradients(steps: int, weight: Tensor) -> list[Tensor]:
 def _run(
     make: Callable[[list[Tensor]], Optimizer], w: nn.Parameter, gradients: Iterable[Tensor], placement: str
 ) -> Tensor:
-    """Steps with given gradients, GC attached with this placement."""
+    """Return the weights after one step per gradient, with GC attached to the optimizer."""
     w = nn.Parameter(w.detach().clone())
     optimizer = make([w])
     centralize(optimizer, placement=placement, layout=WeightLayout.from_shapes([w]))
@@ -46,50 +50,39 @@ def _same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
 
 
-def test_algorithm_1_sgd_with_momentum() -> None:
-    """g ← ∇L, ĝ ← Φ(g), m ← β m + (1 − β) ĝ, w ← w − α m (torch leaves the factor 1 − β to dampening)."""
+def test_sgd_with_momentum_is_algorithm_1() -> None:
+    """The paper's factor 1 − β of the gradient is torch's dampening."""
     alpha, beta = 0.1, 0.9
     w0 = _weight()
     gradients = _gradients(4, w0)
-    w, m = w0.detach().clone(), torch.zeros_like(w0)
-    for step, g in enumerate(gradients):
-        g_hat = center(g, ROWS)
-        # torch starts the momentum buffer at the first gradient, undamped.
-        m = g_hat if step == 0 else beta * m + (1 - beta) * g_hat
-        w = w - alpha * m
+    w, m = w0.detach().clone(), None
+    for g in gradients:
+        w, m = sgd_step(w, g, m, ROWS, "gradient", lr=alpha, momentum=beta, dampening=beta)
     _same(
         _run(lambda p: torch.optim.SGD(p, lr=alpha, momentum=beta, dampening=beta), w0, gradients, "gradient"),
         w,
     )
 
 
-def test_algorithm_2_adam() -> None:
-    """ĝ ← Φ(∇L), m ← β₁m + (1 − β₁)ĝ, v ← β₂v + (1 − β₂)ĝ², w ← w − α m̂ / (√v̂ + ε)."""
-    alpha, beta1, beta2, epsilon = 0.01, 0.9, 0.99, 1e-8
+def test_adam_is_algorithm_2() -> None:
     w0 = _weight()
     gradients = _gradients(4, w0)
-    w, m, v = w0.detach().clone(), torch.zeros_like(w0), torch.zeros_like(w0)
-    for t, g in enumerate(gradients, start=1):
-        g_hat = center(g, ROWS)
-        m = beta1 * m + (1 - beta1) * g_hat
-        v = beta2 * v + (1 - beta2) * g_hat.square()
-        w = w - alpha * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + epsilon)
-    found = _run(lambda p: torch.optim.Adam(p, lr=alpha, betas=(beta1, beta2), eps=epsilon), w0, gradients, "gradient")
-    _same(found, w.detach())
+    w, state = w0.detach().clone(), AdamState.zero(w0)
+    for g in gradients:
+        w, state = adam_step(w, g, state, ROWS, "gradient", lr=0.01, betas=(0.9, 0.99))
+    _same(_run(lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.99)), w0, gradients, "gradient"), w)
 
 
 def test_update_on_sgd_with_l2_is_centering_the_gradient_with_its_decay() -> None:
-    """ĝ ← Φ(g + λw), what the authors' own code does."""
+    """ĝ ← Φ(g + λw), as in the authors' code: the reference with the decay in its gradient."""
     alpha, beta, decay = 0.1, 0.9, 0.05
     w0 = _weight()
     gradients = _gradients(4, w0)
-    w, m = w0.detach().clone(), torch.zeros_like(w0)
-    for step, g in enumerate(gradients):
-        g_hat = center(g + decay * w, ROWS)
-        m = g_hat if step == 0 else beta * m + g_hat
-        w = w - alpha * m
+    w, m = w0.detach().clone(), None
+    for g in gradients:
+        w, m = sgd_step(w, g + decay * w, m, ROWS, "gradient", lr=alpha, momentum=beta)
     found = _run(lambda p: torch.optim.SGD(p, lr=alpha, momentum=beta, weight_decay=decay), w0, gradients, "update")
-    _same(found, w.detach())
+    _same(found, w)
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
@@ -98,14 +91,10 @@ def test_update_on_adam_is_centering_after_the_adaptive_term(decoupled: bool) ->
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     w0 = _weight()
     gradients = _gradients(4, w0)
-    w, plain = w0.detach().clone(), nn.Parameter(w0.detach().clone())
-    optimizer = kind([plain], lr=0.01, weight_decay=0.1)
+    w, state = w0.detach().clone(), AdamState.zero(w0)
     for g in gradients:
-        with torch.no_grad():
-            plain.copy_(w)
-        plain.grad = g.clone()
-        optimizer.step()
-        w = w + center(plain.detach() - w, ROWS)
+        plain, state = adam_step(w, g, state, None, "update", lr=0.01, weight_decay=0.1, decoupled=decoupled)
+        w = w + center(plain - w, ROWS)
     _same(_run(lambda p: kind(p, lr=0.01, weight_decay=0.1), w0, gradients, "update"), w)
 
 
@@ -115,7 +104,7 @@ def test_gradient_placement_lets_weight_decay_act_as_the_optimizer_defines_it() 
     _same(found, w0.detach() * 0.95)
 
 
-# Every optimizer of torch, weight decay on: eᵀ(w − w⁰) = 0 after T steps of "update".
+# Every optimizer of torch, with weight decay where it has one: eᵀ(w − w⁰) = 0 after T steps of "update".
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
@@ -137,12 +126,12 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_update_keeps_every_weight_vectors_mean_on(name: str, dtype: torch.dtype) -> None:
+def test_update_keeps_the_mean_of_every_weight_vector(name: str, dtype: torch.dtype) -> None:
     kind = getattr(torch.optim, name, None)
     if kind is None:
         pytest.skip(f"this torch has no {name}: run with a newer one")
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)).to(dtype)
-    # Means away from zero, so that weight decay pulls at them.
+    # Means away from zero, which weight decay would change.
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2)
@@ -168,7 +157,7 @@ def test_update_keeps_every_weight_vectors_mean_on(name: str, dtype: torch.dtype
             float((math.sqrt(p.shape[1]) * unit_means((p - w0).detach().double(), ROWS)).abs().max()) for p, w0 in pairs
         )
     assert drifts["update"] < 20 * torch.finfo(dtype).eps * 3
-    assert drifts[None] > 1e-3  # without GC the same training does move the means
+    assert drifts[None] > 1e-3  # without GC the same training changes the means
 
 
 @given(
@@ -177,15 +166,15 @@ def test_update_keeps_every_weight_vectors_mean_on(name: str, dtype: torch.dtype
     placement=st.sampled_from(["gradient", "update"]),
 )
 def test_placements_over_random_views_and_strides(case: Case, decay: float, placement: str) -> None:
-    """One SGD step on any shape, view and strides equals the formula."""
+    """One step of SGD on any shape, view and strides equals the reference."""
     tensor, vectors = case
     if vectors.for_shape(tensor.shape).fan_in == 1:
         return
-    w0, g = tensor.clone(), torch.randn_like(tensor)
+    g = torch.randn_like(tensor)
+    expected, _ = sgd_step(tensor.clone(), g, None, vectors, placement, lr=0.5, weight_decay=decay)
     model = nn.ParameterDict({"w": nn.Parameter(tensor)})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=decay)
     centralize(optimizer, placement=placement, layout=weight_layout(model, overrides={"w": vectors}))
-    model["w"].grad = g.clone()
+    model["w"].grad = g
     optimizer.step()
-    change = center(g, vectors) + decay * w0 if placement == "gradient" else center(g + decay * w0, vectors)
-    torch.testing.assert_close(model["w"].detach(), w0 - 0.5 * change, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model["w"].detach(), expected, rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Saving and going on: to the bit, through torch, distributed checkpoints and safetensors, and after SIGKILL."""
+"""Resumed trainings are bit-identical: torch.save, distributed checkpoints, safetensors, and after SIGKILL."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def trainings() -> dict[str, list[dict[str, Any]]]:
-    """What `killed_training` did and found, in a process of its own."""
+    """The results of `killed_training`, which runs in its own process."""
     if not hasattr(os, "fork"):
         pytest.skip("needs os.fork: run it on Linux or macOS")
     path = os.pathsep.join([str(Path(gradcentral.__file__).parents[1]), str(ROOT)])
@@ -48,16 +48,14 @@ def trainings() -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("case", killed_training.CASES)
-def test_a_training_that_was_killed_ends_as_one_that_was_not(
-    case: str, trainings: dict[str, list[dict[str, Any]]]
-) -> None:
+def test_resuming_after_sigkill_is_bit_identical(case: str, trainings: dict[str, list[dict[str, Any]]]) -> None:
     assert len(trainings[case]) == killed_training.REPEATS
     for training in trainings[case]:
         assert training["differing"] == [], training
 
 
-def test_the_trainings_were_killed_and_went_on_from_checkpoints(trainings: dict[str, list[dict[str, Any]]]) -> None:
-    """A training may end before it is killed, and one that is killed early starts anew, but not all of them."""
+def test_the_trainings_were_killed_and_resumed_from_checkpoints(trainings: dict[str, list[dict[str, Any]]]) -> None:
+    """Some trainings end before the signal arrives, and some start again from step 0, but not all of them."""
     every = [training for repeats in trainings.values() for training in repeats]
     assert sum(training["killed"] for training in every) > len(every)
     assert len({start for training in every for start in training["starts"]}) > 3
@@ -111,45 +109,47 @@ def every_optimizer(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @every_optimizer
-def test_a_saved_training_goes_on_to_the_bit(who: str, kind: str, placement: str, tmp_path: Path) -> None:
+def test_resuming_from_torch_save_is_bit_identical(who: str, kind: str, placement: str, tmp_path: Path) -> None:
     model = _network(0)
     optimizer = _make(who, kind, placement, model)
     _train(model, optimizer, range(3))
     found = _through_torch({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path)
     twin = _network(1)
-    again = _make(who, kind, placement, twin)
+    resumed = _make(who, kind, placement, twin)
     twin.load_state_dict(found["model"])
-    again.load_state_dict(found["optimizer"])
+    resumed.load_state_dict(found["optimizer"])
     _train(model, optimizer, range(3, 6))
-    _train(twin, again, range(3, 6))
+    _train(twin, resumed, range(3, 6))
     assert _same_weights(model, twin)
 
 
 @every_optimizer
-def test_a_distributed_checkpoint_goes_on_to_the_bit(who: str, kind: str, placement: str, tmp_path: Path) -> None:
-    """torch takes a step with zero gradients to make the state that it loads into: that must leave no trace."""
+def test_resuming_from_a_distributed_checkpoint_is_bit_identical(
+    who: str, kind: str, placement: str, tmp_path: Path
+) -> None:
+    """torch takes a step with zero gradients to create the state it loads into, which must not change the weights."""
     model = _network(0)
     optimizer = _make(who, kind, placement, model)
     _train(model, optimizer, range(3))
     weights, state = get_state_dict(model, optimizer)
     twin = _network(1)
-    again = _make(who, kind, placement, twin)
+    resumed = _make(who, kind, placement, twin)
     before = copy.deepcopy(twin)
     with warnings.catch_warnings():
-        # Without a process group torch warns that there is none, and of deprecations of its own.
+        # torch warns that there is no process group, and about its own deprecations.
         warnings.simplefilter("ignore")
         save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
-        found: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(twin, again), strict=True))
+        found: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(twin, resumed), strict=True))
         assert _same_weights(twin, before)
         load(found, checkpoint_id=tmp_path)
-    set_state_dict(twin, again, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+    set_state_dict(twin, resumed, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
     _train(model, optimizer, range(3, 6))
-    _train(twin, again, range(3, 6))
+    _train(twin, resumed, range(3, 6))
     assert _same_weights(model, twin)
 
 
 @pytest.mark.parametrize("who", ["attached", "gradcentral"])
-def test_weights_from_safetensors_are_centered_as_before(who: str, tmp_path: Path) -> None:
+def test_resuming_from_safetensors_weights_is_bit_identical(who: str, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors: pip install safetensors")
     model = _network(0)
     _train(model, _make(who, "SGD", "gradient", model), range(3))

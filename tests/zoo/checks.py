@@ -1,4 +1,4 @@
-"""What is asked of every architecture: each parameter classified as a reader of its source would, none frozen."""
+"""Checks for every architecture: each parameter is classified as in the library's source, and none is frozen."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gradcentral import WeightVectors, centralize, weight_layout
 
 Vectors: TypeAlias = "tuple[int, ...] | WeightVectors"
 Expected: TypeAlias = "str | Vectors | Callable[[Any], Vectors]"
-"""Axes that a weight vector runs over, perhaps depending on the module, or a part of the reason to leave it alone."""
+"""Axes that a weight vector runs over, perhaps depending on the module, or part of the reason to skip it."""
 
 
 class Architecture(NamedTuple):
-    """A model, a forward pass, and what is to be known of the parameters that are no standard layers'."""
+    """A model, a forward pass, and the expectations for parameters that do not belong to standard layers."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -30,16 +30,16 @@ class Architecture(NamedTuple):
 
 
 def library(name: str) -> Any:
-    """The library, or skip the tests of this file and say how to run them."""
+    """Import the library, or skip the tests of this file with a message that tells how to run them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip(name, reason=f"needs {name}: pip install 'gradcentral[zoo]'", exc_type=ImportError)
 
 
 def check_classified(architecture: Architecture) -> None:
-    """Compare the whole layout with the expectations, which name every parameter outside torch.nn's layers."""
+    """Compare the whole layout with the expectations, which cover every parameter outside the layers of torch.nn."""
     model = build(architecture)
-    _run(architecture, model)  # lazy parameters get their shapes
+    _run(architecture, model)  # gives lazy parameters their shapes
     layout = weight_layout(model)
     assert [entry.name for entry in layout.unknown] == []
     unused = set(architecture.special)
@@ -50,17 +50,17 @@ def check_classified(architecture: Architecture) -> None:
         if callable(expected):
             expected = expected(model.get_submodule(entry.name.rpartition(".")[0]))
         if isinstance(expected, str):
-            assert entry.vectors is None, f"{entry.name} must be left alone ({expected})"
+            assert entry.vectors is None, f"{entry.name} should be skipped ({expected})"
             assert expected in entry.reason, entry.name
         else:
             vectors = expected if isinstance(expected, WeightVectors) else WeightVectors(expected)
-            assert entry.vectors is not None, f"{entry.name} is left alone: {entry.reason}"
+            assert entry.vectors is not None, f"{entry.name} is skipped: {entry.reason}"
             assert entry.vectors == vectors.for_shape(entry.parameter.shape), entry.name
-    assert not unused, f"the model has no such parameters: {unused}"
+    assert not unused, f"expectations for parameters that the model does not have: {unused}"
 
 
 def check_moves(architecture: Architecture) -> None:
-    """With centered gradients, whatever receives a gradient still moves."""
+    """With centered gradients, every parameter that receives a gradient is still updated."""
     model = build(architecture)
     _run(architecture, model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -79,12 +79,12 @@ def check_moves(architecture: Architecture) -> None:
 
 
 def build(architecture: Architecture) -> nn.Module:
-    """The model in float64, moved a little away from where it starts."""
+    """Build the model in float64, with noise added to its initial weights."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries' own; what gradcentral warns of is tested elsewhere
+        warnings.simplefilter("ignore")  # only those of the libraries; gradcentral's own are tested elsewhere
         model = architecture.make()
-        # Zero initialisations (of the last layer of a branch) would keep gradients from reaching the rest.
+        # Zero initialization (of the last layer of a branch) would keep gradients from reaching other layers.
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point() and not isinstance(parameter, nn.UninitializedParameter):
@@ -100,7 +100,7 @@ def _run(architecture: Architecture, model: nn.Module) -> Any:
 
 
 def _loss(output: Any) -> Tensor:
-    """A scalar that every floating tensor of an output contributes to."""
+    """A scalar to which every floating-point tensor of an output contributes."""
     if isinstance(output, Tensor):
         if not output.is_floating_point() or output.grad_fn is None:
             return torch.zeros((), dtype=torch.float64)
@@ -111,7 +111,7 @@ def _loss(output: Any) -> Tensor:
 
 
 def _standard(model: nn.Module, name: str, parameter: Tensor) -> Expected:
-    """What the paper says of a layer of torch.nn, written down a second time."""
+    """The expectation for a layer of torch.nn, stated independently of the rule tables."""
     path, _, local = name.rpartition(".")
     module = model.get_submodule(path)
     if parameter.ndim <= 1:
@@ -129,4 +129,4 @@ def _standard(model: nn.Module, name: str, parameter: Tensor) -> Expected:
             return (0, *range(2, parameter.ndim))
     if isinstance(module, nn.MultiheadAttention) and local == "in_proj_weight":
         return (1,)
-    raise AssertionError(f"{name} of {type(module).__name__} is no standard layer's: say what is expected of it")
+    raise AssertionError(f"{name} of {type(module).__name__} does not belong to a standard layer: add an expectation")

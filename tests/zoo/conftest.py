@@ -1,4 +1,4 @@
-"""What the tests on other libraries' models share."""
+"""Shared by the tests on models of other libraries."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are built from configurat
 
 
 def _declare_operators_of_torchvision() -> None:
-    """Let timm import a torchvision whose compiled operators do not fit a CPU-only torch; no test calls them."""
+    """Let timm import a torchvision whose compiled operators do not match a CPU-only torch; no test calls them."""
     try:
         import torchvision  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
     except RuntimeError:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)  # the declaration lives as long as this object
+        _declared.append(library)  # the declaration exists while this object does
     except ImportError:
         pass
 
@@ -30,7 +30,7 @@ _declare_operators_of_torchvision()
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
-    """Operations this small only lose by being split among threads, and by far on a busy machine."""
+    """Operations this small are slower with several threads, much more so on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

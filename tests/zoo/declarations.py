@@ -1,4 +1,4 @@
-"""The raw parameters that a library's source declares, read without importing it."""
+"""Find the raw parameters declared in the source of a library, without importing it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ class Declaration(NamedTuple):
 
 
 def declarations(root: Path) -> Iterator[Declaration]:
-    """Every parameter of two or more axes, or of unknown shape, that a class of the package declares for itself."""
+    """Every parameter with two or more axes, or of unknown shape, that a class of the package declares on itself."""
     for path in sorted(root.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if "Param" not in text or path.name.startswith(
-            "modular_"
-        ):  # those are where transformers generates others from
+        if "Param" not in text or path.name.startswith("modular_"):  # sources of generated files in transformers
             continue
         module = ".".join((root.name, *path.relative_to(root).with_suffix("").parts))
         for node in ast.walk(ast.parse(text)):

@@ -15,7 +15,7 @@ peft: Any = library("peft")
 
 
 class _Net(nn.Module):
-    """One of each layer that adapters know."""
+    """One of each layer that adapters support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,9 +32,9 @@ class _Net(nn.Module):
 
 
 class _Experts(nn.Module):
-    """Raw parameters of experts, which LoRA can target too."""
+    """Raw parameters of experts, which LoRA can also target."""
 
-    weight_vectors: ClassVar = {"up": WeightVectors((2,))}
+    weight_vectors: ClassVar = {"up": "e o [i]"}
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every raw parameter of two or more axes that an installed library declares has a rule, or a reason."""
+"""Every raw parameter with two or more axes that an installed library declares has a rule."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gradcentral.layout.library_tables import LIBRARIES, rules_of
-from gradcentral.layout.rules import matching_rule
+from gradcentral.layout.lookup import LIBRARIES, library_rules
+from gradcentral.layout.rules import matching_name
 from tests.zoo.declarations import declarations
 
-# Declared on another module than self, or on one that the rules of torch.nn speak for.
+# Declared on a module other than self, or covered by the rules of torch.nn.
 _ELSEWHERE = {
     ("MultiheadAttention", "in_proj_weight"),
     ("MultiheadAttention", "weight"),
@@ -20,7 +20,7 @@ _ELSEWHERE = {
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_every_declared_parameter_is_decided(library: str) -> None:
+def test_every_declared_parameter_has_a_rule(library: str) -> None:
     spec = importlib.util.find_spec(library)
     if spec is None or spec.origin is None:
         pytest.skip(f"needs {library}: pip install 'gradcentral[zoo]', or the library itself")
@@ -30,7 +30,7 @@ def test_every_declared_parameter_is_decided(library: str) -> None:
     for declared in found:
         cls = type(declared.class_name, (), {"__module__": declared.module, "__qualname__": declared.class_name})
         if (
-            not matching_rule(rules_of(cls), declared.name)[0]
+            matching_name(library_rules(cls), declared.name) is None
             and (declared.class_name, declared.name) not in _ELSEWHERE
         ):
             undecided.append(f"{declared.module}.{declared.class_name}.{declared.name} = {declared.source}")

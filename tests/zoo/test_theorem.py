@@ -1,8 +1,8 @@
-"""The paper's theorem on the libraries' own layers, in float64.
+"""Theorem 4.1 of the paper for the libraries' own layers, in float64.
 
-After any number of GC steps, a constant γ added to all inputs of a unit changes its output by γ·Σw⁰ (section 4.1). For
-layers inside a nonlinear block, the same said of one gradient: where all inputs of a unit are equal, its gradient is
-constant along each weight vector, so that centering leaves nothing of it.
+After any number of GC steps, adding a constant γ to all inputs of a unit changes its output by γ·Σw⁰. For layers inside
+a nonlinear block, the equivalent property of one gradient is tested: if all inputs of a unit are equal, its gradient is
+constant along each weight vector, so the centered gradient is zero.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _ROUTING = torch.tensor([[0.2, 0.8], [0.6, 0.4]], dtype=torch.float64)
 _TYPES = torch.tensor([0, 2, 1, 1, 0])
 _LOOPS = torch.arange(5).repeat(2, 1)
 
-# layer, input size, how to apply it, Σw of each unit as the census has it, is the shape rule right?
+# layer, input size, how to apply it, Σw of each unit, whether the shape rule is right
 LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Apply, Callable[[Any], Tensor], bool]] = {
     "transformers Conv1D": (
         lambda: _make("transformers.pytorch_utils", "Conv1D", 4, 6),
@@ -112,7 +112,7 @@ LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Apply, Callabl
         lambda m: m.weight.sum(1)[_TYPES],
         False,
     ),
-    "PyG RGCN, one relation an edge": (
+    "PyG RGCN, one relation per edge": (
         lambda: _make("torch_geometric.nn", "RGCNConv", 6, 4, num_relations=3),
         (5, 6),
         lambda m, x: m(x, _LOOPS, _TYPES),
@@ -171,7 +171,7 @@ def _experts(model: str, name: str, config: str, **options: Any) -> nn.Module:
 
 
 def _routed(layer: Any, x: Tensor) -> Tensor:
-    """Every token to every expert, each with a weight of its own."""
+    """Route every token to every expert, with different weights."""
     count = layer.gate_up_proj.shape[0]
     chosen = torch.arange(count).expand(len(x), count)
     return layer(x, chosen, torch.rand(len(x), count, dtype=x.dtype) + 0.5)  # type: ignore[no-any-return]
@@ -182,14 +182,14 @@ def _by_expert(layer: Any, x: Tensor) -> Tensor:
 
 
 def _xlnet(layer: Any, x: Tensor) -> Tensor:
-    """[tokens, batch, model]; the positions are inputs of ``r``, as constant along their features as the tokens."""
+    """[tokens, batch, model]; the positions, inputs of ``r``, are constant along their features, like the tokens."""
     position = torch.randn(2 * len(x), x.shape[1], 1, dtype=x.dtype).expand(-1, -1, x.shape[-1])
     mask = torch.zeros(len(x), len(x), x.shape[1], 1, dtype=x.dtype)
     return layer(x, None, mask, None, position, None)[0]  # type: ignore[no-any-return]
 
 
 Inside = tuple[Callable[[], nn.Module], tuple[int, ...], Apply, dict[str, tuple[str, ...]]]
-# layer, input size, how to apply it, {parameter: others to make constant so that its own inputs are equal}
+# layer, input size, how to apply it, {parameter: other parameters to make constant, so that its inputs are equal}
 INSIDE: dict[str, Inside] = {
     "Mixtral experts": (
         lambda: _experts("mixtral", "MixtralExperts", "MixtralConfig", num_local_experts=3),
@@ -241,7 +241,7 @@ INSIDE: dict[str, Inside] = {
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_equal_inputs_leave_nothing_of_the_centered_gradient(name: str) -> None:
+def test_the_centered_gradient_is_zero_for_equal_inputs(name: str) -> None:
     make, size, apply, parameters = INSIDE[name]
     for parameter, constant in parameters.items():
         torch.manual_seed(0)
@@ -250,7 +250,7 @@ def test_equal_inputs_leave_nothing_of_the_centered_gradient(name: str) -> None:
         with torch.no_grad():
             for other in constant:
                 layer.get_parameter(other).fill_(0.3)
-        # Inputs differ between tokens and are equal along the features, which are axis 1 of an image.
+        # Inputs differ between tokens and are equal along the features (axis 1 of an image).
         features = 1 if len(size) == 4 else -1
         x = torch.randn(size, dtype=torch.float64).mean(features, keepdim=True).expand(size).contiguous()
         output = apply(layer, x)
@@ -259,4 +259,4 @@ def test_equal_inputs_leave_nothing_of_the_centered_gradient(name: str) -> None:
         assert gradient is not None
         assert gradient.abs().max() > 1e-6, f"{parameter} receives no gradient"
         remains = center(gradient, weight_layout(layer)[parameter])
-        assert remains.abs().max() < 1e-9 * gradient.abs().max(), f"{parameter}: the layout has another axis"
+        assert remains.abs().max() < 1e-9 * gradient.abs().max(), f"{parameter}: the layout has the wrong axis"

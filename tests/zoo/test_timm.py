@@ -1,4 +1,4 @@
-"""timm: every parameter of small models of each family, and the theorem on its own layers."""
+"""timm: every parameter of small models of each family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch Geometric: every parameter of its convolutions, and the theorem on its own layers."""
+"""PyTorch Geometric: every parameter of its convolutions."""
 
 from __future__ import annotations
 

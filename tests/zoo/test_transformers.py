@@ -1,4 +1,4 @@
-"""Hugging Face transformers: every parameter of small models of each family, and the theorem on its own layers."""
+"""Hugging Face transformers: every parameter of small models of each family."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Step time against torch.optim on this machine: ``gradcentral bench``."""
+"""Step times compared with torch.optim on this machine: ``gradcentral bench``."""
 
-from gradcentral.bench.runs import Benchmark, Case, bench, iteration
+from gradcentral.bench.benchmark import Benchmark, Case, bench
+from gradcentral.bench.training_iteration import iteration
 
 __all__ = ["Benchmark", "Case", "bench", "iteration"]

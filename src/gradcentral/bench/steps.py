@@ -1,4 +1,4 @@
-"""Times of one optimizer step: plain, with the usual loops, and ours, on the same tensors."""
+"""Optimizer steps to compare, with and without GC, on the same parameters, gradients and state."""
 
 from __future__ import annotations
 
@@ -9,119 +9,147 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import gradcentral
-from gradcentral.bench.device import copying
-from gradcentral.bench.shapes import Shape
+from gradcentral import optim
+from gradcentral.attach import centralize
+from gradcentral.bench.cuda import copy_bytes
+from gradcentral.bench.shapes import ParameterShape
 from gradcentral.kernels import native
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["ALGORITHMS", "ATTACHED", "BASELINE", "OURS", "STREAM", "STREAM_GRADIENTS", "alternatives"]
+__all__ = [
+    "ATTACHED",
+    "ATTACHED_UPDATE",
+    "BASELINE",
+    "BASELINE_AGAIN",
+    "LOOP",
+    "OPTIMIZERS",
+    "OURS",
+    "OURS_UPDATE",
+    "STREAM",
+    "STREAM_GRADIENTS",
+    "TORCH_DEFAULT",
+    "optimizer_steps",
+]
 
-ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
-    # Rates so small that thousands of steps with one gradient leave the numbers where they are.
-    "SGD": ("SGD", {"lr": 1e-9, "momentum": 0.9, "weight_decay": 1e-4}),
-    "AdamW": ("AdamW", {"lr": 1e-9, "weight_decay": 1e-2}),
+# With so small a learning rate, thousands of steps along one gradient leave the weights as they are.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 1e-9, "momentum": 0.9, "weight_decay": 1e-4},
+    "AdamW": {"lr": 1e-9, "weight_decay": 1e-2},
 }
 
 BASELINE = "torch fused, no GC"
+BASELINE_AGAIN = "torch fused, no GC, again"
+TORCH_DEFAULT = "torch default, no GC"
+LOOP = "loop + torch fused"
 ATTACHED = "centralize + torch fused"
+ATTACHED_UPDATE = "centralize update + torch fused"
 OURS = "gradcentral gradient"
+OURS_UPDATE = "gradcentral update"
 STREAM = "streaming the same bytes"
 STREAM_GRADIENTS = "streaming the gradients"
 
 
-def alternatives(
-    shapes: Iterable[Shape], algorithm: str, dtype: torch.dtype, device: str = "cpu", peers: bool = False
+def optimizer_steps(
+    shapes: Iterable[ParameterShape], optimizer: str, dtype: torch.dtype, device: str = "cpu", peers: bool = False
 ) -> dict[str, Callable[[], object]]:
-    """What to time, by name: each a call that takes one step on the same parameters, gradients and state.
+    """Return the alternatives to time, by name; each call is one step on the same parameters, gradients and state.
 
-    The first is the baseline, and it stands there twice: the ratio of the two tells what the machine's noise alone
-    makes.
+    The baseline is included twice: the ratio of the two shows the noise of the machine. ``peers`` adds other libraries.
     """
-    kind, options = ALGORITHMS[algorithm]
-    # torch captures no step of Adam in a CUDA graph without it; its fused step is the same with it.
-    fused = {"fused": True, **({"capturable": True} if device != "cpu" and kind == "AdamW" else {})}
-    params, layout = _model(shapes, dtype, device)
-    pairs = list(layout.items())
-    torchs = getattr(torch.optim, kind)
-    plain = torchs(params, **fused, **options)
-    plain.step()  # makes the state that all share
+    params, layout = _parameters(shapes, dtype, device)
+    options = OPTIMIZERS[optimizer]
+    torch_class, own_class = getattr(torch.optim, optimizer), getattr(optim, optimizer)
+    # A CUDA graph captures Adam's step only with capturable=True, which does not change the fused step.
+    fused = options | {"fused": True} | ({"capturable": True} if device != "cpu" and optimizer == "AdamW" else {})
+    plain = torch_class(params, **fused)
+    plain.step()  # creates the state that all alternatives share
 
-    def sharing(optimizer: Optimizer) -> Optimizer:
-        optimizer.state = plain.state
-        return optimizer
+    def step_of(other: Optimizer) -> Callable[[], object]:
+        other.state = plain.state
+        return other.step
 
-    def with_own_steps(optimizer: Optimizer) -> Optimizer:
-        # torch's unfused step counts on the host; counters on a device it would wait for, one by one.
-        for p, state in plain.state.items():
-            optimizer.state[p] = {**state, "step": state["step"].cpu().clone()} if "step" in state else state
-        return optimizer
+    def attached(placement: str) -> Callable[[], object]:
+        hooked = torch_class(params, **fused)
+        centralize(hooked, layout=layout, placement=placement)
+        return step_of(hooked)
 
-    def naive_loop() -> None:
-        for p, vectors in pairs:
-            g = p.grad
-            assert g is not None
-            g.sub_(g.mean(vectors.span, keepdim=True))
-        plain.step()
-
-    hooked = sharing(torchs(params, **fused, **options))
-    gradcentral.centralize(hooked, layout=layout)
-    hooked_update = sharing(torchs(params, **fused, **options))
-    gradcentral.centralize(hooked_update, layout=layout, placement="update")
-    ours = getattr(gradcentral, kind)
-    runs: dict[str, Callable[[], object]] = {
+    return {
         BASELINE: plain.step,
-        f"{BASELINE}, again": plain.step,
-        "torch default, no GC": with_own_steps(torchs(params, **options)).step,
-        "loop + torch fused": naive_loop,
-        ATTACHED: hooked.step,
-        "centralize update + torch fused": hooked_update.step,
-        OURS: sharing(ours(params, layout=layout, **options)).step,
-        "gradcentral update": sharing(ours(params, layout=layout, placement="update", **options)).step,
+        BASELINE_AGAIN: plain.step,
+        TORCH_DEFAULT: _with_host_counters(torch_class(params, **options), plain).step,
+        LOOP: _usual_loop(layout, plain),
+        ATTACHED: attached("gradient"),
+        ATTACHED_UPDATE: attached("update"),
+        OURS: step_of(own_class(params, layout=layout, **options)),
+        OURS_UPDATE: step_of(own_class(params, layout=layout, placement="update", **options)),
+        **(_peers(params, plain) if peers else {}),
+        **_streams(params, layout, plain),
     }
-    if peers:
-        runs.update(_peers(plain, params))
-    if not native.unavailable and device == "cpu":
-        states = _states(plain, params)
-        gradients: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        centered = [p.grad for p in layout if p.grad is not None]
-        runs[STREAM] = lambda: native.stream(params, gradients, states)
-        runs[STREAM_GRADIENTS] = lambda: native.stream(centered, centered, [])
-    elif device != "cpu":
-        touched = sum(p.nbytes for p in params) * (3 + 2 * len(_states(plain, params)))  # reads w, g; writes w; states
-        runs[STREAM] = copying(params, touched)
-        runs[STREAM_GRADIENTS] = copying(params, 2 * sum(p.nbytes for p in layout))
-    return runs
 
 
-def _model(shapes: Iterable[Shape], dtype: torch.dtype, device: str) -> tuple[list[Tensor], WeightLayout]:
-    """Parameters of these shapes with gradients, and their layout."""
+def _parameters(shapes: Iterable[ParameterShape], dtype: torch.dtype, device: str) -> tuple[list[Tensor], WeightLayout]:
+    """Create parameters with gradients, and their layout."""
     generator = torch.Generator(device).manual_seed(0)
     model = nn.ParameterList()
-    rules: dict[str, WeightVectors | None] = {}
-    for name, (shape, vectors) in enumerate(shapes):
+    overrides: dict[str, WeightVectors | None] = {}
+    for index, (shape, vectors) in enumerate(shapes):
         p = nn.Parameter(torch.randn(shape, generator=generator, device=device).mul_(0.02).to(dtype))
         p.grad = torch.randn(shape, generator=generator, device=device).to(dtype)
         model.append(p)
-        rules[str(name)] = vectors
-    return list(model), weight_layout(model, overrides=rules)  # type: ignore[arg-type]
+        overrides[str(index)] = vectors
+    return list(model), weight_layout(model, overrides=overrides)  # type: ignore[arg-type]
 
 
-def _states(optimizer: Optimizer, params: list[Tensor]) -> list[list[Tensor]]:
-    names = [name for name in ("momentum_buffer", "exp_avg", "exp_avg_sq") if name in optimizer.state[params[0]]]
-    return [[optimizer.state[p][name] for p in params] for name in names]
+def _with_host_counters(optimizer: Optimizer, plain: Optimizer) -> Optimizer:
+    """Share the state of ``plain`` except for its step counters, which torch's unfused step keeps on the host."""
+    for p, state in plain.state.items():
+        optimizer.state[p] = {**state, "step": state["step"].cpu().clone()} if "step" in state else state
+    return optimizer
 
 
-def _peers(plain: Optimizer, params: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """Another library's GC before the same step, by its shape rule."""
+def _usual_loop(layout: WeightLayout, plain: Optimizer) -> Callable[[], object]:
+    pairs = list(layout.items())
+
+    def step() -> None:
+        for p, vectors in pairs:
+            assert p.grad is not None
+            p.grad.sub_(p.grad.mean(vectors.span, keepdim=True))
+        plain.step()
+
+    return step
+
+
+def _peers(params: list[Tensor], plain: Optimizer) -> dict[str, Callable[[], object]]:
+    """GC by another library, which decides by shape, before the same step."""
     try:
         from pytorch_optimizer.optimizer.gradient_centralization import centralize_gradient
     except ModuleNotFoundError as error:
-        raise ValueError("--peers needs pytorch_optimizer: pip install pytorch-optimizer") from error
+        # Older versions take one gradient per call.
+        raise ValueError("--peers needs pytorch_optimizer: pip install 'pytorch-optimizer>=4.1'") from error
 
     def step() -> None:
         centralize_gradient([p.grad for p in params])
         plain.step()
 
     return {"pytorch_optimizer + torch fused": step}
+
+
+def _streams(params: list[Tensor], layout: WeightLayout, plain: Optimizer) -> dict[str, Callable[[], object]]:
+    """Read and write the bytes of a step, and those of the centered gradients, without computing anything."""
+    names = [name for name in ("momentum_buffer", "exp_avg", "exp_avg_sq") if name in plain.state[params[0]]]
+    device = params[0].device
+    if device.type != "cpu":
+        # A step reads weights and gradients, writes weights, and reads and writes each state.
+        step_bytes = sum(p.nbytes for p in params) * (3 + 2 * len(names))
+        gradient_bytes = 2 * sum(p.nbytes for p in layout)
+        return {STREAM: copy_bytes(step_bytes, device), STREAM_GRADIENTS: copy_bytes(gradient_bytes, device)}
+    if native.unavailable_reason():
+        return {}
+    states = [[plain.state[p][name] for p in params] for name in names]
+    gradients = [p.grad for p in params if p.grad is not None]
+    centered = [p.grad for p in layout if p.grad is not None]
+    return {
+        STREAM: lambda: native.stream(params, gradients, states),
+        STREAM_GRADIENTS: lambda: native.stream(centered, centered, []),
+    }

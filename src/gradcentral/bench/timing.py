@@ -1,4 +1,4 @@
-"""Times of alternatives in one process, interleaved, as medians of paired ratios with their spread."""
+"""Interleaved timing of alternatives, compared by the median of paired ratios."""
 
 from __future__ import annotations
 
@@ -11,30 +11,27 @@ from dataclasses import dataclass
 __all__ = ["Clock", "Ratio", "host_seconds", "interleave", "ratio"]
 
 Clock = Callable[[Callable[[], object], int], float]
-"""Seconds of so many calls."""
+"""Returns how many seconds a number of calls take."""
 
-_AT_LEAST = 2e-3  # seconds: a clock reading and a thread's wake-up are lost in that
+# A shorter measurement would be dominated by the clock's resolution and by the wake-up of threads.
+_MIN_SECONDS = 2e-3
+_MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One alternative's time over another's: the median of the pairs and their quartiles."""
+    """The time of one alternative over that of another: median and quartiles of the paired ratios."""
 
     median: float
     low: float
     high: float
-
-    @property
-    def spread(self) -> float:
-        """Distance of the quartiles, relative to the median."""
-        return (self.high - self.low) / self.median
 
     def __str__(self) -> str:
         return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 def host_seconds(run: Callable[[], object], count: int) -> float:
-    """By the clock of the host."""
+    """Time calls with the host's clock."""
     started = time.perf_counter()
     for _ in range(count):
         run()
@@ -48,46 +45,50 @@ def interleave(
     warm_up: int = 3,
     clock: Clock = host_seconds,
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each alternative, once a round, in an order that rotates.
+    """Time every alternative once per round, in an order that rotates from round to round.
+
+    A fast alternative is called several times per measurement.
 
     Args:
-        runs: the alternatives.
-        rounds: how often each is measured.
-        budget: seconds after which no new round starts (three are always made).
-        warm_up: unmeasured calls of each at first.
-        clock: what times the calls.
+        runs: alternatives by name.
+        rounds: maximum number of measurements per alternative.
+        budget: seconds after which no new round starts; at least three rounds are run.
+        warm_up: number of calls of each alternative before the first measurement.
+        clock: times the calls.
 
-    What is quick is called several times for one measurement.
+    Returns:
+        For each alternative, the seconds per call in each round.
     """
     repeats = {}
     for name, run in runs.items():
         for _ in range(warm_up):
             run()
-        repeats[name] = max(1, round(_AT_LEAST / max(clock(run, 1), 1e-7)))
+        repeats[name] = max(1, round(_MIN_SECONDS / max(clock(run, 1), 1e-7)))
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    enabled = gc.isenabled()
+    collecting = gc.isenabled()
     gc.disable()
     try:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for turn in range(rounds):
-            if turn >= 3 and time.perf_counter() - begun > budget:
+            if turn >= _MIN_ROUNDS and time.perf_counter() - started > budget:
                 break
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
                 seconds[name].append(clock(runs[name], repeats[name]) / repeats[name])
     finally:
-        if enabled:
+        if collecting:
             gc.enable()
     return seconds
 
 
-def ratio(one: list[float], other: list[float]) -> Ratio:
-    """One over the other, round by round.
+def ratio(numerator: list[float], denominator: list[float]) -> Ratio:
+    """Divide two lists of times round by round.
 
     Examples:
         >>> ratio([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]).median
         0.5
     """
-    pairs = [a / b for a, b in zip(one, other, strict=True)]
+    pairs = [a / b for a, b in zip(numerator, denominator, strict=True)]
     low, median, high = statistics.quantiles(pairs, n=4, method="inclusive")
     return Ratio(median, low, high)

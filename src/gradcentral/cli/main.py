@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. One small function a command."""
+"""The commands: parse, call, print."""
 
 from __future__ import annotations
 
@@ -6,75 +6,81 @@ import json
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
+import torch
 import typer
 from rich.console import Console
 
 from gradcentral import weight_layout
-from gradcentral.cli import layout as layout_report
+from gradcentral.bench import benchmark as step_benchmark
+from gradcentral.bench import training_iteration
+from gradcentral.bench.benchmark_plot import plot_benchmark
+from gradcentral.bench.shapes import MODELS
+from gradcentral.bench.steps import OURS
+from gradcentral.bench.table import conclusion, markdown_table, terminal_table
+from gradcentral.cli.layout import build_model
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES
 from gradcentral.experiment import CustomTask, ExperimentError, TaskError, load_task
 from gradcentral.experiment import compare as compare_task
 from gradcentral.experiment.probing import probe_task
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import MissingExtraError
+from gradcentral.layout import report as layout_report
 from gradcentral.paper.draw import FIGURES, STATEMENTS, draw_all, statement_table
 from gradcentral.plotting import to_png
 
-__all__ = ["run"]
+__all__ = ["UsageError", "run"]
+
+_ABOUT = "Gradient Centralization: where it acts, whether it helps, and what it costs."
+_TASK_HELP = "A Python file that defines `task`, or a built-in task: digits, digits-batchnorm, digits-vit."
+_MODEL_HELP = (
+    "MODULE:NAME of a model, or of a class or function that returns one (transformers:GPT2LMHeadModel); "
+    "MODULE:EXPRESSION (\"timm:create_model('resnet18')\"); or a task file."
+)
+_FIGURES_HELP = f"Some of {', '.join((*FIGURES, STATEMENTS))}; by default all."
+Task = Annotated[str, typer.Argument(help=_TASK_HELP)]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs per run; by default the task's own.")]
+Device = Annotated[str, typer.Option(help="Device to use, in torch's notation.")]
+MixedPrecision = Annotated[bool, typer.Option("--amp", help="Use mixed precision.")]
 
 app = typer.Typer(
-    help="Gradient Centralization, measured.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    help=_ABOUT, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 
 
-def _version(show: bool) -> None:
+class UsageError(Exception):
+    """An argument of a command is not usable."""
+
+
+def _print_version(show: bool) -> None:
     if show:
         typer.echo(f"gradcentral {metadata.version('gradcentral')}")
         raise typer.Exit
 
 
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Gradient Centralization, measured."""
+_VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+
+
+@app.callback(help=_ABOUT)
+def _main(version: Annotated[bool, _VERSION] = False) -> None: ...
 
 
 @app.command()
 def compare(
-    task: Annotated[
-        str, typer.Argument(help="A Python file that defines `task`, or digits, digits-batchnorm, digits-vit.")
-    ] = "digits",
-    seeds: Annotated[str, typer.Option(help="How many seeds, or which: 5 means 0,1,2,3,4.")] = "5",
-    epochs: Annotated[int | None, typer.Option(help="Instead of the task's own.")] = None,
-    arms: Annotated[str, typer.Option(help="Of none, gradient and update; none must be there.")] = (
-        "none,gradient,update"
-    ),
-    optimizers: Annotated[str | None, typer.Option(help="Of the task's; by default all of them.")] = None,
-    jobs: Annotated[
-        int | None, typer.Option(help="Worker processes; by default one a CPU core, and 1 on an accelerator.")
-    ] = None,
-    backend: Annotated[
-        str, typer.Option(help="Where the workers are: loky (this machine), or the cluster of ray or dask.")
-    ] = "loky",
-    device: Annotated[str, typer.Option(help="Where to train, as torch names it.")] = "cpu",
-    amp: Annotated[bool, typer.Option("--amp", help="Train in mixed precision.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Output folder; by default runs/ and the task's name.", show_default=False)
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Use the finished runs in the folder, or move them aside.")
-    ] = True,
+    task: Task = "digits",
+    seeds: Annotated[str, typer.Option(help="Number of seeds, or a list: 5 means 0,1,2,3,4.")] = "5",
+    epochs: Epochs = None,
+    arms: Annotated[str, typer.Option(help="Arms to compare; `none` must be one of them.")] = "none,gradient,update",
+    optimizers: Annotated[str | None, typer.Option(help="Optimizers of the task; by default all.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Worker processes; by default one per core, 1 on a GPU.")] = None,
+    backend: Annotated[str, typer.Option(help="Where workers run: loky (locally), ray or dask (a cluster).")] = "loky",
+    device: Device = "cpu",
+    amp: MixedPrecision = False,
+    out: Annotated[Path | None, typer.Option(help="Output folder; by default runs/TASK.")] = None,
+    resume: Annotated[bool, typer.Option(help="Reuse the finished runs in the folder, or move them aside.")] = True,
 ) -> None:
-    """Train with and without GC, same seeds, same data order, and say whether it helped."""
+    """Train with and without GC on the same seeds and data order, and report whether GC helps."""
     comparison = compare_task(
         task,
         seeds=_seeds(seeds),
@@ -96,21 +102,19 @@ def compare(
 
 @app.command()
 def probe(
-    task: Annotated[
-        str, typer.Argument(help="A Python file that defines `task`, or digits, digits-batchnorm, digits-vit.")
-    ] = "digits",
-    batches: Annotated[int, typer.Option(min=1, help="How many of the task's batches.")] = DEFAULT_BATCHES,
-    seed: Annotated[int, typer.Option(min=0, help="Of the fresh weights and the order of the batches.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
-    amp: Annotated[bool, typer.Option("--amp", help="In mixed precision.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for probe.csv and probe.png; without it nothing is written.")
-    ] = None,
+    task: Task = "digits",
+    batches: Annotated[int, typer.Option(min=1, help="Number of the task's batches to use.")] = DEFAULT_BATCHES,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial weights and of the data order.")] = 0,
+    device: Device = "cpu",
+    amp: MixedPrecision = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for probe.csv and probe.png; by default none.")] = None,
 ) -> None:
-    """Show what GC would do to each layer's gradient, on real batches, before any training."""
+    """Show what GC would remove from each layer's gradient, on real batches, before training."""
     loaded = load_task(task)
     if isinstance(loaded, CustomTask):
-        raise TaskError(f"task {loaded.name!r} has a trainer of its own: call gradcentral.probe(model, loss, batches)")
+        raise TaskError(
+            f"task {loaded.name!r} has its own trainer; call gradcentral.probe(model, loss, batches) instead"
+        )
     check_device(device, amp)
     report = probe_task(loaded, seed=seed, batches=batches, device=device, amp=amp)
     typer.echo(str(report))
@@ -123,19 +127,15 @@ def probe(
 
 @app.command()
 def figures(
-    task: Annotated[
-        str, typer.Option(help="A Python file that defines `task`, or digits, digits-batchnorm, digits-vit.")
-    ] = "digits",
-    only: Annotated[str | None, typer.Option(help=f"Of {', '.join((*FIGURES, STATEMENTS))}; by default all.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="One of the task's; by default its first.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many runs the numbers with a spread are of.")] = 5,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the task's own.")] = None,
-    device: Annotated[str, typer.Option(help="Where to train and measure, as torch names it.")] = "cpu",
-    out: Annotated[
-        Path | None, typer.Option(help="Output folder; by default runs/figures- and the task's name.")
-    ] = None,
+    task: Annotated[str, typer.Option(help=_TASK_HELP)] = "digits",
+    only: Annotated[str | None, typer.Option(help=_FIGURES_HELP)] = None,
+    optimizer: Annotated[str | None, typer.Option(help="An optimizer of the task; by default its first.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds for results with a spread.")] = 5,
+    epochs: Epochs = None,
+    device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Output folder; by default runs/figures-TASK.")] = None,
 ) -> None:
-    """Measure and draw the paper's figures and statements on a real network: PNG, SVG and CSV."""
+    """Measure and draw the paper's figures and statements on a real network, as PNG, SVG and CSV."""
     chosen = None if only is None else _names(only)
     drawn = draw_all(task, out=out, only=chosen, optimizer=optimizer, seeds=seeds, epochs=epochs, device=device)
     console = Console(highlight=False)
@@ -147,24 +147,17 @@ def figures(
 
 @app.command()
 def layout(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="MODULE:NAME of a model or of what makes one (transformers:GPT2LMHeadModel), MODULE:EXPRESSION "
-            "(\"timm:create_model('resnet18')\"), or a task file.",
-        ),
-    ],
-    only: Annotated[str, typer.Option(help="all, or conv for the convolutions alone.")] = "all",
-    every: Annotated[bool, typer.Option("--every", help="A row for each parameter, also where layers repeat.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)],
+    only: Annotated[str, typer.Option(help="all, or conv for convolutions only.")] = "all",
+    every: Annotated[bool, typer.Option("--every", help="One row per parameter, even where layers repeat.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show which elements of each parameter make one weight vector, or why it is left alone."""
+    """Show which elements of each parameter form one weight vector, or why it is skipped."""
     try:
-        built = layout_report.build_model(model)
+        built = build_model(model)
         found = weight_layout(built, only=only)
     except ValueError as error:
-        raise TaskError(str(error)) from error
+        raise UsageError(str(error)) from error
     if as_json:
         typer.echo(json.dumps(layout_report.as_json(built, found), indent=2, ensure_ascii=False))
     else:
@@ -173,49 +166,41 @@ def layout(
 
 @app.command()
 def bench(
-    models: Annotated[str | None, typer.Option(help="Of those in the table; by default all.")] = None,
-    optimizers: Annotated[str, typer.Option(help="Of SGD and AdamW.")] = "SGD,AdamW",
-    dtypes: Annotated[str, typer.Option(help="Of f32 and bf16.")] = "f32,bf16",
-    rounds: Annotated[int, typer.Option(min=3, help="How often each alternative is timed, at most.")] = 60,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long one row may take.")] = 12.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="By default as many as torch takes.")] = None,
-    iteration: Annotated[
-        bool, typer.Option("--iteration/--no-iteration", help="Also a whole training iteration of ResNet-18.")
-    ] = True,
-    peers: Annotated[bool, typer.Option("--peers", help="Also other libraries' GC, where installed.")] = False,
-    device: Annotated[str, typer.Option(help="Where, as torch names it: cpu or cuda.")] = "cpu",
+    models: Annotated[str, typer.Option(help="Networks to measure.")] = ",".join(MODELS),
+    optimizers: Annotated[str, typer.Option(help="Optimizers to measure.")] = "SGD,AdamW",
+    dtypes: Annotated[str, typer.Option(help="Types of the parameters.")] = "f32,bf16",
+    rounds: Annotated[int, typer.Option(min=3, help="Maximum number of timings per alternative.")] = 60,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time limit per row of the table.")] = 12.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of threads; by default torch's.")] = None,
+    iteration: Annotated[bool, typer.Option(help="Also measure a training iteration of ResNet-18.")] = True,
+    peers: Annotated[bool, typer.Option("--peers", help="Also measure the GC of pytorch_optimizer.")] = False,
+    device: Annotated[str, typer.Option(help="Device to use: cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.md and bench.png.")] = Path("runs/bench"),
 ) -> None:
-    """Measure optimizer steps with and without GC on this machine, as ratios in one run."""
-    import torch
-
-    from gradcentral.bench import runs, table
-    from gradcentral.bench.shapes import MODELS
-    from gradcentral.bench.steps import OURS
-
+    """Measure optimizer steps with and without GC on this machine, as ratios of interleaved timings."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: torch finds no CUDA device; use --device cpu")
     if threads is not None:
         torch.set_num_threads(threads)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise TaskError(f"--device {device}: torch finds no CUDA device here")
-    benchmark = runs.Benchmark(machine=runs.machine(device))
+    chosen = _names(models), _names(optimizers), _names(dtypes)
     console = Console(highlight=False)
-    console.print(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()), soft_wrap=True)
-    chosen = list(MODELS) if models is None else _names(models)
-    how: dict[str, Any] = {"rounds": rounds, "seconds": seconds, "peers": peers, "device": device}
     try:
-        for case in runs.bench(chosen, _names(optimizers), _names(dtypes), **how):
+        cases = step_benchmark.bench(*chosen, rounds=rounds, seconds=seconds, peers=peers, device=device)
+        benchmark = step_benchmark.Benchmark(machine=step_benchmark.describe_machine(device))
+        console.print(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()), soft_wrap=True)
+        for case in cases:
             benchmark.cases.append(case)
-            ours = case.ratios[OURS]
-            typer.echo(f"{case.model} {case.dtype} {case.algorithm}: {case.milliseconds:.2f} ms, ours ÷ that {ours}")
+            times = f"{case.milliseconds:.2f} ms, with GC ÷ without {case.ratios[OURS]}"
+            typer.echo(f"{case.model} {case.dtype} {case.algorithm}: {times}")
     except ValueError as error:
-        raise TaskError(str(error)) from error
+        raise UsageError(str(error)) from error
     if iteration:
-        benchmark.cases.append(runs.iteration(device=device, dtype="f32" if device == "cpu" else "bf16"))
+        benchmark.cases.append(training_iteration.iteration(device=device, dtype="f32" if device == "cpu" else "bf16"))
     benchmark.write(out / "bench.json")
-    table.plot(benchmark, out / "bench.png")
-    (out / "bench.md").write_text(table.markdown(benchmark), encoding="utf-8")
-    Console(width=210, highlight=False).print(table.table(benchmark))
-    console.print(table.verdict(benchmark), soft_wrap=True)
+    (out / "bench.png").write_bytes(plot_benchmark(benchmark))
+    (out / "bench.md").write_text(markdown_table(benchmark), encoding="utf-8")
+    Console(width=210, highlight=False).print(terminal_table(benchmark))
+    console.print(conclusion(benchmark), soft_wrap=True)
     typer.echo(f"\n{out / 'bench.json'}, bench.md and bench.png")
 
 
@@ -227,28 +212,28 @@ def _seeds(text: str) -> int | list[int]:
     try:
         return [int(seed) for seed in _names(text)] if "," in text else int(text)
     except ValueError:
-        raise TaskError(f"seeds: give a number such as 5, or a list such as 0,3,7, not {text!r}") from None
+        raise UsageError(f"seeds: give a number such as 5, or a list such as 0,3,7, not {text!r}") from None
 
 
 def run() -> None:
-    """Run the command line; what the user can mend is one line on stderr and exit code 2."""
-    interrupted = "interrupted; the finished runs are kept, the same command goes on from there"
+    """Run the command line; errors that the user can correct are one line on stderr and exit code 2."""
+    interrupted = "interrupted; finished runs are kept, and the same command continues from there"
     try:
         status = app(standalone_mode=False)
-    except (ExperimentError, MissingExtraError) as error:
-        _end(str(error), 2)
+    except (ExperimentError, MissingExtraError, UsageError) as error:
+        _exit(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _end(interrupted, 130)
+        _exit(interrupted, 130)
     except Exception as error:
-        # The errors of typer's parser; where their class lives has changed with its versions.
+        # The parser's own errors; their class is not at the same place in every version of typer.
         if not hasattr(error, "format_message"):
             raise
-        _end(f"{error.format_message()} (gradcentral --help)", 2)
-    if status == 130:  # newer versions of typer turn the interrupt into this
-        _end(interrupted, 130)
+        _exit(f"{error.format_message()} See gradcentral --help.", 2)
+    if status == 130:  # newer versions of typer catch the interrupt and return this
+        _exit(interrupted, 130)
     sys.exit(status)
 
 
-def _end(message: str, code: int) -> NoReturn:
+def _exit(message: str, code: int) -> NoReturn:
     print(f"gradcentral: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

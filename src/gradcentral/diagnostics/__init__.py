@@ -1,1 +1,15 @@
-"""What Gradient Centralization does to a model, measured: before training, along it, and as the paper's theorems."""
+"""What Gradient Centralization does to a model: `probe` measures it before training, `Monitor` during training.
+
+print(gradcentral.probe(model, loss, batches))
+monitor = gradcentral.Monitor(model, optimizer, to="run.jsonl")
+"""
+
+from gradcentral.diagnostics.layer_report import LayerReport
+from gradcentral.diagnostics.monitor import Monitor
+from gradcentral.diagnostics.monitor_plot import plot_records
+from gradcentral.diagnostics.probe_report import ProbeReport
+from gradcentral.diagnostics.probing import probe
+from gradcentral.diagnostics.record import Reading, Record
+from gradcentral.diagnostics.record_file import read_records
+
+__all__ = ["LayerReport", "Monitor", "ProbeReport", "Reading", "Record", "plot_records", "probe", "read_records"]

@@ -1,4 +1,4 @@
-"""A batch on its way through a model, in the forms that people's data come in."""
+"""Batches of any common form: passed through a model, and moved to a device."""
 
 from __future__ import annotations
 
@@ -8,50 +8,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["loss_of", "moved"]
+__all__ = ["loss_of", "to_device"]
 
 
 def loss_of(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) -> Tensor:
-    """The loss of a batch: ``loss(model(input), target)`` of a pair, ``loss(model(**batch), batch)`` of a mapping.
+    """Compute the loss of one batch.
+
+    Args:
+        model: called with the input.
+        loss: ``loss(output, target)`` -> scalar tensor.
+        batch: a pair ``(input, target)``, for ``loss(model(input), target)``, or a mapping, as tokenizers return it,
+            for ``loss(model(**batch), batch)``.
 
     Raises:
-        TypeError: the batch is neither.
-        ValueError: the loss is no scalar tensor, or does not depend on the model's parameters.
-
-    Examples:
-        >>> import torch
-        >>> model, mse = torch.nn.Linear(2, 1), torch.nn.functional.mse_loss
-        >>> loss_of(model, mse, (torch.ones(3, 2), torch.ones(3, 1))).shape
-        torch.Size([])
+        TypeError: the batch is neither a pair nor a mapping.
+        ValueError: the loss is not a scalar tensor, or does not depend on the model's parameters.
     """
     if isinstance(batch, Mapping):
         value = loss(model(**batch), batch)
     elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
         value = loss(model(batch[0]), batch[1])
     else:
-        found = f"{len(batch)} things" if isinstance(batch, Sequence) else f"a {type(batch).__name__}"
-        raise TypeError(f"batches: a batch must be a pair (input, target) or a mapping, not {found}")
+        found = f"{len(batch)} elements" if isinstance(batch, Sequence) else f"a {type(batch).__name__}"
+        raise TypeError(f"batches: each batch must be a pair (input, target) or a mapping, not {found}")
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ValueError(f"loss: must return a scalar tensor, not {found}")
     if torch.is_grad_enabled() and not value.requires_grad:
-        raise ValueError("loss: does not depend on the model's parameters; is it made from the output?")
+        raise ValueError("loss: does not depend on the model's parameters; compute it from the model's output")
     return value
 
 
-def moved(value: Any, device: torch.device | str) -> Any:
-    """A batch, or a part of one, on a device: tensors wherever they are, and all else that can move itself.
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """Move everything in a batch that has a ``to`` method, inside mappings, tuples and lists of any depth.
 
     Examples:
-        >>> moved({"x": [torch.ones(2)], "name": "a"}, "meta")
+        >>> to_device({"x": [torch.ones(2)], "name": "a"}, "meta")
         {'x': [tensor(..., device='meta', size=(2,))], 'name': 'a'}
     """
     if callable(getattr(value, "to", None)):  # a tensor, a packed sequence, a tokenizer's batch
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
+        return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(item, device) for item in value))
+        return type(value)(*(to_device(item, device) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(moved(item, device) for item in value)
+        return type(value)(to_device(item, device) for item in value)
     return value

@@ -1,4 +1,4 @@
-"""What centering does to gradients, in a few numbers each."""
+"""What centering does to a gradient, in five numbers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from gradcentral.projection import subtract_means_, unit_means
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["Effect", "effects", "norms", "to_numbers", "together"]
+__all__ = ["Effect", "combine_effects", "effects", "norms", "to_numbers"]
 
 
 class Effect(NamedTuple):
-    """What Φ does to one gradient g.
+    """The effect of Φ on one gradient g.
 
     Attributes:
-        share: 1 − ‖Φ(g)‖²/‖g‖², the part of its energy that centering removes; 0 for a zero gradient, NaN
-            for one that is not finite.
+        share: 1 − ‖Φ(g)‖²/‖g‖², the fraction of the energy that centering removes; 0 for a zero gradient, NaN for one
+            with NaN or Inf.
         norm, centered_norm: ‖g‖ and ‖Φ(g)‖ (L2).
-        largest, centered_largest: the largest absolute entry of g and of Φ(g).
+        largest, centered_largest: largest absolute entry of g and of Φ(g).
     """
 
     share: float
@@ -34,50 +34,49 @@ class Effect(NamedTuple):
 
     @property
     def cosine(self) -> float:
-        """Cosine of the angle between g and Φ(g): √(1 − share), Φ being an orthogonal projection; NaN for zero g."""
+        """Cosine of the angle between g and Φ(g): √(1 − share), since Φ is an orthogonal projection; NaN for g = 0."""
         if self.norm == 0 or math.isnan(self.share):
             return math.nan
         return math.sqrt(max(0.0, 1.0 - self.share))
 
 
 def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Effect]:
-    """The `Effect` of centering on each gradient; without vectors it is left alone, and nothing changes.
+    """Measure the `Effect` of centering on each gradient; a gradient without weight vectors is not changed by it.
 
-    However many there are, numbers travel from the device to Python once.
-
-    Examples:
-        >>> import torch
-        >>> from gradcentral import WeightVectors
-        >>> effects([(torch.tensor([[3.0, 1.0]]), WeightVectors(span=(1,)))])[0].centered_norm
-        1.4142135381698608
+    All results are transferred to the host in one copy.
     """
-    fan_ins, sizes = [], []
+    fan_ins, scalars = [], []
     with torch.no_grad():
         for gradient, vectors in gradients:
             g = gradient.to_dense() if gradient.layout != torch.strided else gradient
             if vectors is None:
                 fan_ins.append(0)
-                sizes += [*norms([g]) * 3, *norms([g], torch.inf) * 2]
+                scalars += [*norms([g]) * 3, *norms([g], torch.inf) * 2]
             else:
                 means = unit_means(g, vectors)
                 centered = subtract_means_(g.clone(), means, vectors)
                 fan_ins.append(g.numel() // means.numel())
-                sizes += norms([means, g, centered]) + norms([g, centered], torch.inf)
-    numbers = iter(to_numbers(sizes))
-    return [_effect(fan_in, *itertools.islice(numbers, 5)) for fan_in in fan_ins]
+                scalars += norms([means, g, centered]) + norms([g, centered], torch.inf)
+    numbers = iter(to_numbers(scalars))
+    found = []
+    for fan_in in fan_ins:
+        means_norm, norm, *others = itertools.islice(numbers, 5)
+        # `projection.share`, from norms that are already computed; rounding may exceed 1.
+        share = min(fan_in * (means_norm / norm) ** 2, 1.0) if norm != 0 else 0.0
+        found.append(Effect(share, norm, *others))
+    return found
 
 
-def together(parts: Sequence[Effect]) -> Effect:
-    """The effect on several gradients seen as one vector.
+def combine_effects(parts: Sequence[Effect]) -> Effect:
+    """Compute the effect on several gradients taken as one vector.
 
     Examples:
-        >>> together([Effect(1.0, 3.0, 0.0, 3.0, 0.0), Effect(0.0, 4.0, 4.0, 4.0, 4.0)])
+        >>> combine_effects([Effect(1.0, 3.0, 0.0, 3.0, 0.0), Effect(0.0, 4.0, 4.0, 4.0, 4.0)])
         Effect(share=0.36, norm=5.0, centered_norm=4.0, largest=4.0, centered_largest=4.0)
     """
     norm = math.hypot(*(part.norm for part in parts))
-    removed = math.fsum(part.share * (part.norm / norm) ** 2 for part in parts) if norm != 0 else 0.0
     return Effect(
-        share=removed,
+        share=math.fsum(part.share * (part.norm / norm) ** 2 for part in parts) if norm != 0 else 0.0,
         norm=norm,
         centered_norm=math.hypot(*(part.centered_norm for part in parts)),
         largest=max((part.largest for part in parts), default=0.0),
@@ -86,24 +85,16 @@ def together(parts: Sequence[Effect]) -> Effect:
 
 
 def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[Tensor]:
-    """The norm of each tensor as a scalar tensor, by default L2; that of infinite order is the largest entry's size."""
-    # Squares of half-precision numbers overflow, and sums of them stall.
+    """Compute the norm of each tensor as a scalar tensor: L2, or the largest absolute entry for ``order=inf``."""
+    # In half precision, squares overflow and long sums stop growing.
     wide = [tensor.float() if tensor.dtype.itemsize < 4 else tensor for tensor in tensors]
     return list(torch._foreach_norm(wide, order))
 
 
 def to_numbers(scalars: Sequence[Tensor]) -> list[float]:
-    """Scalar tensors, real, of any device and dtype, as Python's numbers; they travel together."""
+    """Convert real scalar tensors, of any devices and dtypes, to Python floats in one copy to the host."""
     if not scalars:
         return []
     dtype = max((scalar.dtype for scalar in scalars), key=lambda dtype: dtype.itemsize)
-    found: list[float] = torch.stack([scalar.to(scalars[0].device, dtype) for scalar in scalars]).tolist()
-    return found
-
-
-def _effect(
-    fan_in: int, means_norm: float, norm: float, centered_norm: float, largest: float, centered_largest: float
-) -> Effect:
-    # `projection.share` of numbers that are there already; rounding may lead beyond 1.
-    share = min(fan_in * (means_norm / norm) ** 2, 1.0) if norm != 0 else 0.0
-    return Effect(share, norm, centered_norm, largest, centered_largest)
+    numbers: list[float] = torch.stack([scalar.to(scalars[0].device, dtype) for scalar in scalars]).tolist()
+    return numbers

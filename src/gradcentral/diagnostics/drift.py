@@ -1,58 +1,81 @@
-"""How far the mean of each weight vector has moved: eᵀ(w − w⁰), zero under placement "update"."""
+"""Drift: the change of eᵀw since a reference point, which is zero under placement ``"update"``."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from gradcentral.layout import WeightLayout
-from gradcentral.projection import unit_means
+from gradcentral.projection import Pair, unit_means
+from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["Drift"]
+__all__ = ["Drift", "precise_means"]
 
 
 class Drift:
-    """eᵀ(w − w⁰) = √M (mean(w) − mean(w⁰)) of each weight vector, w⁰ being the weights when this was made.
+    """Measures eᵀ(w − w⁰) = √M (mean(w) − mean(w⁰)) per weight vector, where w⁰ are the weights at a reference point.
 
-    Keeps one number for each weight vector, in double precision where the device has it.
+    The first measurement of a parameter sets its reference; that of ``pairs`` is set now.
 
-    Args:
-        layout: of the model; lazy parameters must have their shapes.
-
-    Source: Yong et al. 2020, section 4.1: GC keeps w on the hyperplane eᵀ(w − w⁰) = 0.
+    Source: Yong et al. 2020, eq. 4: GC keeps w on the hyperplane eᵀ(w − w⁰) = 0.
 
     Examples:
         >>> import torch, gradcentral
         >>> model = torch.nn.Linear(4, 1)
-        >>> drift = Drift(gradcentral.weight_layout(model))
+        >>> layout = gradcentral.weight_layout(model)
+        >>> drift = Drift(layout.items())
         >>> with torch.no_grad():
         ...     _ = model.weight.add_(0.5)
-        >>> drift.of(model.weight)
+        >>> drift.of(model.weight, layout[model.weight])
         tensor([1.], dtype=torch.float64)
     """
 
-    def __init__(self, layout: WeightLayout) -> None:
-        self._layout = layout
-        self._start = {parameter: self._means(parameter) for parameter in layout}
+    def __init__(self, pairs: Iterable[Pair] = ()) -> None:
+        # Means of w⁰; their weight vectors are None until a loaded reference is first used.
+        self._references: dict[Tensor, tuple[WeightVectors | None, Tensor]] = {}
+        for parameter, vectors in pairs:
+            self.of(parameter, vectors)
 
-    def of(self, parameter: Tensor) -> Tensor:
-        """One number for each weight vector of a centered parameter, in one dimension.
+    def of(self, parameter: Tensor, vectors: WeightVectors, means: Tensor | None = None) -> Tensor:
+        """Measure the drift of one parameter, one number per weight vector.
+
+        Other weight vectors than in the previous call set a new reference. ``means`` are the parameter's
+        `precise_means`, if they are already computed.
 
         Raises:
-            KeyError: the layout leaves the parameter alone.
+            ValueError: a loaded reference has another number of weight vectors.
         """
-        vectors = self._layout[parameter]
-        return math.sqrt(vectors.fan_in) * (self._means(parameter) - self._start[parameter])
+        if means is None:
+            means = precise_means(parameter, vectors)
+        known, start = self._references.get(parameter, (vectors, means))
+        if known is None and start.numel() != means.numel():
+            raise ValueError(f"{start.numel()} weight vectors in the state, {means.numel()} in the parameter")
+        if known not in (None, vectors):
+            start = means
+        start = start.to(means)
+        self._references[parameter] = vectors, start
+        return math.sqrt(vectors.fan_in) * (means - start)
 
     def total(self) -> float:
-        """‖eᵀ(w − w⁰)‖ over all weight vectors together (L2)."""
-        norms = [torch.linalg.vector_norm(self.of(parameter)).cpu() for parameter in self._layout]
+        """Return ‖eᵀ(w − w⁰)‖ over all weight vectors together (L2)."""
+        known = [(p, vectors) for p, (vectors, _) in self._references.items() if vectors is not None]
+        norms = [torch.linalg.vector_norm(self.of(p, vectors)).cpu() for p, vectors in known]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
-    def _means(self, parameter: Tensor) -> Tensor:
-        w = parameter.detach()
-        if w.device.type != "mps":
-            w = w.to(torch.complex128 if w.is_complex() else torch.float64)
-        return unit_means(w, self._layout[parameter]).flatten()
+    def state_dict(self, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+        """Return the reference means by parameter name."""
+        return {names[p]: means for p, (_, means) in self._references.items() if p in names}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> None:
+        """Replace all references by those of a `state_dict`."""
+        self._references = {p: (None, state[name].flatten()) for p, name in names.items() if name in state}
+
+
+def precise_means(parameter: Tensor, vectors: WeightVectors) -> Tensor:
+    """Compute the mean of each weight vector, in one dimension, in double precision where the device supports it."""
+    w = parameter.detach()
+    if w.device.type != "mps":
+        w = w.to(torch.complex128 if w.is_complex() else torch.float64)
+    return unit_means(w, vectors).flatten()

@@ -1,80 +1,85 @@
-"""Look at a model without leaving a trace."""
+"""Run a model without changing it."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["random_numbers_unchanged", "unchanged"]
+__all__ = ["preserve_state"]
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put a model back as it was when the block ends, also by an exception.
+def preserve_state(*modules: nn.Module, generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
+    """Restore modules and random number generators when the block ends, also after an exception.
 
-    Its weights and buffers (an ``Embedding`` with ``max_norm`` rescales its weights in each forward pass, BatchNorm
-    keeps running statistics), its gradients (the very tensors, with their values), the mode of each of its modules, and
-    the generators of Python, NumPy and torch. Inside the block every ``p.grad`` is None, and hooks on accumulated
-    gradients, which may step an optimizer, do not run. Takes the memory of one more copy of the model.
+    Restored for each module are its parameters and buffers (an ``Embedding`` with ``max_norm`` rescales its weights in
+    every forward pass, BatchNorm keeps running statistics), its gradients (the same tensors with the same values), and
+    the training mode of every submodule. The global generators of Python, NumPy and torch (CPU and CUDA) are always
+    restored, so ``preserve_state()`` protects the random numbers alone.
+
+    Inside the block every gradient is None, and post-accumulate-grad hooks, which may step an optimizer, do not run.
+    The block holds one more copy of each module in memory.
+
+    Args:
+        modules: the modules to restore.
+        generators: further generators to restore, such as that of a ``DataLoader``.
 
     Raises:
-        ValueError: a parameter or buffer is lazy, so that running the model would make its values.
-
-    Examples:
-        >>> import torch
-        >>> norm = torch.nn.BatchNorm1d(2)
-        >>> with unchanged(norm):
-        ...     _ = norm(torch.randn(8, 2))
-        >>> norm.num_batches_tracked
-        tensor(0)
+        ValueError: a parameter or buffer is lazy, so a forward pass would initialize it.
     """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    if lazy := [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]:
-        raise ValueError(f"model: {lazy[0]} has no values yet: run one forward of the model first")
-    modes = [(module, module.training) for module in model.modules()]
-    values = [(tensor, tensor.detach().clone()) for _, tensor in tensors]
-    # A module may write into a buffer, put another tensor in its place, or make one where there was none.
-    places = [(m._buffers, {**m._buffers}) for m in model.modules()]
-    persistence = [(m._non_persistent_buffers_set, {*m._non_persistent_buffers_set}) for m in model.modules()]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    hooks = [(h, {**h}) for p in model.parameters() if (h := getattr(p, "_post_accumulate_grad_hooks", None))]
-    with random_numbers_unchanged():
-        try:
-            for parameter, _ in gradients:
-                parameter.grad = None
-            for registered, _ in hooks:
-                registered.clear()
-            yield
-        finally:
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-            for registered, before_hooks in hooks:
-                registered.update(before_hooks)
-            for buffers, before in places:
-                buffers.clear()
-                buffers.update(before)
-            for names, before_names in persistence:
-                names.clear()
-                names.update(before_names)
-            with torch.no_grad():
-                for tensor, value in values:
-                    if not torch.equal(tensor, value):
-                        tensor.copy_(value)
-            for module, mode in modes:
-                module.training = mode
+    with ExitStack() as stack:
+        stack.enter_context(_preserve_global_generators())
+        states = [(generator, generator.get_state()) for generator in generators]
+        for generator, state in states:
+            stack.callback(generator.set_state, state)
+        for module in modules:
+            stack.enter_context(_preserve_module(module))
+        yield
 
 
 @contextmanager
-def random_numbers_unchanged() -> Iterator[None]:
-    """Put the generators of Python, of NumPy where it is in use, and of torch on the CPU and CUDA back afterwards."""
+def _preserve_module(model: nn.Module) -> Iterator[None]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if lazy := [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]:
+        raise ValueError(f"model: {lazy[0]} is uninitialized (lazy); run one forward pass of the model first")
+    modes = [(module, module.training) for module in model.modules()]
+    values = [(tensor, tensor.detach().clone()) for _, tensor in tensors]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    hooks = [h for p in model.parameters() if (h := getattr(p, "_post_accumulate_grad_hooks", None))]
+    # A module may write into a buffer, replace it by another tensor, or register a new one.
+    buffers = [b for m in model.modules() for b in (m._buffers, m._non_persistent_buffers_set)]
+    containers: list[tuple[Any, Any]] = [(container, container.copy()) for container in (*hooks, *buffers)]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        for hook in hooks:
+            hook.clear()
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for container, content in containers:  # in place, because torch refers to these dictionaries and sets
+            container.clear()
+            container.update(content)
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _preserve_global_generators() -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     python, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    # Named one by one: torch warns when it is left to find several devices by itself.
+    # The devices are listed because torch warns when it has to find several by itself.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             yield

@@ -1,30 +1,30 @@
-"""What `Monitor` notes at one step, as a line of JSON and as rows of CSV, and the records that stay in memory."""
+"""What `Monitor` records at one step, its JSON and CSV forms, and the buffer of records in memory."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-__all__ = ["COLUMNS", "NET", "Memory", "Reading", "Record"]
+__all__ = ["CSV_COLUMNS", "NET", "Reading", "Record", "RecordBuffer"]
 
 NET = "(net)"
-"""Stands for the whole net where a row of CSV names a parameter."""
+"""The whole net, where a row or a mapping otherwise has the name of a parameter."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Numbers of one parameter, or of the whole net; None where there is none, or none that is finite.
+    """Measurements of one parameter, or of the whole net; None if there is no value, or no finite one.
 
     Attributes:
-        share: part of the gradient's energy that centering removes, between 0 and 1.
+        share: fraction of the gradient's energy that centering removes, between 0 and 1.
         norm, centered_norm: L2 norm of the gradient g and of Φ(g).
         largest, centered_largest: largest absolute entry of g and of Φ(g).
-        drift, largest_drift: ‖eᵀ(w − w⁰)‖ over all weight vectors together (L2), and the largest of one.
-        sensitivity, largest_sensitivity: root mean square and largest, over the output units, of |1ᵀw|: by how much a
-            unit's output moves when 1 is added to each of its inputs (γ·1ᵀw with γ = 1).
+        drift, largest_drift: ‖eᵀ(w − w⁰)‖ over all weight vectors together (L2), and the largest of a single one.
+        sensitivity, largest_sensitivity: root mean square and maximum of |1ᵀw| over the output units: how much a
+            unit's output changes when 1 is added to each of its inputs.
     """
 
     share: float | None = None
@@ -38,18 +38,18 @@ class Reading:
     largest_sensitivity: float | None = None
 
     def __post_init__(self) -> None:
-        # JSON knows no NaN, and a curve has a gap there.
+        # JSON has no NaN.
         for name, value in vars(self).items():
             if value is not None and not math.isfinite(value):
                 object.__setattr__(self, name, None)
 
     def items(self) -> list[tuple[str, float]]:
-        """The numbers that there are, with their names."""
+        """Return the measurements that are not None, with their names."""
         return [(name, value) for name, value in vars(self).items() if value is not None]
 
 
-READINGS = tuple(field.name for field in fields(Reading))
-COLUMNS = ("step", "placement", "skipped", "parameter", *READINGS)
+_READINGS = tuple(field.name for field in fields(Reading))
+CSV_COLUMNS = ("step", "placement", "skipped", "parameter", *_READINGS)
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Record:
     """What GC did, or would have done, at one step.
 
     Attributes:
-        step: how many steps had been taken: the weights are those after so many steps, and the gradient is theirs.
-        placement: of the GC that is attached to the optimizer; None where none is, or where it is paused, and the
-            numbers of Φ(g) are what it would do.
-        skipped: whether a GradScaler made a fused optimizer skip the step, for a gradient that is not finite. (It does
-            not call other optimizers then: such steps are neither counted nor recorded.)
+        step: number of steps taken before; gradient and weights are those that this step started from.
+        placement: placement of the GC that is attached to the optimizer; None if none is attached or it is paused,
+            and the values of Φ(g) are what it would have done.
+        skipped: whether a GradScaler made a fused optimizer skip the step because the gradient was not finite. (It
+            does not call ``step()`` of other optimizers then, so those steps are neither counted nor recorded.)
         net: the whole net; its gradient includes the parameters that are not centered.
-        layers: {name: numbers} of the centered parameters.
+        layers: {name: reading} of the centered parameters.
     """
 
     step: int
@@ -73,89 +73,70 @@ class Record:
     layers: Mapping[str, Reading]
 
     def to_line(self) -> str:
-        """The record as one line of JSON; numbers keep six digits, and those that there are not are null."""
+        """Format the record as one line of JSON, with six significant digits."""
         layers = {name: _rounded(reading) for name, reading in self.layers.items()}
-        record = {"step": self.step, "placement": self.placement, "skipped": self.skipped}
-        return json.dumps({**record, "net": _rounded(self.net), "layers": layers}, allow_nan=False)
+        header = {"step": self.step, "placement": self.placement, "skipped": self.skipped}
+        return json.dumps({**header, "net": _rounded(self.net), "layers": layers}, allow_nan=False)
 
     @classmethod
     def from_line(cls, line: str) -> Record:
-        """The record of a line that `to_line` wrote.
-
-        Examples:
-            >>> record = Record(0, "update", False, Reading(share=0.25), {"weight": Reading(share=0.25)})
-            >>> Record.from_line(record.to_line()) == record
-            True
-        """
+        """Parse the output of `to_line`."""
         values = json.loads(line)
         layers = {name: Reading(**reading) for name, reading in values.pop("layers").items()}
         return cls(net=Reading(**values.pop("net")), layers=layers, **values)
 
     def to_rows(self) -> list[list[Any]]:
-        """A row of `COLUMNS` for each parameter, and the whole net's last: a record without it was torn."""
-        start = [self.step, self.placement or "", self.skipped]
-        named = [*self.layers.items(), (NET, self.net)]
-        return [[*start, name, *_cells(reading)] for name, reading in named]
+        """Format the record as one row of `CSV_COLUMNS` per parameter, and a last one for the whole net."""
+        header = [self.step, self.placement, self.skipped]
+        readings = [*self.layers.items(), (NET, self.net)]
+        return [[*header, name, *_rounded(reading).values()] for name, reading in readings]
 
     @classmethod
-    def from_rows(cls, rows: list[dict[str, str]]) -> Record:
-        """The record of the rows that `to_rows` wrote, as `csv.DictReader` reads them."""
+    def from_rows(cls, rows: Sequence[Mapping[str, str]]) -> Record:
+        """Parse the output of `to_rows`, as `csv.DictReader` reads it."""
         readings = {
-            row["parameter"]: Reading(**{name: float(row[name]) if row[name] else None for name in READINGS})
+            row["parameter"]: Reading(**{name: float(row[name]) if row[name] else None for name in _READINGS})
             for row in rows
         }
         last, net = rows[-1], readings.pop(NET)
         return cls(int(last["step"]), last["placement"] or None, last["skipped"] == "True", net, readings)
 
 
-class Memory:
-    """Of any number of records a bounded number, evenly spread, and always the first and the newest.
+class RecordBuffer:
+    """A bounded number of records, evenly spaced over all that were added, with the first and the newest.
 
     Examples:
-        >>> memory = Memory(limit=5)
+        >>> buffer = RecordBuffer(limit=5)
         >>> for step in range(12):
-        ...     memory.add(Record(step, None, False, Reading(), {}))
-        >>> [record.step for record in memory.records]
+        ...     buffer.add(Record(step, None, False, Reading(), {}))
+        >>> [record.step for record in buffer.records]
         [0, 4, 8, 11]
     """
 
     def __init__(self, limit: int = 1000) -> None:
         self.records: list[Record] = []
         self._limit = limit
-        self._begin()
-
-    def _begin(self) -> None:
         self._stride = 1
         self._added = 0
-        self._between = False
-        """Whether the newest is there for being the newest only."""
 
     def add(self, record: Record) -> None:
-        """Take one in; every second one goes when there is no room."""
-        if self._between:
-            self.records.pop()
+        """Append a record; if the buffer is full, drop every second one first."""
+        if self._added and (self._added - 1) % self._stride:
+            self.records.pop()  # kept so far only as the newest
         if len(self.records) == self._limit:
             del self.records[1::2]
             self._stride *= 2
         self.records.append(record)
-        self._between = self._added % self._stride != 0
         self._added += 1
 
-    def go_back(self, step: int) -> None:
-        """Forget the records of this step and later: the training goes on from before it."""
+    def rewind(self, step: int) -> None:
+        """Drop the records of this step and later ones, to continue from an earlier checkpoint."""
         kept = [record for record in self.records if record.step < step]
-        if len(kept) == len(self.records):
-            return
-        self.records = kept
-        if not kept:
-            self._begin()
-        self._added = len(kept) * self._stride
-        self._between = False
+        if len(kept) < len(self.records):
+            self.records = kept
+            self._stride = self._stride if kept else 1
+            self._added = (len(kept) - 1) * self._stride + 1 if kept else 0
 
 
 def _rounded(reading: Reading) -> dict[str, float | None]:
     return {name: None if value is None else float(f"{value:.6g}") for name, value in asdict(reading).items()}
-
-
-def _cells(reading: Reading) -> list[Any]:
-    return ["" if value is None else value for value in _rounded(reading).values()]

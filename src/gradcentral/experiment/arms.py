@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradcentral.attach import PLACEMENTS, attached, centering_of, centralize
-from gradcentral.diagnostics.centering_effect import Effect, effects, together
+from gradcentral.attach import attached, centering_of, centralize
+from gradcentral.diagnostics.centering_effect import Effect, combine_effects, effects
 from gradcentral.diagnostics.drift import Drift
 from gradcentral.experiment.errors import ArmError
 from gradcentral.layout import weight_layout
 from gradcentral.projection import center, unit_means
+from gradcentral.targets import PLACEMENTS
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["ARMS", "NONE", "CheckedArm"]
@@ -55,7 +56,7 @@ class CheckedArm:
         self.handle = None if arm == NONE else centralize(optimizer, model, placement=arm)
         self._layout = weight_layout(model) if self.handle is None else self.handle.layout
         optimizer.register_step_pre_hook(self._keep_seen)
-        self._drift = Drift(self._layout)
+        self._drift = Drift(self._layout.items())
 
     def watch(self) -> None:
         """Remember the raw gradients and the weights before a step."""
@@ -67,7 +68,7 @@ class CheckedArm:
 
     def effect(self) -> Effect:
         """What centering does, or would do, to the raw gradients of all parameters as one vector."""
-        return together(effects([(raw, self._layout.get(p)) for p, raw in self._raw.items()]))
+        return combine_effects(effects([(raw, self._layout.get(p)) for p, raw in self._raw.items()]))
 
     def drift(self) -> float:
         """‖eᵀ(w − w⁰)‖ over all weight vectors since the run began."""

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gradcentral.diagnostics.probing import ProbeReport
+from gradcentral.diagnostics.probe_report import ProbeReport
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.statistics import Paired, Verdict, epochs_to_reach, judge, mean_std, paired
 from gradcentral.experiment.store import Key, Run

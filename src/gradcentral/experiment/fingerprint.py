@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from gradcentral.diagnostics.preserve import random_numbers_unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.digest import digest, digest_of_callable, digest_of_source
 from gradcentral.experiment.errors import ExperimentError, TaskError
 from gradcentral.experiment.loading import TaskReference, describe, where
@@ -34,7 +34,7 @@ def fingerprint(reference: TaskReference, settings: Settings | None, optimizers:
     parts = {"task": task.name}
     if reference.source is not None:
         parts["code of the task's file (comments do not count)"] = digest_of_source(reference.source)
-    with random_numbers_unchanged():
+    with preserve_state():
         if isinstance(task, CustomTask):
             return parts | _of_custom(task)
         assert settings is not None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from gradcentral.diagnostics.preserve import random_numbers_unchanged
-from gradcentral.diagnostics.probing import DEFAULT_BATCHES, ProbeReport, probe
+from gradcentral.diagnostics.preserve import preserve_state
+from gradcentral.diagnostics.probe_report import ProbeReport
+from gradcentral.diagnostics.probing import DEFAULT_BATCHES, probe
 from gradcentral.experiment.errors import TaskError
 from gradcentral.experiment.loading import describe, where
 from gradcentral.experiment.randomness import derive, seed_everything
@@ -30,7 +31,7 @@ def probe_task(
         >>> probe_task(load_task("digits")).layers[0].name
         '0.weight'
     """
-    with random_numbers_unchanged():
+    with preserve_state():
         model = fresh_model(task, seed).to(device)
         seed_everything(derive(seed, "training"))
         loader = loader_of(task, next(orders_of(task, seed)))

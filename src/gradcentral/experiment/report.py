@@ -8,12 +8,11 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
-from gradcentral.diagnostics.probe_plot import shares
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.comparison import Comparison
 from gradcentral.experiment.plots import Series, curves, differences
 from gradcentral.extras import optional
-from gradcentral.plotting import DARK, LIGHT, Theme, recolored, to_png, to_svg
+from gradcentral.plotting import DARK, LIGHT, Theme, recolor, to_png, to_svg
 
 __all__ = ["write_report"]
 
@@ -26,7 +25,7 @@ def write_report(comparison: Comparison) -> None:
         figure = draw(LIGHT)
         light = to_svg(figure)
         comparison.out.joinpath(f"{name}.png").write_bytes(to_png(figure, f"{comparison.task}: {title}"))
-        schemes = {"light": light, "dark": recolored(light, LIGHT, DARK)}
+        schemes = {"light": light, "dark": recolor(light, LIGHT, DARK)}
         figures[name] = {"title": title} | {key: base64.b64encode(svg).decode() for key, svg in schemes.items()}
     environment = optional("jinja2").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = resources.files("gradcentral.experiment").joinpath("report.html.jinja2").read_text(encoding="utf-8")
@@ -57,10 +56,7 @@ def _figures(comparison: Comparison) -> dict[str, tuple[str, Callable[[Theme], A
         if any(value is not None for run in comparison.records for value in series.values(run)):
             figures[name] = (title, functools.partial(curves, comparison, series))
     if comparison.probe is not None and comparison.probe.centered:
-        figures["share"] = (
-            "Where GC acts",
-            functools.partial(shares, comparison.probe.centered, comparison.probe.share),
-        )
+        figures["share"] = ("Where GC acts", comparison.probe.plot)
     return figures
 
 

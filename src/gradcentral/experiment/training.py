@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from gradcentral.diagnostics.batches import moved
+from gradcentral.diagnostics.batches import to_device
 from gradcentral.diagnostics.centering_effect import Effect
 from gradcentral.experiment.arms import CheckedArm
 from gradcentral.experiment.digest import digest
@@ -257,7 +257,7 @@ class _Trainer:
 
     def _step(self, inputs: Any, targets: Any, seen: list[Effect] | None) -> Tensor:
         with self._autocast():
-            loss = self._loss(self.model(moved(inputs, self.device)), moved(targets, self.device))
+            loss = self._loss(self.model(to_device(inputs, self.device)), to_device(targets, self.device))
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
@@ -281,9 +281,9 @@ class _Trainer:
         with torch.inference_mode():
             for batch in DataLoader(dataset, 4 * self.task.batch_size, sampler=indices, generator=torch.Generator()):
                 inputs, targets = pair_of(batch)
-                targets = moved(targets, self.device)
+                targets = to_device(targets, self.device)
                 with self._autocast():
-                    output = self.model(moved(inputs, self.device))
+                    output = self.model(to_device(inputs, self.device))
                     loss = float(self._loss(output, targets))
                 if not math.isfinite(loss):
                     return {"loss": loss, "metric": math.nan}

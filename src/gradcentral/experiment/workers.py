@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gradcentral.diagnostics.preserve import random_numbers_unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.backends import outcomes_of
 from gradcentral.experiment.errors import ArmError, ExperimentError, RunError
 from gradcentral.experiment.loading import Address, Parcel, TaskReference, describe, follow_address, open_parcel, where
@@ -63,7 +63,7 @@ def run_all(
         ArmError: a run did not do what its arm says.
     """
     if jobs == 1 and backend == "loky":
-        with random_numbers_unchanged():
+        with preserve_state():
             for key in keys:
                 yield _unwrap(_run(reference, key, settings, progress), progress.parent)
         return
@@ -100,7 +100,7 @@ _one_at_a_time = threading.Lock()
 def _run_in_worker(task: Address | Parcel, key: Key, settings: Settings | None, progress: Path | None) -> Run | Failure:
     # A Dask worker may have several threads, but torch has one stream of random numbers for all of them.
     # It may also be a thread of the caller's own process, whose random numbers and threads are not ours.
-    with _one_at_a_time, random_numbers_unchanged(), one_thread():
+    with _one_at_a_time, preserve_state(), one_thread():
         try:
             reference = open_parcel(task) if isinstance(task, Parcel) else follow_address(task)
             return _run(reference, key, settings, progress)

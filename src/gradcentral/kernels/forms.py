@@ -1,13 +1,275 @@
-"""What a cached plan relies on in the tensors it is used with."""
+"""The vocabulary that the native and the Triton kernels share, and the base of their plans. Imports no kernels.
+
+A *plan* caches everything about some tensors that rarely changes: shapes, strides, dtypes and the division of the
+work. It is compared with the tensors at every call (`fits`) and rebuilt by the caller when they differ. Pointers to
+gradients are never cached: they are read from the tensors at every call.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple
 
-__all__ = ["same_objects"]
+import torch
+from torch import Tensor
+
+from gradcentral.kernels.loops import Loop
+from gradcentral.weight_vectors import WeightVectors
+
+__all__ = [
+    "CenteringPlan",
+    "Coefficients",
+    "Operation",
+    "Placement",
+    "States",
+    "StepPlan",
+    "UpdateRule",
+    "is_plain",
+    "same_objects",
+    "same_strides",
+]
+
+
+POINTERS = 6
+"""Columns of a pointer table: weight, gradient, momentum, squares, largest squares, step counter."""
+
+
+class Placement(IntEnum):
+    """What a step centers for one parameter: nothing, the gradient, or the change of the weights."""
+
+    PLAIN = 0
+    GRADIENT = 1
+    UPDATE = 2
+
+
+class UpdateRule(IntEnum):
+    """The update rules with a fused kernel."""
+
+    SGD = 0
+    MOMENTUM = 1
+    ADAM = 2
+    AMSGRAD = 3
+
+
+class Operation(IntEnum):
+    """Centering without a step. Continues `UpdateRule`: one number selects the variant of a Triton kernel."""
+
+    CENTER = 4
+    MEANS = 5
+    RESTORE = 6
+
+
+class Coefficients(ctypes.Structure):
+    """Coefficients of an update rule; the C structure of the same name in c/kernels.h documents each field."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_double)
+        for name in ("lr", "l2", "decay", "momentum", "keep", "nesterov", "beta1", "beta2", "epsilon", "scale")
+    )
+
+
+class States(NamedTuple):
+    """The optimizer's state of some parameters: one list per kind of state, None where the update rule has none."""
+
+    momentum: list[Tensor] | None = None
+    squares: list[Tensor] | None = None
+    largest_squares: list[Tensor] | None = None
+    steps: list[Tensor] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> States:
+        """The states with ``function`` applied to every tensor."""
+        return States(*(None if column is None else [*map(function, column)] for column in self))
+
+    def same_as(self, other: States) -> bool:
+        """Whether both hold the same tensor objects."""
+        for mine, others in zip(self, other, strict=True):
+            if mine is None or others is None:
+                if mine is not others:
+                    return False
+            elif not same_objects(mine, others):
+                return False
+        return True
 
 
 def same_objects(one: Sequence[object], other: Sequence[object]) -> bool:
-    """Whether two sequences hold the very same objects; ``==`` would compare tensors element by element."""
+    """Whether two sequences hold the same objects; ``==`` would compare tensors element by element."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is only its elements in memory: not a subclass, not sparse, without a lazy negation."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_neg()
+
+
+def same_strides(parameter: Tensor, tensor: Tensor) -> bool:
+    """Whether a plain tensor has the parameter's device, shape and strides, so that one loop serves both."""
+    return (
+        is_plain(tensor)
+        and tensor.device == parameter.device
+        and tensor.shape == parameter.shape
+        and all(
+            size == 1 or one == other
+            for size, one, other in zip(tensor.shape, tensor.stride(), parameter.stride(), strict=True)
+        )
+    )
+
+
+Property = Callable[[Tensor], Any]
+"""A property of a tensor that a plan relies on, such as ``Tensor.stride``."""
+
+_layout = attrgetter("layout")
+
+
+def _form_of(tensors: Sequence[Tensor], properties: Sequence[Property]) -> list[Any]:
+    """The layouts of some tensors and, if all are strided, one list per property: the form that a plan relies on."""
+    layouts = set(map(_layout, tensors))
+    if layouts != {torch.strided}:  # a sparse tensor has no strides
+        return [layouts]
+    return [[*map(get, tensors)] for get in properties]
+
+
+class StepPlan:
+    """One fused step of parameters that share their device, dtypes and update rule.
+
+    Args:
+        rule: the update rule.
+        params: the parameters; of a DTensor, the local shard.
+        grads: their gradients.
+        states: their states.
+        loops: for each parameter its loop and its placement.
+    """
+
+    gradient_properties: ClassVar[tuple[Property, ...]]
+    parameter_properties: ClassVar[tuple[Property, ...]]
+    lasting_properties: ClassVar[tuple[Property, ...]]
+    """Of parameters and states, beside their pointers."""
+
+    def __init__(
+        self,
+        rule: UpdateRule,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: States,
+        loops: list[tuple[Loop, Placement]],
+    ) -> None:
+        self.rule = rule
+        self.params = params
+        self.states = states
+        self._lasting = [*params, *(tensor for column in states if column is not None for tensor in column)]
+        self._lasting_form = self._form_of_lasting()
+        self._lasting_pointers = self._lasting_form[0]
+        self._gradient_form = _form_of(grads, self.gradient_properties)
+        self._prepare(grads, loops)
+
+    def _prepare(self, grads: list[Tensor], loops: list[tuple[Loop, Placement]]) -> None:
+        """Divide the work, as a constructor's last step."""
+        raise NotImplementedError
+
+    def fits(self, grads: list[Tensor], states: States) -> bool:
+        """Whether parameters, gradients and states still have the form that was planned for."""
+        if not states.same_as(self.states):
+            return False
+        form = self._form_of_lasting()
+        self._lasting_pointers = form[0]
+        return form == self._lasting_form and _form_of(grads, self.gradient_properties) == self._gradient_form
+
+    def _form_of_lasting(self) -> list[Any]:
+        """Pointers and properties of parameters and states, which show whether the data of a tensor was replaced.
+
+        Replacement data coexists with the original, so its pointer differs. The strides of parameters are compared
+        too, because code may view a parameter differently in place.
+        """
+        return [
+            [*map(Tensor.data_ptr, self._lasting)],
+            *([*map(get, self._lasting)] for get in self.lasting_properties),
+            *([*map(get, self.params)] for get in self.parameter_properties),
+        ]
+
+    def _pointers(self, grads: list[Tensor]) -> list[int]:
+        """The pointers to parameters, gradients and each kind of state, one after another; 0 for a missing state.
+
+        Those to parameters and states are the ones that `fits` has just read.
+        """
+        count, lasting = len(grads), self._lasting_pointers
+        pointers = [*lasting[:count], *map(Tensor.data_ptr, grads)]
+        position = count
+        for column in self.states:
+            if column is None:
+                pointers += [0] * count
+            else:
+                pointers += lasting[position : position + count]
+                position += count
+        return pointers
+
+    def run(self, grads: list[Tensor], coefficients: Any, fresh: list[bool]) -> None:
+        """Take the step. Call `fits` right before.
+
+        Args:
+            grads: the gradients.
+            coefficients: `Coefficients`; for Triton, `DeviceCoefficients`.
+            fresh: for each parameter whether its momentum buffer is new, so that the buffer starts as the gradient
+                itself; empty if none is.
+        """
+        raise NotImplementedError
+
+
+class CenteringPlan:
+    """Φ, means and their restoration for many tensors of one device and dtype, each in one call.
+
+    Args:
+        tensors: the tensors, plain and dense.
+        vectors: the weight vectors of each.
+        loops: the loop over each.
+    """
+
+    properties: ClassVar[tuple[Property, ...]]
+    means_dtype: ClassVar[torch.dtype]
+
+    def __init__(self, tensors: list[Tensor], vectors: list[WeightVectors], loops: list[Loop]) -> None:
+        self._vectors = vectors
+        self._device = tensors[0].device
+        self._form = _form_of(tensors, self.properties)
+        self._count = sum(loop.groups * loop.units for loop in loops)
+        self._prepare(tensors, loops)
+
+    def _prepare(self, tensors: list[Tensor], loops: list[Loop]) -> None:
+        """Divide the work, as a constructor's last step."""
+        raise NotImplementedError
+
+    def fits(self, tensors: list[Tensor], vectors: list[WeightVectors]) -> bool:
+        """Whether these tensors have the form that was planned for."""
+        return same_objects(vectors, self._vectors) and _form_of(tensors, self.properties) == self._form
+
+    def center_(self, tensors: list[Tensor]) -> None:
+        """Center each tensor in place."""
+        self._run(_pointers_to(tensors), Operation.CENTER, None)
+        torch.autograd.graph.increment_version(tensors)
+
+    def means(self, tensors: list[Tensor]) -> Tensor:
+        """The mean of every weight vector of every tensor, one after another."""
+        means = torch.empty(self._count, dtype=self.means_dtype, device=self._device)
+        self._run(_pointers_to(tensors), Operation.MEANS, means)
+        return means
+
+    def restore_(self, tensors: list[Tensor], means: Tensor) -> None:
+        """Shift every weight vector so that its mean is again the one that `means` returned."""
+        if means.numel() != self._count:
+            raise RuntimeError(
+                "parameters changed their shapes during the step, so their means cannot be restored: change shapes "
+                "between steps"
+            )
+        self._run(_pointers_to(tensors), Operation.RESTORE, means)
+        torch.autograd.graph.increment_version(tensors)
+
+    def _run(self, pointers: list[int], operation: Operation, means: Tensor | None) -> None:
+        raise NotImplementedError
+
+
+def _pointers_to(tensors: list[Tensor]) -> list[int]:
+    """The pointers of a centering operation: the tensors are weights, and in Triton gradients too."""
+    pointers = [*map(Tensor.data_ptr, tensors)]
+    return pointers * 2 + [0] * ((POINTERS - 2) * len(tensors))

@@ -1,4 +1,4 @@
-"""The memory of a parameter as nested loops, which is all that the kernels need to know. Pure Python: no torch."""
+"""The memory of a parameter as four nested loops, the only description of it that the kernels get. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,25 +12,37 @@ __all__ = ["Loop", "loop_of_vectors", "loop_over"]
 
 
 class Loop(NamedTuple):
-    """A parameter in memory order as four nested loops; a weight vector runs over ``a`` and ``b``.
+    """A parameter in memory order as four nested loops; a weight vector runs over ``outer`` and ``inner``.
 
-    Element ``(g, i, u, j)`` lies at offset ``((g * a + i) * unit + u) * b + j``, and ``(g, u)`` names the output
-    unit. Rows are ``(n, fan_in, 1, 1)``, columns ``(1, fan_in, n, 1)``, a transposed convolution
-    ``(groups, in, out, taps)``.
+    Element ``(g, i, u, j)`` of ``groups × outer × units × inner`` lies at offset
+    ``((g * outer + i) * units + u) * inner + j``, and ``(g, u)`` is the output unit:
+
+    ======================  ======================================
+    layout                  ``(groups, outer, units, inner)``
+    ======================  ======================================
+    rows                    ``(n, fan_in, 1, 1)``
+    columns                 ``(1, fan_in, n, 1)``
+    transposed convolution  ``(groups, in per group, out, taps)``
+    ======================  ======================================
     """
 
-    group: int
-    a: int
-    unit: int
-    b: int
+    groups: int
+    outer: int
+    units: int
+    inner: int
 
 
 def loop_over(vectors: WeightVectors | None, shape: Sequence[int], strides: Sequence[int]) -> Loop | None:
-    """The loop over a tensor with these vectors; without any, every element is one of its own.
+    """The loop over a tensor of this shape and these strides, or None if it has none (see `loop_of_vectors`).
+
+    Args:
+        vectors: the tensor's weight vectors; None if it is not centered and every element is updated on its own.
+        shape: its shape.
+        strides: its strides, in elements.
 
     Examples:
         >>> loop_over(None, (4, 3), (3, 1))
-        Loop(group=12, a=1, unit=1, b=1)
+        Loop(groups=12, outer=1, units=1, inner=1)
     """
     if vectors is not None:
         return loop_of_vectors(vectors.for_shape(shape), strides)
@@ -39,10 +51,13 @@ def loop_over(vectors: WeightVectors | None, shape: Sequence[int], strides: Sequ
 
 
 def loop_of_vectors(vectors: WeightVectors, strides: Sequence[int] | None = None) -> Loop | None:
-    """The canonical loop over a dense parameter with these strides (``None``: contiguous).
+    """The loop over a parameter with these weight vectors and strides (None: contiguous).
 
-    Works on memory order, so a channels_last convolution is plain rows. ``None`` where the parameter is not
-    dense (expanded, sliced) or the pattern needs more than (group, a, unit, b).
+    Axes are taken in memory order, so that a channels_last convolution is plain rows.
+
+    Returns:
+        None if the parameter is not dense (expanded or sliced), or if its axes alternate between spanned and not
+        spanned more often than the four nested loops can.
     """
     dims, steps = vectors.dims, strides
     if steps is not None and vectors.view is not None:
@@ -66,9 +81,9 @@ def loop_of_vectors(vectors: WeightVectors, strides: Sequence[int] | None = None
 
 
 def _loop_of_runs(runs: list[tuple[bool, int]]) -> Loop | None:
-    """Fit alternating runs (is it spanned, size) into (group, a, unit, b)."""
+    """Fit alternating runs ``(is it spanned, size)`` into ``(groups, outer, units, inner)``."""
     if len(runs) == 1 or (len(runs) == 2 and runs[1][0]):
-        # Rows: one pass over `a` beats `unit` and `b`, which would be the same elements.
+        # Rows: one loop over `outer` is faster than one over `units` and `inner`, which would be the same elements.
         spanned = math.prod(size for is_spanned, size in runs if is_spanned)
         return Loop(math.prod(size for is_spanned, size in runs if not is_spanned), spanned, 1, 1)
     slots, at = [1, 1, 1, 1], 0
@@ -83,7 +98,7 @@ def _loop_of_runs(runs: list[tuple[bool, int]]) -> Loop | None:
 
 
 def split_strides(shape: Sequence[int], strides: Sequence[int], view: Sequence[int]) -> list[int] | None:
-    """Strides of ``view`` when it only splits axes of ``shape``; None where it would merge axes."""
+    """The strides of ``view`` if it only splits axes of ``shape``; None if it merges axes."""
     steps: list[int] = []
     at = 0
     for size, stride in zip(shape, strides, strict=True):

@@ -1,8 +1,4 @@
-"""The C kernels through ctypes: what they can serve, the cached layout of the work, and the calls.
-
-A plan keeps shapes, strides and the division of the work, which change rarely and are compared at every call.
-Pointers are never kept: every call reads them anew from the tensors it is given.
-"""
+"""The C kernels for the CPU, called through ctypes."""
 
 from __future__ import annotations
 
@@ -11,55 +7,55 @@ import os
 from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_int32, c_int64, c_uint64, c_void_p
-from itertools import repeat
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradcentral.kernels.forms import same_objects
+from gradcentral.kernels import forms
+from gradcentral.kernels.forms import Coefficients, Operation, Placement, UpdateRule, is_plain, same_strides
 from gradcentral.kernels.loops import Loop, loop_over
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = [
     "CenteringPlan",
-    "Rule",
     "StepPlan",
-    "alike",
-    "is_plain",
-    "lies_as",
+    "WorkList",
+    "accepts_counter",
+    "accepts_gradient",
+    "accepts_state",
+    "has_openmp",
     "loop_of",
-    "same_columns",
+    "serves",
     "stream",
-    "unavailable",
+    "unavailable_reason",
 ]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-PLACEMENTS = {None: 0, "gradient": 1, "update": 2}
-SGD, MOMENTUM, ADAM, AMSGRAD = range(4)
-_CENTER, _MEANS, _RESTORE = range(3)
-_POINTERS = 6
 
 
-class _Item(ctypes.Structure):
+# Structures of c/kernels.h.
+
+
+class _CParameter(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("group", "a", "unit", "b")),
-        *((name, c_int32) for name in ("placement", "first", "step_is_f64", "blocks")),
+        *((name, c_int64) for name in Loop._fields),
+        *((name, c_int32) for name in ("placement", "fresh", "step_is_f64", "blocks")),
         ("scratch", c_int64),
         *((name, c_void_p) for name in ("w", "g", "m", "v", "x")),
         *((name, c_double) for name in ("step_size", "root_correction")),
-        *((name, c_void_p) for name in ("sums", "means")),
+        *((name, c_void_p) for name in ("sums", "means", "kept")),
         ("missing", c_int64),
     )
 
 
-class _Piece(ctypes.Structure):
-    _fields_ = tuple((name, c_int64) for name in ("item", "begin", "end", "kind"))
+class _CWorkPiece(ctypes.Structure):
+    _fields_ = tuple((name, c_int64) for name in ("parameter", "begin", "end", "kind"))
 
 
-class _List(ctypes.Structure):
+class _CWorkList(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("pieces", "batches", "waves")),
         *((name, c_int64) for name in ("n_batches", "n_waves")),
@@ -67,42 +63,36 @@ class _List(ctypes.Structure):
     )
 
 
-class Rule(ctypes.Structure):
-    """The coefficients of an update rule, as in kernels.h."""
-
-    _fields_ = tuple(
-        (name, c_double)
-        for name in ("lr", "l2", "decay", "momentum", "keep", "nesterov", "beta1", "beta2", "epsilon", "scale")
-    )
-
-
-def _load() -> tuple[Any, str]:
-    """The library, or why there is none."""
-    found = sorted(Path(__file__).parent.glob("_native.*"))
+def _load(folder: Path) -> tuple[Any, str]:
+    """The library in a folder, or None and the reason why it cannot be used."""
+    found = sorted(folder.glob("_native.*"))
     if not found:
-        return None, "not built: no C compiler was found when gradcentral was installed"
+        return None, "not built, for lack of a C compiler: install a C compiler and reinstall gradcentral"
     try:
         library = ctypes.CDLL(str(found[0]))
-        sizes = [library.gradcentral_sizes(which) for which in range(4)]
+        sizes = [library.gradcentral_struct_size(which) for which in range(4)]
     except (OSError, AttributeError) as error:
-        return None, f"{found[0].name} does not load: {error}"
-    if sizes != [ctypes.sizeof(kind) for kind in (_Item, _Piece, Rule, _List)]:
-        return None, f"{found[0].name} is of another version: install gradcentral again"
+        return None, f"{found[0].name} does not load ({error}): reinstall gradcentral"
+    if sizes != [ctypes.sizeof(kind) for kind in (_CParameter, _CWorkPiece, Coefficients, _CWorkList)]:
+        return None, f"{found[0].name} is of another version: reinstall gradcentral"
     library.gradcentral_plan.restype = None
     library.gradcentral_plan.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_void_p]
-    work: list[Any] = [c_void_p, c_int64, c_void_p, POINTER(_List), c_int32, c_int32]
-    library.gradcentral_step.restype = None
-    library.gradcentral_step.argtypes = [*work, POINTER(Rule), c_int32]
-    library.gradcentral_center.restype = None
-    library.gradcentral_center.argtypes = [*work, c_void_p, c_void_p, c_int32]
+    work: list[Any] = [c_void_p, c_int64, c_void_p, POINTER(_CWorkList), c_int32]
+    library.gradcentral_run.restype = None
+    library.gradcentral_run.argtypes = [*work, c_int32, POINTER(Coefficients), c_void_p, c_int32]
     library.gradcentral_stream.restype = None
     library.gradcentral_stream.argtypes = [c_void_p, c_void_p, c_int64, c_int32, c_uint64, c_int32]
     return library, ""
 
 
-_library, unavailable = _load()
-if unavailable == "" and os.environ.get("GRADCENTRAL_KERNELS") == "reference":
-    unavailable = "GRADCENTRAL_KERNELS=reference"
+_library, _unavailable = _load(Path(__file__).parent)
+if _unavailable == "" and os.environ.get("GRADCENTRAL_KERNELS") == "reference":
+    _unavailable = "GRADCENTRAL_KERNELS=reference"
+
+
+def unavailable_reason() -> str:
+    """Why these kernels cannot be used; empty if they can."""
+    return _unavailable
 
 
 def has_openmp() -> bool:
@@ -110,45 +100,35 @@ def has_openmp() -> bool:
     return bool(_library is not None and _library.gradcentral_has_openmp())
 
 
-def loop_of(tensor: Tensor, vectors: WeightVectors | None) -> Loop | None:
-    """The loop over a tensor that the kernels can serve, or None: a plain dense CPU tensor of a type they know.
+def serves(tensor: Tensor) -> bool:
+    """Whether these kernels are for tensors on this one's device."""
+    return tensor.is_cpu and not _unavailable
 
-    Without vectors every element is one of its own.
+
+def loop_of(tensor: Tensor, vectors: WeightVectors | None) -> Loop | None:
+    """The loop over a tensor, or None unless it is a plain dense CPU tensor of f32, f64 or bf16.
+
+    Args:
+        tensor: the tensor.
+        vectors: its weight vectors; None if it is not centered.
     """
-    if not is_plain(tensor) or tensor.dtype not in DTYPES or tensor.device.type != "cpu":
+    if not is_plain(tensor) or tensor.dtype not in DTYPES or not tensor.is_cpu:
         return None
     return loop_over(vectors, tensor.shape, tensor.stride())
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's memory holds just its elements: no subclass, not sparse, no lazy negation."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_neg()
+def accepts_gradient(parameter: Tensor, gradient: Tensor) -> bool:
+    """Whether a gradient has the strides and the dtype of its parameter."""
+    return same_strides(parameter, gradient) and gradient.dtype == parameter.dtype
 
 
-def alike(parameter: Tensor, tensor: Tensor) -> bool:
-    """Whether a gradient or state tensor lies in memory as its parameter does, in the same type."""
-    return lies_as(parameter, tensor) and tensor.dtype == parameter.dtype
+def accepts_state(parameter: Tensor, state: Tensor) -> bool:
+    """Whether a state tensor has the strides and the dtype of its parameter."""
+    return accepts_gradient(parameter, state)
 
 
-def lies_as(parameter: Tensor, tensor: Tensor) -> bool:
-    """Whether a tensor lies in memory as a parameter does, so that one loop serves both."""
-    return (
-        is_plain(tensor)
-        and tensor.device == parameter.device
-        and tensor.shape == parameter.shape
-        and all(
-            size == 1 or one == other
-            for size, one, other in zip(tensor.shape, tensor.stride(), parameter.stride(), strict=True)
-        )
-    )
-
-
-is_state = alike
-"""Whether a state tensor lies in memory as its parameter does, in a type that the kernels keep state in."""
-
-
-def is_number(tensor: object, device: torch.device) -> bool:
-    """Whether this is one real number in the device's memory, as torch keeps its step counters."""
+def accepts_counter(tensor: object, device: torch.device) -> bool:
+    """Whether this is a step counter as torch makes them: one f32 or f64 number on the device."""
     return (
         type(tensor) is Tensor
         and tensor.numel() == 1
@@ -157,217 +137,97 @@ def is_number(tensor: object, device: torch.device) -> bool:
     )
 
 
-def same_columns(states: Sequence[list[Tensor] | None], others: Sequence[list[Tensor] | None]) -> bool:
-    """Whether two tables of states hold the very same tensors, and none where the other has none."""
-    for one, other in zip(states, others, strict=True):
-        if (one is None) != (other is None) or (one is not None and other is not None and not same_objects(one, other)):
-            return False
-    return True
-
-
-class Work:
-    """Items with these loops and placements, and how the work on them is divided.
+class WorkList:
+    """Parameters with these loops and placements, and the work on them divided into pieces (see c/work_list.h).
 
     Args:
-        loops: for each tensor its loop and its placement (one of `PLACEMENTS`' values).
-        dtype: one of `DTYPES`' values.
-        with_scratch: whether to take the memory for the sums of columns, without which nothing can be run.
+        loops: for each parameter its loop and its placement.
+        dtype: one of the values of `DTYPES`.
+        with_scratch: whether to allocate the memory for column sums, without which the work cannot be run.
     """
 
     def __init__(self, loops: Sequence[tuple[Loop, int]], dtype: int, with_scratch: bool = True) -> None:
-        self.items = (_Item * len(loops))()
-        for item, (loop, placement) in zip(self.items, loops, strict=True):
-            item.group, item.a, item.unit, item.b = loop
-            item.placement = placement
+        self.parameters = (_CParameter * len(loops))()
+        for parameter, (loop, placement) in zip(self.parameters, loops, strict=True):
+            parameter.groups, parameter.outer, parameter.units, parameter.inner = loop
+            parameter.placement = placement
         counts = (c_int64 * 4)()
-        _library.gradcentral_plan(self.items, len(loops), dtype, None, None, None, counts)
-        n_pieces, n_batches, n_waves, scratch = counts
-        self.pieces = (_Piece * n_pieces)()
+        _library.gradcentral_plan(self.parameters, len(loops), dtype, None, None, None, counts)
+        n_pieces, n_batches, n_waves, self.scratch_bytes = counts
+        self.pieces = (_CWorkPiece * n_pieces)()
         self.batches, self.waves = (c_int64 * (n_batches + 1))(), (c_int64 * (n_waves + 1))()
-        _library.gradcentral_plan(self.items, len(loops), dtype, self.pieces, self.batches, self.waves, counts)
-        self.scratch_bytes = scratch
-        self.scratch = torch.empty(scratch if with_scratch else 0, dtype=torch.uint8)
-        pointers = [ctypes.addressof(array_) for array_ in (self.pieces, self.batches, self.waves)]
-        self._list = _List(*pointers, n_batches, n_waves, self.scratch.data_ptr())
+        _library.gradcentral_plan(self.parameters, len(loops), dtype, self.pieces, self.batches, self.waves, counts)
+        self._scratch = torch.empty(self.scratch_bytes if with_scratch else 0, dtype=torch.uint8)
+        pointers = [ctypes.addressof(numbers) for numbers in (self.pieces, self.batches, self.waves)]
+        self._list = _CWorkList(*pointers, n_batches, n_waves, self._scratch.data_ptr())
+        self._dtype = dtype
 
-    def arguments(self, table: array[int]) -> tuple[Any, ...]:
-        """What every call begins with: items, pointers and the division."""
-        return self.items, len(self.items), table.buffer_info()[0], ctypes.byref(self._list)
-
-
-_dtype, _is_cpu, _layout = attrgetter("dtype"), attrgetter("is_cpu"), attrgetter("layout")
-
-
-class _Form(NamedTuple):
-    """What a plan depends on in tensors that are others at each call; pointers are no part of it."""
-
-    layouts: set[torch.layout]
-    shapes: list[Any]
-    strides: list[Any]
-    dtypes: list[Any]
-    kinds: list[Any]
-    on_cpu: bool
-    negated: bool
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> _Form:
-        layouts = set(map(_layout, tensors))
-        if layouts != {torch.strided}:  # a sparse tensor has no strides to ask for
-            return cls(layouts, [], [], [], [], False, False)
-        return cls(
-            layouts,
-            [*map(Tensor.size, tensors)],
-            [*map(Tensor.stride, tensors)],
-            [*map(_dtype, tensors)],
-            [*map(type, tensors)],
-            all(map(_is_cpu, tensors)),
-            any(map(Tensor.is_neg, tensors)),
-        )
-
-
-def _pointers(columns: Sequence[Sequence[Tensor] | None], count: int) -> array[int]:
-    """The table of pointers, a column after the other, with zeros where the rule has no such tensor."""
-    table = array("Q")
-    for column in columns:
-        table.extend(repeat(0, count) if column is None else map(Tensor.data_ptr, column))
-    return table
-
-
-class StepPlan:
-    """One fused step of parameters that share their dtype and rule.
-
-    Args:
-        kind: SGD, MOMENTUM, ADAM or AMSGRAD.
-        params, grads: the parameters and their gradients.
-        states: columns of state tensors in the order momentum, squares, largest squares, step; None where the rule
-            has none.
-        loops: for each parameter its loop and its placement (one of `PLACEMENTS`' values).
-    """
-
-    def __init__(
+    def run(
         self,
-        kind: int,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: Sequence[list[Tensor] | None],
-        loops: list[tuple[Loop, int]],
+        pointers: list[int],
+        rule: UpdateRule | Operation,
+        coefficients: Coefficients | None = None,
+        means: Tensor | None = None,
     ) -> None:
-        self.kind = kind
-        self.params = params
-        self.states = states
-        self._dtype = DTYPES[params[0].dtype]
-        self._lasting = [*params, *(tensor for column in states if column is not None for tensor in column)]
-        self._lasting_form = self._form_of_lasting()
-        self._lasting_pointers = self._lasting_form[0]
-        self._grad_form = _Form.of(grads)
-        self.work = Work(loops, self._dtype)
-        steps = states[3]
-        for position, item in enumerate(self.work.items):
-            item.step_is_f64 = steps is not None and steps[position].dtype == torch.float64
-
-    def fits(self, grads: list[Tensor], states: Sequence[list[Tensor] | None]) -> bool:
-        """Whether parameters, gradients and states have the form they had when it was planned."""
-        if not same_columns(states, self.states):
-            return False
-        form = self._form_of_lasting()
-        self._lasting_pointers = form[0]
-        return form == self._lasting_form and _Form.of(grads) == self._grad_form
-
-    def _table(self, grads: list[Tensor]) -> array[int]:
-        """The table of pointers: those that `fits` has just read, and the gradients'."""
-        count, lasting = len(grads), self._lasting_pointers
-        table = array("Q", lasting[:count])
-        table.extend(map(Tensor.data_ptr, grads))
-        position = count
-        for column in self.states:
-            if column is None:
-                table.extend(repeat(0, count))
-            else:
-                table.extend(lasting[position : position + count])
-                position += count
-        return table
-
-    def _form_of_lasting(self) -> tuple[list[int], list[int], list[Any], list[Any], list[Any]]:
-        """Of parameters and states, which are the same objects: that nobody has swapped their data.
-
-        Where pointer, size and type are the old ones, the memory is as large as it was. Of the parameters, with which
-        people do such things, the shape is looked at too.
-        """
-        return (
-            [*map(Tensor.data_ptr, self._lasting)],
-            [*map(Tensor.numel, self._lasting)],
-            [*map(_dtype, self._lasting)],
-            [*map(Tensor.size, self.params)],
-            [*map(Tensor.stride, self.params)],
+        """Take a step of the parameters at these pointers, or center them."""
+        table = array("Q", pointers)
+        _library.gradcentral_run(
+            self.parameters,
+            len(self.parameters),
+            table.buffer_info()[0],
+            self._list,
+            self._dtype,
+            rule,
+            coefficients,
+            None if means is None else means.data_ptr(),
+            torch.get_num_threads(),
         )
 
-    def run(self, grads: list[Tensor], rule: Rule, new: list[bool]) -> None:
-        """Take the step, right after `fits`. ``new``: which momentum buffers are new, as flags; empty for none."""
-        for item, first in zip(self.work.items, new, strict=False):
-            item.first = first
-        table = self._table(grads)
-        _library.gradcentral_step(
-            *self.work.arguments(table), self._dtype, self.kind, ctypes.byref(rule), torch.get_num_threads()
-        )
-        for item, _ in zip(self.work.items, new, strict=False):
-            item.first = 0
+
+class StepPlan(forms.StepPlan):
+    """One fused step of parameters that share their dtype and update rule, in one call."""
+
+    gradient_properties = (Tensor.size, Tensor.stride, attrgetter("dtype"), type, attrgetter("is_cpu"), Tensor.is_neg)
+    parameter_properties = (Tensor.size, Tensor.stride)
+    lasting_properties = (Tensor.numel, attrgetter("dtype"))
+
+    def _prepare(self, grads: list[Tensor], loops: list[tuple[Loop, Placement]]) -> None:
+        self.work = WorkList(loops, DTYPES[self.params[0].dtype])
+        for parameter, counter in zip(self.work.parameters, self.states.steps or (), strict=False):
+            parameter.step_is_f64 = counter.dtype == torch.float64
+
+    def run(self, grads: list[Tensor], coefficients: Coefficients, fresh: list[bool]) -> None:
+        """Take the step (see `forms.StepPlan.run`)."""
+        for parameter, is_fresh in zip(self.work.parameters, fresh, strict=False):
+            parameter.fresh = is_fresh
+        self.work.run(self._pointers(grads), self.rule, coefficients)
+        for parameter, _ in zip(self.work.parameters, fresh, strict=False):
+            parameter.fresh = 0
         torch.autograd.graph.increment_version(self.params)
 
 
-class CenteringPlan:
-    """Φ, means and their restoration for many tensors of one dtype in one call."""
+class CenteringPlan(forms.CenteringPlan):
+    """Φ, means (in f64) and their restoration for many tensors of one dtype, each in one call."""
 
-    def __init__(self, tensors: list[Tensor], vectors: list[WeightVectors], loops: list[Loop]) -> None:
-        self.vectors = vectors
-        self._dtype = DTYPES[tensors[0].dtype]
-        self._form = _Form.of(tensors)
-        self.work = Work([(loop, PLACEMENTS["gradient"]) for loop in loops], self._dtype)
-        counts = [loop.group * loop.unit for loop in loops]
-        self._total = sum(counts)
-        self._first_mean = array("q", [sum(counts[:position]) for position in range(len(counts))])
+    properties = StepPlan.gradient_properties
+    means_dtype = torch.float64
 
-    def fits(self, tensors: list[Tensor], vectors: list[WeightVectors]) -> bool:
-        """Whether these have the form that was planned."""
-        return same_objects(vectors, self.vectors) and _Form.of(tensors) == self._form
+    def _prepare(self, tensors: list[Tensor], loops: list[Loop]) -> None:
+        self.work = WorkList([(loop, Placement.GRADIENT) for loop in loops], DTYPES[tensors[0].dtype])
 
-    def center_(self, tensors: list[Tensor]) -> None:
-        """Center each tensor in place."""
-        self._run(tensors, _CENTER, None)
-
-    def means(self, tensors: list[Tensor]) -> Tensor:
-        """The mean of every weight vector of every tensor, in double, one after another."""
-        means = torch.empty(self._total, dtype=torch.float64)
-        self._run(tensors, _MEANS, means)
-        return means
-
-    def restore_(self, tensors: list[Tensor], means: Tensor) -> None:
-        """Give every weight vector the mean that `means` found, by shifting it."""
-        if means.numel() != self._total:
-            raise RuntimeError("the parameters changed their shapes during the step: their old means can't be restored")
-        self._run(tensors, _RESTORE, means)
-
-    def _run(self, tensors: list[Tensor], what: int, means: Tensor | None) -> None:
-        table = _pointers((tensors, None, None, None, None, None), len(tensors))
-        _library.gradcentral_center(
-            *self.work.arguments(table),
-            self._dtype,
-            what,
-            None if means is None else means.data_ptr(),
-            None if means is None else self._first_mean.buffer_info()[0],
-            torch.get_num_threads(),
-        )
-        if what != _MEANS:
-            torch.autograd.graph.increment_version(tensors)
+    def _run(self, pointers: list[int], operation: Operation, means: Tensor | None) -> None:
+        self.work.run(pointers, operation, means=means)
 
 
 def stream(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]]) -> None:
-    """Read and write the memory that a step touches and compute nothing: what to measure a step against.
+    """Read and write the memory that a step touches, without computing: the lower bound for a step's time.
 
-    With states reads grads and writes params and states; without any reads and writes params alone. No value changes.
+    With states, reads gradients and reads and writes parameters and states; without, reads and writes parameters only.
+    No value changes.
     """
-    columns: list[list[Tensor] | None] = [params, grads, *states]
-    table = _pointers([*columns, *[None] * (_POINTERS - len(columns))], len(params))
+    columns = [params, grads, *states]
+    pointers = array("Q", [tensor.data_ptr() for column in columns for tensor in column])
+    pointers.extend([0] * (len(params) * (forms.POINTERS - len(columns))))
     sizes = array("q", [p.numel() * p.itemsize for p in params])
-    _library.gradcentral_stream(
-        table.buffer_info()[0], sizes.buffer_info()[0], len(params), len(states), 0, torch.get_num_threads()
-    )
+    addresses = pointers.buffer_info()[0], sizes.buffer_info()[0]
+    _library.gradcentral_stream(*addresses, len(params), len(states), 0, torch.get_num_threads())

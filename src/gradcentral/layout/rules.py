@@ -1,4 +1,4 @@
-"""What a rule is, how it is applied, and the two ways in which users give rules for layers of their own."""
+"""Rules for the parameters of a module class, and how users register rules for their own layers."""
 
 from __future__ import annotations
 
@@ -8,127 +8,194 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from gradcentral.weight_vectors import WeightVectors
+from gradcentral.weight_vectors import WeightVectors, as_vectors, check_pattern
 
-__all__ = [
-    "Decision",
-    "LeaveAlone",
-    "LibraryTable",
-    "Rule",
-    "Rules",
-    "Table",
-    "apply_rule",
-    "check_rule",
-    "matching_rule",
-    "register_layout",
-]
+__all__ = ["Entry", "LeaveAlone", "axes", "register_layout"]
+
+_CLASS_ATTRIBUTE = "weight_vectors"
+LAZY = "lazy: its shape is unknown until the first forward"
 
 
 @dataclass(frozen=True)
 class LeaveAlone:
-    """A rule's answer for a parameter that is not to be centered.
+    """A rule that skips a parameter.
 
     Args:
         reason: why, in a few words; shown in the layout's table and in ``layout.skipped``.
-        unknown: nobody has decided about this parameter; it deserves a look.
+        unknown: no rule covers the parameter, so the user should check it.
     """
 
     reason: str
     unknown: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """The layout of one parameter."""
+
+    name: str
+    parameter: Tensor
+    vectors: WeightVectors | None
+    """The weight vectors, or None if the parameter is skipped."""
+    origin: str
+    """The rule that decided, as ``Class.parameter`` after the name of its library."""
+    reason: str = ""
+    """Why the parameter is skipped; empty if it is centered."""
+    unknown: bool = False
+    """Skipped because no rule covers it: the user should check it."""
+    aliases: tuple[str, ...] = ()
+    """Further names of a tied parameter."""
+    suggestion: str = ""
+    """A line of code to paste, with a rule for an unknown parameter."""
+
+
 Decision: TypeAlias = "WeightVectors | LeaveAlone"
-Rule: TypeAlias = "Decision | Callable[[nn.Module, Tensor], Decision | None] | None"
+Rule: TypeAlias = "str | Decision | Callable[[nn.Module, Tensor], str | Decision | None] | None"
 Rules: TypeAlias = "Mapping[str, Rule]"
-"""{parameter name or pattern: rule} of one class; the first pattern that matches decides."""
+"""{parameter name, with wildcards: rule} of one class; the first name that matches decides."""
 Table: TypeAlias = "Mapping[type[nn.Module], Rules]"
 LibraryTable: TypeAlias = "Mapping[str, Rules]"
-"""{pattern of a class's path inside its library: rules}, so that the library need not be imported."""
-
-CLASS_ATTRIBUTE = "weight_vectors"
+"""{path of a class inside its library, with wildcards: rules}, so that the library need not be imported."""
 
 _registered: dict[type[nn.Module], dict[str, Rule]] = {}
 
 
 def register_layout(cls: type[nn.Module], name: str, rule: Rule) -> None:
-    """Teach gradcentral which elements of a layer's parameter make one weight vector.
+    """Register which elements of a layer's parameter form one weight vector.
 
-    For a class of your own, an attribute of the class says the same, and gradcentral need not be imported before
-    the layer is used: ``weight_vectors = {"weight": WeightVectors(span=(0,))}``. A registered rule beats it.
+    A class of your own can declare the same in a class attribute, without importing gradcentral:
+    ``weight_vectors = {"weight": "[i] o"}``. A registered rule takes precedence over a declared one.
 
     Args:
-        cls: the layer's class; the rule holds for its subclasses too, unless they have one of their own.
-        name: the parameter's attribute name, or a pattern (as in `fnmatch`, matched piece by piece between the
-            dots). A name with dots reaches into the items of a ParameterList (``"experts.*"``) and into direct
-            submodules (``"proj.weight"``, ``"blocks.*.weight"`` for a ModuleList), whose own rules it beats.
-        rule: a `WeightVectors`; or `LeaveAlone` (or None) for a parameter that is not to be centered; or a
-            function ``rule(module, tensor)`` that returns one of these.
+        cls: the layer's class. The rule also applies to subclasses that have no rule of their own.
+        name: the parameter's attribute name, with wildcards as in `fnmatch`, which do not match dots.
+            A name with dots refers to items of a ParameterList (``"experts.*"``) or to parameters of direct
+            submodules (``"proj.weight"``, or ``"blocks.*.weight"`` for a ModuleList), and takes precedence over
+            their own rules.
+        rule: a pattern such as ``"[i] o"`` (see `WeightVectors.parse`) or a `WeightVectors`; `LeaveAlone` or None to
+            skip the parameter; or a function ``rule(module, tensor)`` that returns one of these, such as
+            `gradcentral.layout.axes`, which takes the sizes of split axes from the module.
 
     Raises:
-        TypeError: cls is no module class, or rule is none of the above.
+        TypeError: cls is not a module class, or rule is none of the above.
+        ValueError: the rule is a malformed pattern.
 
     Examples:
-        A layer that computes ``x @ self.weight``, so that one unit's incoming weights are a column:
+        A layer that computes ``x @ self.weight``, so that the incoming weights of a unit are a column:
 
         >>> import torch, gradcentral
         >>> class Project(torch.nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.weight = torch.nn.Parameter(torch.randn(8, 3))
-        >>> gradcentral.register_layout(Project, "weight", gradcentral.WeightVectors(span=(0,)))
+        >>> gradcentral.register_layout(Project, "weight", "[i] o")
         >>> gradcentral.weight_layout(Project())["weight"].fan_in
         8
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"cls must be a class of torch.nn.Module, not {cls!r}")
+        raise TypeError(f"cls must be a subclass of torch.nn.Module, not {cls!r}")
     check_rule(rule, f"rule for {cls.__name__}.{name}")
     _registered.setdefault(cls, {})[name] = rule
 
 
 def registered_rules(cls: type) -> Rules:
-    """What `register_layout` was told about this very class."""
+    """The rules registered for this class itself, not for its bases."""
     return _registered.get(cls, {})
 
 
 def declared_rules(cls: type) -> Rules:
-    """What the class itself declares in its attribute ``weight_vectors``."""
-    declared = cls.__dict__.get(CLASS_ATTRIBUTE)
-    if not isinstance(declared, Mapping):  # somebody else's attribute of the same name
+    """The rules that the class itself declares in its attribute ``weight_vectors``."""
+    declared = cls.__dict__.get(_CLASS_ATTRIBUTE)
+    if not isinstance(declared, Mapping):  # an unrelated attribute of the same name
         return {}
     for name, rule in declared.items():
-        check_rule(rule, f"{cls.__name__}.{CLASS_ATTRIBUTE}[{name!r}]")
+        check_rule(rule, f"{cls.__name__}.{_CLASS_ATTRIBUTE}[{name!r}]")
     return declared
 
 
 def check_rule(rule: object, what: str) -> None:
-    """Refuse what is no rule, naming it."""
-    if not (rule is None or isinstance(rule, (WeightVectors, LeaveAlone)) or callable(rule)):
+    """Refuse a value that is not a rule, naming the option it was passed to."""
+    if isinstance(rule, str):
+        try:
+            check_pattern(rule)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
+    elif not (rule is None or isinstance(rule, (WeightVectors, LeaveAlone)) or callable(rule)):
         raise TypeError(
-            f"{what} must be WeightVectors, LeaveAlone, None or a function of (module, tensor), not {rule!r}"
+            f"{what} must be a pattern such as '[i] o', WeightVectors, LeaveAlone, None or a function of "
+            f"(module, tensor), not {rule!r}"
         )
 
 
-def matching_rule(rules: Rules, name: str) -> tuple[bool, Rule]:
-    """Whether one of the rules is for this parameter, and which (None is a rule too)."""
+def matching_name(rules: Rules, name: str) -> str | None:
+    """The first name in the rules that matches a parameter's name."""
     pieces = name.split(".")
-    for pattern, rule in rules.items():
-        patterns = pattern.split(".")
-        if len(patterns) == len(pieces) and all(map(fnmatchcase, pieces, patterns)):
-            return True, rule
-    return False, None
+    for key in rules:
+        wildcards = key.split(".")
+        if len(wildcards) == len(pieces) and all(map(fnmatchcase, pieces, wildcards)):
+            return key
+    return None
 
 
 def apply_rule(rule: Rule, module: nn.Module, tensor: Tensor) -> Decision:
-    """A rule's decision about one tensor, bound to its shape; fan-in 1 is left alone."""
+    """Apply a rule to one tensor: its weight vectors for the tensor's shape, or why it is skipped."""
     decided = rule(module, tensor) if callable(rule) else rule
     if decided is None:
-        decided = LeaveAlone("a rule says so")
+        return LeaveAlone("skipped by a rule")
     if isinstance(decided, LeaveAlone):
         return decided
-    if not isinstance(decided, WeightVectors):
-        raise TypeError(f"must return WeightVectors, LeaveAlone or None, not {decided!r}")
-    vectors = decided.for_shape(tuple(tensor.shape))
-    if vectors.fan_in <= 1:
-        return LeaveAlone("fan-in 1: centering would zero its gradient for ever")
-    return vectors
+    if not isinstance(decided, (str, WeightVectors)):
+        raise TypeError(f"must return a pattern, WeightVectors, LeaveAlone or None, not {decided!r}")
+    vectors = as_vectors(decided, tuple(tensor.shape))
+    return vectors if vectors.fan_in > 1 else LeaveAlone("fan-in 1: its centered gradient is always zero")
+
+
+def not_centerable(tensor: Tensor) -> LeaveAlone | None:
+    """The reason to skip a tensor whatever its rule, if there is one."""
+    if is_lazy(tensor):
+        return LeaveAlone(LAZY)
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return LeaveAlone(f"dtype {str(tensor.dtype).removeprefix('torch.')} has no mean")
+    return None
+
+
+def axes(pattern: str, **sizes: str) -> Rule:
+    """A rule from a pattern (see `WeightVectors.parse`) that takes the sizes of named axes from the module.
+
+    Args:
+        pattern: names of the axes, with brackets around those that one weight vector runs over.
+        sizes: for a named axis, the attribute of the module that holds its size, as in ``o="out_features"``; ignored
+            if the module lacks it. A parameter that does not fit is skipped as unknown.
+
+    Examples:
+        >>> import torch
+        >>> rule = axes("[i] o", o="units")
+        >>> layer = torch.nn.Module()
+        >>> layer.units = 3
+        >>> rule(layer, torch.zeros(4, 3)).span
+        (0,)
+        >>> rule(layer, torch.zeros(3, 4))
+        LeaveAlone(reason="shape (3, 4) does not fit Module: expected '[i] o' with o = units = 3", unknown=True)
+    """
+    check_pattern(pattern)
+
+    def rule(module: nn.Module, tensor: Tensor) -> Decision:
+        found = {name: getattr(module, attribute, None) for name, attribute in sizes.items()}
+        # A tuple gives the sizes of a repeated axis; elsewhere it has another meaning, such as bipartite channels.
+        kinds = {name: (int, tuple) if f"{name}..." in pattern else int for name in sizes}
+        known = {name: size for name, size in found.items() if isinstance(size, kinds[name])}
+        try:
+            return WeightVectors.parse(pattern, tensor.shape, **known)
+        except ValueError:
+            where = ", ".join(f"{name} = {attribute} = {found[name]}" for name, attribute in sizes.items())
+            return unexpected_shape(module, tensor, f"{pattern!r}{' with ' * bool(where)}{where}")
+
+    return rule
+
+
+def unexpected_shape(module: nn.Module, tensor: Tensor, expected: str) -> LeaveAlone:
+    """Skip as unknown: the layer was modified, or is not the one that the rule was written for."""
+    shape = tuple(tensor.shape)
+    return LeaveAlone(f"shape {shape} does not fit {type(module).__name__}: expected {expected}", unknown=True)

@@ -7,22 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcentral.kernels import native, triton
-from gradcentral.optim.base import Centralized, States
+from gradcentral.kernels import triton
+from gradcentral.kernels.forms import Coefficients, UpdateRule
+from gradcentral.optim.base import CentralizedOptimizer
 
 __all__ = ["Adam", "AdamW"]
 
 
-class _AdamSteps(Centralized):
-    """What Adam and AdamW share: one rule, whose weight decay is L2 or decoupled."""
+class _CentralizedAdam(CentralizedOptimizer):
+    """What Adam and AdamW share: they differ only in whether weight decay is L2 or decoupled."""
 
-    def _kind(self, group: dict[str, Any]) -> int:
-        return native.AMSGRAD if group["amsgrad"] else native.ADAM
+    def _update_rule(self, group: dict[str, Any]) -> UpdateRule:
+        return UpdateRule.AMSGRAD if group["amsgrad"] else UpdateRule.ADAM
 
-    def _rule(self, group: dict[str, Any], lr: float) -> native.Rule:
+    def _coefficients(self, group: dict[str, Any], lr: float) -> Coefficients:
         beta1, beta2 = group["betas"]
         decoupled = group.get("decoupled_weight_decay", isinstance(self, torch.optim.AdamW))
-        return native.Rule(
+        return Coefficients(
             lr=lr,
             l2=0.0 if decoupled else group["weight_decay"],
             decay=lr * group["weight_decay"] if decoupled else 0.0,
@@ -31,37 +32,29 @@ class _AdamSteps(Centralized):
             epsilon=group["eps"],
         )
 
-    def _make_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    def _create_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), dtype=_step_dtype(p), device=p.device)
+            state["step"] = torch.zeros((), dtype=_counter_dtype(p), device=p.device)
             for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        elif triton.serves(p) and not triton.is_number(state["step"], p.device):
+        elif triton.serves(p) and not triton.accepts_counter(state["step"], p.device):
             state["step"] = state["step"].to(p.device, torch.float32)  # a checkpoint of torch's unfused optimizer
         return state
 
-    def _columns(self, group: dict[str, Any], states: list[dict[str, Any]]) -> States:
-        return (
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else None,
-            [state["step"] for state in states],
-        )
 
-
-def _step_dtype(p: Tensor) -> torch.dtype:
-    """The type that torch gives its step counters; those of its fused optimizers, on the device, are f32 always."""
+def _counter_dtype(p: Tensor) -> torch.dtype:
+    """Return the type of torch's step counters: those of its fused CUDA optimizers are always float32."""
     if triton.serves(p):
         return torch.float32
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
-class Adam(_AdamSteps, torch.optim.Adam):
+class Adam(_CentralizedAdam, torch.optim.Adam):
     """``torch.optim.Adam`` with Gradient Centralization, in one fused step.
 
-    Takes every argument of ``torch.optim.Adam`` and those of `Centralized`; ``state_dict`` is torch's own and loads in
-    both directions.
+    Takes every argument of ``torch.optim.Adam`` and those of `CentralizedOptimizer`; ``state_dict`` is torch's own and
+    loads in both directions.
 
     Source: Yong et al. 2020, algorithm 2; placement ``"update"`` centers after the adaptive term, as the authors
     recommend.
@@ -73,11 +66,11 @@ class Adam(_AdamSteps, torch.optim.Adam):
     """
 
 
-class AdamW(_AdamSteps, torch.optim.AdamW):
+class AdamW(_CentralizedAdam, torch.optim.AdamW):
     """``torch.optim.AdamW`` with Gradient Centralization, in one fused step.
 
-    Takes every argument of ``torch.optim.AdamW`` and those of `Centralized`; ``state_dict`` is torch's own and loads
-    in both directions. The decoupled weight decay is part of the change that placement ``"update"`` centers.
+    Takes every argument of ``torch.optim.AdamW`` and those of `CentralizedOptimizer`; ``state_dict`` is torch's own and
+    loads in both directions. The decoupled weight decay is part of the change that placement ``"update"`` centers.
 
     Examples:
         >>> import torch, gradcentral

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcentral.kernels import native
-from gradcentral.optim.base import Centralized, States
+from gradcentral.kernels.forms import Coefficients, UpdateRule
+from gradcentral.optim.base import CentralizedOptimizer
 
 __all__ = ["SGD"]
 
 
-class SGD(Centralized, torch.optim.SGD):
+class SGD(CentralizedOptimizer, torch.optim.SGD):
     """``torch.optim.SGD`` with Gradient Centralization, in one fused step.
 
-    Takes every argument of ``torch.optim.SGD`` and those of `Centralized`; ``state_dict`` is torch's own and loads in
-    both directions.
+    Takes every argument of ``torch.optim.SGD`` and those of `CentralizedOptimizer`; ``state_dict`` is torch's own and
+    loads in both directions.
 
     Source: Yong et al. 2020, algorithm 1. With placement ``"update"`` and weight decay it centers g + λw, as the
     authors' code does.
@@ -30,11 +30,11 @@ class SGD(Centralized, torch.optim.SGD):
         >>> optimizer.step()
     """
 
-    def _kind(self, group: dict[str, Any]) -> int:
-        return native.MOMENTUM if group["momentum"] != 0 else native.SGD
+    def _update_rule(self, group: dict[str, Any]) -> UpdateRule:
+        return UpdateRule.MOMENTUM if group["momentum"] != 0 else UpdateRule.SGD
 
-    def _rule(self, group: dict[str, Any], lr: float) -> native.Rule:
-        return native.Rule(
+    def _coefficients(self, group: dict[str, Any], lr: float) -> Coefficients:
+        return Coefficients(
             lr=lr,
             l2=group["weight_decay"],
             momentum=group["momentum"],
@@ -42,7 +42,7 @@ class SGD(Centralized, torch.optim.SGD):
             nesterov=float(group["nesterov"]),
         )
 
-    def _make_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    def _create_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         if group["momentum"] == 0:
             return {}
         state: dict[str, Any] = self.state[p]
@@ -50,8 +50,3 @@ class SGD(Centralized, torch.optim.SGD):
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             self._fresh.add(p)
         return state
-
-    def _columns(self, group: dict[str, Any], states: list[dict[str, Any]]) -> States:
-        if group["momentum"] == 0:
-            return None, None, None, None
-        return [state["momentum_buffer"] for state in states], None, None, None

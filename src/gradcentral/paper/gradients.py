@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradcentral.diagnostics.batches import loss_of
-from gradcentral.diagnostics.preserve import unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.weight_vectors import WeightVectors
 
@@ -36,7 +36,7 @@ def gradients_of(model: nn.Module, loss: Loss, batch: Batch, layout: WeightLayou
     trained = [w for w in layout if w.requires_grad]
     if not trained:
         raise ValueError("layout: none of the parameters that it centers requires a gradient")
-    with unchanged(model), torch.enable_grad():
+    with preserve_state(model), torch.enable_grad():
         gradients = torch.autograd.grad(loss_of(model, loss, batch), trained, materialize_grads=True)
     return [ParameterGradient(layout.names[w], w, g, layout[w]) for w, g in zip(trained, gradients, strict=True)]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradcentral.diagnostics.batches import loss_of
-from gradcentral.diagnostics.preserve import unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.layout import WeightLayout
 from gradcentral.paper.gradients import Batch, Loss
 from gradcentral.projection import center
@@ -253,7 +253,7 @@ def _spectrum_ends(diagonal: list[float], off_diagonal: list[float], tolerance: 
 def _hessian(model: nn.Module, loss: Loss, batch: Batch, parameters: Sequence[Tensor]) -> Iterator[_Multiply]:
     """v -> ∇²L v on flat vectors. The graph of the gradient is built once and traversed for each product."""
     # The fused attention kernels cannot be differentiated twice.
-    with unchanged(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with preserve_state(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         value = loss_of(model, loss, batch)
         gradients = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
         # The gradient of an embedding table may be sparse. It is a constant if the loss is linear in the parameter.

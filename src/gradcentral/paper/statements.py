@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradcentral.attach import centralize
-from gradcentral.diagnostics.preserve import random_numbers_unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.paper import initial_weights, theorem_4_1, theorem_4_2
 from gradcentral.paper.gradients import Batch, Loss, backpropagate
 from gradcentral.paper.initial_weights import centered_initialization, check_copyable, initial_means_near_zero
@@ -85,10 +85,10 @@ def measure_all(
     gc_optimizer, plain_optimizer = _training(with_gc, optimizer), _training(without_gc, optimizer)
     centralize(gc_optimizer, with_gc, "update")
     first, steps = None, 0
-    with random_numbers_unchanged():
+    with preserve_state():
         for batch in batches:
             first, steps = batch if first is None else first, steps + 1
-            with random_numbers_unchanged():
+            with preserve_state():
                 backpropagate(with_gc, gc_optimizer, loss, batch)
                 gc_optimizer.step()
             backpropagate(without_gc, plain_optimizer, loss, batch)

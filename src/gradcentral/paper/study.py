@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gradcentral.attach import centralize
-from gradcentral.diagnostics.batches import moved
-from gradcentral.diagnostics.preserve import random_numbers_unchanged
+from gradcentral.diagnostics.batches import to_device
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.randomness import derive, seed_everything
 from gradcentral.experiment.task import Task
@@ -76,14 +76,14 @@ class Study:
 
     def fresh_model(self) -> nn.Module:
         """The initial model of a run of the first seed; the global generators are left unchanged."""
-        with random_numbers_unchanged():
+        with preserve_state():
             return fresh_model(self.task, self.seed).to(self.device)
 
     def batches(self, seed: int) -> Iterator[tuple[Any, Any]]:
         """All batches of a run in order, the same as in a comparison."""
         for order in itertools.islice(orders_of(self.task, seed), self.epochs):
             for batch in loader_of(self.task, order):
-                yield moved(pair_of(batch), self.device)
+                yield to_device(pair_of(batch), self.device)
 
     def train(self, arm: str, seed: int, steps: int | None = None) -> Iterable[TrainingStep]:
         """Train an arm, for all epochs or some steps: yield after each backward pass, then let the optimizer step.
@@ -94,7 +94,7 @@ class Study:
         return self.track(itertools.islice(self._train(arm, seed), steps), steps)
 
     def _train(self, arm: str, seed: int) -> Iterator[TrainingStep]:
-        with random_numbers_unchanged():
+        with preserve_state():
             model = fresh_model(self.task, seed).to(self.device)
             optimizer = fresh_optimizer(self.task, self.optimizer, model)
             schedule = fresh_schedule(self.task, optimizer, self.steps)

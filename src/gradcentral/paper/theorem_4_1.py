@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gradcentral.diagnostics.preserve import unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.layout import WeightLayout
 from gradcentral.paper.gradients import Batch, centered_layout
 from gradcentral.paper.measurement import Measurement, NotMeasurableError, coarsest_eps, largest, measure_equation
@@ -193,7 +193,7 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> dic
 
     hooks = [layer.register_forward_pre_hook(record) for layer in layers.values()]
     try:
-        with unchanged(model):
+        with preserve_state(model):
             model(**batch) if isinstance(batch, Mapping) else model(batch[0])
     finally:
         for hook in hooks:

@@ -1,4 +1,4 @@
-"""A task whose layout is asked for; it is never trained."""
+"""A task for the layout command; it is never trained."""
 
 import torch
 from torch import nn

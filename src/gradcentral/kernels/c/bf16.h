@@ -1,21 +1,24 @@
 /*
- * bfloat16 is the upper half of a float. Two of them are read and written as one word: its halves become floats by a
- * shift and a mask, where single ones have to be shuffled into wider lanes.
+ * bfloat16 is the upper half of a float. Kernels read and write two of them as one 32-bit word,
+ * whose halves become floats by a shift and a mask; converting single ones takes shuffles into
+ * wider lanes instead.
  */
 #ifndef GRADCENTRAL_BF16_H
 #define GRADCENTRAL_BF16_H
 #include "kernels.h"
 
-INLINE float bf16_to_float(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
+INLINE float word_as_float(uint32_t word) {
     float value;
-    memcpy(&value, &bits, sizeof value);
+    memcpy(&value, &word, sizeof value);
     return value;
 }
 
+INLINE float bf16_to_float(uint16_t x) { return word_as_float((uint32_t)x << 16); }
+
 /*
- * Rounded to nearest even, in the upper half. A NaN stays one: it stems from a bf16, or from the processor as the
- * default NaN, so that its lower half is zero and nothing carries into the upper.
+ * Rounded to nearest even, in the upper half. A NaN stays a NaN: it comes from a bf16, or from
+ * the processor as the default NaN, so its lower half is zero and no carry reaches the upper
+ * half.
  */
 INLINE uint32_t round_to_bf16(float value) {
     uint32_t bits;
@@ -25,23 +28,17 @@ INLINE uint32_t round_to_bf16(float value) {
 
 INLINE uint16_t float_to_bf16(float value) { return (uint16_t)(round_to_bf16(value) >> 16); }
 
-/* memcpy, for a row may begin anywhere, and a word of it lie across the alignment of words. */
-INLINE uint32_t word_of(const uint16_t *pair) {
+/* memcpy, because a row may begin at an odd element, where words are not aligned. */
+INLINE uint32_t word_of(const void *pair) {
     uint32_t word;
     memcpy(&word, pair, sizeof word);
     return word;
 }
 
-INLINE float word_as_float(uint32_t word) {
-    float value;
-    memcpy(&value, &word, sizeof value);
-    return value;
-}
-
 INLINE float lower(uint32_t word) { return word_as_float(word << 16); }
 INLINE float upper(uint32_t word) { return word_as_float(word & 0xffff0000u); }
 
-INLINE void store_pair(uint16_t *pair, float low, float high) {
+INLINE void store_pair(void *pair, float low, float high) {
     const uint32_t word = (round_to_bf16(low) >> 16) | (round_to_bf16(high) & 0xffff0000u);
     memcpy(pair, &word, sizeof word);
 }

@@ -1,29 +1,29 @@
 /*
- * Means of weight vectors, and Φ in place: x ← x − (mean(x) − kept). Included once per dtype.
- *
- * kept is 0 for centering a gradient, and the mean before the step for the placement "update", which thus restores
- * the mean of each weight vector: w ← w + Φ(Δw).
+ * Means of weight vectors, and Φ in place: x ← x − (mean(x) − old), where old is 0 for CENTER
+ * and, for RESTORE, the mean before the step. Restoring it makes the update w ← w + Φ(Δw):
+ * placement "update". Included once per dtype.
  */
 #define NAME(name) JOIN2(name, SUFFIX)
 
-/* Where column j has its sum and its mean: with bf16 the lower halves of all words first, then the upper ones. */
-#if DTYPE == BF16
-#define SLOT(j, width) ((j) < (width) / 2 * 2 ? (j) / 2 + ((j) % 2 ? (width) / 2 : 0) : (j))
-#else
-#define SLOT(j, width) (j)
-#endif
+#define EACH_STRETCH(from, count, n)                                    \
+    for (int64_t from = 0, count = n < STRETCH ? n : STRETCH; from < n; \
+         from += count, count = n - from < STRETCH ? n - from : STRETCH)
+
+/*
+ * The position of column j's sum and mean. With bf16, a loop over words gives two columns per
+ * iteration, and it vectorizes only if their sums are not interleaved: first those of the lower
+ * halves, then those of the upper halves.
+ */
+#define SLOT(j, width) ((j) < 2 * PAIRS(width) ? (j) / 2 + ((j) % 2) * PAIRS(width) : (j))
 
 INLINE PARTIAL NAME(sum_stretch)(const STORED *restrict x, int64_t n) {
     PARTIAL total = 0;
-    int64_t j = 0;
-#if DTYPE == BF16
-    const int64_t pairs = n / 2;
+    const int64_t pairs = PAIRS(n);
 #pragma omp simd reduction(+ : total)
-    for (int64_t k = 0; k < pairs; k++) total += lower(word_of(x + 2 * k)) + upper(word_of(x + 2 * k));
-    j = 2 * pairs;
-#endif
+    for (int64_t k = 0; k < pairs; k++)
+        total += lower(word_of(x + 2 * k)) + upper(word_of(x + 2 * k));
 #pragma omp simd reduction(+ : total)
-    for (int64_t i = j; i < n; i++) total += LOAD(x[i]);
+    for (int64_t i = 2 * pairs; i < n; i++) total += LOAD(x[i]);
     return total;
 }
 
@@ -33,27 +33,32 @@ INLINE double NAME(sum)(const STORED *restrict x, int64_t n) {
     return total;
 }
 
-/* Adds the columns of 4 rows to sums: together, so that the sums are read and written a quarter as often. */
+/*
+ * Add 4 rows to the column sums at once, so that the sums are read and written a quarter as
+ * often.
+ */
 INLINE void NAME(add_4_rows)(const STORED *restrict x, int64_t width, double *restrict sums) {
-    const STORED *restrict x0 = x, *restrict x1 = x + width, *restrict x2 = x + 2 * width, *restrict x3 = x + 3 * width;
-    int64_t j = 0;
-#if DTYPE == BF16
-    const int64_t pairs = width / 2;
+    const STORED *restrict x0 = x, *restrict x1 = x + width, *restrict x2 = x + 2 * width,
+                           *restrict x3 = x + 3 * width;
+    const int64_t pairs = PAIRS(width);
 #pragma omp simd
     for (int64_t k = 0; k < pairs; k++) {
-        const uint32_t w0 = word_of(x0 + 2 * k), w1 = word_of(x1 + 2 * k), w2 = word_of(x2 + 2 * k),
-                       w3 = word_of(x3 + 2 * k);
+        const uint32_t w0 = word_of(x0 + 2 * k), w1 = word_of(x1 + 2 * k);
+        const uint32_t w2 = word_of(x2 + 2 * k), w3 = word_of(x3 + 2 * k);
         sums[k] += (lower(w0) + lower(w1)) + (lower(w2) + lower(w3));
         sums[pairs + k] += (upper(w0) + upper(w1)) + (upper(w2) + upper(w3));
     }
-    j = 2 * pairs;
-#endif
 #pragma omp simd
-    for (int64_t i = j; i < width; i++)
+    for (int64_t i = 2 * pairs; i < width; i++)
         sums[i] += ((PARTIAL)LOAD(x0[i]) + LOAD(x1[i])) + ((PARTIAL)LOAD(x2[i]) + LOAD(x3[i]));
 }
 
-INLINE void NAME(sum_columns)(const STORED *restrict x, int64_t rows, int64_t width, double *restrict sums) {
+/* The column sums of one block of p's tensor x. */
+CLONES static void NAME(sum_block)(const Parameter *p, const STORED *x, int64_t index) {
+    const Block block = block_of(p, index);
+    const int64_t rows = block.rows, width = block.width;
+    double *restrict sums = p->sums + index * width;
+    x += block.row * width;
     memset(sums, 0, (size_t)width * sizeof *sums);
     int64_t i = 0;
     for (; i + 4 <= rows; i += 4) NAME(add_4_rows)(x + i * width, width, sums);
@@ -64,100 +69,103 @@ INLINE void NAME(sum_columns)(const STORED *restrict x, int64_t rows, int64_t wi
     }
 }
 
-/* The column sums of a group's blocks to the mean of each unit times a factor, given to each of the unit's columns. */
-static void NAME(finish_means)(const Item *item, int64_t group, double factor) {
-    const int64_t width = item->unit * item->b;
-    const double fan_in = (double)item->a * (double)item->b;
-    const double *sums = item->sums + group * item->blocks * width;
-    REAL *means = (REAL *)item->means + group * width;
-    for (int64_t u = 0; u < item->unit; u++) {
+/*
+ * The mean of each unit of a group, times a factor, from the column sums of the group's blocks;
+ * written to every column of the unit.
+ */
+static void NAME(finish_means)(const Parameter *p, int64_t group, double factor) {
+    const int64_t width = width_of(p);
+    const double fan_in = (double)p->outer * (double)p->inner;
+    const double *sums = p->sums + group * p->blocks * width;
+    REAL *means = (REAL *)p->means + group * width;
+    for (int64_t u = 0; u < p->units; u++) {
         double total = 0;
-        for (int64_t block = 0; block < item->blocks; block++)
-            for (int64_t k = 0; k < item->b; k++) total += sums[block * width + SLOT(u * item->b + k, width)];
-        for (int64_t k = 0; k < item->b; k++) means[SLOT(u * item->b + k, width)] = (REAL)(factor * (total / fan_in));
+        for (int64_t block = 0; block < p->blocks; block++)
+            for (int64_t k = 0; k < p->inner; k++)
+                total += sums[block * width + SLOT(u * p->inner + k, width)];
+        for (int64_t k = 0; k < p->inner; k++)
+            means[SLOT(u * p->inner + k, width)] = (REAL)(factor * (total / fan_in));
     }
 }
 
-CLONES static void NAME(sum_block)(const Item *item, const STORED *x, int64_t index) {
-    const Block at = block_of(item, index);
-    NAME(sum_columns)(x + at.row * at.width, at.rows, at.width, item->sums + index * at.width);
-}
-
-/* Subtracts from n elements what is due to each (MANY) or one number from all. */
-INLINE void NAME(subtract)(STORED *restrict x, int64_t n, const REAL *restrict shifts, REAL shift, const int what) {
-    int64_t j = 0;
-#if DTYPE == BF16
-    const int64_t pairs = n / 2;
+/* Subtract from n elements a shift each (`many`, in the order of SLOT) or the same shift. */
+INLINE void NAME(subtract)(STORED *restrict x, int64_t n, const REAL *restrict shifts, REAL shift,
+                           const int many) {
+    const int64_t pairs = PAIRS(n);
 #pragma omp simd
     for (int64_t k = 0; k < pairs; k++) {
         const uint32_t word = word_of(x + 2 * k);
-        store_pair(x + 2 * k, lower(word) - (what & MANY ? shifts[k] : shift),
-                   upper(word) - (what & MANY ? shifts[pairs + k] : shift));
+        store_pair(x + 2 * k, lower(word) - (many ? shifts[k] : shift),
+                   upper(word) - (many ? shifts[pairs + k] : shift));
     }
-    j = 2 * pairs;
-#endif
 #pragma omp simd
-    for (int64_t i = j; i < n; i++) x[i] = STORE(LOAD(x[i]) - (what & MANY ? shifts[i] : shift));
+    for (int64_t i = 2 * pairs; i < n; i++) x[i] = STORE(LOAD(x[i]) - (many ? shifts[i] : shift));
 }
 
-CLONES static void NAME(center_rows)(const Item *item, int64_t begin, int64_t end, const double *kept) {
-    const int64_t n = item->a;
-    STORED *x = (STORED *)item->w;
+CLONES static void NAME(center_rows)(const Parameter *p, int64_t begin, int64_t end,
+                                     const double *old) {
+    const int64_t n = p->outer;
     for (int64_t r = begin; r < end; r++) {
-        STORED *restrict row = x + r * n;
-        NAME(subtract)(row, n, NULL, (REAL)(NAME(sum)(row, n) / n - (kept ? kept[r] : 0)), 0);
+        STORED *restrict row = (STORED *)p->w + r * n;
+        NAME(subtract)(row, n, NULL, (REAL)(NAME(sum)(row, n) / n - (old ? old[r] : 0)), 0);
     }
 }
 
-/* Rows [begin, end) of columns, counted over all groups, whose means are known. */
-CLONES static void NAME(center_columns)(const Item *item, int64_t begin, int64_t end) {
-    const int64_t width = item->unit * item->b;
-    STORED *x = (STORED *)item->w;
+/* Rows [begin, end) of columns, counted over all groups, from the finished means. */
+CLONES static void NAME(center_columns)(const Parameter *p, int64_t begin, int64_t end) {
+    const int64_t width = width_of(p);
     for (int64_t row = begin; row < end; row++)
-        NAME(subtract)(x + row * width, width, (const REAL *)item->means + row / item->a * width, 0, MANY);
+        NAME(subtract)((STORED *)p->w + row * width, width,
+                       (const REAL *)p->means + row / p->outer * width, 0, 1);
 }
 
-/* A group's means are known: write them out, or make them the shifts that give the kept ones back. */
-static void NAME(use_means)(const Item *item, int64_t group, int what, double *means) {
-    const int64_t width = item->unit * item->b;
-    REAL *own = (REAL *)item->means + group * width;
-    for (int64_t u = 0; u < item->unit && what != CENTER; u++) {
-        double *kept = &means[group * item->unit + u];
-        if (what == MEANS)
-            *kept = own[SLOT(u * item->b, width)];
+/*
+ * Finish a group's means and store them in p->kept (MEANS), or turn them into shifts that restore
+ * p->kept (RESTORE).
+ */
+static void NAME(use_means)(const Parameter *p, int64_t group, int operation) {
+    const int64_t width = width_of(p);
+    REAL *own = (REAL *)p->means + group * width;
+    NAME(finish_means)(p, group, 1);
+    for (int64_t u = 0; u < p->units && operation != CENTER; u++) {
+        double *mean = &p->kept[group * p->units + u];
+        if (operation == MEANS)
+            *mean = own[SLOT(u * p->inner, width)];
         else
-            for (int64_t k = 0; k < item->b; k++) own[SLOT(u * item->b + k, width)] -= (REAL)*kept;
+            for (int64_t k = 0; k < p->inner; k++)
+                own[SLOT(u * p->inner + k, width)] -= (REAL)*mean;
     }
 }
 
-static void NAME(center_piece)(Item *item, const Piece *piece, int what, double *means) {
-    const STORED *x = (const STORED *)item->w;
+static void NAME(center_piece)(Parameter *p, const WorkPiece *piece, int operation,
+                               const Coefficients *unused) {
+    (void)unused;
+    const STORED *x = (const STORED *)p->w;
     switch (piece->kind) {
     case ROWS:
-        if (what == MEANS)
+        if (operation == MEANS)
             for (int64_t r = piece->begin; r < piece->end; r++)
-                means[r] = NAME(sum)(x + r * item->a, item->a) / item->a;
+                p->kept[r] = NAME(sum)(x + r * p->outer, p->outer) / p->outer;
         else
-            NAME(center_rows)(item, piece->begin, piece->end, what == RESTORE ? means : NULL);
+            NAME(center_rows)(p, piece->begin, piece->end, operation == RESTORE ? p->kept : NULL);
         break;
     case GROUPS:
         for (int64_t group = piece->begin; group < piece->end; group++) {
-            NAME(sum_block)(item, x, group);
-            NAME(finish_means)(item, group, 1);
-            NAME(use_means)(item, group, what, means);
-            if (what != MEANS) NAME(center_columns)(item, group * item->a, (group + 1) * item->a);
+            NAME(sum_block)(p, x, group);
+            NAME(use_means)(p, group, operation);
+            if (operation != MEANS)
+                NAME(center_columns)(p, group * p->outer, (group + 1) * p->outer);
         }
         break;
     case SUM_BLOCKS:
-        for (int64_t index = piece->begin; index < piece->end; index++) NAME(sum_block)(item, x, index);
-        if (all_summed(item, piece))
-            for (int64_t group = 0; group < item->group; group++) {
-                NAME(finish_means)(item, group, 1);
-                NAME(use_means)(item, group, what, means);
-            }
+        for (int64_t index = piece->begin; index < piece->end; index++)
+            NAME(sum_block)(p, x, index);
+        if (all_summed(p, piece))
+            for (int64_t group = 0; group < p->groups; group++)
+                NAME(use_means)(p, group, operation);
         break;
     default:
-        if (what != MEANS) NAME(center_columns)(item, piece->begin, piece->end);
+        if (operation != MEANS) NAME(center_columns)(p, piece->begin, piece->end);
     }
 }
 #undef NAME

@@ -1,30 +1,65 @@
-/* Everything for one dtype: centering, and the step of every rule. RULE is a number for the preprocessor to compare. */
-#include "types.h"
+/*
+ * All kernels for one dtype: included once per dtype, with DTYPE defined.
+ *
+ * Tensors hold STORED; arithmetic is in REAL; LOAD and STORE convert. Sums are accumulated in
+ * PARTIAL over at most STRETCH elements, and in double beyond.
+ *
+ * Why not in REAL: a mean in f32 over a fan-in of thousands would be off by several roundings,
+ * and PΦ(g) = Φ(g) would hold only approximately; accumulation in double costs nothing here,
+ * since the loops wait for memory. bf16 is the exception: two f32 lanes per word are summed where
+ * one f64 lane would be, and a stretch of 2048 numbers of 8 significant bits loses almost nothing
+ * in the 24 bits of an f32.
+ */
+#if DTYPE == F32
+#define STORED float
+#define REAL float
+#define SUFFIX f32
+#define LOAD(x) (x)
+#define STORE(x) (x)
+#define ROOT sqrtf
+#define PARTIAL double
+#define STRETCH n
+#elif DTYPE == F64
+#define STORED double
+#define REAL double
+#define SUFFIX f64
+#define LOAD(x) (x)
+#define STORE(x) (x)
+#define ROOT sqrt
+#define PARTIAL double
+#define STRETCH n
+#else
+#define STORED uint16_t
+#define REAL float
+#define SUFFIX bf16
+#define LOAD(x) bf16_to_float(x)
+#define STORE(x) float_to_bf16(x)
+#define ROOT sqrtf
+#define PARTIAL float
+#define STRETCH 2048
+#endif
+
+/*
+ * Of n bf16 elements, the number of words of two that a loop reads and writes (see bf16.h); the
+ * rest follows one by one. 0 for other dtypes, for which the compiler drops the loops over words.
+ */
+#define PAIRS(n) (DTYPE == BF16 ? (n) / 2 : 0)
+
 #include "center.h"
 
-#define RULE 0
+/* RULE is a number that the preprocessor compares; step.h undefines it. */
+#define RULE SGD
 #define RULE_NAME sgd
 #include "step.h"
-#undef RULE
-#undef RULE_NAME
-
-#define RULE 1
+#define RULE MOMENTUM
 #define RULE_NAME momentum
 #include "step.h"
-#undef RULE
-#undef RULE_NAME
-
-#define RULE 2
+#define RULE ADAM
 #define RULE_NAME adam
 #include "step.h"
-#undef RULE
-#undef RULE_NAME
-
-#define RULE 3
+#define RULE AMSGRAD
 #define RULE_NAME amsgrad
 #include "step.h"
-#undef RULE
-#undef RULE_NAME
 
 #undef STORED
 #undef REAL
@@ -34,4 +69,6 @@
 #undef ROOT
 #undef PARTIAL
 #undef STRETCH
+#undef PAIRS
 #undef SLOT
+#undef EACH_STRETCH

@@ -1,4 +1,4 @@
-/* What the kernels share: one parameter of a step, the coefficients of a rule, and the work list. */
+/* What all kernels share: one parameter of a step, an update rule's coefficients, the work list. */
 #ifndef GRADCENTRAL_KERNELS_H
 #define GRADCENTRAL_KERNELS_H
 
@@ -13,7 +13,7 @@
 #define INLINE static inline
 #endif
 
-/* The same source for AVX-512, AVX2 and the baseline; the loader picks one when the library is loaded. */
+/* The same source for AVX-512, AVX2 and the baseline; the loader selects one at load time. */
 #if defined(GRADCENTRAL_CLONES)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -26,14 +26,16 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-/* Names of their own for each dtype and rule: sum_f32, step_piece_adam_bf16. */
+/* One name per dtype and update rule: sum_f32, step_piece_adam_bf16. */
 #define JOIN2_(a, b) a##_##b
 #define JOIN2(a, b) JOIN2_(a, b)
 #define JOIN3(a, b, c) JOIN2(a, JOIN2(b, c))
 
-enum { PLAIN = 0, GRADIENT = 1, UPDATE = 2 };                  /* where a parameter is centered */
+/* The enumerations of forms.py, with the same numbers. */
+enum { PLAIN = 0, GRADIENT = 1, UPDATE = 2 }; /* Placement */
+enum { CENTER = 4, MEANS = 5, RESTORE = 6 };  /* Operation */
 
-/* Update rules, and types of all of a parameter's tensors: macros, for the preprocessor compares them. */
+/* UpdateRule, and the dtypes. Macros, because the preprocessor compares them. */
 #define SGD 0
 #define MOMENTUM 1
 #define ADAM 2
@@ -43,46 +45,69 @@ enum { PLAIN = 0, GRADIENT = 1, UPDATE = 2 };                  /* where a parame
 #define BF16 2
 
 /*
- * One parameter, in memory order: element (g, i, u, j) of group × a × unit × b lies at ((g·a + i)·unit + u)·b + j,
- * and (g, u) names an output unit, whose weight vector runs over i and j. Rows are (n, fan-in, 1, 1).
+ * One parameter of a step (or one tensor to be centered: its w), as the loop of loops.py: element
+ * (g, i, u, j) of groups × outer × units × inner lies at ((g·outer + i)·units + u)·inner + j. The
+ * output unit is (g, u), and its weight vector runs over i and j. Two forms are told apart by
+ * width = units·inner:
+ *
+ *     rows     width = 1: a weight vector is contiguous; (n, fan-in, 1, 1)
+ *     columns  width > 1: `outer` rows of `width` elements per group, each column belonging to one
+ * unit
  */
 typedef struct {
-    int64_t group, a, unit, b;
+    int64_t groups, outer, units, inner;
     int32_t placement;
-    int32_t first;               /* MOMENTUM: the buffer is new and starts as the direction itself */
-    int32_t step_is_f64;         /* Adam: the type of the step counter, f32 or f64 */
-    int32_t blocks;              /* columns: into how many blocks of rows a group is cut to be summed */
-    int64_t scratch;             /* columns: where its sums and means begin in the scratch, in bytes */
-    /* Filled in at each step, from the table that comes with it: all w, all g, m, v, x, and Adam's step counters. */
-    void *w, *g, *m, *v, *x;     /* weight, gradient, momentum, squares, largest squares (as the rule needs) */
-    double step_size;            /* Adam: η / (1 − β₁ᵗ) */
-    double root_correction;      /* Adam: 1 / √(1 − β₂ᵗ) */
-    double *sums;                /* columns: group × blocks × width */
-    void *means;                 /* columns: group × width, in the type to compute in */
-    int64_t missing;             /* columns: blocks that are not summed yet */
-} Item;
+    int32_t fresh;       /* MOMENTUM: the buffer is new and starts as the direction itself */
+    int32_t step_is_f64; /* Adam: the step counter is f64, not f32 */
+    int32_t blocks;  /* columns: number of blocks of rows into which a group is cut for summing */
+    int64_t scratch; /* columns: offset of its sums and means in the scratch memory, in bytes */
+    /* Set at each call. */
+    void *w, *g, *m, *v, *x; /* weight, gradient, momentum, squares, largest squares */
+    double step_size;        /* Adam: η / (1 − β₁ᵗ) */
+    double root_correction;  /* Adam: 1 / √(1 − β₂ᵗ) */
+    double *sums;            /* columns: groups × blocks × width */
+    void *means;             /* columns: groups × width, of type REAL (see dtype.h) */
+    double *kept;            /* MEANS, RESTORE: its means, in the caller's memory */
+    int64_t missing;         /* columns: number of blocks that are not summed yet */
+} Parameter;
 
-/* What a loop over a row does besides stepping: a mean for each element, not one for all; add up the next row. */
-enum { MANY = 1, SUM = 2 };
+INLINE int64_t width_of(const Parameter *p) { return p->units * p->inner; }
+INLINE int64_t size_of(const Parameter *p) { return p->groups * p->outer * width_of(p); }
+INLINE int is_columns(const Parameter *p) { return p->placement != PLAIN && width_of(p) > 1; }
 
 /*
- * What one thread does at a stretch: a range of an item's elements (not centered), of its rows, of its groups of
- * columns (each summed and then stepped), or, where a group is too large for one thread, of its blocks to sum and,
- * after all of those, of its rows to step.
+ * A piece of the work: a range [begin, end) of a parameter's
+ *     ELEMENTS    if it is not centered;
+ *     ROWS        if its weight vectors are rows;
+ *     GROUPS      of columns that one thread sums and then updates;
+ *     SUM_BLOCKS  of groups too large for one thread: blocks of rows to sum, and, in a later wave,
+ *     STEP_ROWS   the rows of these groups to update.
  */
 enum { ELEMENTS, ROWS, GROUPS, SUM_BLOCKS, STEP_ROWS };
 
 typedef struct {
-    int64_t item, begin, end;
+    int64_t parameter, begin, end;
     int64_t kind;
-} Piece;
+} WorkPiece;
+
+/*
+ * The work of one call: waves of batches of pieces. Waves run one after another; the batches of a
+ * wave run in parallel. Batch k has the pieces batches[k] to batches[k + 1] − 1, and likewise for
+ * waves.
+ */
+typedef struct {
+    const WorkPiece *pieces;
+    const int64_t *batches, *waves;
+    int64_t n_batches, n_waves;
+    char *scratch;
+} WorkList;
 
 typedef struct {
-    double lr, l2, decay;        /* η, λ of g + λw, and the decoupled decay per step, η·λ */
-    double momentum, keep;       /* μ, and 1 − dampening */
-    double nesterov;             /* 0 or 1 */
+    double lr, l2, decay;  /* η; λ of g + λw; decoupled weight decay per step, η·λ */
+    double momentum, keep; /* μ; 1 − dampening */
+    double nesterov;       /* 0 or 1 */
     double beta1, beta2, epsilon;
-    double scale;                /* of the gradient: −1 to maximize, 1/grad_scale to unscale */
-} Rule;
+    double scale; /* of the gradient: −1 to maximize, 1/grad_scale to unscale */
+} Coefficients;
 
 #endif

@@ -1,8 +1,7 @@
 """Kernels in Triton for CUDA devices: one launch for all parameters of a step.
 
 Same interface as the native kernels. Triton is imported when the first plan is made. With ``TRITON_INTERPRET=1`` and
-``GRADCENTRAL_KERNELS=triton`` in the environment, Triton's interpreter serves CPU tensors instead: slow, and good for
-tests.
+``GRADCENTRAL_KERNELS=triton`` in the environment, Triton's interpreter serves CPU tensors instead: slow, for tests.
 """
 
 from __future__ import annotations
@@ -15,25 +14,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradcentral.kernels.forms import Coefficients, is_plain, same_strides
 from gradcentral.kernels.loops import Loop, loop_over
-from gradcentral.kernels.native import Rule, is_plain, lies_as
 from gradcentral.weight_vectors import WeightVectors
 
 if TYPE_CHECKING:
     from gradcentral.kernels.triton.plans import CenteringPlan, StepPlan
 
 __all__ = [
+    "INTERPRETED",
     "CenteringPlan",
-    "DeviceRule",
+    "DeviceCoefficients",
     "StepPlan",
-    "alike",
-    "interpreted",
-    "is_number",
-    "is_state",
+    "accepts_counter",
+    "accepts_gradient",
+    "accepts_state",
     "loop_of",
-    "missing",
     "serves",
-    "unavailable",
+    "serves_cpu",
+    "unavailable_reason",
 ]
 
 _OLDEST = (3, 4)
@@ -41,80 +40,83 @@ _OLDEST = (3, 4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _choice = os.environ.get("GRADCENTRAL_KERNELS", "")
-_interpret = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+"""Whether Triton, which reads the same variable when it is imported, runs every kernel on the CPU in Python."""
 
-interpreted = _interpret and _choice == "triton"
-"""Whether CPU tensors are served, by Triton's interpreter."""
+serves_cpu = INTERPRETED and _choice == "triton"
+"""Whether these kernels serve CPU tensors, by Triton's interpreter."""
 
 
-class DeviceRule(NamedTuple):
-    """Coefficients of which some may be on the device, where the kernel reads them and the host waits for nothing."""
+class DeviceCoefficients(NamedTuple):
+    """Coefficients of which some may be on the device, where the kernel reads them without synchronizing the host."""
 
-    rule: Rule
-    """For a learning rate of 1 and gradients that are not scaled."""
+    coefficients: Coefficients
+    """For a learning rate of 1 and unscaled gradients."""
     lr: float | Tensor
     grad_scale: Tensor | None = None
-    """What a GradScaler gives to fused optimizers: the gradients are divided by it."""
+    """Set by a GradScaler on fused optimizers: the gradients are divided by it."""
     found_inf: Tensor | None = None
-    """Likewise: where it is not 0, the step changes nothing."""
+    """Set by a GradScaler on fused optimizers: if it is not 0, the step changes nothing."""
 
 
-def _why_not() -> str:
+def _static_reason() -> str:
     if _choice == "reference":
         return "GRADCENTRAL_KERNELS=reference"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install gradcentral[triton]"
     try:
         version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # of another make, under another name
+    except importlib.metadata.PackageNotFoundError:  # another build of Triton, under another name
         version = ""
     if version and tuple(map(int, version.split(".")[:2])) < _OLDEST:
-        return f"Triton {version} is too old: {'.'.join(map(str, _OLDEST))} or a newer one (torch 2.8) is needed"
+        return f"Triton {version} is too old: pip install 'triton>={'.'.join(map(str, _OLDEST))}' (torch 2.8 or later)"
     if torch.version.hip is not None:
-        return "torch is built for ROCm, where these kernels were never run"
-    if _interpret and not interpreted:
-        return "TRITON_INTERPRET is set, which only GRADCENTRAL_KERNELS=triton makes use of"
+        return "torch is built for ROCm, on which these kernels are not tested"
+    if INTERPRETED and not serves_cpu:
+        return "TRITON_INTERPRET is set: unset it, or set GRADCENTRAL_KERNELS=triton too"
     return ""
 
 
-unavailable = _why_not()
-"""Why no tensor can be served, whatever its device; empty where some can."""
+_unavailable = _static_reason()
+"""Why no tensor can be served, whatever its device; computed once because `serves` is called for every tensor."""
 
 
-def missing() -> str:
-    """Why the kernels can't be used on this machine; empty where they can. Asks for its devices."""
-    if unavailable or interpreted or torch.cuda.is_available():
-        return unavailable
+def unavailable_reason() -> str:
+    """Why these kernels cannot be used on this machine; empty if they can."""
+    if _unavailable or serves_cpu or torch.cuda.is_available():
+        return _unavailable
     return "no CUDA device"
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether tensors of this device are for these kernels."""
-    return not unavailable and (tensor.device.type == "cpu" if interpreted else tensor.is_cuda)
+    """Whether these kernels are for tensors on this one's device."""
+    return not _unavailable and (tensor.device.type == "cpu" if serves_cpu else tensor.is_cuda)
 
 
 def loop_of(tensor: Tensor, vectors: WeightVectors | None) -> Loop | None:
-    """The loop over a tensor that the kernels can serve, or None: a plain dense tensor of a type they know.
+    """The loop over a tensor, or None unless it is a plain dense tensor of f32, bf16 or f16 on a served device.
 
-    Without vectors every element is one of its own.
+    Args:
+        tensor: the tensor.
+        vectors: its weight vectors; None if it is not centered.
     """
     if not is_plain(tensor) or tensor.dtype not in DTYPES or not serves(tensor):
         return None
     return loop_over(vectors, tensor.shape, tensor.stride())
 
 
-def alike(parameter: Tensor, tensor: Tensor) -> bool:
-    """Whether a gradient or state tensor lies in memory as its parameter does; its type may be another one."""
-    return lies_as(parameter, tensor) and tensor.dtype in DTYPES
+def accepts_gradient(parameter: Tensor, gradient: Tensor) -> bool:
+    """Whether a gradient has the strides of its parameter; its dtype may differ."""
+    return same_strides(parameter, gradient) and gradient.dtype in DTYPES
 
 
-def is_state(parameter: Tensor, tensor: Tensor) -> bool:
-    """Whether a state tensor lies in memory as its parameter does, in f32 or bf16: in f16 small squares are 0."""
-    return alike(parameter, tensor) and tensor.dtype != torch.float16
+def accepts_state(parameter: Tensor, state: Tensor) -> bool:
+    """Whether a state tensor has the strides of its parameter and is f32 or bf16: in f16 small squares underflow."""
+    return accepts_gradient(parameter, state) and state.dtype != torch.float16
 
 
-def is_number(tensor: object, device: torch.device) -> bool:
-    """Whether this is one f32 on the device, as torch's fused optimizers keep their step counters."""
+def accepts_counter(tensor: object, device: torch.device) -> bool:
+    """Whether this is a step counter as torch's fused optimizers keep them: one f32 number on the device."""
     return type(tensor) is Tensor and tensor.numel() == 1 and tensor.device == device and tensor.dtype == torch.float32
 
 

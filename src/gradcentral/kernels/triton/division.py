@@ -1,8 +1,18 @@
-"""How the work of one launch is divided: pure Python and torch, no Triton.
+"""How the work of one launch is divided among the programs of the kernel. Imports no Triton.
 
-An *item* is one parameter. It is cut into *pieces*, one for each program of the launch: some weight vectors, walked
-over twice while they are in the cache, or, where single vectors are long, a part of some, whose sums other programs
-wait for. The arithmetic that leads from a piece's index to its memory is the kernel's; a piece is two numbers.
+Each parameter is cut into *pieces*, one per program. A piece is a few weight vectors, which a program reads twice while
+they are in the cache: once for the mean, once for the update. Weight vectors too long for that are cut into *parts*,
+which are summed by one set of programs and updated by another, which waits for the sums of all parts:
+
+    tables of a launch:   sums of set 0 | sums of set 1, steps of set 0 | … | steps of the last set | whole pieces
+
+    a block of 2 columns       ┌──┐
+    in 3 parts:        part 0  │░░│  sums ┐ ┌ means  update
+                       part 1  │░░│  sums ┼─┼ means  update
+                       part 2  │░░│  sums ┘ └ means  update
+                               └──┘
+
+A piece is two numbers, its parameter and its index there; the kernel computes the memory it covers (see step.py).
 """
 
 from __future__ import annotations
@@ -15,31 +25,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradcentral.kernels.forms import Placement
 from gradcentral.kernels.loops import Loop
 
-__all__ = ["FIELDS", "LONGEST", "TILE", "Division", "Shape", "divide"]
+__all__ = ["FIELDS", "LONGEST", "TILE", "LaunchTables", "TileShape", "divide"]
 
 TILE = 1024
-"""Elements that a program has in its registers at a time: 16 bytes of f32 for each of 256 threads."""
+"""Elements that a program holds in registers at a time: 16 bytes of f32 for each of 256 threads."""
 PIECE = 8 * TILE
-"""Elements of a piece of short weight vectors, where there is work enough for the whole device."""
+"""Elements of a piece of short weight vectors, if there is enough work for the whole device."""
 SMALL = 1 << 21
-"""Below that many elements in all, pieces are one tile."""
+"""Below this many elements in all, pieces are one tile."""
 LONGEST = 1 << 16
 """Bytes of gradient that a program reads twice; a longer weight vector, or set of columns, is cut into parts."""
 SET = 1 << 21
-"""Elements of cut vectors that are summed before they are stepped; their gradients must stay in the device's cache."""
+"""Elements of cut vectors that are summed before they are updated; their gradients must stay in the device's cache."""
 ALIGNMENT = 16
-"""Elements: offsets divisible by that many let a thread read 16 bytes at a time."""
-
+"""Elements: offsets divisible by it let a thread read 16 bytes at a time."""
 REACH = 1 << 31
 """Elements: offsets inside a piece are 32-bit numbers."""
 
 SUM, STEP = 1, 2
 
 
-class Shape(IntEnum):
-    """The tile that serves an item: how many weight vectors and how many of their elements at a time."""
+class TileShape(IntEnum):
+    """The tile that serves a parameter: how many weight vectors and how many elements of each at a time."""
 
     PLAIN = 0
     PLAIN_ALIGNED = 1
@@ -51,118 +61,141 @@ class Shape(IntEnum):
     ACROSS_ALIGNED = 7
 
 
-class _Item(NamedTuple):
-    """An item as the kernel reads it: int64 numbers.
+class TiledParameter(NamedTuple):
+    """A parameter as the kernel reads it, a row of int64 numbers in this order.
 
-    A weight vector's element k lies ``k // b * jump + k % b`` behind its first, and vectors of a group lie ``stride``
-    apart, groups ``group_stride``. ``vectors`` of them make a piece (``blocks`` in a group), of which ``parts`` of
-    ``rows`` runs each are programs of their own. Of its weight vectors, ``members`` in all, the sums of parts begin at
-    ``slot``, the counters of finished parts at ``counter``, and the means at ``first_mean``.
+    Element k of a weight vector lies ``k // inner * jump + k % inner`` behind its first. Weight vectors of a group lie
+    ``stride`` apart, groups ``group_stride``. A group has ``units`` weight vectors in ``blocks`` of ``vectors``; a
+    block has ``parts`` of ``rows`` runs of ``inner`` elements each, and each part of a block is a piece.
     """
 
     shape: int
     units: int
     vectors: int
     blocks: int
-    parts: int
-    rows: int
-    a: int
-    b: int
-    jump: int
-    stride: int
-    group_stride: int
-    slot: int
-    counter: int
-    first_mean: int
-    members: int
+    parts: int = 1
+    rows: int = 1
+    outer: int = 1
+    inner: int = 1
+    jump: int = 1
+    stride: int = 1
+    group_stride: int = 0
+    slot: int = 0
+    """Where the sums of its parts begin."""
+    counter: int = 0
+    """Where its counters of finished parts begin, one per block."""
+    first_mean: int = 0
+    """Where its means begin."""
+    members: int = 0
+    """Its number of weight vectors."""
+
+    @property
+    def all_blocks(self) -> int:
+        """The number of blocks of all groups; 0 if the parameter has no elements."""
+        return self.members // self.units * self.blocks if self.members * self.outer * self.inner else 0
 
 
-FIELDS = len(_Item._fields)
+FIELDS = len(TiledParameter._fields)
 
 
-class Division(NamedTuple):
-    """Tables for the kernel."""
+class LaunchTables(NamedTuple):
+    """The division of a launch as the kernel reads it."""
 
-    items: Tensor
-    """int64 ``[items, FIELDS]``"""
+    parameters: Tensor
+    """int64 ``[parameters, FIELDS]``"""
     pieces: Tensor
-    """int32 ``[pieces, 2]``: the item times 4 plus what to do (SUM, STEP or both), and the index among the item's."""
+    """int32 ``[pieces, 2]``: the parameter times 4 plus what to do (SUM, STEP or both), and the piece's index in it."""
     slots: int
-    """Numbers that hold sums of parts of weight vectors."""
+    """Total number of sums of parts."""
     counters: int
-    """How many sets of parts are waited for."""
-    means: int
-    """How many weight vectors there are."""
+    """Total number of blocks in parts."""
 
 
-def divide(loops: Sequence[tuple[Loop, int]], itemsize: int) -> Division:
-    """Divide the work on items with these loops and placements (0: not centered) of ``itemsize`` bytes an element.
+def divide(loops: Sequence[tuple[Loop, Placement]], itemsize: int) -> LaunchTables:
+    """Divide the work on parameters with these loops and placements.
 
-    What is cut comes first: the sums of one set of vectors, then, again and again, the sums of the next set and the
-    steps of the last. So no program waits for one that comes after it, and a set's gradients are still in the cache.
+    Pieces in parts come first: the sums of one set of blocks, then, alternating, the sums of the next set and the steps
+    of the last. So no piece waits for one that comes after it, and a set's gradients are still in the cache.
+
+    Args:
+        loops: for each parameter its loop and its placement.
+        itemsize: bytes per element of the gradients.
     """
     total = sum(math.prod(loop) for loop, _ in loops)
-    items: list[_Item] = []
+    parameters: list[TiledParameter] = []
     slots = counters = means = 0
     for loop, placement in loops:
-        item = _item(loop, placement, itemsize, TILE if total < SMALL else PIECE)
-        groups = _groups(loop, item)
-        item = item._replace(slot=slots, counter=counters, first_mean=means, members=groups * item.units)
-        if placement:
-            means += item.members
-        if item.parts > 1:
-            slots += item.parts * item.members
-            counters += groups * item.blocks
-        items.append(item)
-    pieces = [*_cut(items, loops), *_whole(items, loops)]
-    table = torch.tensor([tuple(item) for item in items], dtype=torch.int64).reshape(len(items), FIELDS)
-    listed = torch.cat(pieces) if pieces else torch.zeros(0, 2, dtype=torch.int32)
-    return Division(table, listed, slots, counters, means)
+        tiled = _tile(loop, placement, itemsize, TILE if total < SMALL else PIECE)
+        tiled = tiled._replace(slot=slots, counter=counters, first_mean=means)
+        means += tiled.members if placement else 0
+        if tiled.parts > 1:
+            slots += tiled.parts * tiled.members
+            counters += tiled.all_blocks
+        parameters.append(tiled)
+    whole = [
+        _pieces(position, SUM | STEP if placement else STEP, 0, tiled.all_blocks)
+        for position, (tiled, (_, placement)) in enumerate(zip(parameters, loops, strict=True))
+        if tiled.parts == 1
+    ]
+    rows = torch.tensor(parameters, dtype=torch.int64).reshape(len(parameters), FIELDS)
+    pieces = torch.cat([torch.zeros(0, 2, dtype=torch.int32), *_pieces_in_parts(parameters), *whole])
+    return LaunchTables(rows, pieces, slots, counters)
 
 
-def _item(loop: Loop, placement: int, itemsize: int, piece: int) -> _Item:
-    group, a, unit, b = loop
-    if placement == 0:
+def _tile(loop: Loop, placement: Placement, itemsize: int, piece: int) -> TiledParameter:
+    """Choose a parameter's tile, and how it is cut into blocks and parts."""
+    groups, outer, units, inner = loop
+    if placement == Placement.PLAIN:
         n = math.prod(loop)
-        shape = Shape.PLAIN_ALIGNED if n % ALIGNMENT == 0 else Shape.PLAIN
-        return _Item(shape, n, piece, _up(n, piece), 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0)
-    rows = unit * b == 1
-    units, jump, stride = (group, 1, a) if rows else (unit, unit * b, b)
-    shape, vectors = _tile(loop, itemsize, piece)
-    many = vectors if shape in (Shape.ACROSS, Shape.ACROSS_ALIGNED) else 1
-    longest = min(LONGEST // (itemsize * many * b), (REACH - 1) // jump)
-    per_part = a
-    if a > longest:
-        per_part = _up(a, _up(a, max(1, longest)))
+        shape = TileShape.PLAIN if n % ALIGNMENT else TileShape.PLAIN_ALIGNED
+        return TiledParameter(shape, n, piece, blocks=_up(n, piece), members=n)
+    rows = units * inner == 1
+    per_group, jump, stride = (groups, 1, outer) if rows else (units, units * inner, inner)
+    shape, vectors = _tile_shape(loop, itemsize, piece)
+    beside = vectors if shape in (TileShape.ACROSS, TileShape.ACROSS_ALIGNED) else 1
+    longest = min(LONGEST // (itemsize * beside * inner), (REACH - 1) // jump)
+    per_part = outer
+    if outer > longest:
+        per_part = _up(outer, _up(outer, max(1, longest)))
         if rows:  # each part begins aligned
             per_part = _up(per_part, ALIGNMENT) * ALIGNMENT
-        vectors = many
-    parts = _up(a, per_part) if a else 1
-    group_stride = 0 if rows else a * unit * b
-    blocks = _up(units, vectors)
-    return _Item(shape, units, vectors, blocks, parts, per_part, a, b, jump, stride, group_stride, 0, 0, 0, 0)
+        vectors = beside
+    return TiledParameter(
+        shape,
+        per_group,
+        vectors,
+        blocks=_up(per_group, vectors),
+        parts=_up(outer, per_part) if outer else 1,
+        rows=per_part,
+        outer=outer,
+        inner=inner,
+        jump=jump,
+        stride=stride,
+        group_stride=0 if rows else outer * units * inner,
+        members=groups * units,
+    )
 
 
-def _tile(loop: Loop, itemsize: int, piece: int) -> tuple[Shape, int]:
-    """An item's shape, and how many weight vectors make a piece."""
-    fan_in, width = loop.a * loop.b, loop.unit * loop.b
+def _tile_shape(loop: Loop, itemsize: int, piece: int) -> tuple[TileShape, int]:
+    """A parameter's tile shape, and how many weight vectors make a piece."""
+    fan_in, width = loop.outer * loop.inner, loop.units * loop.inner
     each = max(1, piece // max(fan_in, 1))
     if width == 1:
         aligned = fan_in % ALIGNMENT == 0
         if aligned and fan_in >= TILE // 2:
-            return Shape.LONG_ALIGNED, each
+            return TileShape.LONG_ALIGNED, each
         if aligned and fan_in > 64:
-            return Shape.MIDDLE_ALIGNED, _multiple(each, 16)
-    elif loop.b == 1 and fan_in > 32:
-        beside = columns_beside(itemsize)
-        return (Shape.ACROSS_ALIGNED if width % ALIGNMENT == 0 else Shape.ACROSS), beside
+            return TileShape.MIDDLE_ALIGNED, _multiple(each, 16)
+    elif loop.inner == 1 and fan_in > 32:
+        shape = TileShape.ACROSS if width % ALIGNMENT else TileShape.ACROSS_ALIGNED
+        return shape, columns_beside(itemsize)
     if fan_in >= TILE // 8:
-        return Shape.LONG, each
-    return Shape.SHORT, _multiple(each, TILE // 16)
+        return TileShape.LONG, each
+    return TileShape.SHORT, _multiple(each, TILE // 16)
 
 
 def columns_beside(itemsize: int) -> int:
-    """How many columns a program takes: 64 bytes of each row."""
+    """How many adjacent columns a program takes: 64 bytes of each row."""
     return max(16, 64 // itemsize)
 
 
@@ -174,49 +207,33 @@ def _multiple(n: int, of: int) -> int:
     return max(1, n // of) * of
 
 
-def _groups(loop: Loop, item: _Item) -> int:
-    return loop.group if item.group_stride else 1
-
-
-def _n_pieces(loop: Loop, item: _Item) -> int:
-    return _groups(loop, item) * item.blocks * item.parts if math.prod(loop) else 0
-
-
 def _pieces(position: int, what: int, begin: int, end: int) -> Tensor:
     index = torch.arange(begin, end, dtype=torch.int32)
     return torch.stack([torch.full_like(index, position * 4 + what), index], 1)
 
 
-def _whole(items: Sequence[_Item], loops: Sequence[tuple[Loop, int]]) -> Iterator[Tensor]:
-    for position, (item, (loop, placement)) in enumerate(zip(items, loops, strict=True)):
-        if item.parts == 1:
-            yield _pieces(position, SUM | STEP if placement else STEP, 0, _n_pieces(loop, item))
-
-
-def _cut(items: Sequence[_Item], loops: Sequence[tuple[Loop, int]]) -> Iterator[Tensor]:
-    """Sums and steps of the items in parts, in sets that follow one another."""
+def _pieces_in_parts(parameters: Sequence[TiledParameter]) -> Iterator[Tensor]:
+    """The pieces of parameters in parts, set by set: sums of one set, then steps of the set before it."""
     last: list[tuple[int, int, int]] = []
     current: list[tuple[int, int, int]] = []
     elements = 0
-    for position, (item, (loop, _)) in enumerate(zip(items, loops, strict=True)):
-        if item.parts == 1:
+    for position, tiled in enumerate(parameters):
+        if tiled.parts == 1:
             continue
-        each = item.vectors * item.a * item.b  # of all parts of a block
-        blocks = _groups(loop, item) * item.blocks
+        each = tiled.vectors * tiled.outer * tiled.inner  # elements of a block
         at_a_time = max(1, SET // each)
-        for begin in range(0, blocks, at_a_time):
-            end = min(blocks, begin + at_a_time)
-            current.append((position, begin * item.parts, end * item.parts))
+        for begin in range(0, tiled.all_blocks, at_a_time):
+            end = min(tiled.all_blocks, begin + at_a_time)
+            current.append((position, begin * tiled.parts, end * tiled.parts))
             elements += (end - begin) * each
             if elements >= SET:
-                yield from _set(current, last)
+                yield from _sums_and_steps(current, last)
                 last, current, elements = current, [], 0
-    yield from _set(current, last)
-    yield from _set([], current)
+    yield from _sums_and_steps(current, last)
+    yield from _sums_and_steps([], current)
 
 
-def _set(to_sum: list[tuple[int, int, int]], to_step: list[tuple[int, int, int]]) -> Iterator[Tensor]:
-    for position, begin, end in to_sum:
-        yield _pieces(position, SUM, begin, end)
-    for position, begin, end in to_step:
-        yield _pieces(position, STEP, begin, end)
+def _sums_and_steps(to_sum: list[tuple[int, int, int]], to_step: list[tuple[int, int, int]]) -> Iterator[Tensor]:
+    for what, ranges in ((SUM, to_sum), (STEP, to_step)):
+        for position, begin, end in ranges:
+            yield _pieces(position, what, begin, end)

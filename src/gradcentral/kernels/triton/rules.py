@@ -1,5 +1,5 @@
 # Triton reads the annotations of its functions: no `from __future__ import annotations` here.
-"""The update rules, element by element, in Triton: the same arithmetic as kernels/c/step.h, in f32.
+"""The update rules, element by element, in Triton: the arithmetic of kernels/c/step.h, in f32.
 
 Algorithms 1 and 2 of Yong et al. 2020 (SGD with momentum, Adam), with torch's options:
 
@@ -9,48 +9,47 @@ Algorithms 1 and 2 of Yong et al. 2020 (SGD with momentum, Adam), with torch's o
     Δw ← change(state, d, w)
     w ← w + Δw                       or w + Φ(Δw): placement "update"
 
-A step walks over a weight vector twice. `first` gives what is to be averaged, `second` uses the mean. Tensors travel
-as the tuple ``(w, g, m, v, x)`` of pointers to weight, gradient, momentum, squares and largest squares; coefficients as
+The differences from the paper and from torch are those that step.h lists, and two more:
+
+1. Sums are f32, not f64, which many GPUs compute at 1/32 or 1/64 of the rate. Little is lost: each of the 1024 lanes of
+   a tile adds only its share of the elements, and the lanes are added as a tree.
+2. Adam's bias corrections are computed on the device, from the step counters there, so that steps need no
+   synchronization and can be captured in CUDA graphs.
+
+A step reads a weight vector twice: `first_pass` returns what is to be averaged, `second_pass` uses the mean. Centering
+without a step is a rule of its own (CENTER, MEANS, RESTORE), whose first pass returns the tensor. Tensors are passed as
+the tuple ``(w, g, m, v, x)`` of pointers to weight, gradient, momentum, squares and largest squares, coefficients as
 the tuple that `step.py` makes.
 """
-
-import os
 
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "first", "read", "second", "step", "write"]
+from gradcentral.kernels.forms import Operation, Placement, UpdateRule
+from gradcentral.kernels.triton import INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-"""Whether Triton, which reads the same variable when it is imported, runs everything on the CPU in Python."""
+__all__ = ["first_pass", "second_pass", "step"]
 
-# The interpreter cuts bf16 off where a GPU rounds it to nearest: there, bf16 is taken as u16 and rounded by hand.
+# The interpreter truncates f32 to bf16, while a GPU rounds to nearest: under it, bf16 is u16 and rounded explicitly.
 _BY_HAND = tl.constexpr(INTERPRETED)
 
-MOMENTUM = tl.constexpr(1)
-ADAM = tl.constexpr(2)
-AMSGRAD = tl.constexpr(3)
-CENTER = tl.constexpr(4)
-GRADIENT = tl.constexpr(1)
+MOMENTUM = tl.constexpr(int(UpdateRule.MOMENTUM))
+ADAM = tl.constexpr(int(UpdateRule.ADAM))
+AMSGRAD = tl.constexpr(int(UpdateRule.AMSGRAD))
+CENTER = tl.constexpr(int(Operation.CENTER))
+GRADIENT = tl.constexpr(int(Placement.GRADIENT))
 
 
 @triton.jit
-def read(pointer, offsets, mask, EVICT: tl.constexpr = ""):
-    """Elements as f32; 0 outside the mask."""
-    x = tl.load(pointer + offsets, mask=mask, other=0, eviction_policy=EVICT)
+def _as_f32(stored, pointer):
     if _BY_HAND and pointer.dtype.element_ty == tl.uint16:
-        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+        return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return stored.to(tl.float32)
 
 
 @triton.jit
-def write(pointer, offsets, x, mask):
-    """Elements of f32, rounded to nearest even."""
-    tl.store(pointer + offsets, _stored(x, pointer), mask=mask, eviction_policy="evict_first")
-
-
-@triton.jit
-def _stored(x, pointer):
+def _as_stored(x, pointer):
+    """Rounded to nearest even."""
     if _BY_HAND and pointer.dtype.element_ty == tl.uint16:
         bits = x.to(tl.uint32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
@@ -59,35 +58,43 @@ def _stored(x, pointer):
 
 @triton.jit
 def _rounded(x, pointer):
-    """As it will be read again."""
-    stored = _stored(x, pointer)
-    if _BY_HAND and pointer.dtype.element_ty == tl.uint16:
-        return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return stored.to(tl.float32)
+    """The value that is read again after storing x."""
+    return _as_f32(_as_stored(x, pointer), pointer)
 
 
 @triton.jit
-def _state(tensors, offsets, mask, RULE: tl.constexpr):
+def _load(pointer, offsets, mask, EVICT: tl.constexpr = ""):
+    """Elements as f32; 0 outside the mask."""
+    return _as_f32(tl.load(pointer + offsets, mask=mask, other=0, eviction_policy=EVICT), pointer)
+
+
+@triton.jit
+def _store(pointer, offsets, x, mask):
+    tl.store(pointer + offsets, _as_stored(x, pointer), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def _load_state(tensors, offsets, mask, RULE: tl.constexpr):
     _, _, m_at, v_at, x_at = tensors
     m, v, x = 0.0, 0.0, 0.0
     if RULE >= MOMENTUM:
-        m = read(m_at, offsets, mask, "evict_first")
+        m = _load(m_at, offsets, mask, "evict_first")
     if RULE >= ADAM:
-        v = read(v_at, offsets, mask, "evict_first")
+        v = _load(v_at, offsets, mask, "evict_first")
     if RULE == AMSGRAD:
-        x = read(x_at, offsets, mask, "evict_first")
+        x = _load(x_at, offsets, mask, "evict_first")
     return m, v, x
 
 
 @triton.jit
-def _write_state(tensors, offsets, mask, m, v, x, RULE: tl.constexpr):
+def _store_state(tensors, offsets, mask, m, v, x, RULE: tl.constexpr):
     _, _, m_at, v_at, x_at = tensors
     if RULE >= MOMENTUM:
-        write(m_at, offsets, m, mask)
+        _store(m_at, offsets, m, mask)
     if RULE >= ADAM:
-        write(v_at, offsets, v, mask)
+        _store(v_at, offsets, v, mask)
     if RULE == AMSGRAD:
-        write(x_at, offsets, x, mask)
+        _store(x_at, offsets, x, mask)
 
 
 @triton.jit
@@ -99,7 +106,7 @@ def _advance(m, v, x, d, c, RULE: tl.constexpr):
         m = m + one_minus_beta1 * (d - m)
         v = beta2 * v + one_minus_beta2 * d * d
     if RULE == AMSGRAD:
-        x = tl.where(v <= x, x, v)  # this way round, a NaN of v comes through
+        x = tl.where(v <= x, x, v)  # in this order, a NaN in v propagates
     return m, v, x
 
 
@@ -118,35 +125,36 @@ def _change(m, v, x, d, w, c, RULE: tl.constexpr):
 
 @triton.jit
 def step(tensors, offsets, mask, shift, c, RULE: tl.constexpr):
-    """One element's step; shift is scale · mean(g) where the gradient is centered, else 0."""
+    """Update elements; shift is scale · mean(g) if the gradient is centered, else 0."""
     w_at, g_at, _, _, _ = tensors
     scale, l2, _, _, _, _, _, _, _, _, _, _, _ = c
-    w = read(w_at, offsets, mask, "evict_first")
-    g = read(g_at, offsets, mask, "evict_first")
-    m, v, x = _state(tensors, offsets, mask, RULE)
+    w = _load(w_at, offsets, mask, "evict_first")
+    g = _load(g_at, offsets, mask, "evict_first")
+    m, v, x = _load_state(tensors, offsets, mask, RULE)
     d = scale * g + (l2 * w - shift)
     m, v, x = _advance(m, v, x, d, c, RULE)
-    _write_state(tensors, offsets, mask, m, v, x, RULE)
-    write(w_at, offsets, w + _change(m, v, x, d, w, c, RULE), mask)
+    _store_state(tensors, offsets, mask, m, v, x, RULE)
+    _store(w_at, offsets, w + _change(m, v, x, d, w, c, RULE), mask)
 
 
 @triton.jit
-def first(tensors, offsets, mask, c, RULE: tl.constexpr, PLACEMENT: tl.constexpr):
-    """What is to be averaged: the gradient, or with "update" the change of w, after moving the state on.
+def first_pass(tensors, offsets, mask, c, RULE: tl.constexpr, PLACEMENT: tl.constexpr):
+    """What is to be averaged: the gradient or, with placement "update", the change of w, after advancing the state.
 
-    Where w holds enough bits, w + Δw is stored at once and `second` takes the mean off. A narrow w would lose a mean
-    that is smaller than its own rounding: there `second` computes the same Δw again, from the state as it was rounded.
+    In f32, w + Δw is stored here and `second_pass` subtracts the mean from it. In a narrow dtype that would round
+    twice, and a mean smaller than the rounding of w would be lost in every weight: there `second_pass` computes the
+    same Δw again, from the state as it was rounded on storing, and rounds w + (Δw − mean(Δw)) once.
     """
     w_at, g_at, m_at, v_at, x_at = tensors
     scale, l2, _, _, _, _, _, _, _, _, _, _, _ = c
-    g = read(g_at, offsets, mask, "evict_last")
+    g = _load(g_at, offsets, mask, "evict_last")
     if RULE >= CENTER or PLACEMENT == GRADIENT:
         return g
-    w = read(w_at, offsets, mask, "evict_last")
-    m, v, x = _state(tensors, offsets, mask, RULE)
+    w = _load(w_at, offsets, mask, "evict_last")
+    m, v, x = _load_state(tensors, offsets, mask, RULE)
     d = scale * g + l2 * w
     m, v, x = _advance(m, v, x, d, c, RULE)
-    _write_state(tensors, offsets, mask, m, v, x, RULE)
+    _store_state(tensors, offsets, mask, m, v, x, RULE)
     if w_at.dtype.element_ty != tl.float32:
         if RULE >= MOMENTUM:
             m = _rounded(m, m_at)
@@ -157,24 +165,24 @@ def first(tensors, offsets, mask, c, RULE: tl.constexpr, PLACEMENT: tl.constexpr
         delta = _change(m, v, x, d, w, c, RULE)
     else:
         delta = _change(m, v, x, d, w, c, RULE)
-        write(w_at, offsets, w + delta, mask)
+        _store(w_at, offsets, w + delta, mask)
     return tl.where(mask, delta, 0.0)
 
 
 @triton.jit
-def second(tensors, offsets, mask, mean, c, RULE: tl.constexpr, PLACEMENT: tl.constexpr):
-    """Use the mean of what `first` gave: center, or step with a centered gradient, or center the change."""
+def second_pass(tensors, offsets, mask, mean, c, RULE: tl.constexpr, PLACEMENT: tl.constexpr):
+    """Use the mean of what `first_pass` returned: center, or step with a centered gradient, or center the change."""
     w_at, g_at, _, _, _ = tensors
     scale, l2, _, _, _, _, _, _, _, _, _, _, _ = c
     if RULE >= CENTER:
-        write(w_at, offsets, read(w_at, offsets, mask, "evict_first") - mean, mask)
+        _store(w_at, offsets, _load(w_at, offsets, mask, "evict_first") - mean, mask)
     elif PLACEMENT == GRADIENT:
         step(tensors, offsets, mask, scale * mean, c, RULE)
     else:
-        w = read(w_at, offsets, mask, "evict_first")
+        w = _load(w_at, offsets, mask, "evict_first")
         delta = 0.0
         if w_at.dtype.element_ty != tl.float32:
-            m, v, x = _state(tensors, offsets, mask, RULE)
-            d = scale * read(g_at, offsets, mask, "evict_first") + l2 * w
+            m, v, x = _load_state(tensors, offsets, mask, RULE)
+            d = scale * _load(g_at, offsets, mask, "evict_first") + l2 * w
             delta = _change(m, v, x, d, w, c, RULE)
-        write(w_at, offsets, w + (delta - mean), mask)
+        _store(w_at, offsets, w + (delta - mean), mask)

@@ -1,40 +1,56 @@
 # Triton reads the annotations of its functions: no `from __future__ import annotations` here.
-"""The kernel: one launch for all parameters of a step; each program does one piece of the work (see division.py)."""
+"""The kernel: one launch for all parameters of a step, in which each program does one piece of the work (division.py).
+
+Programs that update a part of long weight vectors wait for the programs that sum the other parts, inside the kernel:
+one launch instead of two, and gradients that are still in the cache. On a GPU, which starts programs in no particular
+order and never suspends one in favor of another, waiting can deadlock: if waiting programs filled the device, those
+they wait for would never start. It cannot here, because
+
+1. a program does not take the piece of its program id, but of a ticket that it draws when it starts (``progress[0]``):
+   pieces start in the order of the list;
+2. in the list, the sums of a block come before its steps, and a program that sums never waits.
+
+So whoever waits, waits for programs that have already started and that finish on their own. Memory is ordered by the
+counter of the block: a sum is stored to the L2 cache (``.cg``) by all threads (barrier) before the counter is
+incremented (release), and read after the counter was seen to be complete (acquire). The last program of a launch
+(``progress[1]``) resets the counters.
+"""
 
 import triton
 import triton.language as tl
 
-from gradcentral.kernels.triton.division import FIELDS, Shape
-from gradcentral.kernels.triton.rules import ADAM, CENTER, first, second, step
+from gradcentral.kernels.forms import Operation, Placement
+from gradcentral.kernels.triton.division import FIELDS, STEP, SUM, TileShape
+from gradcentral.kernels.triton.rules import ADAM, CENTER, first_pass, second_pass, step
 
 __all__ = ["run"]
 
 _FIELDS = tl.constexpr(FIELDS)
-_PLAIN = tl.constexpr(int(Shape.PLAIN))
-_PLAIN_ALIGNED = tl.constexpr(int(Shape.PLAIN_ALIGNED))
-_LONG = tl.constexpr(int(Shape.LONG))
-_LONG_ALIGNED = tl.constexpr(int(Shape.LONG_ALIGNED))
-_MIDDLE_ALIGNED = tl.constexpr(int(Shape.MIDDLE_ALIGNED))
-_SHORT = tl.constexpr(int(Shape.SHORT))
-_ACROSS = tl.constexpr(int(Shape.ACROSS))
-_ACROSS_ALIGNED = tl.constexpr(int(Shape.ACROSS_ALIGNED))
+_PLAIN = tl.constexpr(int(TileShape.PLAIN))
+_PLAIN_ALIGNED = tl.constexpr(int(TileShape.PLAIN_ALIGNED))
+_LONG = tl.constexpr(int(TileShape.LONG))
+_LONG_ALIGNED = tl.constexpr(int(TileShape.LONG_ALIGNED))
+_MIDDLE_ALIGNED = tl.constexpr(int(TileShape.MIDDLE_ALIGNED))
+_SHORT = tl.constexpr(int(TileShape.SHORT))
+_ACROSS = tl.constexpr(int(TileShape.ACROSS))
+_ACROSS_ALIGNED = tl.constexpr(int(TileShape.ACROSS_ALIGNED))
 
-_SUM = tl.constexpr(1)
-_STEP = tl.constexpr(2)
+_SUM = tl.constexpr(SUM)
+_STEP = tl.constexpr(STEP)
 
-# How a tile's memory lies: contiguous rows; runs of taps at a distance; vectors side by side.
+# The memory of a tile: contiguous rows; runs of `inner` elements, `jump` apart; weight vectors beside each other.
 _ROWS = tl.constexpr(0)
 _RUNS = tl.constexpr(1)
 _BESIDE = tl.constexpr(2)
 
-_MEANS = tl.constexpr(5)
-_RESTORE = tl.constexpr(6)
-_UPDATE = tl.constexpr(2)
+_MEANS = tl.constexpr(int(Operation.MEANS))
+_RESTORE = tl.constexpr(int(Operation.RESTORE))
+_UPDATE = tl.constexpr(int(Placement.UPDATE))
 
 
 @triton.jit
-def _pointer(pointers, column: tl.constexpr, n_items, item, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(pointers + column * n_items + item).to(tl.pointer_type(DTYPE))
+def _pointer(pointers, column: tl.constexpr, n_parameters, parameter, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(pointers + column * n_parameters + parameter).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -67,7 +83,7 @@ def _tile(v, k, nv, nk, size, V: tl.constexpr, K: tl.constexpr, MEMORY: tl.const
 
 @triton.jit
 def _plain(tensors, n, c, K: tl.constexpr, RULE: tl.constexpr):
-    """Elements that belong to no weight vector."""
+    """Update elements that are not centered."""
     for k in range(0, n, K):
         ks = k + tl.arange(0, K)
         step(tensors, ks, ks < n, 0.0, c, RULE)
@@ -88,7 +104,7 @@ def _vectors(
     RULE: tl.constexpr,
     PLACEMENT: tl.constexpr,
 ):
-    """Some weight vectors, or a part of a few long ones: sum, wait for the other parts if there are any, step."""
+    """Some weight vectors, or a part of a few long ones: sum, wait for the other parts if there are any, update."""
     fan_in, part, parts, count, partial, counter, means_at = places
     axis: tl.constexpr = 0 if MEMORY == _BESIDE else 1
     for v in range(0, nv, V):
@@ -98,7 +114,7 @@ def _vectors(
         if what & _SUM:
             for k in range(0, nk, K):
                 offsets, mask = _tile(v, k, nv, nk, size, V, K, MEMORY)
-                total += first(tensors, offsets, mask, c, RULE, PLACEMENT)
+                total += first_pass(tensors, offsets, mask, c, RULE, PLACEMENT)
         sums = tl.sum(total, axis=axis)
         if parts > 1:
             if what & _SUM:
@@ -119,33 +135,34 @@ def _vectors(
                 if RULE == _RESTORE:
                     means -= tl.load(means_at + vs, mask=here, other=0.0)
                 if PLACEMENT == _UPDATE:
-                    tl.debug_barrier()  # a thread may read what another has written in the first pass
+                    tl.debug_barrier()  # a thread may read what another wrote in the first pass
                 for k in range(0, nk, K):
                     offsets, mask = _tile(v, k, nv, nk, size, V, K, MEMORY)
                     if MEMORY == _BESIDE:
-                        second(tensors, offsets, mask, means[None, :], c, RULE, PLACEMENT)
+                        second_pass(tensors, offsets, mask, means[None, :], c, RULE, PLACEMENT)
                     else:
-                        second(tensors, offsets, mask, means[:, None], c, RULE, PLACEMENT)
+                        second_pass(tensors, offsets, mask, means[:, None], c, RULE, PLACEMENT)
 
 
 @triton.jit
 def _coefficients(
-    pointers, n_items, item, fresh, lr, grad_scale, rule, logs, RULE: tl.constexpr, DAMPENED: tl.constexpr
+    pointers, n_parameters, parameter, fresh, lr, grad_scale, rule, logs, RULE: tl.constexpr, DAMPENED: tl.constexpr
 ):
-    """As in kernels/c/step.h. Adam's bias corrections 1 − βᵗ, t its own counter plus one, are made in f64."""
+    """The scalars of kernels/c/step.h. Adam's 1 − βᵗ, where t is the parameter's counter plus 1, is computed in f64."""
     sign, l2, decay, momentum, keep, of_d, of_m, one_minus_beta1, beta2, one_minus_beta2, epsilon = rule
     log1, log1_rest, log2, log2_rest = logs
     scale = sign
     if grad_scale is not None:
         scale = sign / tl.load(grad_scale).to(tl.float32)
     if DAMPENED:
-        known = tl.load(fresh + item) == 0
-        momentum = tl.where(known, momentum, 0.0)
-        keep = tl.where(known, keep, 1.0)
+        is_fresh = tl.load(fresh + parameter) != 0
+        momentum = tl.where(is_fresh, 0.0, momentum)
+        keep = tl.where(is_fresh, 1.0, keep)
     step_size = lr
     root_correction = 1.0
-    if RULE == ADAM or RULE == ADAM + 1:
-        t = tl.load(tl.load(pointers + 5 * n_items + item).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
+    if RULE >= ADAM and RULE < CENTER:
+        counter = tl.load(pointers + 5 * n_parameters + parameter).to(tl.pointer_type(tl.float32))
+        t = tl.load(counter).to(tl.float64) + 1.0
         power1 = tl.exp(t * (tl.cast(log1, tl.float64) + log1_rest))
         power2 = tl.exp(t * (tl.cast(log2, tl.float64) + log2_rest))
         step_size = lr / (1.0 - power1).to(tl.float32)
@@ -168,25 +185,25 @@ def _coefficients(
 
 
 @triton.jit
-def _finish(pointers, progress, fresh, n_items, n_counters, skipped, RULE: tl.constexpr, DAMPENED: tl.constexpr):
-    """What the last program does when all others are done: count Adam's steps, and make ready for the next launch."""
+def _finish(pointers, progress, fresh, n_parameters, n_counters, skipped, RULE: tl.constexpr, DAMPENED: tl.constexpr):
+    """What the last program does after all others: reset the counters for the next launch, and count Adam's steps."""
     each = tl.arange(0, 1024)
     for i in range(0, n_counters + 2, 1024):
         tl.store(progress + i + each, 0, mask=i + each < n_counters + 2)
     if skipped == 0:
-        for i in range(0, n_items, 1024):
-            at, mask = i + each, i + each < n_items
-            if RULE == ADAM or RULE == ADAM + 1:
-                steps = tl.load(pointers + 5 * n_items + at, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+        for i in range(0, n_parameters, 1024):
+            at, mask = i + each, i + each < n_parameters
+            if RULE >= ADAM and RULE < CENTER:
+                steps = tl.load(pointers + 5 * n_parameters + at, mask=mask, other=0).to(tl.pointer_type(tl.float32))
                 tl.store(steps, tl.load(steps, mask=mask, other=0.0) + 1.0, mask=mask)
             if DAMPENED:
                 tl.store(fresh + at, 0, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_items", "n_counters"])
+@triton.jit(do_not_specialize=["n_parameters", "n_counters"])
 def run(
     pointers,
-    items,
+    parameters,
     pieces,
     progress,
     partials,
@@ -195,7 +212,7 @@ def run(
     lr_at,
     grad_scale,
     found_inf,
-    n_items,
+    n_parameters,
     n_counters,
     lr,
     rule,
@@ -211,21 +228,25 @@ def run(
     BESIDE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program, one piece.
+    """One piece of the work.
 
     Args:
-        pointers: int64 ``[6, n_items]``: weights, gradients, momenta, squares, largest squares, step counters.
-        items, pieces: as division.py makes them.
-        progress: int32: tickets given out, programs done, then how many parts each set of parts has summed; all 0
+        pointers: int64 ``[6, n_parameters]``: weights, gradients, momenta, squares, largest squares, step counters.
+        parameters, pieces: the tables of division.py.
+        progress: int32: tickets drawn, programs done, then for each block in parts how many parts are summed; all 0
             between two launches.
-        partials: sums of parts. means: of all weight vectors, written by MEANS, given back by RESTORE.
-        fresh: int32 ``[n_items]``, with dampening: whether a momentum buffer is new.
-        lr_at, grad_scale, found_inf: None, or one number on the device that is read in place of lr, divides the
-            gradient, or stops the step if it is not 0.
-        rule, logs: coefficients; ln β₁ and ln β₂ as two f32 each.
-        DAMPENED: SGD with dampening, whose first step knows none. WAITS: whether some items are in parts.
+        partials: sums of parts.
+        means: of all weight vectors, written by MEANS, read by RESTORE.
+        fresh: int32 ``[n_parameters]``, with dampening: whether a momentum buffer is new.
+        lr_at, grad_scale, found_inf: None, or one number on the device that replaces lr, divides the gradient, or makes
+            the step change nothing if it is not 0.
+        rule: the coefficients of the update rule.
+        logs: ln β₁ and ln β₂ as two f32 each.
+        DAMPENED: SGD with dampening, which does not apply to the first step.
+        WAITS: whether some weight vectors are in parts.
         ALIGNED: whether all pointers are divisible by 16 bytes.
-        BESIDE: how many columns a program takes. TILE: elements at a time.
+        BESIDE: how many adjacent columns a program takes.
+        TILE: elements at a time.
     """
     if lr_at is not None:
         lr = tl.load(lr_at).to(tl.float32)
@@ -233,28 +254,28 @@ def run(
     if found_inf is not None:
         skipped = tl.load(found_inf).to(tl.float32)
     program = tl.program_id(0)
-    if WAITS:  # whom a program waits for must have started before it
+    if WAITS:  # a program may only wait for programs that have already started
         program = tl.atomic_add(progress, 1)
     if skipped == 0:
         word = tl.load(pieces + 2 * program)
         index = tl.load(pieces + 2 * program + 1).to(tl.int64)
-        item, what = (word // 4).to(tl.int64), word % 4
-        about = items + item * _FIELDS
-        shape, units, vectors = tl.load(about), tl.load(about + 1), tl.load(about + 2)
-        blocks, parts, rows = tl.load(about + 3), tl.load(about + 4), tl.load(about + 5)
-        a, b, jump = tl.load(about + 6), tl.load(about + 7), tl.load(about + 8)
-        stride, group_stride = tl.load(about + 9), tl.load(about + 10)
-        slot, counter, first_mean = tl.load(about + 11), tl.load(about + 12), tl.load(about + 13)
+        parameter, what = (word // 4).to(tl.int64), word % 4
+        row = parameters + parameter * _FIELDS
+        shape, units, vectors = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+        blocks, parts, rows = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+        outer, inner, jump = tl.load(row + 6), tl.load(row + 7), tl.load(row + 8)
+        stride, group_stride = tl.load(row + 9), tl.load(row + 10)
+        slot, counter, first_mean = tl.load(row + 11), tl.load(row + 12), tl.load(row + 13)
 
         part, block = index % parts, index // parts
         group, unit = block // blocks, block % blocks * vectors
         base = group * group_stride + unit * stride + part * rows * jump
         nv = tl.minimum(vectors, units - unit).to(tl.int32)
-        nk = (tl.minimum(rows, a - part * rows) * b).to(tl.int32)
-        # Among the item's weight vectors: where it begins, and how many there are.
-        here, count = group * units + unit, tl.load(about + 14)
+        nk = (tl.minimum(rows, outer - part * rows) * inner).to(tl.int32)
+        # The position of this piece's first weight vector among the parameter's, and how many those are.
+        here, count = group * units + unit, tl.load(row + 14)
         places = (
-            (a * b).to(tl.float32),
+            (outer * inner).to(tl.float32),
             part,
             parts,
             count,
@@ -262,18 +283,18 @@ def run(
             progress + 2 + counter + block,
             means + first_mean + here,
         )
-        c = _coefficients(pointers, n_items, item, fresh, lr, grad_scale, rule, logs, RULE, DAMPENED)
+        c = _coefficients(pointers, n_parameters, parameter, fresh, lr, grad_scale, rule, logs, RULE, DAMPENED)
         starts = (
-            _pointer(pointers, 0, n_items, item, WEIGHT, ALIGNED),
-            _pointer(pointers, 1, n_items, item, GRAD, ALIGNED),
-            _pointer(pointers, 2, n_items, item, STATE, ALIGNED),
-            _pointer(pointers, 3, n_items, item, STATE, ALIGNED),
-            _pointer(pointers, 4, n_items, item, STATE, ALIGNED),
+            _pointer(pointers, 0, n_parameters, parameter, WEIGHT, ALIGNED),
+            _pointer(pointers, 1, n_parameters, parameter, GRAD, ALIGNED),
+            _pointer(pointers, 2, n_parameters, parameter, STATE, ALIGNED),
+            _pointer(pointers, 3, n_parameters, parameter, STATE, ALIGNED),
+            _pointer(pointers, 4, n_parameters, parameter, STATE, ALIGNED),
         )
-        # What is aligned is divisible by 16, which the compiler sees from the multiplication.
+        # Of what is aligned, the compiler infers from the multiplication that it is divisible by 16.
         at, at16 = _at(starts, base), _at(starts, base // 16 * 16)
-        near, far = jump.to(tl.int32), stride.to(tl.int32)  # no piece reaches over 2³¹ elements
-        size, size16 = (b.to(tl.int32), near, far), (1, near // 16 * 16, far // 16 * 16)
+        near, far = jump.to(tl.int32), stride.to(tl.int32)  # offsets inside a piece are below 2³¹
+        size, size16 = (inner.to(tl.int32), near, far), (1, near // 16 * 16, far // 16 * 16)
         nv16, nk16 = nv // 16 * 16, nk // 16 * 16
         if shape == _PLAIN:
             if RULE < CENTER:
@@ -293,7 +314,7 @@ def run(
             _vectors(at, c, nv, nk, size, what, places, BESIDE, TILE // BESIDE, _BESIDE, RULE, PLACEMENT)
         else:
             _vectors(at16, c, nv16, nk, size16, what, places, BESIDE, TILE // BESIDE, _BESIDE, RULE, PLACEMENT)
-    if WAITS or RULE == ADAM or RULE == ADAM + 1 or DAMPENED:
-        tl.debug_barrier()  # all threads have read what the last program changes
+    if WAITS or (RULE >= ADAM and RULE < CENTER) or DAMPENED:
+        tl.debug_barrier()  # all threads have read what the last program resets
         if tl.atomic_add(progress + 1, 1) == tl.num_programs(0) - 1:
-            _finish(pointers, progress, fresh, n_items, n_counters, skipped, RULE, DAMPENED)
+            _finish(pointers, progress, fresh, n_parameters, n_counters, skipped, RULE, DAMPENED)

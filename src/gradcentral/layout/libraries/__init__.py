@@ -1,1 +1,1 @@
-"""Rule tables: for a module class and a parameter name, which elements make one weight vector."""
+"""Rule tables: for a module class and a parameter name, which elements form one weight vector."""

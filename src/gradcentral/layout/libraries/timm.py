@@ -1,4 +1,4 @@
-"""timm, PyTorch image models. Read in version 1.0.31."""
+"""timm, PyTorch image models, as of version 1.0.31."""
 
 from __future__ import annotations
 
@@ -6,59 +6,46 @@ import math
 
 from torch import Tensor, nn
 
-from gradcentral.layout.libraries.reasons import (
-    BIAS,
-    DYNAMICS,
-    MIXING,
-    NAMES,
-    NORM_GAIN,
-    POSITION,
-    QUERY,
-    RELATIVE,
-    SCALE,
-    TEMPERATURE,
-)
-from gradcentral.layout.rules import Decision, LeaveAlone, LibraryTable
-from gradcentral.layout.shapes import unexpected_shape, weights
-from gradcentral.weight_vectors import WeightVectors
+import gradcentral.layout.reasons as skip
+from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes, unexpected_shape
 
 __all__ = ["CONVOLUTIONS", "TABLE"]
 
 
-def _conditional_convolution(module: nn.Module, tensor: Tensor) -> Decision:
-    """[experts, out · in/groups · k · k]: every expert is a whole convolution, flattened."""
+def _conditional_convolution(module: nn.Module, tensor: Tensor) -> str | LeaveAlone:
+    """[experts, out · in/groups · k · k]: each expert is a whole convolution, flattened."""
     shape = getattr(module, "weight_shape", None)
     if tensor.ndim != 2 or not isinstance(shape, tuple) or math.prod(shape) != tensor.shape[1]:
         return unexpected_shape(module, tensor, f"[experts, elements of weight_shape = {shape}]")
-    return WeightVectors(span=tuple(range(2, 1 + len(shape))), view=(tensor.shape[0], *shape))
+    units, *inputs = map(str, shape)
+    return f"e ({units} [{' '.join(inputs)}])"
 
 
 CONVOLUTIONS = ("*.CondConv2d",)
 
 TABLE: LibraryTable = {
-    "*.CondConv2d": {"weight": _conditional_convolution, "bias": BIAS},
+    "*.CondConv2d": {"weight": _conditional_convolution, "bias": skip.BIAS},
     "*.ScaledStdConv2d*": {"gain": LeaveAlone("gain of a standardized weight")},
     "*.MultiQueryAttentionV2": {
-        "query_proj": weights("o o i", o="num_heads"),
-        "key_proj": weights("i o", o="key_dim"),
-        "value_proj": weights("i o", o="value_dim"),
-        "out_proj": weights("o i i"),
+        "query_proj": axes("h o [i]", h="num_heads"),
+        "key_proj": axes("[i] o", o="key_dim"),
+        "value_proj": axes("[i] o", o="value_dim"),
+        "out_proj": axes("o [h i]"),
     },
-    "*.MLDecoder": {"duplicate_pooling": weights("g i o", o="duplicate_factor")},
-    "*.EfficientAdditiveAttention": {"w_g": weights("i o")},
-    "*GlobalResponseNorm": {"weight": NORM_GAIN},
-    "*.EfficientViM*": {"alpha": SCALE, "weights*": MIXING},
-    "*.HSMSSD": {"A": DYNAMICS, "D": DYNAMICS},
-    "*.PosEmbedRel": {"*_rel": RELATIVE},
+    "*.MLDecoder": {"duplicate_pooling": axes("g [i] o", o="duplicate_factor")},
+    "*.EfficientAdditiveAttention": {"w_g": axes("[i] o")},
+    "*GlobalResponseNorm": {"weight": skip.NORM_GAIN},
+    "*.EfficientViM*": {"alpha": skip.SCALE, "weights*": skip.MIXING},
+    "*.HSMSSD": {"A": skip.DYNAMICS, "D": skip.DYNAMICS},
+    "*.PosEmbedRel": {"*_rel": skip.RELATIVE},
     "*.RotaryEmbeddingMixed": {"freqs": LeaveAlone("frequencies of a rotary embedding")},
-    "*.Affine": {"alpha": SCALE, "beta": SCALE},
-    "*.Scale": {"scale": SCALE},
+    "*.Affine": {"alpha": skip.SCALE, "beta": skip.SCALE},
+    "*.Scale": {"scale": skip.SCALE},
     "*": {
-        **NAMES,
-        "latent": QUERY,
-        "patch_pos": POSITION,
-        "pixel_pos": POSITION,
-        "skipinit_gain": SCALE,
-        "logit_scale": TEMPERATURE,
+        **skip.NAMES,
+        **skip.each(skip.POSITION, "patch_pos pixel_pos"),
+        "latent": skip.QUERY,
+        "skipinit_gain": skip.SCALE,
+        "logit_scale": skip.TEMPERATURE,
     },
 }

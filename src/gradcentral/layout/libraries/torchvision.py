@@ -1,17 +1,16 @@
-"""torchvision. Read in version 0.28."""
+"""torchvision, as of version 0.28."""
 
 from __future__ import annotations
 
-from gradcentral.layout.libraries.reasons import NAMES, POSITION
-from gradcentral.layout.rules import LibraryTable
-from gradcentral.layout.shapes import weights
+import gradcentral.layout.reasons as skip
+from gradcentral.layout.rules import LibraryTable, axes
 
 __all__ = ["CONVOLUTIONS", "TABLE"]
 
 CONVOLUTIONS = ("*.DeformConv2d",)
 
 TABLE: LibraryTable = {
-    "*.DeformConv2d": {"weight": weights("o i i i", o="out_channels")},
-    "*.PositionalEncoding": {"*_pos": POSITION},
-    "*": NAMES,
+    "*.DeformConv2d": {"weight": axes("o [i k k]", o="out_channels")},
+    "*.PositionalEncoding": {"*_pos": skip.POSITION},
+    "*": skip.NAMES,
 }

@@ -1,25 +1,24 @@
-"""x-transformers. Read in version 2.31."""
+"""x-transformers, as of version 2.31."""
 
 from __future__ import annotations
 
-from gradcentral.layout.libraries.reasons import LOOKUP, MIXING, NAMES, NORM_GAIN, POSITION, RELATIVE, SCALE, TOKEN
-from gradcentral.layout.rules import LeaveAlone, LibraryTable
-from gradcentral.layout.shapes import weights
+import gradcentral.layout.reasons as skip
+from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes
 
 __all__ = ["TABLE"]
 
-_MEMORY = LeaveAlone("memory that attention reads, no unit's weights")
+_MEMORY = LeaveAlone("memory read by attention, not the weights of a unit")
 
 TABLE: LibraryTable = {
-    "*.LowRankLinear": {"weight_[ab]": weights("o i")},
-    "*.NeoMLP": {"to_output_weights": weights("o i"), "*_embed": TOKEN},
-    "*.TPREncoder": {"binding": weights("o i i")},
-    "*HyperConnection": {"dynamic_alpha_fn": weights("i o"), "static_alpha": MIXING},
-    "*.GatedMultiResidual": {"read_gain": SCALE, "static_*_logit": MIXING},
-    "*.RelativeProjPositionalBias": {"distance_bank": RELATIVE},
-    "*.MultiheadRMSNorm": {"gamma": NORM_GAIN},
-    "*.TransformerWrapper": {"ff_deep_embed": LOOKUP},
-    "*.Attention": {"mem_[kv]": _MEMORY, "qk_norm_*_scale": SCALE, "head_scale_params": SCALE},
+    "*.LowRankLinear": {"weight_[ab]": axes("o [i]")},
+    "*.NeoMLP": {"to_output_weights": axes("o [i]"), "*_embed": skip.TOKEN},
+    "*.TPREncoder": {"binding": axes("o [i i]")},
+    "*HyperConnection": {"dynamic_alpha_fn": axes("[i] o"), "static_alpha": skip.MIXING},
+    "*.GatedMultiResidual": {"read_gain": skip.SCALE, "static_*_logit": skip.MIXING},
+    "*.RelativeProjPositionalBias": {"distance_bank": skip.RELATIVE},
+    "*.MultiheadRMSNorm": {"gamma": skip.NORM_GAIN},
+    "*.TransformerWrapper": {"ff_deep_embed": skip.LOOKUP},
+    "*.Attention": {"mem_[kv]": _MEMORY, "qk_norm_*_scale": skip.SCALE, "head_scale_params": skip.SCALE},
     "*.EpisodicMemories": {"mem_kv": _MEMORY},
-    "*": {**NAMES, "stream_emb": TOKEN, "queries": TOKEN, "pos_emb": POSITION},
+    "*": {**skip.NAMES, "stream_emb": skip.TOKEN, "queries": skip.TOKEN, "pos_emb": skip.POSITION},
 }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcentral.diagnostics.centering_effect import effects, together
+from gradcentral.diagnostics.centering_effect import combine_effects, effects
 from gradcentral.experiment.arms import NONE
 from gradcentral.paper.figure import Figure
 from gradcentral.paper.study import Study, TrainingStep, gradient_of, layer_label
@@ -48,7 +48,7 @@ def _numbers(step: TrainingStep, arm: str, names: Iterable[str]) -> list[list[fl
     trained = [entry for entry in step.layout.entries if entry.parameter.requires_grad]
     gradients = [(gradient_of(entry.parameter), None if arm == NONE else entry.vectors) for entry in trained]
     parts = dict(zip((entry.name for entry in trained), effects(gradients), strict=True))
-    shown = [*(parts[name] for name in names), together([*parts.values()])]
+    shown = [*(parts[name] for name in names), combine_effects([*parts.values()])]
     return [[effect.centered_norm, effect.centered_largest] for effect in shown]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradcentral.diagnostics.batches import loss_of
-from gradcentral.diagnostics.preserve import unchanged
+from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.arms import NONE
 from gradcentral.layout import WeightLayout
 from gradcentral.paper.figure import Figure
@@ -63,7 +63,7 @@ def _measure(study: Study, arm: str, step: TrainingStep, start: list[Tensor]) ->
     """Measure a step that the optimizer has made, on its batch, from its start to `_REACH` times its length."""
     model, layout, loss_function = step.model, step.layout if arm != NONE else None, study.task.loss
     losses, gradients = [], []
-    with unchanged(model):
+    with preserve_state(model):
         change = [after.detach() - before for after, before in zip(model.parameters(), start, strict=True)]
         _set_weights(model, start)
         options: dict[str, Any] = {"tolerance": _TOLERANCE, "max_iterations": _ITERATIONS}

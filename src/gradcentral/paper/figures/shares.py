@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from gradcentral.diagnostics.probe_plot import shares
 from gradcentral.experiment.probing import probe_task
 from gradcentral.paper.figure import Figure
 from gradcentral.paper.study import Study
@@ -16,7 +15,7 @@ def shares_figure(study: Study) -> Figure:
     columns = ("name", "kind", "share", "spread", "finding")
     return Figure(
         f"{study.task.name}: where GC acts before training",
-        lambda theme: shares(report.centered, report.share, theme),
+        report.plot,
         columns,
         [[getattr(layer, column) for column in columns] for layer in report.layers],
     )

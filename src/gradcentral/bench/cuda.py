@@ -1,0 +1,118 @@
+"""CUDA-only measurements: time by events, kernel launches, peak memory and steps replayed from CUDA graphs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from gradcentral.bench.timing import Clock, Ratio, host_seconds, interleave, ratio
+
+__all__ = ["CudaMeasurements", "clock_for", "copy_bytes", "count_launches", "describe_gpu", "measure", "peak_memory"]
+
+
+@dataclass(frozen=True)
+class CudaMeasurements:
+    """What is measured only on a CUDA device, per alternative."""
+
+    launches: dict[str, int]
+    """Kernels launched per step, counted by the profiler without copies and fills."""
+    peak_bytes: dict[str, int]
+    """Peak memory of a step beyond what was allocated before it."""
+    captured: Ratio | None = None
+    """The fused GC step over torch's fused step without GC, both replayed from CUDA graphs."""
+    captured_milliseconds: dict[str, float] = field(default_factory=dict)
+
+
+def clock_for(device: str) -> Clock:
+    """Return the clock that times calls on a device: its stream's events on CUDA, else the host's clock."""
+    return _event_seconds if device.startswith("cuda") else host_seconds
+
+
+def _event_seconds(run: Callable[[], object], count: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(count):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3
+
+
+def copy_bytes(touched: int, device: str | torch.device) -> Callable[[], object]:
+    """Return one copy on a device that reads and writes ``touched`` bytes in total."""
+    source = torch.zeros(max(1, touched // 2), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def describe_gpu(device: str) -> dict[str, str]:
+    """Describe the GPU, its copy bandwidth and the versions of CUDA and Triton; empty for other devices."""
+    if not device.startswith("cuda"):
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    touched = 1 << 31
+    copies = interleave({"copy": copy_bytes(touched, device)}, 10, clock=clock_for(device))["copy"]
+    return {
+        "device": f"{properties.name}, {properties.multi_processor_count} multiprocessors, "
+        f"{properties.total_memory / 2**30:.0f} GiB, {properties.L2_cache_size / 2**20:.0f} MiB of L2 cache",
+        "CUDA": str(torch.version.cuda),
+        "Triton": metadata.version("triton"),
+        "device copy": f"{touched / statistics.median(copies) / 1e9:.0f} GB/s read and written",
+    }
+
+
+def measure(
+    runs: dict[str, Callable[[], object]], ours: str, baseline: str, rounds: int, seconds: float
+) -> CudaMeasurements:
+    """Measure launches and memory of every alternative, and the time of two of them replayed from CUDA graphs."""
+    replays = {name: _capture(runs[name]) for name in (baseline, ours)}
+    times = interleave(replays, rounds, seconds, clock=clock_for("cuda"))
+    return CudaMeasurements(
+        {name: count_launches(run) for name, run in runs.items()},
+        {name: peak_memory(run) for name, run in runs.items()},
+        ratio(times[ours], times[baseline]),
+        {name: statistics.median(found) * 1e3 for name, found in times.items()},
+    )
+
+
+def count_launches(run: Callable[[], object]) -> int:
+    """Count the kernels that one call launches, without copies and fills of memory."""
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    run()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Return the peak memory in bytes that one call allocates beyond what was allocated before it."""
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _capture(run: Callable[[], object]) -> Callable[[], object]:
+    # torch requires warm-up calls on a side stream before capture.
+    side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay

@@ -1,0 +1,72 @@
+"""Files with one record per line, appended to by one process and readable after it was killed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+__all__ = ["append", "drop_partial_line", "read_complete", "read_lines"]
+
+T = TypeVar("T")
+
+
+def append(path: Path, text: str, *, sync: bool = False) -> None:
+    """Append complete lines to a file.
+
+    The file is opened for each call, so that a killed process loses at most the lines it was writing.
+
+    Args:
+        path: created if it does not exist; its folder must exist.
+        text: one or more lines, each ending in a newline.
+        sync: return only once the lines are on disk, so that they also survive a power failure.
+    """
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(text)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_complete(path: Path) -> str:
+    """Return the complete lines of a file, without the partial last line that a killed writer may leave."""
+    content = path.read_bytes()
+    return content[: _end_of_lines(content)].decode("utf-8", errors="replace")
+
+
+def read_lines(path: Path, parse: Callable[[str], T], kind: str) -> list[T]:
+    r"""Parse each complete line of a file.
+
+    Args:
+        path: of the file.
+        parse: converts one line, without its newline.
+        kind: what a line holds, for the error message.
+
+    Raises:
+        ValueError: a line cannot be parsed; the message gives its number.
+
+    Examples:
+        >>> import json, tempfile
+        >>> path = Path(tempfile.mkdtemp(), "runs.jsonl")
+        >>> append(path, '{"seed": 1}\n{"se')
+        >>> read_lines(path, json.loads, "run")
+        [{'seed': 1}]
+    """
+    parsed = []
+    for number, line in enumerate(read_complete(path).split("\n")[:-1], start=1):
+        try:
+            parsed.append(parse(line))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: not a {kind} ({error})") from error
+    return parsed
+
+
+def drop_partial_line(path: Path) -> None:
+    """Truncate a file after its last newline, so that the next append starts a line."""
+    with path.open("r+b") as file:
+        file.truncate(_end_of_lines(file.read()))
+
+
+def _end_of_lines(content: bytes) -> int:
+    return content.rfind(b"\n") + 1

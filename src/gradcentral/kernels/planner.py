@@ -1,0 +1,92 @@
+"""The one planner, for centering and for steps: which kernels serve a tensor, and which tensors share a call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+from gradcentral.kernels import native, triton
+from gradcentral.kernels.loops import Loop
+from gradcentral.weight_vectors import WeightVectors
+
+__all__ = ["KernelGroup", "group_by_kernels", "kernels_for", "unavailable_reasons"]
+
+_T = TypeVar("_T")
+
+_CHOICES = ("reference", "native", "triton")
+
+
+def unavailable_reasons() -> dict[str, str]:
+    """Return, for each kind of kernels, why it cannot be used on this machine; an empty string if it can.
+
+    Examples:
+        >>> from gradcentral import kernels
+        >>> kernels.unavailable_reasons()["reference"]
+        ''
+    """
+    return {"reference": "", "native": native.unavailable_reason(), "triton": triton.unavailable_reason()}
+
+
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """Return the module whose kernels serve tensors on this device; None for the reference path."""
+    return triton if triton.serves(tensor) else native if native.serves(tensor) else None
+
+
+def _check_choice() -> None:
+    choice = os.environ.get("GRADCENTRAL_KERNELS", "")
+    if choice and choice not in _CHOICES:
+        raise ImportError(f"unknown GRADCENTRAL_KERNELS={choice!r}; choose from {', '.join(_CHOICES)}, or unset it")
+    if choice in ("native", "triton") and (reason := unavailable_reasons()[choice]):
+        raise ImportError(f"GRADCENTRAL_KERNELS={choice}, but the {choice} kernels cannot be used: {reason}")
+
+
+_check_choice()
+
+
+class KernelGroup(NamedTuple):
+    """Tensors that one kernel call serves."""
+
+    kernels: ModuleType
+    positions: list[int]
+    """Of the tensors in the sequence that was grouped."""
+    loops: list[Loop]
+
+    def select(self, items: Sequence[_T]) -> Sequence[_T]:
+        """Return this group's items of a sequence as long as the one that was grouped."""
+        return items if len(self.positions) == len(items) else [items[position] for position in self.positions]
+
+
+def group_by_kernels(
+    tensors: Sequence[Tensor],
+    vectors: Sequence[WeightVectors | None],
+    companions: Callable[[ModuleType, int], Sequence[Tensor] | None] = lambda kernels, position: (),
+) -> tuple[list[KernelGroup], list[int]]:
+    """Group tensors by the kernels that serve them, their device and their types.
+
+    Args:
+        tensors: to be centered, or updated.
+        vectors: their weight vectors; None for a tensor that is not centered.
+        companions: called with the kernels and a position: the tensors that the call needs besides that one (gradient
+            and state), whose types must be the same throughout a group, or None where the kernels cannot take them.
+
+    Returns:
+        The groups, and the positions of the tensors that are left to the reference path.
+    """
+    groups: dict[object, KernelGroup] = {}
+    rest: list[int] = []
+    for position, (tensor, of_tensor) in enumerate(zip(tensors, vectors, strict=True)):
+        kernels = kernels_for(tensor)
+        loop = None if kernels is None else kernels.loop_of(tensor, of_tensor)
+        others = None if kernels is None or loop is None else companions(kernels, position)
+        if kernels is None or loop is None or others is None:
+            rest.append(position)
+            continue
+        form = (kernels, tensor.device, tensor.dtype, *(other.dtype for other in others))
+        group = groups.setdefault(form, KernelGroup(kernels, [], []))
+        group.positions.append(position)
+        group.loops.append(loop)
+    return [*groups.values()], rest

@@ -1,0 +1,112 @@
+"""The report of ``gradcentral layout``: the table and the decisions to check, as text or as a dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+
+from gradcentral.layout.layout import WeightLayout
+from gradcentral.layout.rules import Entry
+from gradcentral.layout.table import compact_names
+
+__all__ = ["as_json", "as_text", "points_to_check"]
+
+_SMALL_FAN_IN = 4
+"""Up to this fan-in, centering removes a quarter or more of a unit's degrees of freedom."""
+
+
+def as_text(model: nn.Module, layout: WeightLayout, *, every: bool = False) -> str:
+    """The table with totals and suggested rules, and the points to check."""
+    points = "".join(f"\n- {point}" for point in points_to_check(model, layout))
+    return layout.table(every=every) + (f"\n\nTo check:{points}" if points else "")
+
+
+def as_json(model: nn.Module, layout: WeightLayout) -> dict[str, Any]:
+    """The same as a dictionary for programs: ``parameters``, ``totals`` and ``to_check``."""
+    return {
+        "parameters": [_as_dict(entry) for entry in layout.entries],
+        "totals": {
+            "parameters": len(layout.entries),
+            "centered": len(layout),
+            "elements": sum(entry.parameter.numel() for entry in layout.entries if not is_lazy(entry.parameter)),
+            "centered_elements": sum(parameter.numel() for parameter in layout),
+            "unknown": len(layout.unknown),
+        },
+        "to_check": points_to_check(model, layout),
+    }
+
+
+def points_to_check(model: nn.Module, layout: WeightLayout) -> list[str]:
+    """Decisions that the user may not expect, one line each, with code that changes them."""
+    centered = [entry for entry in layout.entries if entry.vectors is not None]
+    small = [entry for entry in centered if entry.vectors and entry.vectors.fan_in <= _SMALL_FAN_IN]
+    strided = _strided(model)
+
+    def skipped(reason: str) -> list[Entry]:
+        return [entry for entry in layout.entries if entry.reason.startswith(reason)]
+
+    return [
+        *_lines(layout.unknown, _reason),
+        *_lines(skipped("tied:"), _reason, lambda names: f"overrides={dict.fromkeys(names, 'o [i...]')}) centers it"),
+        *_lines([*skipped("fan-in 1"), *skipped("pruned"), *skipped("lazy")], _reason),
+        *_lines(
+            small,
+            lambda entry: (
+                f"centered with fan-in {entry.vectors.fan_in}, which leaves few directions" if entry.vectors else ""
+            ),
+            lambda names: f"exclude={names}) skips it",
+        ),
+        *_lines(
+            (entry for entry in centered if entry.name in strided),
+            lambda entry: "centered as whole filters, although with a stride each output depends only on some taps",
+        ),
+    ]
+
+
+def _lines(
+    entries: Iterable[Entry], what: Callable[[Entry], str], remedy: Callable[[list[str]], str] | None = None
+) -> Iterator[str]:
+    groups: dict[str, list[str]] = {}
+    for entry in entries:
+        groups.setdefault(what(entry), []).append(entry.name)
+    for text, names in groups.items():
+        end = f"; weight_layout(model, {remedy(names)}" if remedy else ""
+        yield f"{', '.join(compact_names(names))}: {text}{end}"
+
+
+def _reason(entry: Entry) -> str:
+    return f"skipped{' as unknown' * entry.unknown} ({entry.reason})"
+
+
+def _strided(model: nn.Module) -> set[str]:
+    return {
+        f"{path}.weight" if path else "weight"
+        for path, module in model.named_modules()
+        if isinstance(module, _ConvTransposeNd) and max(module.stride) > 1 and max(module.kernel_size) > 1
+    }
+
+
+def _as_dict(entry: Entry) -> dict[str, Any]:
+    vectors = entry.vectors
+    return {
+        "name": entry.name,
+        "aliases": list(entry.aliases),
+        "shape": None if is_lazy(entry.parameter) else list(entry.parameter.shape),
+        "trained": entry.parameter.requires_grad,
+        "weight_vectors": vectors
+        and {
+            "count": vectors.count,
+            "fan_in": vectors.fan_in,
+            "pattern": vectors.pattern,
+            "span": list(vectors.span),
+            "view": vectors.view and list(vectors.view),
+        },
+        "rule": entry.origin or None,
+        "reason": entry.reason or None,
+        "unknown": entry.unknown,
+        "suggestion": entry.suggestion or None,
+    }

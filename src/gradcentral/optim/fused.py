@@ -1,0 +1,185 @@
+"""The fused part of a step: which kernel calls update a parameter group, cached while their tensors keep their form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradcentral.distributed import Shards
+from gradcentral.dtensor import any_sharded, local
+from gradcentral.kernels import native, triton
+from gradcentral.kernels.forms import Coefficients, Placement, States, UpdateRule, same_objects
+from gradcentral.kernels.planner import group_by_kernels
+from gradcentral.targets import Targets
+
+__all__ = ["FusedOptimizer", "GroupPlan", "KernelCall", "LocalTensors"]
+
+_STATE_KEYS = {
+    UpdateRule.SGD: (None, None, None, None),
+    UpdateRule.MOMENTUM: ("momentum_buffer", None, None, None),
+    UpdateRule.ADAM: ("exp_avg", "exp_avg_sq", None, "step"),
+    UpdateRule.AMSGRAD: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"),
+}
+"""The keys under which torch keeps the fields of `States` in an optimizer's state."""
+
+
+class FusedOptimizer(Optimizer):
+    """What an optimizer defines so that the kernels can update its parameters."""
+
+    targets: Targets
+
+    def _update_rule(self, group: dict[str, Any]) -> UpdateRule:
+        """The update rule that a group's options select."""
+        raise NotImplementedError
+
+    def _coefficients(self, group: dict[str, Any], lr: float) -> Coefficients:
+        """The coefficients for a group's options and this learning rate."""
+        raise NotImplementedError
+
+    def _create_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        """Return a parameter's state, created as torch creates it if it does not exist.
+
+        A new momentum buffer starts as the first gradient: until that step its parameter is in ``_fresh``.
+        """
+        raise NotImplementedError
+
+
+class LocalTensors(NamedTuple):
+    """What this rank holds of DTensors during a step."""
+
+    shards: Shards
+    centered: dict[Tensor, Tensor]
+    """Local gradients of the parameters whose weight vectors are split between ranks; already centered."""
+    old_sums: list[Tensor]
+    """Under placement "update": the local sums of their weight vectors before the step."""
+
+    def gradient(self, p: Tensor) -> Tensor:
+        """Return the local gradient that the optimizer is to use."""
+        centered = self.centered.get(p)
+        return local(cast("Tensor", p.grad)) if centered is None else centered
+
+
+class KernelCall(NamedTuple):
+    """A plan with the gradients and coefficients of this step."""
+
+    plan: Any
+    """A StepPlan, native or Triton."""
+    owners: list[Tensor]
+    """The parameters whose local shards the plan updates."""
+    grads: list[Tensor]
+    coefficients: Coefficients | triton.DeviceCoefficients
+
+
+class _PlannedCall(NamedTuple):
+    plan: Any
+    owners: list[Tensor]
+    states: list[dict[str, Any]]
+    """Of the owners; looking them up by parameter at each step would be slow."""
+
+
+class GroupPlan(NamedTuple):
+    """The kernel calls that update a parameter group, valid while the same parameters have gradients."""
+
+    params: list[Tensor]
+    """Those that have gradients."""
+    rule: UpdateRule
+    calls: list[_PlannedCall]
+    all_states: list[Any]
+    """The optimizer's states when the plan was made."""
+    all_params: list[Tensor]
+    """Of the group, with gradients or without."""
+    sharded: bool
+    """Whether some of them are DTensors."""
+
+    @classmethod
+    def create(
+        cls, optimizer: FusedOptimizer, group: dict[str, Any], params: list[Tensor], held: LocalTensors | None
+    ) -> GroupPlan:
+        """Divide a group among kernel calls; what no kernel takes is left to torch's own step."""
+        rule = optimizer._update_rule(group)
+        pairs = optimizer.targets.current(optimizer).whole if held is None else held.shards.whole
+        targets: dict[Tensor, Any] = dict(pairs)
+        shards = [local(p) for p in params]
+        grads = [_gradient(p, held) for p in params]
+
+        def companions(kernels: ModuleType, position: int) -> list[Tensor] | None:
+            """The gradient and state of a parameter, if the kernels can update it with them."""
+            if kernels is native and group.get("capturable", False):
+                return None
+            shard, grad = shards[position], grads[position]
+            states = _states_of(rule, [optimizer._create_state(group, params[position])]).map(local)
+            buffers = [column[0] for column in states[:3] if column is not None]
+            accepted = (
+                kernels.accepts_gradient(shard, grad)
+                and all(kernels.accepts_state(shard, buffer) for buffer in buffers)
+                and len({buffer.dtype for buffer in buffers}) <= 1
+                and (states.steps is None or kernels.accepts_counter(states.steps[0], shard.device))
+            )
+            return [grad, *buffers] if accepted else None
+
+        calls = []
+        with torch.no_grad():
+            centered = Placement[optimizer.targets.placement.upper()]
+            for chosen in group_by_kernels(shards, [targets.get(p) for p in params], companions)[0]:
+                owners = [*chosen.select(params)]
+                states = [optimizer._create_state(group, p) for p in owners]
+                loops = [
+                    (loop, centered if p in targets else Placement.PLAIN)
+                    for p, loop in zip(owners, chosen.loops, strict=True)
+                ]
+                plan = chosen.kernels.StepPlan(
+                    rule, [*chosen.select(shards)], [*chosen.select(grads)], _states_of(rule, states).map(local), loops
+                )
+                calls.append(_PlannedCall(plan, owners, states))
+        everything = [*group["params"]]
+        return cls(params, rule, calls, [*optimizer.state.values()], everything, any_sharded(everything))
+
+    def kernel_calls(
+        self, optimizer: FusedOptimizer, group: dict[str, Any], held: LocalTensors | None
+    ) -> list[KernelCall] | None:
+        """Return the calls with the gradients and coefficients of now, or None where a plan no longer fits."""
+        if not same_objects([*optimizer.state.values()], self.all_states):
+            return None
+        calls: list[KernelCall] = []
+        for plan, owners, owners_states in self.calls:
+            # The local shard of a DTensor may have been replaced since.
+            if held is not None and not same_objects([local(p) for p in owners], plan.params):
+                return None
+            grads: list[Any] = [p.grad for p in owners] if held is None else [held.gradient(p) for p in owners]
+            try:
+                states = _states_of(self.rule, owners_states)
+            except KeyError:  # a state has been cleared
+                return None
+            if not plan.fits(grads, states if held is None else states.map(local)):
+                return None
+            calls.append(KernelCall(plan, owners, grads, _coefficients(optimizer, group, plan)))
+        return calls
+
+
+def _gradient(p: Tensor, held: LocalTensors | None) -> Tensor:
+    return cast("Tensor", p.grad) if held is None else held.gradient(p)
+
+
+def _states_of(rule: UpdateRule, states: Sequence[dict[str, Any]]) -> States:
+    return States(*[None if key is None else [state[key] for state in states] for key in _STATE_KEYS[rule]])
+
+
+def _coefficients(
+    optimizer: FusedOptimizer, group: dict[str, Any], plan: Any
+) -> Coefficients | triton.DeviceCoefficients:
+    """Return the coefficients as the plan's kernel takes them."""
+    sign = -1.0 if group["maximize"] else 1.0
+    grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if isinstance(plan, native.StepPlan):
+        coefficients = optimizer._coefficients(group, float(group["lr"]))
+        coefficients.scale = sign / (1.0 if grad_scale is None else float(grad_scale))
+        return coefficients
+    # The learning rate and the scaler's results stay on the device, where the kernel reads them without a wait.
+    coefficients = optimizer._coefficients(group, 1.0)
+    coefficients.scale = sign
+    return triton.DeviceCoefficients(coefficients, group["lr"], grad_scale, found_inf)

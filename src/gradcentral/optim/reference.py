@@ -1,0 +1,102 @@
+"""Algorithms 1 and 2 of the paper in plain torch, for readers and for tests: one parameter, no state hidden anywhere.
+
+`SGD`, `Adam` and `AdamW` compute the same in one fused pass, and are tested equal to these functions over 100 steps.
+Differences from the paper, all as in torch.optim: SGD's momentum has ``dampening`` in place of the paper's factor
+1 − β and starts with the first gradient, undamped; Adam's ε is added to √v̂; weight decay exists.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradcentral.projection import center
+from gradcentral.weight_vectors import WeightVectors
+
+__all__ = ["AdamState", "adam_step", "sgd_step"]
+
+
+def sgd_step(
+    w: Tensor,
+    g: Tensor,
+    m: Tensor | None,
+    vectors: WeightVectors | None,
+    placement: str,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Take one step of SGD with momentum and Gradient Centralization (algorithm 1).
+
+    Args:
+        w, g: the weights and their gradient ∂L/∂w, of one shape.
+        m: the momentum buffer, None before the first step.
+        vectors: which elements form one weight vector; None for a parameter that is not centered.
+        placement: ``"gradient"`` or ``"update"``.
+
+    Returns:
+        The new weights and momentum buffer; the arguments are unchanged.
+    """
+    d = _gradient(g, vectors, placement) + weight_decay * w
+    if momentum != 0:
+        m = d if m is None else momentum * m + (1 - dampening) * d
+        d = d + momentum * m if nesterov else m
+    return w + _update(-lr * d, vectors, placement), m
+
+
+class AdamState(NamedTuple):
+    """The moments m and v, the largest v so far (for AMSGrad), and the number of steps t."""
+
+    m: Tensor
+    v: Tensor
+    largest_v: Tensor
+    t: int = 0
+
+    @classmethod
+    def zero(cls, w: Tensor) -> AdamState:
+        """Return the state before the first step."""
+        return cls(torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w))
+
+
+def adam_step(
+    w: Tensor,
+    g: Tensor,
+    state: AdamState,
+    vectors: WeightVectors | None,
+    placement: str,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    amsgrad: bool = False,
+) -> tuple[Tensor, AdamState]:
+    """Take one step of Adam, or AdamW if ``decoupled``, with Gradient Centralization (algorithm 2).
+
+    Arguments and results are as in `sgd_step`, with an `AdamState` in place of the momentum buffer.
+    """
+    d = _gradient(g, vectors, placement) + (0.0 if decoupled else weight_decay) * w
+    beta1, beta2 = betas
+    t = state.t + 1
+    m = beta1 * state.m + (1 - beta1) * d
+    v = beta2 * state.v + (1 - beta2) * d.square()
+    largest_v = torch.maximum(state.largest_v, v) if amsgrad else v
+    m_hat, v_hat = m / (1 - beta1**t), largest_v / (1 - beta2**t)
+    change = -lr * m_hat / (v_hat.sqrt() + eps) - (lr * weight_decay * w if decoupled else 0.0)
+    return w + _update(change, vectors, placement), AdamState(m, v, largest_v, t)
+
+
+def _gradient(g: Tensor, vectors: WeightVectors | None, placement: str) -> Tensor:
+    """What the optimizer receives: Φ(g) under placement "gradient"."""
+    return center(g, vectors) if vectors is not None and placement == "gradient" else g
+
+
+def _update(change: Tensor, vectors: WeightVectors | None, placement: str) -> Tensor:
+    """What is added to the weights: Φ(Δw) under placement "update"."""
+    return center(change, vectors) if vectors is not None and placement == "update" else change

@@ -1,0 +1,34 @@
+"""Line files: appending, reading, and the partial last line of a killed writer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gradcentral.json_lines import append, drop_partial_line, read_complete, read_lines
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_appended_lines_are_read_back(tmp_path: Path, sync: bool) -> None:
+    path = tmp_path / "runs.jsonl"
+    append(path, '{"seed": 1}\n', sync=sync)
+    append(path, '{"seed": 2}\n{"seed": 3}\n', sync=sync)
+    assert read_lines(path, json.loads, "run") == [{"seed": 1}, {"seed": 2}, {"seed": 3}]
+
+
+def test_a_partial_last_line_is_ignored_and_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_bytes('"α"\n"β"'.encode()[:-2])
+    assert read_complete(path) == '"α"\n'
+    drop_partial_line(path)
+    append(path, '"γ"\n')
+    assert read_lines(path, json.loads, "run") == ["α", "γ"]
+
+
+def test_an_error_gives_the_line_number(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    append(path, "1\n\n2\n")
+    with pytest.raises(ValueError, match=r"runs.jsonl, line 2: not a run \("):
+        read_lines(path, json.loads, "run")

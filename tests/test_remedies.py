@@ -1,0 +1,278 @@
+"""What an error message or a warning suggests works: the suggestion is read from the message and executed.
+
+Remedies that need several ranks are in tests/distributed/test_remedies.py.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import gradcentral
+from gradcentral.attach import centering_of
+from gradcentral.extras import MissingExtraError, optional
+from gradcentral.kernels import planner
+from gradcentral.projection import unit_means
+
+PRELUDE = """
+import copy
+import gradcentral, torch
+from gradcentral import WeightLayout, WeightVectors, center, center_weights_, centralize, weight_layout
+from gradcentral.initialization import initial_means
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+ROWS = WeightVectors((1,))
+model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+params = [*model.parameters()]
+optimizer = torch.optim.SGD(params, lr=0.1)
+batch = torch.randn(5, 4)
+
+def backward():
+    optimizer.zero_grad()
+    model(batch).square().mean().backward()
+
+def step():
+    backward()
+    optimizer.step()
+"""
+
+LAZY = "model = nn.Sequential(nn.LazyLinear(3))\noptimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+SPARSE = (
+    "model, batch = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2)), torch.tensor([1, 2])\n"
+    "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+)
+
+
+class Case(NamedTuple):
+    """A mistake, the message it leads to, and code that follows the message."""
+
+    before: str
+    """Code that runs."""
+    mistake: str
+    """Code that raises or warns."""
+    message: str
+    """A pattern; its groups are what the message suggests."""
+    remedy: str
+    """Code that runs, with the groups at {0} and {1}. Afterwards the optimizer centers."""
+
+
+CASES = {
+    "unknown placement": Case(
+        "",
+        "centralize(optimizer, model, 'weights')",
+        r"choose from (.+)$",
+        "for placement in ({0}):\n"
+        "    handle = centralize(optimizer, model, placement)\n    step()\n    handle.remove()\n"
+        "centralize(optimizer, model, placement)",
+    ),
+    "no model": Case(
+        "",
+        "centralize(optimizer)",
+        r"pass (model=).* without a model, (layout=gradcentral.WeightLayout.from_shapes\(params\))",
+        "centralize(optimizer, {0}model).remove()\ncentralize(optimizer, {1})",
+    ),
+    "no model for centralize_gradients": Case(
+        "",
+        "gradcentral.centralize_gradients()",
+        r"pass (model=).* without a model, (layout=gradcentral.WeightLayout.from_shapes\(params\))",
+        "backward()\ngradcentral.centralize_gradients({0}model)\ngradcentral.centralize_gradients({1})\n"
+        "centralize(optimizer, model)",
+    ),
+    "not a layout": Case(
+        "",
+        "centralize(optimizer, layout={})",
+        r"must be a WeightLayout \((weight_layout\(model\))\)",
+        "centralize(optimizer, layout={0})",
+    ),
+    "model and layout": Case(
+        "",
+        "centralize(optimizer, model, layout=weight_layout(model))",
+        r"(layout=weight_layout\(model, \.\.\.\)) sets options",
+        "centralize(optimizer, {0})",
+    ),
+    "model and layout of an optimizer": Case(
+        "",
+        "gradcentral.SGD(model, lr=0.1, layout=weight_layout(model))",
+        r"(layout=weight_layout\(model, \.\.\.\)) sets options",
+        "optimizer = gradcentral.SGD(params, lr=0.1, {0})",
+    ),
+    "two models of an optimizer": Case(
+        "",
+        "gradcentral.SGD(model, lr=0.1, model=copy.deepcopy(model))",
+        r"as the first argument or as (model=)",
+        "gradcentral.SGD(model, lr=0.1)\noptimizer = gradcentral.SGD(params, lr=0.1, {0}model)",
+    ),
+    "an optimizer without a model": Case(
+        "",
+        "gradcentral.SGD(params, lr=0.1)",
+        r"pass (model=), or (layout=WeightLayout.from_shapes\(params\))",
+        "gradcentral.SGD(params, lr=0.1, {0}model)\noptimizer = gradcentral.SGD(params, lr=0.1, {1})",
+    ),
+    "already attached": Case(
+        "centralize(optimizer, model)",
+        "centralize(optimizer, model, 'update')",
+        r"remove that handle first: (.+)$",
+        "{0}\ncentralize(optimizer, model, 'update')",
+    ),
+    "attached to an optimizer that centers": Case(
+        "optimizer = gradcentral.SGD(model, lr=0.1)",
+        "centralize(optimizer, model, 'update')",
+        r"choose with its (placement=) when you create it",
+        "optimizer = gradcentral.SGD(model, lr=0.1, {0}'update')",
+    ),
+    "another model": Case(
+        "other = copy.deepcopy(model)",
+        "centralize(optimizer, other)",
+        r"pass the model whose parameters it was created with",
+        "centralize(optimizer, model)",
+    ),
+    "an optimizer older than its parameters": Case(
+        "[weight_norm(layer) for layer in model]\nmodel[0].bias = model[1].bias = None\n",
+        "centralize(torch.optim.SGD(params[:1], lr=0.1), model)",
+        r"create the optimizer after moving, wrapping or sharding the model",
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\ncentralize(optimizer, model)",
+    ),
+    "parameters of another model": Case(
+        "centralize(optimizer, model)\nother = nn.Linear(4, 3)\n"
+        "optimizer.add_param_group({'params': other.parameters()})\n"
+        "backward = lambda: (model(batch).square().mean() + other(batch).square().mean()).backward()",
+        "step()",
+        r"call (gradcentral.centralize\(optimizer, their_model\)) for them",
+        "their_model = other\n{0}",
+    ),
+    "lazy parameters": Case(
+        LAZY + "centralize(optimizer, model, 'update')",
+        "optimizer.step(backward)",
+        r"run one forward pass of the model before the first step",
+        "model(batch)\noptimizer.step(backward)",
+    ),
+    "reshaped parameters": Case(
+        "centralize(optimizer, model)\nmodel[1].weight.data = torch.randn(5, 6)\nmodel[1].bias.data = torch.randn(5)",
+        "step()",
+        r"attach after everything that reshapes parameters",
+        "gradcentral.attached(optimizer)[0].remove()\ncentralize(optimizer, model)",
+    ),
+    "replaced parameters": Case(
+        "centralize(optimizer, model)\nmodel[1] = nn.Linear(6, 5)",
+        "step()",
+        r"create the optimizer, and attach Gradient Centralization, after .* whatever else replaces parameters",
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\ncentralize(optimizer, model)",
+    ),
+    "a sparse gradient, skipped": Case(
+        SPARSE + "centralize(optimizer, layout=weight_layout(model, overrides={'0.weight': ROWS}))",
+        "step()",
+        r"skip it with (layout=weight_layout\(model, exclude=\[.+?\]\))",
+        "gradcentral.attached(optimizer)[0].remove()\ncentralize(optimizer, {0})",
+    ),
+    "a sparse gradient, made dense": Case(
+        SPARSE + "centralize(optimizer, layout=weight_layout(model, overrides={'0.weight': ROWS}))",
+        "step()",
+        r"make the gradient dense \((sparse=False)\)",
+        "model[0] = nn.Embedding(9, 4, {0})\noptimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "centralize(optimizer, layout=weight_layout(model, overrides={{'0.weight': ROWS}}))",
+    ),
+    "a sparse gradient under the shape rule": Case(
+        SPARSE + "params = [*model.parameters()]\n"
+        "optimizer = gradcentral.SGD(params, lr=0.1, layout=WeightLayout.from_shapes(params))",
+        "step()",
+        r"pass (model=), so that embeddings are recognized",
+        "optimizer = gradcentral.SGD(params, lr=0.1, {0}model)",
+    ),
+    "center: a sparse tensor": Case(
+        "tensor = torch.eye(3).to_sparse()",
+        "center(tensor, ROWS)",
+        r"pass (tensor\.to_dense\(\))",
+        "center({0}, ROWS)\ncentralize(optimizer, model)",
+    ),
+    "center: integers": Case(
+        "tensor = torch.ones(3, 3, dtype=torch.int64)",
+        "center(tensor, ROWS)",
+        r"needs a (float)ing-point or complex type",
+        "center(tensor.{0}(), ROWS)\ncentralize(optimizer, model)",
+    ),
+    "center_weights_: lazy parameters": Case(
+        LAZY,
+        "center_weights_(model)",
+        r"run one forward (pass )?of the model first",
+        "model(batch)\ncenter_weights_(model)\ncentralize(optimizer, model)",
+    ),
+    "center_weights_: the layout of another model": Case(
+        "other = copy.deepcopy(model)",
+        "center_weights_(model, weight_layout(other))",
+        r"(weight_layout\(model\))$",
+        "center_weights_(model, {0})\ncentralize(optimizer, model)",
+    ),
+    "initial_means: an unknown scheme": Case(
+        "",
+        "initial_means((5, 7), 'lecun')",
+        r"((?:'\w+_\w+'(?:, )?)+)",
+        "for scheme in ({0}):\n    initial_means((5, 7), scheme)\ncentralize(optimizer, model)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_suggestion_of_a_message_works(name: str) -> None:
+    case = CASES[name]
+    scope: dict[str, Any] = {}
+    exec(PRELUDE + case.before, scope)
+    with pytest.raises((ValueError, TypeError, RuntimeError, UserWarning)) as raised:
+        exec(case.mistake, scope)
+    found = re.search(case.message, str(raised.value))
+    assert found, str(raised.value)
+    suggested = [(group or "").replace("...", "only='all'") for group in found.groups()]
+    exec(case.remedy.format(*suggested), scope)
+    _assert_step_centers(scope)
+
+
+def _assert_step_centers(scope: dict[str, Any]) -> None:
+    """Under SGD without momentum and weight decay, either placement keeps the mean of every weight vector."""
+    layouts = [targets.layout for targets in centering_of(scope["optimizer"])]
+    pairs = [(p, vectors) for layout in layouts for p, vectors in layout.items()]
+    assert pairs
+    scope["step"]()
+    weights = [(p, vectors, p.detach().clone()) for p, vectors in pairs]
+    scope["step"]()
+    for p, vectors, before in weights:
+        assert not torch.equal(p, before)
+        torch.testing.assert_close(unit_means(p.detach(), vectors), unit_means(before, vectors), rtol=0, atol=1e-6)
+
+
+def test_the_choices_for_the_kernels_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADCENTRAL_KERNELS", "cuda")
+    with pytest.raises(
+        ImportError, match=r"unknown GRADCENTRAL_KERNELS='cuda'; choose from (.+), or unset it"
+    ) as raised:
+        planner._check_choice()
+    found = re.search("choose from (.+), or unset it", str(raised.value))
+    assert found
+    for choice in found[1].split(", "):
+        monkeypatch.setenv("GRADCENTRAL_KERNELS", choice)
+        if reason := planner.unavailable_reasons()[choice]:
+            with pytest.raises(ImportError, match=re.escape(reason)):
+                planner._check_choice()
+        else:
+            planner._check_choice()
+    monkeypatch.delenv("GRADCENTRAL_KERNELS")
+    planner._check_choice()
+
+
+def test_every_extra_that_a_message_suggests_exists() -> None:
+    """The only step that is not executed is the installation itself."""
+    root = Path(__file__).parents[1]
+    declared = re.search(r"\[project.optional-dependencies\](.+?)\n\[", (root / "pyproject.toml").read_text(), re.S)
+    assert declared
+    extras = set(re.findall(r"^(\w+) = \[", declared[1], re.M))
+    with pytest.raises(MissingExtraError, match="pip install") as raised:
+        optional("no_such_library")
+    suggested = {*re.findall(r"gradcentral\[(\w+)\]", str(raised.value))}
+    assert suggested
+    for path in Path(gradcentral.__file__).parent.rglob("*.py"):
+        calls = re.findall(r"\boptional\(\"[\w.]+\", (?:extra=)?\"(\w+)\"\)", path.read_text())
+        suggested.update(calls, re.findall(r"gradcentral\[(\w+)\]", path.read_text()))
+    assert suggested <= extras
