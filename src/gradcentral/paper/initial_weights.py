@@ -17,9 +17,16 @@ from gradcentral.paper.measurement import CENTERING, Measurement, NotMeasurableE
 from gradcentral.paper.rows import along_e, double_rows, relative
 from gradcentral.paper.theorem_4_1 import plain_layers
 
-__all__ = ["SCHEMES", "centered_initialization", "initial_means", "initial_means_near_zero", "sampled_means"]
+__all__ = [
+    "SCHEMES",
+    "SECTION_4_1",
+    "centered_initialization",
+    "initial_means",
+    "initial_means_near_zero",
+    "sampled_means",
+]
 
-STATEMENT = "the means of initial weight vectors are near zero"
+SECTION_4_1 = "the means of initial weight vectors are near zero"
 SCHEMES = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
 """The initializations of ``torch.nn.init`` that `initial_means` takes, with their default gains: 1 and √2 (ReLU)."""
 
@@ -106,7 +113,7 @@ def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None
         count = len(means["relative"])
         value = abs(float(means["relative"].square().mean().sqrt()) - 1)
         bound, allowance = 5 / math.sqrt(2 * count), f"5 standard errors of {count} means"
-        statement, formula = f"{STATEMENT} ({scheme})", "| rms(mean(w⁰) / (σ/√M)) − 1 |"
+        statement, formula = f"{SECTION_4_1} ({scheme})", "| rms(mean(w⁰) / (σ/√M)) − 1 |"
         where = f"median |mean(w⁰)| {float(means['absolute'].median()):.2g}"
         found.append(Measurement("section 4.1", statement, formula, value, bound, allowance, where))
     return found

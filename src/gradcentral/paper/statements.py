@@ -11,13 +11,17 @@ from torch.optim import Optimizer
 
 from gradcentral.attach import centralize
 from gradcentral.diagnostics.preserve import preserve_state
-from gradcentral.paper import initial_weights, theorem_4_1, theorem_4_2
 from gradcentral.paper.gradients import Batch, Loss, backpropagate
-from gradcentral.paper.initial_weights import centered_initialization, check_copyable, initial_means_near_zero
+from gradcentral.paper.initial_weights import (
+    SECTION_4_1,
+    centered_initialization,
+    check_copyable,
+    initial_means_near_zero,
+)
 from gradcentral.paper.measurement import Measurement, NotMeasurableError
 from gradcentral.paper.projection_properties import projection_identities
-from gradcentral.paper.theorem_4_1 import hyperplane, intensity_shift
-from gradcentral.paper.theorem_4_2 import gradient_lipschitzness, loss_lipschitzness
+from gradcentral.paper.theorem_4_1 import THEOREM_4_1, hyperplane, intensity_shift
+from gradcentral.paper.theorem_4_2 import THEOREM_4_2, gradient_lipschitzness, loss_lipschitzness
 
 __all__ = ["Measurements", "SkippedStatement", "measure_all"]
 
@@ -116,11 +120,11 @@ def measure_all(
     found = [
         *projection_identities(with_gc, loss, first),
         compared(lambda copied: hyperplane(copied, model, steps)),
-        *if_possible("theorem 4.1", theorem_4_1.STATEMENT, shift),
-        *if_possible("section 4.1", initial_weights.STATEMENT, lambda: initial_means_near_zero(model)),
+        *if_possible("theorem 4.1", THEOREM_4_1, shift),
+        *if_possible("section 4.1", SECTION_4_1, lambda: initial_means_near_zero(model)),
         centered_initialization(model),
         *loss_lipschitzness(with_gc, loss, first),
-        *if_possible("theorem 4.2", theorem_4_2.STATEMENT, curvature),
+        *if_possible("theorem 4.2", THEOREM_4_2, curvature),
     ]
     return Measurements(found, skipped)
 

@@ -15,9 +15,9 @@ from gradcentral.paper.gradients import Batch, centered_layout
 from gradcentral.paper.measurement import Measurement, NotMeasurableError, coarsest_eps, largest, measure_equation
 from gradcentral.paper.rows import along_e, double_rows, relative
 
-__all__ = ["Response", "hyperplane", "intensity_responses", "intensity_shift", "plain_layers"]
+__all__ = ["THEOREM_4_1", "Response", "hyperplane", "intensity_responses", "intensity_shift", "plain_layers"]
 
-STATEMENT = "x → x + γ1 changes an output by γ1ᵀw⁰ alone"
+THEOREM_4_1 = "x → x + γ1 changes an output by γ1ᵀw⁰ alone"
 
 # These classes themselves: a subclass may standardize its weight first, and then its output is not wᵀx.
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -111,7 +111,7 @@ def intensity_shift(
     outputs = 8 * (1 + max(response.intensity for response in responses) / abs(gamma))
     bound = steps * eps + outputs * torch.finfo(torch.float64).eps
     allowance = f"{steps} eps({dtype}): one rounding of w per step"
-    statement, formula = f"{STATEMENT} (γ = {gamma:g})", "|wᵀ(x+γ1) − wᵀx − γ1ᵀw⁰| / γ√M‖w‖"
+    statement, formula = f"{THEOREM_4_1} (γ = {gamma:g})", "|wᵀ(x+γ1) − wᵀx − γ1ᵀw⁰| / γ√M‖w‖"
     return Measurement("theorem 4.1", statement, formula, value, bound, allowance, where)
 
 

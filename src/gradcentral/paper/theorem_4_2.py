@@ -14,9 +14,9 @@ from gradcentral.paper.measurement import CENTERING, Measurement, coarsest_eps, 
 from gradcentral.paper.rows import along_e, as_rows, double_rows, relative
 from gradcentral.projection import center, projection_matrix
 
-__all__ = ["gradient_lipschitzness", "loss_lipschitzness"]
+__all__ = ["THEOREM_4_2", "gradient_lipschitzness", "loss_lipschitzness"]
 
-STATEMENT = "the gradient changes no faster within the hyperplane"
+THEOREM_4_2 = "the gradient changes no faster within the hyperplane"
 
 # Rounding of products with ∇²L, in eps of ‖∇²L‖: up to 4 eps were measured over 2000 small networks.
 _CURVATURE = 16
@@ -97,7 +97,7 @@ def gradient_lipschitzness(
     found = []
     if ratios:
         unit = max(ratios, key=lambda unit: ratios[unit])
-        statement, formula = f"{STATEMENT}: one weight vector, exact Hessian", "‖P∇²L‖ / ‖∇²L‖"
+        statement, formula = f"{THEOREM_4_2}: one weight vector, exact Hessian", "‖P∇²L‖ / ‖∇²L‖"
         bound, allowance = 1 + CENTERING * torch.finfo(torch.float64).eps, f"1 + {CENTERING} eps(float64)"
         where = f"{unit}; {len(ratios)} of {len(layout)} parameters measured"
         found.append(Measurement("theorem 4.2", statement, formula, ratios[unit], bound, allowance, where))
@@ -111,7 +111,7 @@ def gradient_lipschitzness(
     ):
         where = f"{projected.iterations} Lanczos iterations, residual {projected.residual:.1e}"
         where += "" if projected.converged and whole.converged else ", NOT converged"
-        statement, value = f"{STATEMENT}: the whole network", abs(projected.value)
+        statement, value = f"{THEOREM_4_2}: the whole network", abs(projected.value)
         found.append(Measurement("theorem 4.2", statement, formula, value, bound, allowance, where))
     return found
 
