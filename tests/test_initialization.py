@@ -1,9 +1,8 @@
-"""The means of initial weight vectors compared with theory, and their removal."""
+"""Centering the initial weights of a model."""
 
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -11,40 +10,8 @@ from torch import nn
 
 import gradcentral
 from gradcentral import WeightVectors, weight_layout
-from gradcentral.initialization import SCHEMES, center_weights_, initial_means
-from gradcentral.paper.output_shift import intensity_responses
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", [(2000, 16, 3, 3), (3000, 50)])
-def test_initial_means_have_the_expected_standard_deviation(scheme: str, shape: tuple[int, ...]) -> None:
-    means = initial_means(shape, scheme)
-    assert means.absolute.shape == shape[:1]
-    # The root mean square of n normal numbers has a relative standard error of 1/√(2n).
-    rms = float(means.absolute.square().mean().sqrt())
-    assert rms == pytest.approx(means.expected, rel=5 / math.sqrt(2 * shape[0]))
-    # Half-normal: the mean of |mean| is √(2/π) of the standard deviation.
-    assert float(means.absolute.mean()) == pytest.approx(means.expected * math.sqrt(2 / math.pi), rel=0.1)
-
-
-def test_the_expected_standard_deviation_is_that_of_a_weight_over_root_M() -> None:
-    assert initial_means((8, 4, 3, 3), "xavier_normal").expected == pytest.approx(math.sqrt(2 / (36 + 72)) / 6)
-    assert initial_means((8, 4, 3, 3), "kaiming_uniform").expected == pytest.approx(math.sqrt(2 / 36) / 6)
-
-
-def test_sampling_is_seeded_and_does_not_change_the_global_generator() -> None:
-    state = torch.get_rng_state()
-    first = initial_means((5, 7), "xavier_uniform", seed=1).absolute
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(initial_means((5, 7), "xavier_uniform", seed=1).absolute, first)
-    assert not torch.equal(initial_means((5, 7), "xavier_uniform", seed=2).absolute, first)
-
-
-def test_unknown_schemes_and_shapes_raise() -> None:
-    with pytest.raises(ValueError, match="scheme must be one of 'xavier_uniform'"):
-        initial_means((5, 7), "lecun")
-    with pytest.raises(ValueError, match="shape must be"):
-        initial_means((5,), "xavier_normal")
+from gradcentral.initialization import center_weights_
+from gradcentral.paper import intensity_responses
 
 
 def test_center_weights_subtracts_the_mean_of_each_weight_vector_only() -> None:

@@ -22,7 +22,6 @@ PRELUDE = """
 import copy
 import gradcentral, torch
 from gradcentral import WeightLayout, WeightVectors, center, center_weights_, centralize, weight_layout
-from gradcentral.initialization import initial_means
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -212,12 +211,6 @@ CASES = {
         "center_weights_(model, weight_layout(other))",
         r"pass (weight_layout\(model\))$",
         "center_weights_(model, {0})\ncentralize(optimizer, model)",
-    ),
-    "initial_means: an unknown scheme": Case(
-        "",
-        "initial_means((5, 7), 'lecun')",
-        r"((?:'\w+_\w+'(?:, )?)+)",
-        "for scheme in ({0}):\n    initial_means((5, 7), scheme)\ncentralize(optimizer, model)",
     ),
 }
 

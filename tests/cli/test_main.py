@@ -76,9 +76,9 @@ def test_figures_draws_and_writes_what_is_chosen(
 ) -> None:
     assert run(monkeypatch, "figures", "--task", "line.py", "--only", "statements,operation", "--seeds", "1") == 0
     shown = capsys.readouterr().out
-    assert "P² = P: centering twice is centering once" in shown
+    assert "P² = P: centering is idempotent" in shown
     folder = Path("runs", "figures-line")
-    assert f"{folder / 'operation.png'}  line: what centering does" in shown
+    assert f"{folder / 'operation.png'}  line: the gradient of each weight vector" in shown
     for name in ("operation.png", "operation.svg", "operation.csv", "statements.csv"):
         assert (task.parent / folder / name).stat().st_size > 0
 
@@ -88,7 +88,7 @@ def test_figures_draws_and_writes_what_is_chosen(
     [
         (["compare", "none.py"], "the file does not exist"),
         (["probe", "none.py"], "the file does not exist"),
-        (["figures", "--task", "line.py", "--only", "shapes"], "only: there is no 'shapes'"),
+        (["figures", "--task", "line.py", "--only", "shapes"], "only: unknown figure 'shapes'"),
         (["probe", "line.py", "--device", "toaster"], "device: 'toaster' is not available"),
         (["compare", "digit"], "unknown task 'digit'"),
         (["compare", "line.py", "--arms", "none,gc"], "arms: unknown arm 'gc'; choose from none, gradient, update"),

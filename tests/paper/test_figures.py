@@ -1,10 +1,10 @@
-"""The figures are made from real training, and show what they say."""
+"""The figures show numbers of real training runs."""
 
 from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from gradcentral.experiment import CustomTask, Task, TaskError, compare, determinism, load_task
 from gradcentral.paper.draw import FIGURES, STATEMENTS, draw_all, statement_table
-from gradcentral.paper.landscape import landscape
+from gradcentral.paper.figures.landscape import landscape_figure
 from gradcentral.paper.study import Study
 from gradcentral.plotting import LIGHT
 from tests.experiment.conftest import make_task
@@ -23,7 +23,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "my_task.py"
 
 
 def network() -> nn.Module:
-    """A convolution and linear layers, with everything that a look could disturb."""
+    """A convolution and linear layers, with BatchNorm and dropout, whose state a measurement could disturb."""
     return nn.Sequential(
         nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2),
         nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2),
@@ -42,14 +42,13 @@ def study(task: Task, **changes: Any) -> Study:
         "optimizer": next(iter(task.optimizers)),
         "seeds": (0, 1),
         "epochs": 2,
-        "track": lambda iterable, total: iterable,
     }
     return Study(**fields | changes)
 
 
 @pytest.fixture(autouse=True)
 def like_a_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Comparisons as in a worker, to the bit, and without the report, which takes longer than their runs."""
+    """Comparisons with one thread, bit-identical to a worker's, and without the report, which takes longer."""
     monkeypatch.setattr("gradcentral.experiment.run_comparison.write_report", lambda comparison: None)
     with determinism.one_thread():
         yield
@@ -60,12 +59,12 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("figures")
     result = draw_all(make_task(model=network), out=out, seeds=2, epochs=2, progress=False)
     assert result.out == out
-    assert tuple(result.titles) == FIGURES
+    assert list(result.titles) == list(FIGURES)
     return out
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_an_image_with_its_data_beside_it(drawn: Path, name: str) -> None:
+def test_every_figure_is_written_as_an_image_with_its_data(drawn: Path, name: str) -> None:
     from matplotlib import image
 
     pixels = image.imread(drawn / f"{name}.png")
@@ -76,7 +75,7 @@ def test_every_figure_is_an_image_with_its_data_beside_it(drawn: Path, name: str
     assert len(table(drawn / f"{name}.csv")) > 1
 
 
-def test_the_operation_removes_each_rows_mean(drawn: Path) -> None:
+def test_the_operation_removes_the_mean_of_each_row(drawn: Path) -> None:
     rows: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for cell in table(drawn / "operation.csv"):
         rows.setdefault((cell["layer"], cell["unit_row"]), []).append(
@@ -91,24 +90,24 @@ def test_the_operation_removes_each_rows_mean(drawn: Path) -> None:
     assert moved > 4
 
 
-def test_only_the_way_without_gc_leaves_the_hyperplane(drawn: Path) -> None:
+def test_only_the_trajectory_without_gc_leaves_the_hyperplane(drawn: Path) -> None:
     rows = table(drawn / "geometry.csv")
     distance = {
         arm: max(abs(float(row["along_e"])) for row in rows if row["arm"] == arm)
         for arm in ("none", "gradient", "update")
     }
     assert distance["update"] < 1e-6
-    assert distance["gradient"] < 1e-3 < distance["none"]  # a little weight decay
+    assert distance["gradient"] < 1e-3 < distance["none"]  # weight decay moves "gradient" slightly
     assert all(abs(float(row["within_1"])) < 1e-9 for row in rows if row["step"] == "0")
 
 
-def test_initial_means_are_of_every_weight_vector_of_resnet50(drawn: Path) -> None:
+def test_initial_means_cover_every_weight_vector_of_resnet50(drawn: Path) -> None:
     rows = table(drawn / "initial-means.csv")
     for scheme in ("xavier_normal", "kaiming_normal"):
         assert sum(int(row["count"]) for row in rows if row["scheme"] == scheme) == 27_560
 
 
-def test_a_centered_gradient_is_no_longer_than_the_raw_one_of_the_same_weights(drawn: Path) -> None:
+def test_a_centered_gradient_is_shorter_than_the_raw_gradient_of_the_same_weights(drawn: Path) -> None:
     first = {(row["place"], row["arm"]): row for row in table(drawn / "gradient-norms.csv") if row["step"] == "0"}
     assert {place for place, _ in first} == {"convolution 1.weight", "linear 6.weight", "whole network"}
     for place, arm in first:
@@ -116,7 +115,7 @@ def test_a_centered_gradient_is_no_longer_than_the_raw_one_of_the_same_weights(d
             assert float(first[place, arm]["norm_median"]) < float(first[place, "none"]["norm_median"])
 
 
-def test_learning_is_that_of_a_comparison(drawn: Path, tmp_path: Path) -> None:
+def test_learning_curves_equal_those_of_a_comparison(drawn: Path, tmp_path: Path) -> None:
     expected = compare(make_task(model=network), seeds=2, epochs=2, jobs=1, out=tmp_path, progress=False)
     found = {
         (row["arm"], int(row["seed"]), int(row["epoch"])): float(row["train_loss"])
@@ -129,15 +128,15 @@ def test_learning_is_that_of_a_comparison(drawn: Path, tmp_path: Path) -> None:
 
 def test_the_statements_hold(drawn: Path) -> None:
     rows = table(drawn / "statements.csv")
-    assert {row["source"] for row in rows} >= {"eq. 2", "section 4.1", "theorem 4.1", "theorem 4.2"}
+    assert {row["source"] for row in rows} >= {"eq. 3", "eq. 4", "section 4.1", "theorem 4.1", "theorem 4.2"}
     assert all(row["holds"] == "True" for row in rows)
     assert all(float(row["value"]) <= float(row["bound"]) for row in rows)
 
 
 @pytest.mark.parametrize("arm", ["none", "gradient", "update"])
-def test_training_is_that_of_a_comparison(arm: str, tmp_path: Path) -> None:
+def test_training_equals_that_of_a_comparison(arm: str, tmp_path: Path) -> None:
     task = make_task(model=network)
-    losses = [moment.loss for moment in study(task).train(arm, seed=1)]
+    losses = [step.loss for step in study(task).train(arm, seed=1)]
     record = compare(task, seeds=[1], epochs=2, jobs=1, out=tmp_path, progress=False).runs("sgd", arm)[0]
     assert len(losses) == study(task).steps == 6
     sizes = [16, 16, 8]
@@ -145,29 +144,26 @@ def test_training_is_that_of_a_comparison(arm: str, tmp_path: Path) -> None:
     assert record.epochs[1]["train_loss"] == pytest.approx(mean, rel=1e-6)
 
 
-def test_looking_around_does_not_disturb_training() -> None:
+def test_measuring_the_landscape_does_not_disturb_training() -> None:
     task = make_task(model=network)
     plain: list[float] = []
-    looked: list[float] = []
+    measured: list[float] = []
 
-    def keep(into: list[float]) -> Callable[[Any, int], Any]:
-        def track(moments: Any, total: int) -> Any:
-            for moment in moments:
-                into.append(moment.loss)
-                yield moment
-
-        return track
+    def track(steps: Any, total: int) -> Any:
+        for step in steps:
+            measured.append(step.loss)
+            yield step
 
     for arm in ("none", "gradient"):
-        plain += [moment.loss for moment in study(task).train(arm, 0)]
-    rows = landscape(study(task, track=keep(looked))).rows
-    assert looked == plain
-    assert len(rows) == 2 * 5  # where each of six steps but the last went
+        plain += [step.loss for step in study(task).train(arm, 0)]
+    rows = landscape_figure(study(task, track=track)).rows
+    assert measured == plain
+    assert len(rows) == 2 * 5  # all but the last of six steps, in two arms
     assert all(row[2] <= row[3] and row[4] > 0 and row[5] > 0 for row in rows)
 
 
-def test_the_landscape_is_exact_where_it_is_known() -> None:
-    """A quadratic loss: the gradient changes by H αΔw, and H is the same everywhere."""
+def test_the_landscape_of_a_quadratic_loss_is_exact() -> None:
+    """The gradient changes by H·αΔw, and H is the same everywhere."""
     task = make_task(
         model=lambda: nn.Linear(6, 1, bias=False).double(),
         train=torch.utils.data.TensorDataset(torch.randn(8, 6).double(), torch.zeros(8, 1).double()),
@@ -176,9 +172,9 @@ def test_the_landscape_is_exact_where_it_is_known() -> None:
     )
     x, _ = task.train.tensors  # type: ignore[attr-defined]
     hessian = 2 * x.T @ x / 8
-    ways = study(task, epochs=3)
-    weights = [next(moment.model.parameters()).detach().clone() for moment in ways.train("none", 0)]
-    for row, before, after in zip(landscape(ways).rows[:2], weights, weights[1:], strict=False):
+    runs = study(task, epochs=3)
+    weights = [next(step.model.parameters()).detach().clone() for step in runs.train("none", 0)]
+    for row, before, after in zip(landscape_figure(runs).rows[:2], weights, weights[1:], strict=False):
         assert row[4] == pytest.approx(float((4 * (after - before) @ hessian).norm()), rel=1e-6)
         assert row[5] == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=0.02)
         losses = [
@@ -201,9 +197,9 @@ def test_the_example_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"only": ["shapes"]}, "only: there is no 'shapes'; there is operation, geometry"),
-        ({"only": "shares"}, "only: give a list of names, such as ['shares']"),
-        ({"optimizer": "lion"}, "optimizer: there is no 'lion'; there is sgd"),
+        ({"only": ["shapes"]}, "only: unknown figure 'shapes'; choose from operation, geometry"),
+        ({"only": "shares"}, "only: give a list of names, such as only=['shares']"),
+        ({"optimizer": "lion"}, "optimizer: unknown optimizer 'lion'; choose from sgd"),
         ({"seeds": 0}, "seeds: give a whole number"),
         ({"epochs": 0}, "epochs: give a whole number"),
         ({"device": "nowhere"}, "device: 'nowhere' is not available; choose from cpu"),
@@ -215,42 +211,63 @@ def test_options_are_checked(options: dict[str, Any], message: str, tmp_path: Pa
     assert message in str(caught.value)
 
 
-def test_a_trainer_of_ones_own_is_refused() -> None:
+def test_the_suggested_options_work(tmp_path: Path) -> None:
+    message = refused(tmp_path, make_task(), only=["shapes"])
+    assert message.partition("choose from ")[2].split(", ") == [*FIGURES, STATEMENTS]  # which `drawn` draws
+    message = refused(tmp_path, make_task(), only="shares")
+    only = eval(message.partition("only=")[2])
+    message = refused(tmp_path, make_task(), optimizer="lion")
+    optimizer = message.partition("choose from ")[2]
+    drawn = draw_all(make_task(), out=tmp_path, progress=False, only=only, optimizer=optimizer)
+    assert list(drawn.titles) == ["shares"]
+
+
+def test_a_device_without_double_precision_is_refused_and_the_suggested_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradcentral.paper.draw.check_device", lambda device, amp: None)
+    message = refused(tmp_path, make_task(), device="mps")
+    assert "device: 'mps' has no double precision" in message
+    suggested = message.partition("; use ")[2]
+    assert draw_all(make_task(), out=tmp_path, progress=False, only=["shares"], device=suggested).titles
+
+
+def test_a_custom_task_is_refused() -> None:
     task: Any = CustomTask("mine", lambda seed, arm: [])
-    with pytest.raises(TaskError, match="has a trainer of its own, into which the figures can't look"):
+    with pytest.raises(TaskError, match="is a CustomTask, whose training steps are not accessible; give a Task"):
         draw_all(task)
 
 
 def test_built_in_digits_have_a_convolution_and_a_linear_layer() -> None:
     task = load_task("digits")
     assert isinstance(task, Task)
-    assert [entry.name for entry in study(task).examples] == ["4.weight", "7.weight"]
+    assert [entry.name for entry in study(task).example_layers] == ["4.weight", "7.weight"]
 
 
 def only_transposed() -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (6, 1)), nn.ConvTranspose1d(6, 1, 2), nn.Tanh(), nn.Flatten())
 
 
-def test_statements_that_a_network_has_nothing_for_are_named(tmp_path: Path) -> None:
+def test_statements_about_layers_that_the_network_lacks_are_reported(tmp_path: Path) -> None:
     from rich.console import Console
 
     drawn = draw_all(make_task(model=only_transposed), out=tmp_path, seeds=1, epochs=1, progress=False,
                      only=["geometry", STATEMENTS])  # fmt: skip
     assert list(drawn.titles) == ["geometry"]
     assert all(measured.holds for measured in drawn.statements)
-    assert [left.source for left in drawn.statements.left_out] == ["theorem 4.1", "section 4.1"]
+    assert [skipped.source for skipped in drawn.statements.skipped] == ["theorem 4.1", "section 4.1"]
     rows = {row["statement"]: row for row in table(tmp_path / "statements.csv")}
     assert len(rows) > 8
-    for left in drawn.statements.left_out:
-        assert rows[left.statement]["where"] == f"left out: {left.reason}"
-        assert rows[left.statement]["holds"] == rows[left.statement]["value"] == ""
+    for skipped in drawn.statements.skipped:
+        assert rows[skipped.statement]["where"] == f"skipped: {skipped.reason}"
+        assert rows[skipped.statement]["holds"] == rows[skipped.statement]["value"] == ""
     console = Console(width=200)
     with console.capture() as capture:
         console.print(statement_table(drawn.statements))
-    assert "left out: model: no centered Linear or convolution" in capture.get()
+    assert "skipped: model: no centered Linear or convolution" in capture.get()
 
 
-def test_a_sparse_table_can_be_drawn(tmp_path: Path) -> None:
+def test_a_network_with_sparse_gradients_can_be_drawn(tmp_path: Path) -> None:
     def embedded() -> nn.Module:
         return nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(12, 2))
 
@@ -263,7 +280,7 @@ def test_a_sparse_table_can_be_drawn(tmp_path: Path) -> None:
 
 
 def refused(tmp_path: Path, task: Task, **options: Any) -> str:
-    """The error, which must come before anything is made."""
+    """The message of the error, which must be raised before anything is written."""
     with pytest.raises(TaskError) as caught:
         draw_all(task, out=tmp_path / "out", progress=False, **options)
     assert not (tmp_path / "out").exists()
@@ -272,22 +289,25 @@ def refused(tmp_path: Path, task: Task, **options: Any) -> str:
 
 def test_a_network_without_weight_vectors_is_refused_with_the_reason(tmp_path: Path) -> None:
     message = refused(tmp_path, make_task(model=lambda: nn.Sequential(nn.LayerNorm(6), nn.AdaptiveAvgPool1d(2))))
-    assert "task 'tiny': nothing that trains is centered" in message
+    assert "task 'tiny': no trainable parameter is centered" in message
     assert "norm" in message
 
 
-def test_a_single_step_is_refused_where_a_figure_needs_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_step_is_refused_if_a_figure_needs_more_and_the_suggested_epochs_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gradcentral.paper.draw.Figure.write", lambda figure, folder, name: figure.draw(LIGHT))
     whole = make_task(batch_size=40, epochs=1)
     message = refused(tmp_path, whole)
-    assert message.startswith("epochs: 1 of this task is 1 step, and geometry, gradient-norms, learning, landscape")
+    assert message.startswith("epochs: a run is a single step, and geometry, gradient-norms, learning, landscape")
     drawn = draw_all(whole, out=tmp_path, progress=False, only=["operation", "shares"])
     assert list(drawn.titles) == ["operation", "shares"]
-    both = draw_all(whole, out=tmp_path, progress=False, only=["geometry", "landscape", STATEMENTS], epochs=2)
+    both = draw_all(whole, out=tmp_path, progress=False, only=["geometry", "landscape", STATEMENTS],
+                    epochs=int(message.partition("set epochs to ")[2]))  # fmt: skip
     assert list(both.titles) == ["geometry", "landscape"]
 
 
-def test_what_the_statements_cannot_measure_is_an_error_of_the_task(tmp_path: Path) -> None:
+def test_errors_of_the_statements_are_task_errors(tmp_path: Path) -> None:
     def old() -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -297,33 +317,32 @@ def test_what_the_statements_cannot_measure_is_an_error_of_the_task(tmp_path: Pa
         draw_all(make_task(model=old), out=tmp_path, progress=False, only=[STATEMENTS])
 
 
-def test_a_network_that_torch_cannot_differentiate_twice_has_no_landscape(tmp_path: Path) -> None:
+def test_without_second_derivatives_the_landscape_is_refused_and_the_suggested_figures_work(tmp_path: Path) -> None:
     ids = torch.randint(0, 10, (40, 3))
     data = torch.utils.data.TensorDataset(ids, torch.randn(40, 2))
     bag = make_task(model=lambda: nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 2)), train=data, test=data)
-    with pytest.raises(TaskError, match="landscape: torch can't do this with the task's network: .*embedding_bag"):
-        draw_all(bag, out=tmp_path, progress=False, only=["landscape"])
+    with pytest.raises(TaskError, match="landscape: torch cannot compute this .*embedding_bag") as caught:
+        draw_all(bag, out=tmp_path, progress=False, only=["landscape", "shares"])
+    suggested = str(caught.value).partition("choose only ")[2].split(", ")
+    assert list(draw_all(bag, out=tmp_path, progress=False, only=suggested).titles) == ["shares"]
 
 
-def test_a_study_is_made_on_its_device() -> None:
+def test_a_study_uses_its_device() -> None:
     there = study(make_task(), device="meta")
     assert all(p.is_meta for p in there.fresh_model().parameters())
     assert all(part.is_meta for batch in there.batches(0) for part in batch)
 
 
-def test_every_figure_shows_how_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_figure_shows_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
 
-    def track(bars: Any, name: str) -> Callable[[Any, int], Any]:
-        def follow(iterable: Any, total: int) -> Any:
-            taken = 0
-            for item in iterable:
-                yield item
-                taken += 1
-            assert taken == total
-            names.append(name)
-
-        return follow
+    def track(bars: Any, iterable: Any, *, total: int, description: str) -> Any:
+        taken = 0
+        for item in iterable:
+            yield item
+            taken += 1
+        assert taken == total
+        names.append(description)
 
     shown: list[bool] = []
     monkeypatch.setattr("gradcentral.paper.draw.Figure.write", lambda figure, folder, name: None)
@@ -332,14 +351,14 @@ def test_every_figure_shows_how_it_goes(tmp_path: Path, monkeypatch: pytest.Monk
         shown.append(options.pop("progress"))
         return compare(task, **options, progress=False, jobs=1)
 
-    monkeypatch.setattr("gradcentral.paper.draw._Bars.track", track)
-    monkeypatch.setattr("gradcentral.paper.learning.compare", silently)
+    monkeypatch.setattr("rich.progress.Progress.track", track)
+    monkeypatch.setattr("gradcentral.paper.figures.learning.compare", silently)
     draw_all(make_task(), out=tmp_path, seeds=1, epochs=1)
     assert set(names) == {*FIGURES, STATEMENTS} - {"learning"}
     assert shown == [True]
 
 
-def test_on_a_terminal_there_is_a_bar_and_elsewhere_a_line(
+def test_a_terminal_shows_a_bar_and_everything_else_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("gradcentral.paper.draw.Figure.write", lambda figure, folder, name: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -26,7 +27,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Quadratic(nn.Module):
-    """Its output is ½ wᵀAw, whatever the input."""
+    """Its output is ½ wᵀAw for any input."""
 
     def __init__(self, A: Tensor) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ def test_hessian_of_a_quadratic_is_its_matrix() -> None:
     torch.testing.assert_close(hessian_matrix(model, itself, (0, 0), elements=[4, 1]), A[[4, 1]][:, [4, 1]])
 
 
-def test_hessian_of_linear_regression_is_the_inputs_second_moment() -> None:
+def test_hessian_of_linear_regression_is_the_second_moment_of_the_input() -> None:
     x, y = torch.randn(20, 3).double(), torch.randn(20, 2).double()
     model = nn.Linear(3, 2, bias=False).double()
 
@@ -88,7 +89,7 @@ def test_hessian_of_linear_regression_is_the_inputs_second_moment() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: network(), lambda: small(0)])
-def test_product_is_the_gradients_finite_difference(make: Callable[[], tuple[nn.Module, Pair]]) -> None:
+def test_product_equals_the_finite_difference_of_the_gradient(make: Callable[[], tuple[nn.Module, Pair]]) -> None:
     model, batch = make()
     vector = {p: torch.randn_like(p) for p in model.parameters()}
     product = hessian_vector_product(model, mse, batch, vector)
@@ -100,7 +101,7 @@ def test_product_is_the_gradients_finite_difference(make: Callable[[], tuple[nn.
         torch.testing.assert_close(product[p], (plus - minus) / (2 * h), rtol=1e-6, atol=1e-8)
 
 
-def test_matrix_is_that_of_torch_func() -> None:
+def test_matrix_equals_that_of_torch_func() -> None:
     model, batch = small(1)
     weights = tuple(model.parameters())
     every = tuple(range(len(weights)))
@@ -132,7 +133,7 @@ def test_derivative_of_the_centered_gradient_is_P_times_the_hessian() -> None:
 
 @settings(max_examples=8)
 @given(seed=st.integers(0, 1000))
-def test_top_eigenvalue_and_norm_are_those_of_the_exact_matrices(seed: int) -> None:
+def test_top_eigenvalue_and_norm_equal_those_of_the_exact_matrices(seed: int) -> None:
     model, batch = small(seed)
     layout = weight_layout(model)
     H = hessian_matrix(model, mse, batch)
@@ -154,7 +155,7 @@ def test_top_eigenvalue_and_norm_are_those_of_the_exact_matrices(seed: int) -> N
     for name, eigenvalue in found.items():
         assert eigenvalue.converged
         assert eigenvalue.value == pytest.approx(exact[name], rel=1e-6)
-    # Theorem 4.2, and that P leaves less than H here: the inputs have a mean.
+    # Theorem 4.2. The inequality is strict here because the inputs have a nonzero mean.
     assert abs(exact["PHP"]) <= exact["PH"] * (1 + 1e-12)
     assert exact["PH"] < abs(exact["H"])
 
@@ -173,7 +174,7 @@ def test_lanczos_finds_the_largest_absolute_eigenvalue(n: int, seed: int) -> Non
     assert found.value == pytest.approx(float(values[values.abs().argmax()]), rel=1e-8)
 
 
-def test_an_unfinished_lanczos_says_so_and_its_residual_bounds_the_error() -> None:
+def test_an_unfinished_lanczos_reports_it_and_its_residual_bounds_the_error() -> None:
     A = symmetric(80, seed=3)
     values = torch.linalg.eigvalsh(A)
     found = lanczos(A.mv, torch.randn(80, dtype=torch.float64), tolerance=1e-8, max_iterations=6)
@@ -183,7 +184,7 @@ def test_an_unfinished_lanczos_says_so_and_its_residual_bounds_the_error() -> No
     assert float((values - found.value).abs().min()) <= found.residual
 
 
-def test_lanczos_stops_where_the_space_ends() -> None:
+def test_lanczos_stops_when_the_krylov_space_is_exhausted() -> None:
     nothing = lanczos(torch.zeros(4, 4).mv, torch.ones(4), tolerance=1e-6, max_iterations=9)
     assert nothing == (0.0, 0.0, 1, True)
     identity = lanczos(torch.eye(4).mv, torch.ones(4), tolerance=1e-6, max_iterations=9)
@@ -192,7 +193,7 @@ def test_lanczos_stops_where_the_space_ends() -> None:
     assert lanczos(torch.eye(4).mv, torch.zeros(4), tolerance=1e-6, max_iterations=9).value == 0
 
 
-def test_lanczos_does_not_call_nan_an_eigenvalue() -> None:
+def test_lanczos_does_not_converge_to_nan() -> None:
     found = lanczos(lambda v: v * math.nan, torch.ones(4), tolerance=1e-6, max_iterations=9)
     assert math.isnan(found.value)
     assert not found.converged
@@ -208,7 +209,7 @@ def test_a_loss_that_is_linear_has_no_curvature() -> None:
     assert top_eigenvalue(model, mean, (torch.randn(4, 3), None)).value == 0
 
 
-def test_parameters_that_the_loss_does_not_see_have_no_curvature() -> None:
+def test_parameters_that_the_loss_does_not_depend_on_have_no_curvature() -> None:
     class HalfUsed(nn.ModuleDict):
         def forward(self, x: Tensor) -> Tensor:
             used: Tensor = self["used"](x)
@@ -235,7 +236,7 @@ def test_attention_is_differentiated_twice() -> None:
     torch.testing.assert_close(product, (sides[0] - sides[1]) / (2 * h), rtol=1e-5, atol=1e-9)
 
 
-def test_model_gradients_buffers_and_random_numbers_are_left_as_they_were() -> None:
+def test_model_gradients_buffers_and_random_numbers_are_unchanged() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
     model[3].eval()
     batch = torch.randn(6, 3), torch.randn(6, 2)
@@ -259,23 +260,39 @@ def test_bad_arguments_are_refused_by_name() -> None:
     model = nn.Sequential(layer)
     batch = torch.randn(4, 3), torch.randn(4, 2)
     stranger = nn.Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="parameters: there are none"):
         top_eigenvalue(model, mse, batch, parameters=[])
-    with pytest.raises(ValueError, match=r"shape \(2,\) is not the model's"):
+    with pytest.raises(ValueError, match=r"shape \(2,\) is not a parameter of the model"):
         hessian_matrix(model, mse, batch, parameters=[stranger])
     with pytest.raises(ValueError, match=r"0.weight has shape \(2, 3\), its part \(3,\)"):
         hessian_vector_product(model, mse, batch, {layer.weight: torch.zeros(3)})
-    with pytest.raises(ValueError, match="layout: it centers none"):
-        projected_norm(model, mse, batch, weight_layout(nn.Linear(3, 2)))
     with pytest.raises(ValueError, match="tolerance must be positive"):
         top_eigenvalue(model, mse, batch, tolerance=0)
     with pytest.raises(ValueError, match="max_iterations must be at least 1"):
         top_eigenvalue(model, mse, batch, max_iterations=0)
-    layer.bias.requires_grad_(False)
-    with pytest.raises(ValueError, match="0.bias needs no gradient"):
-        top_eigenvalue(model, mse, batch, parameters=model.parameters())
     with pytest.raises(TypeError, match="weight is complex"):
         top_eigenvalue(nn.Linear(2, 1, dtype=torch.complex64), mse, batch)
+
+
+def test_the_suggested_layout_centers_the_parameters() -> None:
+    model, batch = nn.Linear(3, 2), (torch.randn(4, 3), torch.randn(4, 2))
+    with pytest.raises(ValueError, match="layout: it centers none") as caught:
+        projected_norm(model, mse, batch, weight_layout(nn.Linear(3, 2)))
+    layout = eval(str(caught.value).partition("give ")[2], {"weight_layout": weight_layout, "model": model})
+    assert projected_norm(model, mse, batch, layout).converged
+
+
+def test_a_frozen_parameter_is_refused_with_two_remedies_that_work() -> None:
+    model, batch = nn.Linear(3, 2), (torch.randn(4, 3), torch.randn(4, 2))
+    model.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="bias requires no gradient") as caught:
+        top_eigenvalue(model, mse, batch, parameters=model.parameters())
+    assert "exclude it" in str(caught.value)
+    assert top_eigenvalue(model, mse, batch, parameters=[model.weight]).converged
+    call = re.search(r"call (requires_grad_\(\)) on it", str(caught.value))
+    assert call is not None
+    eval(f"model.bias.{call[1]}", {"model": model})
+    assert top_eigenvalue(model, mse, batch, parameters=model.parameters()).converged
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -297,7 +314,7 @@ def test_sparse_embedding_tables_are_differentiated_like_dense_ones(sparse: bool
     assert abs(top.value) == pytest.approx(float(torch.linalg.eigvalsh(H).abs().max()), rel=1e-5)
 
 
-def test_a_mapping_is_a_batch() -> None:
+def test_a_batch_may_be_a_mapping() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -313,8 +330,8 @@ def test_a_mapping_is_a_batch() -> None:
 
 
 @pytest.mark.parametrize("larger", [-1.0, 1.0])
-def test_lanczos_finds_the_larger_of_two_ends_that_are_nearly_as_far_out(larger: float) -> None:
-    # The far end is crowded, and the starting vector has little of it: the near end converges first.
+def test_lanczos_finds_the_larger_of_two_ends_of_nearly_equal_absolute_value(larger: float) -> None:
+    # The larger end is crowded and the starting vector has small components there, so the smaller end converges first.
     crowd = torch.linspace(0.9, 1.003, 30)
     A = larger * torch.cat([crowd, torch.tensor([-1.0]), torch.linspace(-0.5, 0.5, 200)]).double()
     start = torch.ones_like(A)
@@ -324,7 +341,7 @@ def test_lanczos_finds_the_larger_of_two_ends_that_are_nearly_as_far_out(larger:
     assert found.value == pytest.approx(larger * 1.003, rel=1e-3)
 
 
-def test_half_precision_is_measured_with_a_basis_of_single_precision() -> None:
+def test_half_precision_models_use_a_single_precision_basis() -> None:
     model, batch = small(3)
     data = (batch[0].bfloat16(), batch[1].bfloat16())
     exact = top_eigenvalue(model, mse, batch)

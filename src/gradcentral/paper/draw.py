@@ -1,9 +1,10 @@
-"""All figures and statements of a task, in one go."""
+"""`draw_all`: the figures and statements of the paper for one task."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,45 +14,47 @@ import torch
 from gradcentral.experiment.determinism import one_thread
 from gradcentral.experiment.errors import TaskError
 from gradcentral.experiment.loading import load_task
-from gradcentral.experiment.probing import probe_task
 from gradcentral.experiment.task import CustomTask, Task, check_count
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import optional
 from gradcentral.layout import weight_layout
 from gradcentral.paper.figure import Figure, write_csv
-from gradcentral.paper.geometry import geometry
-from gradcentral.paper.gradient_norms import gradient_norms
-from gradcentral.paper.initial_means import initial_weight_means
-from gradcentral.paper.landscape import landscape
-from gradcentral.paper.learning import learning
-from gradcentral.paper.operation import operation
-from gradcentral.paper.statements import Statements
+from gradcentral.paper.figures.geometry import geometry_figure
+from gradcentral.paper.figures.gradient_norms import gradient_norms_figure
+from gradcentral.paper.figures.initial_means import initial_means_figure
+from gradcentral.paper.figures.landscape import landscape_figure
+from gradcentral.paper.figures.learning import learning_figure
+from gradcentral.paper.figures.operation import operation_figure
+from gradcentral.paper.figures.shares import shares_figure
+from gradcentral.paper.statements import Measurements, measure_all
 from gradcentral.paper.study import Study
-from gradcentral.paper.theorems import measure_all
 
-__all__ = ["FIGURES", "STATEMENTS", "Drawn", "draw_all", "statement_table"]
+__all__ = ["FIGURES", "STATEMENTS", "FigureSet", "draw_all", "statement_table"]
 
-FIGURES = ("operation", "geometry", "initial-means", "gradient-norms", "learning", "landscape", "shares")
+FIGURES: dict[str, Callable[[Study], Figure]] = {
+    "operation": operation_figure,
+    "geometry": geometry_figure,
+    "initial-means": initial_means_figure,
+    "gradient-norms": gradient_norms_figure,
+    "learning": learning_figure,
+    "landscape": landscape_figure,
+    "shares": shares_figure,
+}
+"""The figures that `draw_all` draws, by name."""
 STATEMENTS = "statements"
-_BEFORE_TRAINING = {"operation", "initial-means", "shares"}
+"""The name of the table of statements in ``draw_all(only=…)``."""
 
-# Enough training for weights to have moved, and one step a batch.
+_WITHOUT_TRAINING = {"operation", "initial-means", "shares"}
+# Enough steps for the weights to move away from w⁰, and few enough for the statements to take seconds.
 _STATEMENT_STEPS = 300
 
 
-class Drawn(NamedTuple):
-    """What `draw_all` made.
-
-    Attributes:
-        out: the folder with a PNG, an SVG and a CSV of every figure, and ``statements.csv``.
-        titles: of the figures, by name.
-        statements: the paper's, measured, and in ``statements.left_out`` those that this network has nothing for; empty
-            where they were not asked for.
-    """
+class FigureSet(NamedTuple):
+    """The output folder, the titles of the figures in it by name, and the statements, if they were selected."""
 
     out: Path
     titles: dict[str, str]
-    statements: Statements
+    statements: Measurements
 
 
 def draw_all(
@@ -64,140 +67,107 @@ def draw_all(
     epochs: int | None = None,
     device: str = "cpu",
     progress: bool = True,
-) -> Drawn:
-    """Measure and draw the paper's figures and statements on a task's own network and data.
+) -> FigureSet:
+    """Measure and draw the paper's figures and statements with a task's own network and data.
+
+    Writes a PNG, an SVG and a CSV file per figure, and ``statements.csv``.
 
     Args:
         task: a `Task`, a file that defines ``task``, or the name of a built-in task.
-        out: output folder; by default ``runs/figures-`` and the task's name.
-        only: of `FIGURES` and ``"statements"``; by default all.
-        optimizer: one of the task's; by default its first.
-        seeds: how many runs the numbers with a spread are of.
-        epochs: instead of the task's own.
-        device: where to train and measure, as torch names it; it must have double precision.
-        progress: show how each figure goes.
+        out: the output folder; by default ``runs/figures-<task name>``.
+        only: names from `FIGURES` and ``"statements"``; by default all.
+        optimizer: the name of one of the task's optimizers; by default the first.
+        seeds: the number of runs behind each interval.
+        epochs: the number of epochs per run; by default the task's.
+        device: the torch device to train and measure on; it must support double precision.
+        progress: whether to show progress.
 
     Raises:
-        TaskError: the task or an option is not usable; nothing that trains is centered; a single step of training.
+        TaskError: the task or an option is not usable; no trainable parameter is centered; there is only one step.
     """
     loaded = load_task(task)
     if isinstance(loaded, CustomTask):
-        raise TaskError(
-            f"task {loaded.name!r} has a trainer of its own, into which the figures can't look: give a Task"
-        )
+        raise TaskError(f"task {loaded.name!r} is a CustomTask, whose training steps are not accessible; give a Task")
     chosen = _chosen(only)
     if optimizer is not None and optimizer not in loaded.optimizers:
-        raise TaskError(f"optimizer: there is no {optimizer!r}; there is {', '.join(loaded.optimizers)}")
+        raise TaskError(f"optimizer: unknown optimizer {optimizer!r}; choose from {', '.join(loaded.optimizers)}")
     check_count("seeds", seeds)
     if epochs is not None:
         check_count("epochs", epochs)
     _check_device(device)
-    study = Study(
-        loaded,
-        task,
-        optimizer if optimizer is not None else next(iter(loaded.optimizers)),
-        tuple(range(seeds)),
-        loaded.epochs if epochs is None else epochs,
-        track=lambda iterable, total: iterable,
-        device=device,
-    )
-    _check(study, chosen)
     folder = Path(out) if out is not None else Path("runs") / f"figures-{loaded.name}"
+    optimizer, epochs = optimizer or next(iter(loaded.optimizers)), epochs or loaded.epochs
+    study = Study(loaded, task, optimizer, tuple(range(seeds)), epochs, device, folder / "runs", progress)
+    _check(study, chosen)
     folder.mkdir(parents=True, exist_ok=True)
     titles: dict[str, str] = {}
-    statements = Statements()
-    with one_thread(), _Bars(progress) as bars:
+    statements = Measurements()
+    with one_thread():
         for name in chosen:
-            study = replace(study, track=bars.track(name))
-            if name == STATEMENTS:
-                statements = _statements(study)
-                _write(statements, folder)
-            else:
-                figure = _make(name, study, folder, progress)
-                figure.write(folder, name)
-                titles[name] = figure.title
-            bars.done(name)
-    return Drawn(folder, titles, statements)
+            with _tracked(study, name) as tracked:
+                if name == STATEMENTS:
+                    statements = _statements(tracked)
+                    _write(statements, folder)
+                else:
+                    figure = _figure(name, tracked, chosen)
+                    figure.write(folder, name)
+                    titles[name] = figure.title
+    return FigureSet(folder, titles, statements)
 
 
-def statement_table(statements: Statements) -> Any:
-    """The statements for a rich console: what was measured against what it must not exceed, or why it was not."""
+def statement_table(statements: Measurements) -> Any:
+    """A rich table of the statements: each number with its bound, or why the statement was skipped."""
     table = optional("rich.table").Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for title, justify in (("statement", "left"), ("measured", "right"), ("bound", "right"), ("without GC", "right")):
         table.add_column(title, justify=justify)
     table.add_column("holds")
     for m in statements:
         without = "" if m.without is None else f"{m.without:.2g}"
-        what = f"{m.statement} ({m.source})\n  {m.formula}"
-        table.add_row(what, f"{m.value:.2g}", f"{m.bound:.2g}", without, "yes" if m.holds else "NO")
-    for left in statements.left_out:
-        table.add_row(f"{left.statement} ({left.source})\n  left out: {left.reason}", "", "", "", "–")
+        text = f"{m.statement} ({m.source})\n  {m.formula}"
+        table.add_row(text, f"{m.value:.2g}", f"{m.bound:.2g}", without, "yes" if m.holds else "NO")
+    for skipped in statements.skipped:
+        table.add_row(f"{skipped.statement} ({skipped.source})\n  skipped: {skipped.reason}", "", "", "", "–")
     return table
 
 
-def _check_device(device: str) -> None:
-    check_device(device, amp=False)
+@contextmanager
+def _tracked(study: Study, name: str) -> Iterator[Study]:
+    """The study with a progress bar on a terminal; afterwards print one line."""
+    console = optional("rich.console").Console(quiet=not study.progress, highlight=False)
+    # A terminal has room for one progress display, and a comparison shows its own.
+    disable = not (study.progress and console.is_terminal) or name == "learning"
+    with optional("rich.progress").Progress(console=console, transient=True, disable=disable) as bars:
+
+        def track(iterable: Iterable[Any], total: int) -> Iterable[Any]:
+            return bars.track(iterable, total=total, description=name)  # type: ignore[no-any-return]
+
+        yield replace(study, track=track)
+    console.print(f"{name}: done")
+
+
+def _figure(name: str, study: Study, chosen: Sequence[str]) -> Figure:
     try:
-        torch.empty(1, dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError) as error:
-        raise TaskError(f"device: {device!r} has no double precision, which the statements need; use cpu") from error
-
-
-def _check(study: Study, chosen: Sequence[str]) -> None:
-    if not study.examples:
-        layout = weight_layout(study.fresh_model())
-        reasons = ", ".join(dict.fromkeys(layout.skipped.values())) or "those do not train"
-        raise TaskError(
-            f"task {study.task.name!r}: nothing that trains is centered, so there is nothing to draw: "
-            f"{layout.summary()}; {reasons}"
-        )
-    if study.steps < 2 and (trained := [name for name in chosen if name not in _BEFORE_TRAINING]):
-        raise TaskError(
-            f"epochs: {study.epochs} of this task is 1 step, and {', '.join(trained)} need at least 2: give more"
-        )
-
-
-def _make(name: str, study: Study, folder: Path, progress: bool) -> Figure:
-    if name == "learning":
-        return learning(study, folder / "runs", progress=progress)
-    make: dict[str, Callable[[Study], Figure]] = {
-        "operation": operation,
-        "geometry": geometry,
-        "initial-means": initial_weight_means,
-        "gradient-norms": gradient_norms,
-        "landscape": landscape,
-        "shares": _shares,
-    }
-    try:
-        return make[name](study)
+        return FIGURES[name](study)
     except NotImplementedError as error:
+        others = [other for other in chosen if other != name] or [other for other in FIGURES if other != name]
         raise TaskError(
-            f"{name}: torch can't do this with the task's network: {error}; leave it out of `only`"
+            f"{name}: torch cannot compute this for the task's network: {error}; choose only {', '.join(others)}"
         ) from error
 
 
-def _shares(study: Study) -> Figure:
-    (report,) = study.track((probe_task(study.task, seed=seed, device=study.device) for seed in (study.seed,)), 1)
-    title = f"{study.task.name}: where GC acts before training"
-    columns = ("name", "kind", "share", "spread", "finding")
-    rows = [[getattr(layer, column) for column in columns] for layer in report.layers]
-    return Figure(title, report.plot, columns, rows)
-
-
-def _statements(study: Study) -> Statements:
-    task = study.task
+def _statements(study: Study) -> Measurements:
     steps = min(study.steps, _STATEMENT_STEPS)
     batches = study.track(itertools.islice(study.batches(study.seed), steps), steps)
     try:
-        return measure_all(study.fresh_model(), task.loss, batches, task.optimizers[study.optimizer])
+        return measure_all(study.fresh_model(), study.task.loss, batches, study.task.optimizers[study.optimizer])
     except ValueError as error:
         raise TaskError(f"{STATEMENTS}: {error}") from error
 
 
-def _write(statements: Statements, folder: Path) -> None:
+def _write(statements: Measurements, folder: Path) -> None:
     header = ("source", "statement", "formula", "value", "bound", "allowance", "holds", "without", "where")
     rows = [[getattr(measured, field) for field in header] for measured in statements]
-    rows += [[left.source, left.statement, *[None] * 6, f"left out: {left.reason}"] for left in statements.left_out]
+    rows += [[s.source, s.statement, *[None] * 6, f"skipped: {s.reason}"] for s in statements.skipped]
     write_csv(folder / f"{STATEMENTS}.csv", header, rows)
 
 
@@ -206,46 +176,28 @@ def _chosen(only: Sequence[str] | None) -> tuple[str, ...]:
     if only is None:
         return known
     if isinstance(only, str):
-        raise TaskError(f"only: give a list of names, such as [{only!r}]")
+        raise TaskError(f"only: give a list of names, such as only=[{only!r}]")
     for name in only:
         if name not in known:
-            raise TaskError(f"only: there is no {name!r}; there is {', '.join(known)}")
+            raise TaskError(f"only: unknown figure {name!r}; choose from {', '.join(known)}")
     return tuple(name for name in known if name in only)
 
 
-class _Bars:
-    """A bar for each figure while it is made, on a terminal; when it is done, a line."""
+def _check_device(device: str) -> None:
+    check_device(device, amp=False)
+    try:
+        torch.empty(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError) as error:
+        raise TaskError(f"device: {device!r} has no double precision, which the figures need; use cpu") from error
 
-    def __init__(self, show: bool) -> None:
-        self._console = optional("rich.console").Console(quiet=not show, highlight=False)
-        self._progress: Any = None
 
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def track(self, name: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
-        """Shows how far an iterable has been taken."""
-
-        def track(iterable: Iterable[Any], total: int) -> Iterable[Any]:
-            if not self._console.is_terminal:
-                return iterable
-            if self._progress is None:
-                # Only now: a comparison shows its own progress, and a terminal has room for one.
-                self._progress = optional("rich.progress").Progress(console=self._console, transient=True)
-                self._progress.start()
-            return self._progress.track(iterable, total=total, description=name)  # type: ignore[no-any-return]
-
-        return track
-
-    def done(self, name: str) -> None:
-        """A figure is finished."""
-        self._stop()
-        self._console.print(f"{name}: done")
-
-    def _stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+def _check(study: Study, chosen: Sequence[str]) -> None:
+    if not study.example_layers:
+        layout = weight_layout(study.fresh_model())
+        reasons = ", ".join(dict.fromkeys(layout.skipped.values())) or "they do not train"
+        raise TaskError(
+            f"task {study.task.name!r}: no trainable parameter is centered, so there is nothing to draw: "
+            f"{layout.summary()}; {reasons}"
+        )
+    if study.steps < 2 and (trained := [name for name in chosen if name not in _WITHOUT_TRAINING]):
+        raise TaskError(f"epochs: a run is a single step, and {', '.join(trained)} need at least 2; set epochs to 2")

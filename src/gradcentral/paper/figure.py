@@ -1,26 +1,24 @@
-"""A figure with the data behind it, written as PNG, SVG and CSV."""
+"""A figure with its data, written as PNG, SVG and CSV."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradcentral.plotting import LIGHT, Theme, to_png, to_svg
 
 __all__ = ["Figure", "write_csv"]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A figure with the data behind it.
+class Figure(NamedTuple):
+    """A figure with its data.
 
     Attributes:
-        title: what it shows, in one line.
-        draw: makes the matplotlib figure in a theme's colors.
-        header, rows: the numbers it shows, as a table.
+        title: one line.
+        draw: makes the matplotlib figure in the colors of a theme.
+        header, rows: the plotted numbers as a table.
     """
 
     title: str
@@ -37,8 +35,6 @@ class Figure:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write a table; a number that does not exist is an empty cell."""
+    """Write a table; None becomes an empty cell."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])

@@ -1,112 +1,136 @@
-"""A statement, the number measured for it, and the bound that the number must meet."""
+"""All statements of the paper, measured on one network."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from torch import nn
+from torch.optim import Optimizer
 
-__all__ = ["LeftOut", "Measured", "NotMeasurableError", "Statements", "worst"]
+from gradcentral.attach import centralize
+from gradcentral.diagnostics.preserve import preserve_state
+from gradcentral.paper.gradients import Batch, Loss, backpropagate
+from gradcentral.paper.initial_weights import (
+    SECTION_4_1,
+    centered_initialization,
+    check_copyable,
+    initial_means_near_zero,
+)
+from gradcentral.paper.measurement import Measurement, NotMeasurableError
+from gradcentral.paper.projection_properties import projection_identities
+from gradcentral.paper.theorem_4_1 import THEOREM_4_1, hyperplane, intensity_shift
+from gradcentral.paper.theorem_4_2 import THEOREM_4_2, gradient_lipschitzness, loss_lipschitzness
 
-
-class NotMeasurableError(ValueError):
-    """The network has nothing that a statement speaks of. It says nothing about other statements."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured of one statement. It holds where ``value <= bound``.
-
-    An equation is measured by how far its sides are apart, which rounding alone may explain.
-
-    Args:
-        source: where the paper (Yong et al. 2020) says it.
-        statement: in words.
-        formula: of ``value``, in the paper's symbols.
-        value: the largest number found.
-        bound: what it must not exceed.
-        allowance: how the bound is made up, rounding included.
-        where: the weight vector of the largest number, or how it was computed.
-        without: the same number after the same training without GC, where there is one.
-
-    Attributes:
-        holds: whether ``value <= bound``; False for NaN.
-
-    Examples:
-        >>> Measured("eq. 2", "Φ(g) has mean zero", "|eᵀΦ(g)| / ‖g‖", 3e-8, 4.8e-7, "4 eps(float32)").holds
-        True
-    """
-
-    source: str
-    statement: str
-    formula: str
-    value: float
-    bound: float
-    allowance: str
-    where: str = ""
-    without: float | None = None
-    holds: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "holds", self.value <= self.bound)
+__all__ = ["Measurements", "SkippedStatement", "measure_all"]
 
 
-class LeftOut(NamedTuple):
-    """A statement that was not measured.
-
-    Attributes:
-        source, statement: as those of a `Measured`.
-        reason: why not.
-    """
+class SkippedStatement(NamedTuple):
+    """A statement that was not measured, and the reason."""
 
     source: str
     statement: str
     reason: str
 
 
-class Statements(list[Measured]):
-    """The statements that were measured, and those that could not be.
+class Measurements(list[Measurement]):
+    """The statements that were measured; ``skipped`` has those that could not be."""
 
-    Args:
-        measured: the items of this list.
-        left_out: the others.
-
-    Examples:
-        >>> Statements([], [LeftOut("theorem 4.1", "outputs change by γ1ᵀw⁰", "there is no Linear")]).left_out
-        (LeftOut(source='theorem 4.1', statement='outputs change by γ1ᵀw⁰', reason='there is no Linear'),)
-    """
-
-    def __init__(self, measured: Iterable[Measured] = (), left_out: Sequence[LeftOut] = ()) -> None:
+    def __init__(self, measured: Iterable[Measurement] = (), skipped: Sequence[SkippedStatement] = ()) -> None:
         super().__init__(measured)
-        self.left_out = tuple(left_out)
+        self.skipped = tuple(skipped)
 
 
-def worst(numbers: Iterable[tuple[str, Tensor]]) -> tuple[float, str]:
-    """The largest of all numbers, and which one it is; a NaN counts as the largest.
+def measure_all(
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Batch],
+    optimizer: Callable[[list[nn.Parameter]], Optimizer],
+    *,
+    gamma: float = 1.0,
+    tolerance: float = 1e-3,
+) -> Measurements:
+    """Measure every statement of the paper on one network.
+
+    Two copies of the model are trained, one step per batch, with the same random numbers: one with GC, placement
+    ``"update"``, and one without. Statements about any weights are measured on the first copy and the first batch;
+    statements about training are measured on both copies (``Measurement.without``).
 
     Args:
-        numbers: (name, one number per output unit) of each parameter.
+        model: freshly initialized; left unchanged. The copies train in training mode; modules that are in evaluation
+            mode while the model is in training mode (frozen BatchNorm) stay in it.
+        loss: ``loss(output, target)`` -> scalar.
+        batches: pairs ``(input, target)``, or mappings, used as ``model(**batch)`` and ``loss(output, batch)``;
+            iterated over once, while the copies train.
+        optimizer: ``factory(parameters)`` -> a plain ``torch.optim.Optimizer``, without GC.
+        gamma: the constant added to the inputs of a layer for theorem 4.1.
+        tolerance: the tolerance of the Hessian's largest eigenvalue.
+
+    Returns:
+        A list of `Measurement`. Its ``skipped`` has the statements for which the network lacks a layer, such as
+        theorem 4.1 without a Linear or convolution.
 
     Raises:
-        ValueError: there is no number.
+        ValueError: there is no batch; nothing is centered; the model cannot be copied.
+        TypeError: a batch is neither a pair nor a mapping; a parameter is complex.
 
     Examples:
         >>> import torch
-        >>> worst([("a", torch.tensor([1.0, 4.0])), ("b", torch.tensor([2.0]))])
-        (4.0, 'a, unit 1')
+        >>> from functools import partial
+        >>> batches = [(torch.randn(8, 5), torch.randn(8, 2)) for _ in range(3)]
+        >>> sgd = partial(torch.optim.SGD, lr=0.1, weight_decay=0.01)
+        >>> found = measure_all(torch.nn.Linear(5, 2), torch.nn.functional.mse_loss, batches, sgd)
+        >>> len(found), all(measured.holds for measured in found), found.skipped
+        (15, True, ())
     """
-    largest, where = -math.inf, ""
-    for name, values in numbers:
-        unit = int(torch.argmax(values))  # of a NaN, if there is one
-        value = float(values[unit])
-        if math.isnan(value):
-            return value, f"{name}, unit {unit}"
-        if value > largest:
-            largest, where = value, f"{name}, unit {unit}"
-    if not where:
-        raise ValueError("there is nothing to measure")
-    return largest, where
+    check_copyable(model)
+    with_gc, without_gc = copy.deepcopy(model), copy.deepcopy(model)
+    gc_optimizer, plain_optimizer = _training(with_gc, optimizer), _training(without_gc, optimizer)
+    centralize(gc_optimizer, with_gc, "update")
+    first, steps = None, 0
+    with preserve_state():
+        for batch in batches:
+            first, steps = batch if first is None else first, steps + 1
+            with preserve_state():
+                backpropagate(with_gc, gc_optimizer, loss, batch)
+                gc_optimizer.step()
+            backpropagate(without_gc, plain_optimizer, loss, batch)
+            plain_optimizer.step()
+    if first is None:
+        raise ValueError("batches: give at least one (input, target)")
+    skipped: list[SkippedStatement] = []
+
+    def compared(measure: Callable[[nn.Module], Measurement]) -> Measurement:
+        return measure(with_gc)._replace(without=measure(without_gc).value)
+
+    def if_possible(source: str, statement: str, measure: Callable[[], list[Measurement]]) -> list[Measurement]:
+        try:
+            return measure()
+        except (NotMeasurableError, NotImplementedError) as error:
+            skipped.append(SkippedStatement(source, statement, str(error)))
+            return []
+
+    def shift() -> list[Measurement]:
+        return [compared(lambda copied: intensity_shift(copied, model, first, steps, gamma))]
+
+    def curvature() -> list[Measurement]:
+        return gradient_lipschitzness(with_gc, loss, first, tolerance=tolerance)
+
+    found = [
+        *projection_identities(with_gc, loss, first),
+        compared(lambda copied: hyperplane(copied, model, steps)),
+        *if_possible("theorem 4.1", THEOREM_4_1, shift),
+        *if_possible("section 4.1", SECTION_4_1, lambda: initial_means_near_zero(model)),
+        centered_initialization(model),
+        *loss_lipschitzness(with_gc, loss, first),
+        *if_possible("theorem 4.2", THEOREM_4_2, curvature),
+    ]
+    return Measurements(found, skipped)
+
+
+def _training(model: nn.Module, factory: Callable[[list[nn.Parameter]], Optimizer]) -> Optimizer:
+    """Make the optimizer of a model in training mode; modules frozen in a training model stay in evaluation mode."""
+    if not model.training:
+        model.train()
+    return factory([p for p in model.parameters() if p.requires_grad])

@@ -1,4 +1,4 @@
-"""Training a task while looking at every step: what the figures are made from."""
+"""Training runs of a task that the figures inspect at every step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,43 +21,31 @@ from gradcentral.experiment.determinism import derive, seed_everything
 from gradcentral.experiment.task import Task
 from gradcentral.experiment.training import fresh_model, fresh_optimizer, fresh_schedule, loader_of, orders_of, pair_of
 from gradcentral.layout import Entry, WeightLayout, weight_layout
+from gradcentral.paper.gradients import backpropagate
 
-__all__ = ["Batch", "Moment", "Study"]
-
-Batch = tuple[Any, Any]
-_T = TypeVar("_T")
+__all__ = ["Study", "TrainingStep", "gradient_of", "layer_label"]
 
 
-@dataclass(frozen=True)
-class Moment:
-    """A training step between its backward pass and the optimizer's step: ``p.grad`` is as autograd left it.
+class TrainingStep(NamedTuple):
+    """A training step between its backward pass and the optimizer's step: ``p.grad`` is the raw gradient."""
 
-    Attributes:
-        step: counted from 0.
-        model, layout: in training.
-        batch: ``(input, target)`` that the gradients are of.
-        loss: on it.
-    """
-
-    step: int
+    number: int
     model: nn.Module
     layout: WeightLayout
-    batch: Batch
+    batch: tuple[Any, Any]
     loss: float
 
 
 @dataclass(frozen=True)
 class Study:
-    """A task, and how the figures train it.
+    """A task and the settings of the runs that the figures show.
 
     Attributes:
-        task: what is trained.
-        source: where it came from, for worker processes.
-        optimizer: the name of one of its optimizers.
-        seeds: for numbers with a spread; figures of a single run take the first.
-        epochs: of each run.
-        track: shows progress: ``track(iterable, total)`` yields what the iterable does.
-        device: where, as torch names it.
+        source: the task as it was given, for worker processes.
+        optimizer: the name of one of the task's optimizers.
+        seeds: the seeds of figures with intervals; figures of a single run use the first.
+        runs: the folder for the runs of a comparison.
+        track: ``track(iterable, total)`` returns the iterable with its progress shown.
     """
 
     task: Task
@@ -65,8 +53,10 @@ class Study:
     optimizer: str
     seeds: tuple[int, ...]
     epochs: int
-    track: Callable[[Iterable[Any], int], Iterable[Any]]
     device: str = "cpu"
+    runs: Path = Path("runs")
+    progress: bool = False
+    track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda iterable, total: iterable
 
     @property
     def seed(self) -> int:
@@ -74,69 +64,65 @@ class Study:
         return self.seeds[0]
 
     @property
-    def runs(self) -> str:
-        """In words, how many seeds there are."""
+    def seed_label(self) -> str:
+        """The number of seeds in words: "1 seed", "5 seeds"."""
         return f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
 
     @property
     def steps(self) -> int:
-        """How many a run takes."""
+        """The number of steps per run."""
         train: Any = self.task.train
         return self.epochs * math.ceil(len(train) / self.task.batch_size)
 
     def fresh_model(self) -> nn.Module:
-        """The model as a run of the first seed begins with it; nobody's random numbers change."""
+        """The initial model of a run of the first seed; the global generators are left unchanged."""
         with preserve_state():
             return fresh_model(self.task, self.seed).to(self.device)
 
-    def batches(self, seed: int) -> Iterator[Batch]:
-        """All batches of a run in its order, the same as in a comparison."""
+    def batches(self, seed: int) -> Iterator[tuple[Any, Any]]:
+        """All batches of a run in order, the same as in a comparison."""
         for order in itertools.islice(orders_of(self.task, seed), self.epochs):
             for batch in loader_of(self.task, order):
                 yield to_device(pair_of(batch), self.device)
 
-    def train(self, arm: str, seed: int) -> Iterator[Moment]:
-        """Train once: yields after each backward pass, and steps when it is resumed.
+    def train(self, arm: str, seed: int, steps: int | None = None) -> Iterable[TrainingStep]:
+        """Train an arm, for all epochs or some steps: yield after each backward pass, then let the optimizer step.
 
-        Runs of one seed start from the same weights and see the same batches, as in a comparison.
-
-        Args:
-            arm: ``"none"``, ``"gradient"`` or ``"update"``.
-            seed: of weights, order and dropout.
+        Runs of one seed start from the same weights and get the same batches, as in a comparison.
         """
-        task = self.task
+        steps = self.steps if steps is None else steps
+        return self.track(itertools.islice(self._train(arm, seed), steps), steps)
+
+    def _train(self, arm: str, seed: int) -> Iterator[TrainingStep]:
         with preserve_state():
-            model = fresh_model(task, seed).to(self.device)
-            optimizer = fresh_optimizer(task, self.optimizer, model)
-            schedule = fresh_schedule(task, optimizer, self.steps)
+            model = fresh_model(self.task, seed).to(self.device)
+            optimizer = fresh_optimizer(self.task, self.optimizer, model)
+            schedule = fresh_schedule(self.task, optimizer, self.steps)
             layout = weight_layout(model) if arm == NONE else centralize(optimizer, model, arm).layout
             seed_everything(derive(seed, "training"))
-            for step, batch in enumerate(self.batches(seed)):
-                optimizer.zero_grad()
-                loss = task.loss(model(batch[0]), batch[1])
-                loss.backward()  # type: ignore[no-untyped-call]
-                yield Moment(step, model, layout, batch, float(loss.detach()))
+            for index, batch in enumerate(self.batches(seed)):
+                loss = backpropagate(model, optimizer, self.task.loss, batch)
+                yield TrainingStep(index, model, layout, batch, float(loss))
                 optimizer.step()
                 if schedule is not None:
                     schedule.step()
 
     @cached_property
-    def examples(self) -> tuple[Entry, ...]:
-        """A convolution and a linear layer to look at: the largest of each kind, or the two largest there are."""
+    def example_layers(self) -> tuple[Entry, ...]:
+        """Two layers to show: the largest convolution and the largest linear layer, or else the largest two."""
         layout = weight_layout(self.fresh_model())
         centered = [entry for entry in layout.entries if entry.vectors is not None and entry.parameter.requires_grad]
         by_size = sorted(centered, key=lambda entry: -entry.parameter.numel())
-        convolution = next((entry for entry in by_size if entry.parameter.ndim > 2), None)
-        linear = next((entry for entry in by_size if entry.parameter.ndim == 2), None)
-        chosen = [entry for entry in (convolution, linear) if entry is not None]
-        return tuple(chosen + [entry for entry in by_size if entry not in chosen])[: max(len(chosen), 2)]
+        convolutions = [entry for entry in by_size if entry.parameter.ndim > 2]
+        matrices = [entry for entry in by_size if entry.parameter.ndim == 2]
+        return tuple(dict.fromkeys([*convolutions[:1], *matrices[:1], *by_size]))[:2]
 
 
-def kind_of(entry: Entry) -> str:
-    """What a person calls such a layer."""
-    return "convolution" if entry.parameter.ndim > 2 else "linear"
+def layer_label(entry: Entry) -> str:
+    """The kind and name of a layer, such as "convolution 4.weight"."""
+    return f"{'convolution' if entry.parameter.ndim > 2 else 'linear'} {entry.name}"
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """A parameter's gradient, dense; zero where the loss did not reach it."""
+    """A parameter's gradient, dense; zero where the loss does not depend on it."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().to_dense()

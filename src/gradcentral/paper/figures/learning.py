@@ -1,8 +1,7 @@
-"""Training loss and test metric, with intervals over the seeds."""
+"""Training loss and test metric by epoch, with intervals over the seeds."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from gradcentral.experiment.comparison import Comparison
@@ -12,13 +11,13 @@ from gradcentral.paper.figure import Figure
 from gradcentral.paper.study import Study
 from gradcentral.plotting import Theme, new_figure, style
 
-__all__ = ["learning"]
+__all__ = ["learning_figure"]
 
 
-def learning(study: Study, runs: Path, *, progress: bool) -> Figure:
-    """Figure 6 of the paper: a comparison of all arms, which shows its own progress.
+def learning_figure(study: Study) -> Figure:
+    """Learning curves of all arms, as Figures 5 to 7 of the paper show for its data sets.
 
-    Finished runs are kept in the folder ``runs``.
+    The runs are those of a comparison, which shows its own progress and keeps finished runs in ``study.runs``.
     """
     comparison = compare(
         study.source,
@@ -26,12 +25,12 @@ def learning(study: Study, runs: Path, *, progress: bool) -> Figure:
         epochs=study.epochs,
         optimizers=[study.optimizer],
         device=study.device,
-        out=runs,
-        progress=progress,
+        out=study.runs,
+        progress=study.progress,
     )
     numbers = ("train_loss", "test_loss", "test_metric", "share", "gradient_norm", "centered_norm", "drift")
     return Figure(
-        f"{study.task.name}, {study.optimizer}: learning, mean and 95% interval of {study.runs}",
+        f"{study.task.name}, {study.optimizer}: learning curves, mean and 95% interval of {study.seed_label}",
         lambda theme: _draw(comparison, study.optimizer, theme),
         ("arm", "seed", "epoch", *numbers),
         [

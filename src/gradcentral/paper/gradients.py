@@ -1,0 +1,57 @@
+"""The gradients of a model's centered parameters, and the backward pass of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradcentral.diagnostics.batches import loss_of
+from gradcentral.diagnostics.preserve import preserve_state
+from gradcentral.layout import WeightLayout, weight_layout
+from gradcentral.weight_vectors import WeightVectors
+
+__all__ = ["Batch", "Loss", "ParameterGradient", "backpropagate", "centered_layout", "gradients_of"]
+
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+"""``loss(output, target)`` -> scalar tensor."""
+Batch: TypeAlias = "tuple[Any, Any] | Mapping[str, Any]"
+"""``(input, target)``, or a mapping, used as ``model(**batch)`` and ``loss(output, batch)``."""
+
+
+class ParameterGradient(NamedTuple):
+    """The gradient of one centered parameter."""
+
+    name: str
+    weight: Tensor
+    gradient: Tensor
+    vectors: WeightVectors
+
+
+def gradients_of(model: nn.Module, loss: Loss, batch: Batch, layout: WeightLayout) -> list[ParameterGradient]:
+    """The gradient of each centered parameter that trains; the model is left unchanged."""
+    trained = [w for w in layout if w.requires_grad]
+    if not trained:
+        raise ValueError("layout: none of the parameters that it centers requires a gradient")
+    with preserve_state(model), torch.enable_grad():
+        gradients = torch.autograd.grad(loss_of(model, loss, batch), trained, materialize_grads=True)
+    return [ParameterGradient(layout.names[w], w, g, layout[w]) for w, g in zip(trained, gradients, strict=True)]
+
+
+def centered_layout(model: nn.Module, layout: WeightLayout | None) -> WeightLayout:
+    """The layout, by default ``weight_layout(model)``, which must center something."""
+    layout = weight_layout(model) if layout is None else layout
+    if not layout:
+        raise ValueError(f"nothing is centered: {layout.summary()}")
+    return layout
+
+
+def backpropagate(model: nn.Module, optimizer: Optimizer, loss: Loss, batch: Batch) -> Tensor:
+    """Compute the gradients of one training step, and return the loss."""
+    optimizer.zero_grad()
+    value = loss_of(model, loss, batch)
+    torch.autograd.backward(value)
+    return value.detach()

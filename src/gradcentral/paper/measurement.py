@@ -1,0 +1,82 @@
+"""The number measured for a statement of the paper, and the bound that it must not exceed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["CENTERING", "Measurement", "NotMeasurableError", "coarsest_eps", "largest", "measure_equation"]
+
+CENTERING = 4
+"""Rounding of Φ, in eps of ‖g‖: a mean, accurate to a few bits more than eps, and one rounding of the difference."""
+
+
+class NotMeasurableError(ValueError):
+    """The network has none of the layers that a statement is about; other statements can still be measured."""
+
+
+class Measurement(NamedTuple):
+    """The number measured for one statement of the paper.
+
+    An equation is measured by the difference between its sides, which must not exceed what rounding explains.
+
+    Attributes:
+        source: the equation, theorem or section of Yong et al. 2020.
+        statement: the statement in words.
+        formula: the formula of ``value``, in the paper's symbols.
+        value: the largest number found.
+        bound: the largest number for which the statement holds.
+        allowance: how the bound is computed, rounding included.
+        where: the weight vector of the largest number, or how the number was computed.
+        without: the same number after the same training without GC, if the statement is about training.
+    """
+
+    source: str
+    statement: str
+    formula: str
+    value: float
+    bound: float
+    allowance: str
+    where: str = ""
+    without: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether ``value <= bound``; False for NaN."""
+        return self.value <= self.bound
+
+
+def largest(values: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest of all numbers, one per output unit, and the name of its unit; NaN counts as the largest.
+
+    Examples:
+        >>> largest({"a": torch.tensor([1.0, 4.0]), "b": torch.tensor([2.0])})
+        (4.0, 'a, unit 1')
+    """
+    found = {}
+    for name, numbers in values.items():
+        unit = int(numbers.argmax())  # the position of a NaN, if there is one
+        found[f"{name}, unit {unit}"] = float(numbers[unit])
+    if not found:
+        raise ValueError("there is nothing to measure")
+    where = max(found, key=lambda unit: (math.isnan(found[unit]), found[unit]))
+    return found[where], where
+
+
+def coarsest_eps(parameters: Iterable[Tensor]) -> tuple[float, str]:
+    """The largest eps among the dtypes of the parameters, and the name of that dtype."""
+    dtype = max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.finfo(dtype).eps, str(dtype).removeprefix("torch.")
+
+
+def measure_equation(
+    source: str, statement: str, formula: str, values: Mapping[str, Tensor], factor: int, parameters: Iterable[Tensor]
+) -> Measurement:
+    """The largest deviation from an equation that holds up to rounding: ``factor`` times the eps of the parameters."""
+    value, where = largest(values)
+    eps, dtype = coarsest_eps(parameters)
+    return Measurement(source, statement, formula, value, factor * eps, f"{factor} eps({dtype})", where)
