@@ -1,4 +1,4 @@
-"""Gradient Centralization for PyTorch: one line on any optimizer, right for every layer, honest about its effect.
+"""Gradient Centralization for PyTorch: one line on any optimizer, with the right axes for every layer.
 
     handle = gradcentral.centralize(optimizer, model)
 
@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gradcentral.attach import Handle, attached, centralize, centralize_gradients
+from gradcentral.initialization import center_weights_
 from gradcentral.layout import Entry, LeaveAlone, WeightLayout, register_layout, weight_layout
 from gradcentral.optim import SGD, Adam, AdamW
 from gradcentral.projection import center, projection_matrix, share
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from gradcentral.diagnostics.monitor import Monitor
     from gradcentral.diagnostics.probing import probe
     from gradcentral.experiment import compare
-    from gradcentral.initialization import center_weights_
 
 __all__ = [
     "SGD",
@@ -47,11 +47,9 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-
-# What is seldom wanted, or needs an extra, is imported when it is asked for.
+# Imported at first use: these need an extra, or take a while to import.
 _LATER = {
     "Monitor": "gradcentral.diagnostics.monitor",
-    "center_weights_": "gradcentral.initialization",
     "compare": "gradcentral.experiment",
     "probe": "gradcentral.diagnostics.probing",
 }

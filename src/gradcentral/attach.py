@@ -18,7 +18,7 @@ from gradcentral.kernels import Centering, Means
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.projection import Pair, center
-from gradcentral.targets import Targets, check_placement, refuse_sparse, shards_in_layout
+from gradcentral.targets import Targets, check_placement, layout_to_use, refuse_sparse, shards_in_layout
 
 __all__ = [
     "Handle",
@@ -269,27 +269,6 @@ def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], An
 def replace_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[[], Any]) -> HookedCall:
     """Return what a step pre-hook must return so that ``step`` receives this closure instead of its own."""
     return (args[0], closure, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
-
-
-def layout_to_use(model: nn.Module | None, layout: WeightLayout | None) -> WeightLayout:
-    """Return the layout of a call that takes a model or a layout.
-
-    Raises:
-        TypeError: ``layout`` is not a `WeightLayout`.
-        ValueError: neither or both are given.
-    """
-    if layout is not None and not isinstance(layout, WeightLayout):
-        raise TypeError(f"layout must be a WeightLayout (weight_layout(model)), not {type(layout).__name__}")
-    if model is not None and layout is not None:
-        raise ValueError("pass model or layout, not both: layout=weight_layout(model, ...) sets options of the layout")
-    if layout is not None:
-        return layout
-    if model is None:
-        raise ValueError(
-            "pass model=, whose layers determine the weight vectors; without a model, "
-            "layout=gradcentral.WeightLayout.from_shapes(params) applies the shape rule"
-        )
-    return weight_layout(model)
 
 
 def _eager_or_traced(centering: Centering) -> Centering | TracedCentering:

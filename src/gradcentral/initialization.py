@@ -12,20 +12,20 @@ __all__ = ["center_weights_"]
 
 
 def center_weights_(model: nn.Module, layout: WeightLayout | None = None) -> WeightLayout:
-    """Make the mean of every weight vector zero, to rounding: w ← Φ(w), in place. For a model not trained yet.
+    """Make the mean of every weight vector zero, up to rounding: w ← Φ(w), in place.
 
-    Trained with placement ``"update"`` the means then stay there, and no unit's output changes when a constant is added
-    to all of its inputs (theorem 4.1 with 1ᵀw⁰ = 0). A trained model computes something else afterwards.
+    Under placement ``"update"`` the means then stay zero, and no unit's output changes when a constant is added to all
+    of its inputs (theorem 4.1 with 1ᵀw⁰ = 0). Apply it before training: a trained model would compute something else.
 
     Args:
         model: freshly initialized.
-        layout: which weight vectors; None: ``weight_layout(model)``.
+        layout: use this layout instead of ``weight_layout(model)``.
 
     Returns:
         The layout used.
 
     Raises:
-        ValueError: nothing to center; a lazy parameter has no values yet; the layout is another model's.
+        ValueError: nothing to center; a lazy parameter has no values yet; the layout belongs to another model.
 
     Source: Yong et al. 2020, section 4.1: the smaller |mean(w⁰)|, the less sensitive the output.
 

@@ -9,16 +9,16 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradcentral.distributed import Shards, shards_of
 from gradcentral.dtensor import any_sharded
 from gradcentral.kernels.forms import same_objects
-from gradcentral.layout import WeightLayout
+from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.projection import Pair
 
-__all__ = ["PLACEMENTS", "Targets", "check_placement", "refuse_sparse", "shards_in_layout"]
+__all__ = ["PLACEMENTS", "Targets", "check_placement", "layout_to_use", "refuse_sparse", "shards_in_layout"]
 
 PLACEMENTS = ("gradient", "update")
 
@@ -176,6 +176,27 @@ class Targets:
 _KEEPS_SHAPES = (
     "use torch.distributed.fsdp.fully_shard (FSDP2) or ZeroRedundancyOptimizer, which keep the shapes of parameters"
 )
+
+
+def layout_to_use(model: nn.Module | None, layout: WeightLayout | None) -> WeightLayout:
+    """Return the layout of a call that takes a model or a layout.
+
+    Raises:
+        TypeError: ``layout`` is not a `WeightLayout`.
+        ValueError: neither or both are given.
+    """
+    if layout is not None and not isinstance(layout, WeightLayout):
+        raise TypeError(f"layout must be a WeightLayout (weight_layout(model)), not {type(layout).__name__}")
+    if model is not None and layout is not None:
+        raise ValueError("pass model or layout, not both: layout=weight_layout(model, ...) sets options of the layout")
+    if layout is not None:
+        return layout
+    if model is None:
+        raise ValueError(
+            "pass model=, whose layers determine the weight vectors; without a model, "
+            "layout=gradcentral.WeightLayout.from_shapes(params) applies the shape rule"
+        )
+    return weight_layout(model)
 
 
 def shards_in_layout(layout: WeightLayout, pairs: list[Pair]) -> Shards:

@@ -15,10 +15,10 @@ from gradcentral.dtensor import any_sharded, local, with_local
 from gradcentral.kernels import native
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.kernels.forms import same_objects
-from gradcentral.layout import WeightLayout, weight_layout
+from gradcentral.layout import WeightLayout
 from gradcentral.optim.fused import FusedOptimizer, GroupPlan, KernelCall, LocalTensors
 from gradcentral.projection import center, restore_means_, unit_means
-from gradcentral.targets import Targets, check_placement, refuse_sparse
+from gradcentral.targets import Targets, check_placement, layout_to_use, refuse_sparse
 
 __all__ = ["CentralizedOptimizer"]
 
@@ -67,17 +67,13 @@ class CentralizedOptimizer(FusedOptimizer):
                 raise ValueError("pass the model once: as the first argument or as model=")
             model = params
             params = model.parameters()
-        if model is not None and layout is not None:
-            raise ValueError(
-                "pass model or layout, not both: layout=weight_layout(model, ...) sets options of the layout"
-            )
+        by_shape = model is None and layout is None
+        chosen = None if by_shape else layout_to_use(model, layout)
         self._plans: dict[int, GroupPlan] = {}
         self._fresh: set[Tensor] = set()
         super().__init__(params, *args, **kwargs)
-        self._by_shape = model is None and layout is None
-        if layout is None:
-            layout = self._shape_layout() if model is None else weight_layout(model)
-        self.targets = Targets(layout, placement)
+        self._by_shape = by_shape
+        self.targets = Targets(self._shape_layout() if chosen is None else chosen, placement)
         self.targets.attach(self)
 
     @property
@@ -175,7 +171,7 @@ class CentralizedOptimizer(FusedOptimizer):
         return found_inf is not None and found_inf.is_cpu and bool(found_inf.item())
 
     def _skips_first_step(self, calls: list[KernelCall]) -> bool:
-        # A first step that the device skips would still count as the first, so wait for found_inf this once.
+        # A skipped first step would still count as the first, so synchronize once to find out.
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
             return False
