@@ -82,9 +82,7 @@ def centralize(
     """
     optimizer = hooked_optimizer(optimizer)
     if isinstance(getattr(optimizer, "targets", None), Targets):
-        raise ValueError(
-            f"gradcentral.{type(optimizer).__name__} already centers: choose with its placement= when you create it"
-        )
+        raise ValueError(f"gradcentral.{type(optimizer).__name__} already centers: pass placement= when you create it")
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise ValueError(
             "this ZeroRedundancyOptimizer steps inside DDP's communication, where no hook fires: create it with "
@@ -131,7 +129,7 @@ class _BeforeStep(NamedTuple):
 
 
 class Handle:
-    """What `centralize` returns: the layout in use, and the means to pause or end centering.
+    """What `centralize` returns: the layout in use, and methods to pause and end centering.
 
     To change the settings, remove it and attach again.
 

@@ -103,6 +103,8 @@ class Shards(NamedTuple):
 
     def local_pairs(self) -> list[Pair]:
         """Return the local shards of the whole parameters with their weight vectors."""
+        if not self.names:
+            return self.whole
         return [(local(parameter), vectors) for parameter, vectors in self.whole]
 
     def place_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -139,6 +141,8 @@ class Shards(NamedTuple):
 
         Means are linear, so the mean of the change follows from the change of the sums: one all-reduce, not two.
         """
+        if not self.split:
+            return
         changes = [new - old for new, old in zip(self.split_sums(), old_sums, strict=True)]
         for split, means in zip(self.split, self._means(changes), strict=True):
             local(split.parameter).sub_(means)
@@ -175,7 +179,7 @@ def _add_over_ranks(sums: list[Tensor], groups: list[tuple[dist.ProcessGroup, ..
 
 
 def shards_of(targets: list[Pair], names: Mapping[Tensor, str]) -> Shards:
-    """Find out which weight vectors this rank holds whole and which are split between ranks.
+    """Separate the weight vectors that this rank holds whole from those that are split between ranks.
 
     The answer depends on shapes and placements alone, so all ranks agree on which parameters are split. Frozen
     parameters are left out, and so are empty shards that take part in no collective.

@@ -1,6 +1,6 @@
 """What an optimizer's step centers: layout, placement, sharding and the optimizer's own parameters, in one object.
 
-Hooks, gradcentral's optimizers, Monitor and the arms of a comparison all ask the same `Targets`.
+Hooks, gradcentral's optimizers, Monitor and the arms of a comparison all use `Targets`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Targets:
     Attributes:
         layout: the weight vectors of the model's parameters.
         placement: one of `PLACEMENTS`.
-        paused: whether steps are plain for now.
+        paused: whether steps currently do not center.
     """
 
     def __init__(self, layout: WeightLayout, placement: str) -> None:
@@ -164,7 +164,7 @@ class Targets:
             # Registered under another name it still trains; so does its replacement if the optimizer has received it.
             if p not in present and _is_replaced(p, in_model.get(name)) and in_model.get(name) not in held
         ]
-        # A layer that was removed from the model and not replaced is no reason to stop.
+        # A layer that was removed from the model without a replacement may stay in the optimizer.
         if replaced and (len(replaced) == len(self._at_attach) or any(name in in_model for name in replaced)):
             raise RuntimeError(
                 "the optimizer holds parameters that the model no longer uses, so this step would train nothing "

@@ -28,8 +28,8 @@ class CentralizedOptimizer(FusedOptimizer):
 
     Args:
         params: a ``torch.nn.Module`` (all its parameters), or what torch takes: parameters, named parameters, groups.
-        *args, **kwargs: torch's own arguments. ``foreach=``, ``fused=False`` and ``differentiable=True`` ask for an
-            implementation of torch's own and get it, with centered gradients.
+        *args, **kwargs: torch's own arguments. ``foreach=``, ``fused=False`` and ``differentiable=True`` select
+            torch's own implementation, which receives centered gradients.
         model: determines the layout if ``params`` is not the model itself.
         layout: use this layout instead (see `gradcentral.weight_layout`).
         placement: ``"gradient"`` or ``"update"`` (see `gradcentral.centralize`).
@@ -290,7 +290,7 @@ class CentralizedOptimizer(FusedOptimizer):
 
 
 def _may_fuse(group: dict[str, Any]) -> bool:
-    """Whether no option of the group asks for an implementation of torch's own."""
+    """Whether no option of the group selects torch's own implementation."""
     return (
         group["foreach"] is None
         and group["fused"] is not False

@@ -1,8 +1,8 @@
-"""Algorithms 1 and 2 of the paper in plain torch, for readers and for tests: one parameter, no state hidden anywhere.
+"""Algorithms 1 and 2 of the paper in plain torch, one parameter at a time, for readers and for tests.
 
 `SGD`, `Adam` and `AdamW` compute the same in one fused pass, and are tested equal to these functions over 100 steps.
-Differences from the paper, all as in torch.optim: SGD's momentum has ``dampening`` in place of the paper's factor
-1 − β and starts with the first gradient, undamped; Adam's ε is added to √v̂; weight decay exists.
+Differences from the paper, all as in torch.optim: SGD has ``dampening`` in place of the paper's factor 1 − β, and its
+momentum starts with the first gradient, undamped; weight decay and AMSGrad are supported.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ def adam_step(
 
 
 def _gradient(g: Tensor, vectors: WeightVectors | None, placement: str) -> Tensor:
-    """What the optimizer receives: Φ(g) under placement "gradient"."""
+    """Return Φ(g) under placement "gradient", else g."""
     return center(g, vectors) if vectors is not None and placement == "gradient" else g
 
 
 def _update(change: Tensor, vectors: WeightVectors | None, placement: str) -> Tensor:
-    """What is added to the weights: Φ(Δw) under placement "update"."""
+    """Return Φ(Δw) under placement "update", else Δw."""
     return center(change, vectors) if vectors is not None and placement == "update" else change
