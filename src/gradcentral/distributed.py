@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradcentral.dtensor import (
-    Run,
+    AxisRun,
     cuts_of,
     indices_of_shards,
     is_aligned,
@@ -222,7 +222,7 @@ def _shard(parameter: DTensor, vectors: WeightVectors, name: str) -> WeightVecto
         kinds = {run.spanned for run in runs}
         cutting = [dim for dim, _ in cuts[axis]]
         if len(kinds) < 2:
-            runs = [Run(held.shape[axis], True in kinds)]
+            runs = [AxisRun(held.shape[axis], True in kinds)]
             split_by.update(cutting if True in kinds else ())
         else:
             here, shards = indices_of_shards(parameter, axis, cuts[axis])
@@ -235,7 +235,7 @@ def _shard(parameter: DTensor, vectors: WeightVectors, name: str) -> WeightVecto
             if runs[0].spanned or not all(is_aligned(indices, inner) for indices in shards):
                 split_by.update(cutting)
             labels.append(_unit_labels(axis, runs, here.to(held.device)))
-            runs = [Run(len(here) // inner, runs[0].spanned), *runs[1:]]
+            runs = [AxisRun(len(here) // inner, runs[0].spanned), *runs[1:]]
         span += [len(dims) + position for position, run in enumerate(runs) if run.spanned]
         dims += [run.size for run in runs]
     if not split_by:
@@ -245,7 +245,7 @@ def _shard(parameter: DTensor, vectors: WeightVectors, name: str) -> WeightVecto
     return SplitParameter(parameter, vectors.fan_in, spanned_axes, tuple(labels), groups)
 
 
-def _unit_labels(axis: int, runs: list[Run], indices: Tensor) -> _UnitLabels:
+def _unit_labels(axis: int, runs: list[AxisRun], indices: Tensor) -> _UnitLabels:
     """Number the output units that the indices of an axis belong to, by the runs that a weight vector does not span."""
     units = torch.zeros_like(indices)
     step = math.prod(size for size, _ in runs)

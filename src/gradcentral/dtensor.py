@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 __all__ = [
-    "Run",
+    "AxisRun",
     "any_sharded",
     "cuts_of",
     "indices_of_shards",
@@ -92,7 +92,7 @@ def placed_like(gradient: Tensor, parameter: DTensor, name: str) -> DTensor:
 # output units does not.
 
 
-class Run(NamedTuple):
+class AxisRun(NamedTuple):
     """A factor of an axis."""
 
     size: int
@@ -100,7 +100,7 @@ class Run(NamedTuple):
     """Whether it lies inside a weight vector."""
 
 
-def runs_of_axes(vectors: WeightVectors) -> list[list[Run]] | None:
+def runs_of_axes(vectors: WeightVectors) -> list[list[AxisRun]] | None:
     """Return each axis of the parameter as runs, slowest first; axes of size 1 have none.
 
     None where the view cuts across axes, so that an index of the view depends on several axes of the parameter.
@@ -115,9 +115,9 @@ def runs_of_axes(vectors: WeightVectors) -> list[list[Run]] | None:
     assert vectors.shape is not None, "call for_shape(tensor.shape) first"
     dims = iter(enumerate(vectors.dims))
     axis, left = -1, 1
-    found: list[list[Run]] = []
+    found: list[list[AxisRun]] = []
     for rest in vectors.shape:
-        runs: list[Run] = []
+        runs: list[AxisRun] = []
         while rest > 1:
             while left == 1:
                 axis, left = next(dims)
@@ -128,7 +128,7 @@ def runs_of_axes(vectors: WeightVectors) -> list[list[Run]] | None:
             spanned = axis in vectors.span
             if runs and runs[-1].spanned == spanned:
                 size *= runs.pop().size
-            runs.append(Run(size, spanned))
+            runs.append(AxisRun(size, spanned))
         found.append(runs)
     return found
 

@@ -157,7 +157,7 @@ class GroupPlan(NamedTuple):
                 return None
             if not plan.fits(grads, states if held is None else states.map(local)):
                 return None
-            calls.append(KernelCall(plan, owners, grads, _coefficients(optimizer, group, plan)))
+            calls.append(KernelCall(plan, owners, grads, _coefficients_for(optimizer, group, plan)))
         return calls
 
 
@@ -169,7 +169,7 @@ def _states_of(rule: UpdateRule, states: Sequence[dict[str, Any]]) -> States:
     return States(*[None if key is None else [state[key] for state in states] for key in _STATE_KEYS[rule]])
 
 
-def _coefficients(
+def _coefficients_for(
     optimizer: FusedOptimizer, group: dict[str, Any], plan: Any
 ) -> Coefficients | triton.DeviceCoefficients:
     """Return the coefficients as the plan's kernel takes them."""
