@@ -105,8 +105,8 @@ def tests(run: Run) -> Any:
 def steps(run: Run) -> Any:
     """Measure the optimizer steps of every model, type and optimizer; print each row once it is measured."""
     from gradcentral.bench.benchmark import Benchmark, bench, describe_machine
+    from gradcentral.bench.report import conclusion
     from gradcentral.bench.steps import ATTACHED, BASELINE, LOOP, OURS, OURS_UPDATE, TORCH_DEFAULT
-    from gradcentral.bench.table import conclusion
 
     benchmark = Benchmark(machine=describe_machine(run.device))
     models, dtypes = (["tiny CNN"], ["f32"]) if run.dry else (MODELS, ["f32", "bf16"])
@@ -172,10 +172,9 @@ def settings(run: Run) -> Any:
     """Measure the fused GC step over torch's fused step for several settings of the kernel."""
     import torch
 
-    from gradcentral.bench.cuda import clock_for
     from gradcentral.bench.shapes import MODELS as SHAPES
     from gradcentral.bench.steps import BASELINE, OURS, optimizer_steps
-    from gradcentral.bench.timing import interleave, ratio
+    from gradcentral.bench.timing import clock_for, interleave, ratio
     from gradcentral.kernels.triton import division, plans
 
     found: dict[str, Any] = {}

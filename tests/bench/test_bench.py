@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from gradcentral.bench import Benchmark, Case, bench
 from gradcentral.bench.benchmark import BENCH_DTYPES
-from gradcentral.bench.benchmark_plot import plot_benchmark
 from gradcentral.bench.cuda import copy_bytes
+from gradcentral.bench.report import NOISY, conclusion, markdown_table, plot_benchmark, terminal_table
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import (
     ATTACHED,
@@ -28,7 +28,6 @@ from gradcentral.bench.steps import (
     TORCH_DEFAULT,
     optimizer_steps,
 )
-from gradcentral.bench.table import NOISY, conclusion, markdown_table, terminal_table
 from gradcentral.bench.timing import Ratio, interleave, ratio
 from gradcentral.bench.training_iteration import resnet18
 from gradcentral.cli.main import app

@@ -9,8 +9,8 @@ import pytest
 from torch import nn
 
 from gradcentral.bench import Benchmark, Case, training_iteration
+from gradcentral.bench.report import conclusion
 from gradcentral.bench.steps import OURS
-from gradcentral.bench.table import conclusion
 from gradcentral.bench.timing import Ratio
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -18,7 +19,7 @@ import torch
 
 from gradcentral.bench import cuda, steps
 from gradcentral.bench.shapes import MODELS
-from gradcentral.bench.timing import Ratio, interleave, ratio
+from gradcentral.bench.timing import Ratio, clock_for, interleave, ratio
 from gradcentral.kernels import native, unavailable_reasons
 
 __all__ = ["BENCH_DTYPES", "Benchmark", "Case", "bench", "describe_machine", "to_case"]
@@ -34,20 +35,14 @@ class Case:
     model: str
     dtype: str
     algorithm: str
-    milliseconds: float
-    """Median time of the baseline."""
+    milliseconds: float  # median time of the baseline
     ratios: dict[str, Ratio]
-    noise: float
-    """Difference between two timings of the baseline: the larger of |log median| and half the interquartile range."""
-    over_streaming: Ratio | None = None
-    """The fused GC step over reading and writing the same bytes."""
-    attaching: Ratio | None = None
-    """The time that `centralize` adds, over reading and writing the gradients once."""
-    attaching_us: float | None = None
-    """The time that `centralize` adds per centered parameter, in microseconds."""
+    noise: float  # between two timings of the baseline: the larger of |log median| and half the interquartile range
+    over_streaming: Ratio | None = None  # the fused GC step over reading and writing the same bytes
+    attaching: Ratio | None = None  # the time that `centralize` adds, over reading and writing the gradients once
+    attaching_us: float | None = None  # the time that `centralize` adds per centered parameter, in microseconds
     on_device: cuda.CudaMeasurements | None = None
-    monitoring: dict[str, float] = field(default_factory=dict)
-    """Per network, the fraction that `Monitor` adds to an iteration at its default interval."""
+    monitoring: dict[str, float] = field(default_factory=dict)  # fraction that `Monitor` adds, by network
 
 
 @dataclass
@@ -56,11 +51,6 @@ class Benchmark:
 
     cases: list[Case] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def noise(self) -> float:
-        """Median noise of the cases."""
-        return statistics.median(case.noise for case in self.cases) if self.cases else 0.0
 
     def write(self, path: Path) -> None:
         """Write the benchmark as JSON."""
@@ -92,15 +82,21 @@ def bench(
     Raises:
         ValueError: a name is unknown, or another library is not installed.
     """
-    _check("models", models, MODELS)
-    _check("optimizers", optimizers, steps.OPTIMIZERS)
-    _check("dtypes", dtypes, BENCH_DTYPES)
-    _check("device", [device.partition(":")[0]], ("cpu", "cuda"))
+    choices: dict[str, tuple[Sequence[str], Collection[str]]] = {
+        "models": (models, MODELS),
+        "optimizers": (optimizers, steps.OPTIMIZERS),
+        "dtypes": (dtypes, BENCH_DTYPES),
+        "device": ([device.partition(":")[0]], ("cpu", "cuda")),
+    }
+    for parameter, (names, known) in choices.items():
+        if unknown := [name for name in names if name not in known]:
+            kind = parameter.removesuffix("s")
+            raise ValueError(f"{parameter}: unknown {kind} {unknown[0]!r}; choose from {', '.join(known)}")
 
     def measure_case(model: str, dtype: str, optimizer: str) -> Case:
         shapes = list(MODELS[model]())
         runs = steps.optimizer_steps(shapes, optimizer, BENCH_DTYPES[dtype], device, peers)
-        times = interleave(runs, rounds, seconds, clock=cuda.clock_for(device))
+        times = interleave(runs, rounds, seconds, clock=clock_for(device))
         case = to_case(model, dtype, optimizer, times, sum(vectors is not None for _, vectors in shapes))
         if device == "cpu":
             return case
@@ -108,14 +104,6 @@ def bench(
         return replace(case, on_device=cuda.measure(runs, steps.OURS, steps.BASELINE, rounds, seconds / 4))
 
     return itertools.starmap(measure_case, itertools.product(models, dtypes, optimizers))
-
-
-def _check(parameter: str, names: Sequence[str], known: Collection[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"{parameter}: unknown {parameter.removesuffix('s')} {name!r}; choose from {', '.join(known)}"
-            )
 
 
 def to_case(model: str, dtype: str, optimizer: str, times: dict[str, list[float]], centered: int = 0) -> Case:
@@ -156,10 +144,9 @@ def describe_machine(device: str = "cpu") -> dict[str, str]:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # on Linux only
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux only, where `platform` has only the architecture
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    fields = dict(re.findall(r"(model name|cpu family|model)\s*: (.+)", text))
     name = fields.get("model name") or platform.processor() or platform.machine()
-    if "cpu family" in fields:
-        name += f" family {fields['cpu family']} model {fields['model']}"
-    return f"{name}, {os.cpu_count()} cores"
+    family = f" family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
+    return f"{name}{family}, {os.cpu_count()} cores"

@@ -1,47 +1,28 @@
-"""CUDA-only measurements: time by events, kernel launches, peak memory and steps replayed from CUDA graphs."""
+"""CUDA-only measurements: kernel launches, peak memory and steps replayed from CUDA graphs."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 import torch
 
-from gradcentral.bench.timing import Clock, Ratio, host_seconds, interleave, ratio
+from gradcentral.bench.timing import Ratio, clock_for, interleave, ratio
 
-__all__ = ["CudaMeasurements", "clock_for", "copy_bytes", "count_launches", "describe_gpu", "measure", "peak_memory"]
+__all__ = ["CudaMeasurements", "copy_bytes", "describe_gpu", "measure"]
 
 
 @dataclass(frozen=True)
 class CudaMeasurements:
     """What is measured only on a CUDA device, per alternative."""
 
-    launches: dict[str, int]
-    """Kernels launched per step, counted by the profiler without copies and fills."""
-    peak_bytes: dict[str, int]
-    """Peak memory of a step beyond what was allocated before it."""
-    captured: Ratio | None = None
-    """The fused GC step over torch's fused step without GC, both replayed from CUDA graphs."""
-    captured_milliseconds: dict[str, float] = field(default_factory=dict)
-
-
-def clock_for(device: str) -> Clock:
-    """Return the clock that times calls on a device: its stream's events on CUDA, else the host's clock."""
-    return _event_seconds if device.startswith("cuda") else host_seconds
-
-
-def _event_seconds(run: Callable[[], object], count: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(count):
-        run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) * 1e-3
+    launches: dict[str, int]  # kernels launched per step, without copies and fills of memory
+    peak_bytes: dict[str, int]  # of a step, beyond what was allocated before it
+    captured: Ratio  # the fused GC step over torch's fused step without GC, both replayed from CUDA graphs
+    captured_milliseconds: dict[str, float]
 
 
 def copy_bytes(touched: int, device: str | torch.device) -> Callable[[], object]:
@@ -74,15 +55,14 @@ def measure(
     replays = {name: _capture(runs[name]) for name in (baseline, ours)}
     times = interleave(replays, rounds, seconds, clock=clock_for("cuda"))
     return CudaMeasurements(
-        {name: count_launches(run) for name, run in runs.items()},
-        {name: peak_memory(run) for name, run in runs.items()},
+        {name: _count_launches(run) for name, run in runs.items()},
+        {name: _peak_memory(run) for name, run in runs.items()},
         ratio(times[ours], times[baseline]),
         {name: statistics.median(found) * 1e3 for name, found in times.items()},
     )
 
 
-def count_launches(run: Callable[[], object]) -> int:
-    """Count the kernels that one call launches, without copies and fills of memory."""
+def _count_launches(run: Callable[[], object]) -> int:
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
     run()
@@ -93,8 +73,7 @@ def count_launches(run: Callable[[], object]) -> int:
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
 
 
-def peak_memory(run: Callable[[], object]) -> int:
-    """Return the peak memory in bytes that one call allocates beyond what was allocated before it."""
+def _peak_memory(run: Callable[[], object]) -> int:
     run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -14,23 +14,11 @@ from gradcentral.attach import centralize
 from gradcentral.bench.cuda import copy_bytes
 from gradcentral.bench.shapes import ParameterShape
 from gradcentral.kernels import native
-from gradcentral.layout import WeightLayout, weight_layout
-from gradcentral.weight_vectors import WeightVectors
+from gradcentral.layout import Entry, WeightLayout
 
-__all__ = [
-    "ATTACHED",
-    "ATTACHED_UPDATE",
-    "BASELINE",
-    "BASELINE_AGAIN",
-    "LOOP",
-    "OPTIMIZERS",
-    "OURS",
-    "OURS_UPDATE",
-    "STREAM",
-    "STREAM_GRADIENTS",
-    "TORCH_DEFAULT",
-    "optimizer_steps",
-]
+__all__ = ["OPTIMIZERS", "optimizer_steps"]
+__all__ += ["ATTACHED", "ATTACHED_UPDATE", "BASELINE", "BASELINE_AGAIN", "LOOP", "OURS", "OURS_UPDATE", "TORCH_DEFAULT"]
+__all__ += ["STREAM", "STREAM_GRADIENTS"]
 
 # With so small a learning rate, thousands of steps along one gradient leave the weights as they are.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -44,6 +32,7 @@ TORCH_DEFAULT = "torch default, no GC"
 LOOP = "loop + torch fused"
 ATTACHED = "centralize + torch fused"
 ATTACHED_UPDATE = "centralize update + torch fused"
+PEER = "pytorch_optimizer + torch fused"
 OURS = "gradcentral gradient"
 OURS_UPDATE = "gradcentral update"
 STREAM = "streaming the same bytes"
@@ -57,13 +46,16 @@ def optimizer_steps(
 
     The baseline is included twice: the ratio of the two shows the noise of the machine. ``peers`` adds other libraries.
     """
-    params, layout = _parameters(shapes, dtype, device)
+    layout = _layout(shapes, dtype, device)
+    params = [entry.parameter for entry in layout.entries]
     options = OPTIMIZERS[optimizer]
     torch_class, own_class = getattr(torch.optim, optimizer), getattr(optim, optimizer)
     # A CUDA graph captures Adam's step only with capturable=True, which does not change the fused step.
     fused = options | {"fused": True} | ({"capturable": True} if device != "cpu" and optimizer == "AdamW" else {})
-    plain = torch_class(params, **fused)
+    plain, default = torch_class(params, **fused), torch_class(params, **options)
     plain.step()  # creates the state that all alternatives share
+    for p, state in plain.state.items():  # torch's default step keeps its step counters on the host
+        default.state[p] = {**state, "step": state["step"].cpu().clone()} if "step" in state else state
 
     def step_of(other: Optimizer) -> Callable[[], object]:
         other.state = plain.state
@@ -74,65 +66,57 @@ def optimizer_steps(
         centralize(hooked, layout=layout, placement=placement)
         return step_of(hooked)
 
+    def after(center: Callable[[], object]) -> Callable[[], object]:
+        def step() -> None:
+            center()
+            plain.step()
+
+        return step
+
     return {
         BASELINE: plain.step,
         BASELINE_AGAIN: plain.step,
-        TORCH_DEFAULT: _with_host_counters(torch_class(params, **options), plain).step,
-        LOOP: _usual_loop(layout, plain),
+        TORCH_DEFAULT: default.step,
+        LOOP: after(_loop(layout)),
         ATTACHED: attached("gradient"),
         ATTACHED_UPDATE: attached("update"),
         OURS: step_of(own_class(params, layout=layout, **options)),
         OURS_UPDATE: step_of(own_class(params, layout=layout, placement="update", **options)),
-        **(_peers(params, plain) if peers else {}),
+        **({PEER: after(_peer(params))} if peers else {}),
         **_streams(params, layout, plain),
     }
 
 
-def _parameters(shapes: Iterable[ParameterShape], dtype: torch.dtype, device: str) -> tuple[list[Tensor], WeightLayout]:
+def _layout(shapes: Iterable[ParameterShape], dtype: torch.dtype, device: str) -> WeightLayout:
     """Create parameters with gradients, and their layout."""
     generator = torch.Generator(device).manual_seed(0)
-    model = nn.ParameterList()
-    overrides: dict[str, WeightVectors | None] = {}
+    entries = []
     for index, (shape, vectors) in enumerate(shapes):
         p = nn.Parameter(torch.randn(shape, generator=generator, device=device).mul_(0.02).to(dtype))
         p.grad = torch.randn(shape, generator=generator, device=device).to(dtype)
-        model.append(p)
-        overrides[str(index)] = vectors
-    return list(model), weight_layout(model, overrides=overrides)  # type: ignore[arg-type]
+        entries.append(Entry(str(index), p, vectors, origin="benchmark"))
+    return WeightLayout(entries)
 
 
-def _with_host_counters(optimizer: Optimizer, plain: Optimizer) -> Optimizer:
-    """Share the state of ``plain`` except for its step counters, which torch's unfused step keeps on the host."""
-    for p, state in plain.state.items():
-        optimizer.state[p] = {**state, "step": state["step"].cpu().clone()} if "step" in state else state
-    return optimizer
+def _loop(layout: WeightLayout) -> Callable[[], object]:
+    """Center each gradient by itself, as the usual implementations do."""
+    pairs = [(p.grad, vectors.span) for p, vectors in layout.items() if p.grad is not None]
+
+    def center() -> None:
+        for gradient, span in pairs:
+            gradient.sub_(gradient.mean(span, keepdim=True))
+
+    return center
 
 
-def _usual_loop(layout: WeightLayout, plain: Optimizer) -> Callable[[], object]:
-    pairs = list(layout.items())
-
-    def step() -> None:
-        for p, vectors in pairs:
-            assert p.grad is not None
-            p.grad.sub_(p.grad.mean(vectors.span, keepdim=True))
-        plain.step()
-
-    return step
-
-
-def _peers(params: list[Tensor], plain: Optimizer) -> dict[str, Callable[[], object]]:
-    """GC by another library, which decides by shape, before the same step."""
+def _peer(params: list[Tensor]) -> Callable[[], object]:
+    """Center with another library, which decides by shape."""
     try:
         from pytorch_optimizer.optimizer.gradient_centralization import centralize_gradient
     except ModuleNotFoundError as error:
         # Older versions take one gradient per call.
         raise ValueError("--peers needs pytorch_optimizer: pip install 'pytorch-optimizer>=4.1'") from error
-
-    def step() -> None:
-        centralize_gradient([p.grad for p in params])
-        plain.step()
-
-    return {"pytorch_optimizer + torch fused": step}
+    return lambda: centralize_gradient([p.grad for p in params])
 
 
 def _streams(params: list[Tensor], layout: WeightLayout, plain: Optimizer) -> dict[str, Callable[[], object]]:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradcentral.attach import centralize
 from gradcentral.bench.benchmark import BENCH_DTYPES, Case, to_case
-from gradcentral.bench.cuda import clock_for
-from gradcentral.bench.steps import ATTACHED, BASELINE, BASELINE_AGAIN, OURS
-from gradcentral.bench.timing import Clock, interleave
+from gradcentral.bench.steps import ATTACHED, BASELINE, BASELINE_AGAIN, OPTIMIZERS, OURS
+from gradcentral.bench.timing import Clock, clock_for, interleave
 from gradcentral.diagnostics.monitor import EVERY, Monitor
 from gradcentral.optim import SGD
 
 __all__ = ["iteration", "resnet18"]
 
-MONITORED = "Monitor + torch fused"
-# With so small a learning rate, the alternatives can share one model without changing it.
-_OPTIONS: dict[str, Any] = {"lr": 1e-9, "momentum": 0.9, "weight_decay": 1e-4}
+_MONITORED = "Monitor + torch fused"
 
 
 def iteration(
@@ -33,15 +29,8 @@ def iteration(
     `Monitor` adds less than the noise of an iteration. Its cost is therefore computed: the time of one record over that
     of the iterations between two records. It is largest for small networks, so a network of three small layers is
     measured too.
-
-    Args:
-        rounds: maximum number of timings per alternative.
-        seconds: time limit.
-        batch: images per batch.
-        device: ``"cpu"`` or a CUDA device.
-        dtype: ``"f32"`` or ``"bf16"``.
     """
-    place = torch.device(device), BENCH_DTYPES[dtype]
+    place, clock = (torch.device(device), BENCH_DTYPES[dtype]), clock_for(device)
     model = resnet18().to(*place)
     x, y = torch.randn(batch, 3, 32, 32).to(*place), torch.randint(10, (batch,)).to(device)
     hooked, plain, monitored = _sgd(model), _sgd(model), _sgd(model)
@@ -51,12 +40,10 @@ def iteration(
         BASELINE: _iterate(model, plain, x, y),
         BASELINE_AGAIN: _iterate(model, plain, x, y),
         ATTACHED: _iterate(model, hooked, x, y),
-        OURS: _iterate(model, SGD(model, **_OPTIONS), x, y),
-        MONITORED: _iterate(model, monitored, x, y),
+        OURS: _iterate(model, SGD(model, **OPTIMIZERS["SGD"]), x, y),
+        _MONITORED: _iterate(model, monitored, x, y),
     }
-    clock = clock_for(device)
     times = interleave(runs, rounds, seconds, warm_up=1, clock=clock)
-    case = to_case("ResNet-18, whole iteration", dtype, "SGD", times)
     small = nn.Sequential(nn.Linear(13, 32), nn.Sigmoid(), nn.Linear(32, 32), nn.Sigmoid(), nn.Linear(32, 3)).to(*place)
     x, y = torch.randn(20, 13).to(*place), torch.randint(3, (20,)).to(device)
     small_times = interleave({BASELINE: _iterate(small, _sgd(small), x, y)}, rounds, clock=clock)
@@ -64,18 +51,17 @@ def iteration(
         "ResNet-18": _monitoring(model, times[BASELINE], rounds, clock),
         "three layers of 32": _monitoring(small, small_times[BASELINE], rounds, clock),
     }
-    return replace(case, monitoring=monitoring)
+    return replace(to_case("ResNet-18, whole iteration", dtype, "SGD", times), monitoring=monitoring)
 
 
 def _sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), fused=True, **_OPTIONS)
+    return torch.optim.SGD(model.parameters(), fused=True, **OPTIMIZERS["SGD"])
 
 
 def _iterate(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Callable[[], object]:
     def run() -> None:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(nn.functional.cross_entropy(model(x), y))
         optimizer.step()
 
     return run
@@ -103,13 +89,12 @@ class _Block(nn.Module):
         self.shortcut = nn.Sequential(*(_conv_norm(inputs, outputs, 1, stride) if inputs != outputs else []))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.body(x) + self.shortcut(x)
-        return out.relu_()
+        return nn.functional.relu_(self.body(x) + self.shortcut(x))
 
 
-def resnet18(classes: int = 10) -> nn.Module:
-    """Return ResNet-18 for small images: ``[n, 3, 32, 32]`` to ``[n, classes]``, 11.2 M parameters (He et al. 2016)."""
+def resnet18() -> nn.Module:
+    """Return ResNet-18 for small images: ``[n, 3, 32, 32]`` to ``[n, 10]``, 11.2 M parameters (He et al. 2016)."""
     layers = [*_conv_norm(3, 64, 3), nn.ReLU(inplace=True), _Block(64, 64, 1), _Block(64, 64, 1)]
     for channels in (64, 128, 256):
         layers += [_Block(channels, 2 * channels, 2), _Block(2 * channels, 2 * channels, 1)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))

@@ -15,10 +15,9 @@ from rich.console import Console
 from gradcentral import weight_layout
 from gradcentral.bench import benchmark as step_benchmark
 from gradcentral.bench import training_iteration
-from gradcentral.bench.benchmark_plot import plot_benchmark
+from gradcentral.bench.report import conclusion, markdown_table, plot_benchmark, terminal_table
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import OURS
-from gradcentral.bench.table import conclusion, markdown_table, terminal_table
 from gradcentral.cli.layout import build_model
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES
 from gradcentral.experiment import CustomTask, ExperimentError, TaskError, load_task
