@@ -31,7 +31,6 @@ from gradcentral.plotting import to_png
 
 __all__ = ["UsageError", "run"]
 
-_ABOUT = "Gradient Centralization: where it acts, whether it helps, and what it costs."
 _TASK_HELP = "A Python file that defines `task`, or a built-in task: digits, digits-batchnorm, digits-vit."
 _MODEL_HELP = (
     "MODULE:NAME of a model, or of a class or function that returns one (transformers:GPT2LMHeadModel); "
@@ -43,9 +42,7 @@ Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs per run; by defa
 Device = Annotated[str, typer.Option(help="Device to use, in torch's notation.")]
 MixedPrecision = Annotated[bool, typer.Option("--amp", help="Use mixed precision.")]
 
-app = typer.Typer(
-    help=_ABOUT, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 class UsageError(Exception):
@@ -61,8 +58,9 @@ def _print_version(show: bool) -> None:
 _VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
 
 
-@app.callback(help=_ABOUT)
-def _main(version: Annotated[bool, _VERSION] = False) -> None: ...
+@app.callback()
+def _main(version: Annotated[bool, _VERSION] = False) -> None:
+    """Gradient Centralization: where it acts, whether it helps, and what it costs."""
 
 
 @app.command()
@@ -93,10 +91,9 @@ def compare(
         out=out,
         resume=resume,
     )
-    console = Console(highlight=False)
-    console.print()
-    console.print(comparison)
-    console.print(f"\nReport: {comparison.report}", soft_wrap=True)
+    typer.echo()
+    Console(highlight=False).print(comparison)
+    typer.echo(f"\nReport: {comparison.report}")
 
 
 @app.command()
@@ -137,11 +134,10 @@ def figures(
     """Measure and draw the paper's figures and statements on a real network, as PNG, SVG and CSV."""
     chosen = None if only is None else _names(only)
     drawn = draw_all(task, out=out, only=chosen, optimizer=optimizer, seeds=seeds, epochs=epochs, device=device)
-    console = Console(highlight=False)
     if drawn.statements:
-        console.print(statement_table(drawn.statements))
+        Console(highlight=False).print(statement_table(drawn.statements))
     for name, title in drawn.titles.items():
-        console.print(f"{drawn.out / name}.png  {title}", soft_wrap=True)
+        typer.echo(f"{drawn.out / name}.png  {title}")
 
 
 @app.command()
@@ -182,11 +178,10 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = _names(models), _names(optimizers), _names(dtypes)
-    console = Console(highlight=False)
     try:
         cases = step_benchmark.bench(*chosen, rounds=rounds, seconds=seconds, peers=peers, device=device)
         benchmark = step_benchmark.Benchmark(machine=step_benchmark.describe_machine(device))
-        console.print(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()), soft_wrap=True)
+        typer.echo(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()))
         for case in cases:
             benchmark.cases.append(case)
             times = f"{case.milliseconds:.2f} ms, with GC ÷ without {case.ratios[OURS]}"
@@ -199,8 +194,7 @@ def bench(
     (out / "bench.png").write_bytes(plot_benchmark(benchmark))
     (out / "bench.md").write_text(markdown_table(benchmark), encoding="utf-8")
     Console(width=210, highlight=False).print(terminal_table(benchmark))
-    console.print(conclusion(benchmark), soft_wrap=True)
-    typer.echo(f"\n{out / 'bench.json'}, bench.md and bench.png")
+    typer.echo(f"{conclusion(benchmark)}\n\n{out / 'bench.json'}, bench.md and bench.png")
 
 
 def _names(text: str) -> list[str]:
@@ -216,20 +210,19 @@ def _seeds(text: str) -> int | list[int]:
 
 def run() -> None:
     """Run the command line; errors that the user can correct are one line on stderr and exit code 2."""
-    interrupted = "interrupted; finished runs are kept, and the same command continues from there"
     try:
         status = app(standalone_mode=False)
     except (ExperimentError, MissingExtraError, UsageError) as error:
         _exit(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _exit(interrupted, 130)
+        status = 130
     except Exception as error:
         # The parser's own errors; their class is not at the same place in every version of typer.
         if not hasattr(error, "format_message"):
             raise
         _exit(f"{error.format_message()} See gradcentral --help.", 2)
     if status == 130:  # newer versions of typer catch the interrupt and return this
-        _exit(interrupted, 130)
+        _exit("interrupted; finished runs are kept, and the same command continues from there", 130)
     sys.exit(status)
 
 
