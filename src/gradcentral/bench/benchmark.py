@@ -68,16 +68,7 @@ def bench(
     peers: bool = False,
     device: str = "cpu",
 ) -> Iterator[Case]:
-    """Measure the optimizer steps of models, each case when the iterator reaches it.
-
-    Args:
-        models: names of the networks in ``shapes.MODELS``.
-        optimizers: ``"SGD"``, ``"AdamW"``.
-        dtypes: ``"f32"``, ``"bf16"``.
-        rounds: maximum number of timings per alternative.
-        seconds: time limit per case.
-        peers: include the GC of other libraries.
-        device: ``"cpu"`` or a CUDA device.
+    """Measure the optimizer steps of models, each case when the iterator reaches it, for about ``seconds``.
 
     Raises:
         ValueError: a name is unknown, or another library is not installed.
@@ -98,10 +89,8 @@ def bench(
         runs = steps.optimizer_steps(shapes, optimizer, BENCH_DTYPES[dtype], device, peers)
         times = interleave(runs, rounds, seconds, clock=clock_for(device))
         case = to_case(model, dtype, optimizer, times, sum(vectors is not None for _, vectors in shapes))
-        if device == "cpu":
-            return case
-        runs = {name: run for name, run in runs.items() if name not in _STREAMS}
-        return replace(case, on_device=cuda.measure(runs, steps.OURS, steps.BASELINE, rounds, seconds / 4))
+        on_device = None if device == "cpu" else cuda.measure(runs, steps.OURS, steps.BASELINE, rounds, seconds / 4)
+        return replace(case, on_device=on_device)
 
     return itertools.starmap(measure_case, itertools.product(models, dtypes, optimizers))
 

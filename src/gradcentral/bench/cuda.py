@@ -22,7 +22,6 @@ class CudaMeasurements:
     launches: dict[str, int]  # kernels launched per step, without copies and fills of memory
     peak_bytes: dict[str, int]  # of a step, beyond what was allocated before it
     captured: Ratio  # the fused GC step over torch's fused step without GC, both replayed from CUDA graphs
-    captured_milliseconds: dict[str, float]
 
 
 def copy_bytes(touched: int, device: str | torch.device) -> Callable[[], object]:
@@ -58,7 +57,6 @@ def measure(
         {name: _count_launches(run) for name, run in runs.items()},
         {name: _peak_memory(run) for name, run in runs.items()},
         ratio(times[ours], times[baseline]),
-        {name: statistics.median(found) * 1e3 for name, found in times.items()},
     )
 
 

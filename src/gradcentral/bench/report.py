@@ -14,8 +14,7 @@ from gradcentral.plotting import LIGHT, new_figure, style, to_png
 
 __all__ = ["NOISY", "conclusion", "markdown_table", "plot_benchmark", "terminal_table"]
 
-NOISY = 0.10
-"""If two timings of the same step differ by more than this, the ratios are too noisy to interpret."""
+NOISY = 0.10  # if two timings of the same step differ by more, the ratios are too noisy to interpret
 
 # The color is that of the arm, as in every figure; the marker tells the implementations apart.
 _SERIES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from gradcentral.weight_vectors import WeightVectors
@@ -29,8 +30,7 @@ def _layers(*shapes: tuple[int, ...], unit_axis: int = 0, per_unit: int = 1) -> 
         yield from _skipped(*per_unit * [(shape[unit_axis],)])
 
 
-def _conv_norms(*shapes: tuple[int, ...]) -> Iterator[ParameterShape]:
-    return _layers(*shapes, per_unit=2)
+_conv_norms = partial(_layers, per_unit=2)
 
 
 def _transformer(width: int) -> Iterator[ParameterShape]:

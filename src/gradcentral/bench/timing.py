@@ -13,8 +13,7 @@ import torch
 
 __all__ = ["Clock", "Ratio", "clock_for", "interleave", "ratio"]
 
-Clock = Callable[[Callable[[], object], int], float]
-"""Returns how many seconds a number of calls take."""
+Clock = Callable[[Callable[[], object], int], float]  # the seconds that a number of calls take
 
 # A shorter measurement would be dominated by the clock's resolution and by the wake-up of threads.
 _MIN_SECONDS = 2e-3

@@ -18,8 +18,6 @@ from gradcentral.optim import SGD
 
 __all__ = ["iteration", "resnet18"]
 
-_MONITORED = "Monitor + torch fused"
-
 
 def iteration(
     *, rounds: int = 8, seconds: float = 120.0, batch: int = 128, device: str = "cpu", dtype: str = "f32"
@@ -41,7 +39,7 @@ def iteration(
         BASELINE_AGAIN: _iterate(model, plain, x, y),
         ATTACHED: _iterate(model, hooked, x, y),
         OURS: _iterate(model, SGD(model, **OPTIMIZERS["SGD"]), x, y),
-        _MONITORED: _iterate(model, monitored, x, y),
+        "Monitor + torch fused": _iterate(model, monitored, x, y),
     }
     times = interleave(runs, rounds, seconds, warm_up=1, clock=clock)
     small = nn.Sequential(nn.Linear(13, 32), nn.Sigmoid(), nn.Linear(32, 32), nn.Sigmoid(), nn.Linear(32, 3)).to(*place)

@@ -29,7 +29,7 @@ from gradcentral.layout import report as layout_report
 from gradcentral.paper.draw import FIGURES, STATEMENTS, draw_all, statement_table
 from gradcentral.plotting import to_png
 
-__all__ = ["UsageError", "run"]
+__all__ = ["run"]
 
 _TASK_HELP = "A Python file that defines `task`, or a built-in task: digits, digits-batchnorm, digits-vit."
 _MODEL_HELP = (
@@ -43,10 +43,6 @@ Device = Annotated[str, typer.Option(help="Device to use, in torch's notation.")
 MixedPrecision = Annotated[bool, typer.Option("--amp", help="Use mixed precision.")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-class UsageError(Exception):
-    """An argument of a command is not usable."""
 
 
 def _print_version(show: bool) -> None:
@@ -152,7 +148,7 @@ def layout(
         built = build_model(model)
         found = weight_layout(built, only=only)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        _exit(str(error))
     if as_json:
         typer.echo(json.dumps(layout_report.as_json(built, found), indent=2, ensure_ascii=False))
     else:
@@ -174,7 +170,7 @@ def bench(
 ) -> None:
     """Measure optimizer steps with and without GC on this machine, as ratios of interleaved timings."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: torch finds no CUDA device; use --device cpu")
+        _exit(f"--device {device}: torch finds no CUDA device; use --device cpu")
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = _names(models), _names(optimizers), _names(dtypes)
@@ -187,7 +183,7 @@ def bench(
             times = f"{case.milliseconds:.2f} ms, with GC ÷ without {case.ratios[OURS]}"
             typer.echo(f"{case.model} {case.dtype} {case.algorithm}: {times}")
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        _exit(str(error))
     if iteration:
         benchmark.cases.append(training_iteration.iteration(device=device, dtype="f32" if device == "cpu" else "bf16"))
     benchmark.write(out / "bench.json")
@@ -205,27 +201,27 @@ def _seeds(text: str) -> int | list[int]:
     try:
         return [int(seed) for seed in _names(text)] if "," in text else int(text)
     except ValueError:
-        raise UsageError(f"seeds: give a number such as 5, or a list such as 0,3,7, not {text!r}") from None
+        _exit(f"seeds: give a number such as 5, or a list such as 0,3,7, not {text!r}")
 
 
 def run() -> None:
     """Run the command line; errors that the user can correct are one line on stderr and exit code 2."""
     try:
         status = app(standalone_mode=False)
-    except (ExperimentError, MissingExtraError, UsageError) as error:
-        _exit(str(error), 2)
+    except (ExperimentError, MissingExtraError) as error:
+        _exit(str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except Exception as error:
         # The parser's own errors; their class is not at the same place in every version of typer.
         if not hasattr(error, "format_message"):
             raise
-        _exit(f"{error.format_message()} See gradcentral --help.", 2)
+        _exit(f"{error.format_message()} See gradcentral --help.")
     if status == 130:  # newer versions of typer catch the interrupt and return this
         _exit("interrupted; finished runs are kept, and the same command continues from there", 130)
     sys.exit(status)
 
 
-def _exit(message: str, code: int) -> NoReturn:
+def _exit(message: str, code: int = 2) -> NoReturn:
     print(f"gradcentral: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
