@@ -30,18 +30,8 @@ ROOT = Path(__file__).parents[1]
 
 # The most important models first, because the time limit cuts off the last ones.
 MODELS = ("ResNet-50", "GPT-2", "4096×11008", "ViT-S", "MobileNetV2", "tiny CNN", "DCGAN")
-SETTINGS = [
-    {},
-    {"WARPS": 4},
-    {"REGISTERS": 48},
-    {"REGISTERS": 96},
-    {"REGISTERS": 128},
-    {"TILE": 2048, "REGISTERS": 128},
-    {"PIECE": 4096},
-    {"PIECE": 16384},
-    {"LONGEST": 1 << 15},
-    {"LONGEST": 1 << 17},
-]
+VALUES = {"WARPS": (4,), "REGISTERS": (48, 96, 128), "PIECE": (4096, 16384), "LONGEST": (1 << 15, 1 << 17)}
+SETTINGS = [{}, *({name: value} for name in VALUES for value in VALUES[name]), {"TILE": 2048, "REGISTERS": 128}]
 
 
 class Run:
@@ -88,14 +78,9 @@ def tests(run: Run) -> Any:
     if run.dry:
         environment |= {"TRITON_INTERPRET": "1", "GRADCENTRAL_KERNELS": "triton"}
         options += ["-k", "one_launch or what_is_served or tiles_fit"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=max(30.0, min(240.0, run.left)),
-    )
+    command = [sys.executable, "-m", "pytest", *options, *files]
+    limit = max(30.0, min(240.0, run.left))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
     (run.out / "tests.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
     last = [line for line in done.stdout.splitlines() if line][-1:]
     run.report(f"Tests on the device: {' '.join(last)} (exit code {done.returncode})\n")
@@ -104,7 +89,7 @@ def tests(run: Run) -> Any:
 
 def steps(run: Run) -> Any:
     """Measure the optimizer steps of every model, type and optimizer; print each case once it is measured."""
-    from gradcentral.bench.benchmark import Benchmark, bench, describe_machine
+    from gradcentral.bench import Benchmark, bench, describe_machine
     from gradcentral.bench.report import conclusion, markdown_table
     from gradcentral.bench.steps import BASELINE, OURS
 
@@ -141,10 +126,8 @@ def iteration(run: Run) -> Any:
     """Measure a training iteration of ResNet-18 in bf16; in a dry run, of two images in f32."""
     from gradcentral.bench import iteration as measure
 
-    how: dict[str, Any] = {"rounds": 20, "seconds": 30.0, "dtype": "bf16"}
-    if run.dry:
-        how = {"rounds": 2, "batch": 2, "dtype": "f32"}
-    case = measure(device=run.device, **how)
+    dry: dict[str, Any] = {"rounds": 2, "batch": 2}
+    case = measure(device=run.device, **(dry if run.dry else {"rounds": 20, "seconds": 30.0, "dtype": "bf16"}))
     ratios = ", ".join(f"{name} {found}" for name, found in case.ratios.items())
     run.report(
         f"ResNet-18 iteration, {case.dtype}: {case.milliseconds:.2f} ms; ÷ that: {ratios}; noise ±{case.noise:.0%}\n"

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from gradcentral.bench import Benchmark, Case, bench
-from gradcentral.bench.benchmark import BENCH_DTYPES
+from gradcentral.bench.benchmark import BENCH_DTYPES, resnet18
 from gradcentral.bench.cuda import copy_bytes
 from gradcentral.bench.report import NOISY, conclusion, markdown_table, plot_benchmark, terminal_table
 from gradcentral.bench.shapes import MODELS
@@ -29,7 +29,6 @@ from gradcentral.bench.steps import (
     optimizer_steps,
 )
 from gradcentral.bench.timing import Ratio, interleave, ratio
-from gradcentral.bench.training_iteration import resnet18
 from gradcentral.cli.main import app
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 import torch
 
-from gradcentral.bench.timing import Ratio, clock_for, interleave, ratio
+from gradcentral.bench.timing import Call, Ratio, clock_for, interleave, ratio
 
 __all__ = ["CudaMeasurements", "copy_bytes", "describe_gpu", "measure"]
 
@@ -24,7 +23,7 @@ class CudaMeasurements:
     captured: Ratio  # the fused GC step over torch's fused step without GC, both replayed from CUDA graphs
 
 
-def copy_bytes(touched: int, device: str | torch.device) -> Callable[[], object]:
+def copy_bytes(touched: int, device: str | torch.device) -> Call:
     """Return one copy on a device that reads and writes ``touched`` bytes in total."""
     source = torch.zeros(max(1, touched // 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -32,9 +31,7 @@ def copy_bytes(touched: int, device: str | torch.device) -> Callable[[], object]
 
 
 def describe_gpu(device: str) -> dict[str, str]:
-    """Describe the GPU, its copy bandwidth and the versions of CUDA and Triton; empty for other devices."""
-    if not device.startswith("cuda"):
-        return {}
+    """Describe the GPU, its copy bandwidth and the versions of CUDA and Triton."""
     properties = torch.cuda.get_device_properties(device)
     touched = 1 << 31
     copies = interleave({"copy": copy_bytes(touched, device)}, 10, clock=clock_for(device))["copy"]
@@ -47,9 +44,7 @@ def describe_gpu(device: str) -> dict[str, str]:
     }
 
 
-def measure(
-    runs: dict[str, Callable[[], object]], ours: str, baseline: str, rounds: int, seconds: float
-) -> CudaMeasurements:
+def measure(runs: dict[str, Call], ours: str, baseline: str, rounds: int, seconds: float) -> CudaMeasurements:
     """Measure launches and memory of every alternative, and the time of two of them replayed from CUDA graphs."""
     replays = {name: _capture(runs[name]) for name in (baseline, ours)}
     times = interleave(replays, rounds, seconds, clock=clock_for("cuda"))
@@ -60,7 +55,7 @@ def measure(
     )
 
 
-def _count_launches(run: Callable[[], object]) -> int:
+def _count_launches(run: Call) -> int:
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
     run()
@@ -71,7 +66,7 @@ def _count_launches(run: Callable[[], object]) -> int:
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
 
 
-def _peak_memory(run: Callable[[], object]) -> int:
+def _peak_memory(run: Call) -> int:
     run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -81,7 +76,7 @@ def _peak_memory(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _capture(run: Callable[[], object]) -> Callable[[], object]:
+def _capture(run: Call) -> Call:
     # torch requires warm-up calls on a side stream before capture.
     side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())

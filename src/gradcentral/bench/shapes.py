@@ -12,10 +12,8 @@ __all__ = ["MODELS", "ParameterShape"]
 
 
 class ParameterShape(NamedTuple):
-    """The shape of a parameter and its weight vectors, ``None`` if centering skips it."""
-
     shape: tuple[int, ...]
-    vectors: WeightVectors | None
+    vectors: WeightVectors | None  # None if centering skips the parameter
 
 
 def _skipped(*shapes: tuple[int, ...]) -> list[ParameterShape]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from gradcentral import optim
 from gradcentral.attach import centralize
 from gradcentral.bench.cuda import copy_bytes
 from gradcentral.bench.shapes import ParameterShape
+from gradcentral.bench.timing import Call
 from gradcentral.kernels import native
 from gradcentral.layout import Entry, WeightLayout
 
@@ -32,7 +33,6 @@ TORCH_DEFAULT = "torch default, no GC"
 LOOP = "loop + torch fused"
 ATTACHED = "centralize + torch fused"
 ATTACHED_UPDATE = "centralize update + torch fused"
-PEER = "pytorch_optimizer + torch fused"
 OURS = "gradcentral gradient"
 OURS_UPDATE = "gradcentral update"
 STREAM = "streaming the same bytes"
@@ -41,7 +41,7 @@ STREAM_GRADIENTS = "streaming the gradients"
 
 def optimizer_steps(
     shapes: Iterable[ParameterShape], optimizer: str, dtype: torch.dtype, device: str = "cpu", peers: bool = False
-) -> dict[str, Callable[[], object]]:
+) -> dict[str, Call]:
     """Return the alternatives to time, by name; each call is one step on the same parameters, gradients and state.
 
     The baseline is included twice: the ratio of the two shows the noise of the machine. ``peers`` adds other libraries.
@@ -57,16 +57,16 @@ def optimizer_steps(
     for p, state in plain.state.items():  # torch's default step keeps its step counters on the host
         default.state[p] = {**state, "step": state["step"].cpu().clone()} if "step" in state else state
 
-    def step_of(other: Optimizer) -> Callable[[], object]:
+    def step_of(other: Optimizer) -> Call:
         other.state = plain.state
         return other.step
 
-    def attached(placement: str) -> Callable[[], object]:
+    def attached(placement: str) -> Call:
         hooked = torch_class(params, **fused)
         centralize(hooked, layout=layout, placement=placement)
         return step_of(hooked)
 
-    def after(center: Callable[[], object]) -> Callable[[], object]:
+    def after(center: Call) -> Call:
         def step() -> None:
             center()
             plain.step()
@@ -82,7 +82,7 @@ def optimizer_steps(
         ATTACHED_UPDATE: attached("update"),
         OURS: step_of(own_class(params, layout=layout, **options)),
         OURS_UPDATE: step_of(own_class(params, layout=layout, placement="update", **options)),
-        **({PEER: after(_peer(params))} if peers else {}),
+        **({"pytorch_optimizer + torch fused": after(_peer(params))} if peers else {}),
         **_streams(params, layout, plain),
     }
 
@@ -98,7 +98,7 @@ def _layout(shapes: Iterable[ParameterShape], dtype: torch.dtype, device: str) -
     return WeightLayout(entries)
 
 
-def _loop(layout: WeightLayout) -> Callable[[], object]:
+def _loop(layout: WeightLayout) -> Call:
     """Center each gradient by itself, as the usual implementations do."""
     pairs = [(p.grad, vectors.span) for p, vectors in layout.items() if p.grad is not None]
 
@@ -109,7 +109,7 @@ def _loop(layout: WeightLayout) -> Callable[[], object]:
     return center
 
 
-def _peer(params: list[Tensor]) -> Callable[[], object]:
+def _peer(params: list[Tensor]) -> Call:
     """Center with another library, which decides by shape."""
     try:
         from pytorch_optimizer.optimizer.gradient_centralization import centralize_gradient
@@ -119,7 +119,7 @@ def _peer(params: list[Tensor]) -> Callable[[], object]:
     return lambda: centralize_gradient([p.grad for p in params])
 
 
-def _streams(params: list[Tensor], layout: WeightLayout, plain: Optimizer) -> dict[str, Callable[[], object]]:
+def _streams(params: list[Tensor], layout: WeightLayout, plain: Optimizer) -> dict[str, Call]:
     """Read and write the bytes of a step, and those of the centered gradients, without computing anything."""
     names = [name for name in ("momentum_buffer", "exp_avg", "exp_avg_sq") if name in plain.state[params[0]]]
     device = params[0].device
@@ -131,8 +131,7 @@ def _streams(params: list[Tensor], layout: WeightLayout, plain: Optimizer) -> di
     if native.unavailable_reason():
         return {}
     states = [[plain.state[p][name] for p in params] for name in names]
-    gradients = [p.grad for p in params if p.grad is not None]
-    centered = [p.grad for p in layout if p.grad is not None]
+    gradients, centered = ([p.grad for p in chosen if p.grad is not None] for chosen in (params, layout))
     return {
         STREAM: lambda: native.stream(params, gradients, states),
         STREAM_GRADIENTS: lambda: native.stream(centered, centered, []),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import timeit
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Clock", "Ratio", "clock_for", "interleave", "ratio"]
+__all__ = ["Call", "Clock", "Ratio", "clock_for", "interleave", "ratio"]
 
-Clock = Callable[[Callable[[], object], int], float]  # the seconds that a number of calls take
+Call = Callable[[], object]
+Clock = Callable[[Call, int], float]  # the seconds that a number of calls take
 
 # A shorter measurement would be dominated by the clock's resolution and by the wake-up of threads.
 _MIN_SECONDS = 2e-3
@@ -37,11 +39,11 @@ def clock_for(device: str) -> Clock:
     return _event_seconds if device.startswith("cuda") else _host_seconds
 
 
-def _host_seconds(run: Callable[[], object], count: int) -> float:
+def _host_seconds(run: Call, count: int) -> float:
     return timeit.timeit(run, number=count)  # which stops the garbage collector
 
 
-def _event_seconds(run: Callable[[], object], count: int) -> float:
+def _event_seconds(run: Call, count: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     timeit.timeit(run, start.record, number=count)
@@ -51,11 +53,7 @@ def _event_seconds(run: Callable[[], object], count: int) -> float:
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], object]],
-    rounds: int,
-    budget: float = float("inf"),
-    warm_up: int = 3,
-    clock: Clock = _host_seconds,
+    runs: Mapping[str, Call], rounds: int, budget: float = math.inf, warm_up: int = 3, clock: Clock = _host_seconds
 ) -> dict[str, list[float]]:
     """Time every alternative once per round, in an order that rotates, and return the seconds per call in each round.
 

@@ -6,15 +6,14 @@ import json
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 from rich.console import Console
 
+from gradcentral import bench as benchmarks
 from gradcentral import weight_layout
-from gradcentral.bench import benchmark as step_benchmark
-from gradcentral.bench import training_iteration
 from gradcentral.bench.report import conclusion, markdown_table, plot_benchmark, terminal_table
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import OURS
@@ -74,19 +73,9 @@ def compare(
     resume: Annotated[bool, typer.Option(help="Reuse the finished runs in the folder, or move them aside.")] = True,
 ) -> None:
     """Train with and without GC on the same seeds and data order, and report whether GC helps."""
-    comparison = compare_task(
-        task,
-        seeds=_seeds(seeds),
-        epochs=epochs,
-        arms=_names(arms),
-        optimizers=None if optimizers is None else _names(optimizers),
-        jobs=jobs,
-        backend=backend,
-        device=device,
-        amp=amp,
-        out=out,
-        resume=resume,
-    )
+    chosen = None if optimizers is None else _names(optimizers)
+    how: dict[str, Any] = {"jobs": jobs, "backend": backend, "device": device, "amp": amp, "out": out, "resume": resume}
+    comparison = compare_task(task, seeds=_seeds(seeds), epochs=epochs, arms=_names(arms), optimizers=chosen, **how)
     typer.echo()
     Console(highlight=False).print(comparison)
     typer.echo(f"\nReport: {comparison.report}")
@@ -175,8 +164,8 @@ def bench(
         torch.set_num_threads(threads)
     chosen = _names(models), _names(optimizers), _names(dtypes)
     try:
-        cases = step_benchmark.bench(*chosen, rounds=rounds, seconds=seconds, peers=peers, device=device)
-        benchmark = step_benchmark.Benchmark(machine=step_benchmark.describe_machine(device))
+        cases = benchmarks.bench(*chosen, rounds=rounds, seconds=seconds, peers=peers, device=device)
+        benchmark = benchmarks.Benchmark(machine=benchmarks.describe_machine(device))
         typer.echo(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()))
         for case in cases:
             benchmark.cases.append(case)
@@ -185,7 +174,7 @@ def bench(
     except ValueError as error:
         _exit(str(error))
     if iteration:
-        benchmark.cases.append(training_iteration.iteration(device=device, dtype="f32" if device == "cpu" else "bf16"))
+        benchmark.cases.append(benchmarks.iteration(device=device, dtype="f32" if device == "cpu" else "bf16"))
     benchmark.write(out / "bench.json")
     (out / "bench.png").write_bytes(plot_benchmark(benchmark))
     (out / "bench.md").write_text(markdown_table(benchmark), encoding="utf-8")
