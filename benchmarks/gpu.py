@@ -112,9 +112,9 @@ def steps(run: Run) -> Any:
         benchmark.write(run.out / "bench.json")
         (run.out / "bench.md").write_text(markdown_table(benchmark), encoding="utf-8")
         line = f"- {name}: {case.milliseconds:.3f} ms, with GC ÷ without {case.ratios[OURS]}"
-        if on := case.on_device:
-            line += f", captured {on.captured}; launches {on.launches[BASELINE]} → {on.launches[OURS]}"
-            line += f"; peak {on.peak_bytes[OURS] / 1e6:.1f} MB"
+        if not run.dry:
+            line += f", captured {case.captured}; launches {case.launches[BASELINE]} → {case.launches[OURS]}"
+            line += f"; peak {case.peak_bytes[OURS] / 1e6:.1f} MB"
         run.report(line)
     if benchmark.cases:
         run.report(f"\n{markdown_table(benchmark)}\n{conclusion(benchmark)}\n")

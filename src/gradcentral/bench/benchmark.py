@@ -11,9 +11,10 @@ import re
 import statistics
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,9 @@ class Case:
     over_streaming: Ratio | None = None  # the fused GC step over reading and writing the same bytes
     attaching: Ratio | None = None  # the time that `centralize` adds, over reading and writing the gradients once
     attaching_us: float | None = None  # the time that `centralize` adds per centered parameter, in microseconds
-    on_device: cuda.CudaMeasurements | None = None
+    captured: Ratio | None = None  # the fused GC step over the baseline, both replayed from CUDA graphs
+    launches: dict[str, int] = field(default_factory=dict)  # of CUDA kernels per step, without copies and fills
+    peak_bytes: dict[str, int] = field(default_factory=dict)  # on the CUDA device in a step, beyond what it began with
     monitoring: dict[str, float] = field(default_factory=dict)  # fraction that `Monitor` adds, by network
 
 
@@ -92,9 +95,9 @@ def bench(
         shapes = list(MODELS[model]())
         runs = steps.optimizer_steps(shapes, optimizer, BENCH_DTYPES[dtype], device, peers)
         times = interleave(runs, rounds, seconds, clock=clock_for(device))
-        case = _to_case(model, dtype, optimizer, times, sum(vectors is not None for _, vectors in shapes))
-        on_device = None if device == "cpu" else cuda.measure(runs, steps.OURS, steps.BASELINE, rounds, seconds / 4)
-        return replace(case, on_device=on_device)
+        found = {} if device == "cpu" else cuda.measure(runs, steps.OURS, steps.BASELINE, rounds, seconds / 4)
+        centered = sum(vectors is not None for _, vectors in shapes)
+        return _to_case(model, dtype, optimizer, times, centered, **found)
 
     return itertools.starmap(measure_case, itertools.product(models, dtypes, optimizers))
 
@@ -129,7 +132,7 @@ def iteration(
         "ResNet-18": _monitoring(model, times[steps.BASELINE], rounds, clock),
         "three layers of 32": _monitoring(small, small_times[steps.BASELINE], rounds, clock),
     }
-    return replace(_to_case("ResNet-18, whole iteration", dtype, "SGD", times), monitoring=monitoring)
+    return _to_case("ResNet-18, whole iteration", dtype, "SGD", times, monitoring=monitoring)
 
 
 def _sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -154,8 +157,10 @@ def _monitoring(model: nn.Module, iterations: list[float], rounds: int, clock: C
     return record / (EVERY * statistics.median(iterations))
 
 
-def _to_case(model: str, dtype: str, optimizer: str, times: dict[str, list[float]], centered: int = 0) -> Case:
-    """Summarize the times of all alternatives; the cost of attaching is per ``centered`` parameter."""
+def _to_case(
+    model: str, dtype: str, optimizer: str, times: dict[str, list[float]], centered: int = 0, **found: Any
+) -> Case:
+    """Summarize the times of all alternatives; ``found`` holds further fields of the case."""
     base = times[steps.BASELINE]
     again = ratio(times[steps.BASELINE_AGAIN], base)
     added = [attached - plain for attached, plain in zip(times[steps.ATTACHED], base, strict=True)]
@@ -170,6 +175,7 @@ def _to_case(model: str, dtype: str, optimizer: str, times: dict[str, list[float
         over_streaming=ratio(times[steps.OURS], times[steps.STREAM]) if steps.STREAM in times else None,
         attaching=ratio(added, times[steps.STREAM_GRADIENTS]) if steps.STREAM in times else None,
         attaching_us=statistics.median(added) * 1e6 / centered if centered else None,
+        **found,
     )
 
 

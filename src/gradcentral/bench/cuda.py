@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 import torch
 
-from gradcentral.bench.timing import Call, Ratio, clock_for, interleave, ratio
+from gradcentral.bench.timing import Call, clock_for, interleave, ratio
 
-__all__ = ["CudaMeasurements", "copy_bytes", "describe_gpu", "measure"]
-
-
-@dataclass(frozen=True)
-class CudaMeasurements:
-    """What is measured only on a CUDA device, per alternative."""
-
-    launches: dict[str, int]  # kernels launched per step, without copies and fills of memory
-    peak_bytes: dict[str, int]  # of a step, beyond what was allocated before it
-    captured: Ratio  # the fused GC step over torch's fused step without GC, both replayed from CUDA graphs
+__all__ = ["copy_bytes", "describe_gpu", "measure"]
 
 
 def copy_bytes(touched: int, device: str | torch.device) -> Call:
@@ -44,15 +34,15 @@ def describe_gpu(device: str) -> dict[str, str]:
     }
 
 
-def measure(runs: dict[str, Call], ours: str, baseline: str, rounds: int, seconds: float) -> CudaMeasurements:
-    """Measure launches and memory of every alternative, and the time of two of them replayed from CUDA graphs."""
+def measure(runs: dict[str, Call], ours: str, baseline: str, rounds: int, seconds: float) -> dict[str, Any]:
+    """Measure the launches and the memory of every alternative, and the time of two replayed from CUDA graphs."""
     replays = {name: _capture(runs[name]) for name in (baseline, ours)}
     times = interleave(replays, rounds, seconds, clock=clock_for("cuda"))
-    return CudaMeasurements(
-        {name: _count_launches(run) for name, run in runs.items()},
-        {name: _peak_memory(run) for name, run in runs.items()},
-        ratio(times[ours], times[baseline]),
-    )
+    return {
+        "launches": {name: _count_launches(run) for name, run in runs.items()},
+        "peak_bytes": {name: _peak_memory(run) for name, run in runs.items()},
+        "captured": ratio(times[ours], times[baseline]),
+    }
 
 
 def _count_launches(run: Call) -> int:
