@@ -5,13 +5,14 @@
 
 Runs the kernel tests on the device, then measures optimizer steps with and without GC like `gradcentral bench --device
 cuda` (with CUDA events, kernel launches, peak memory and steps replayed from CUDA graphs), a bf16 training iteration of
-ResNet-18, and the effect of the kernel's settings on its time. gpu.md, gpu.json, bench.json and tests.txt are updated
-after every result. If one part fails, the failure is reported and the next part runs.
+ResNet-18, and the effect of the kernel's settings on its time. gpu.md, gpu.json, bench.md, bench.json and tests.txt are
+updated after every result. If one part fails, the failure is reported and the next part runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -19,26 +20,19 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 
 # The most important models first, because the time limit cuts off the last ones.
 MODELS = ("ResNet-50", "GPT-2", "4096×11008", "ViT-S", "MobileNetV2", "tiny CNN", "DCGAN")
-SETTINGS = [
-    {},
-    {"WARPS": 4},
-    {"REGISTERS": 48},
-    {"REGISTERS": 96},
-    {"REGISTERS": 128},
-    {"TILE": 2048, "REGISTERS": 128},
-    {"PIECE": 4096},
-    {"PIECE": 16384},
-    {"LONGEST": 1 << 15},
-    {"LONGEST": 1 << 17},
-]
+# Settings of the kernel to try, one at a time and one pair.
+VALUES = {"WARPS": (4,), "REGISTERS": (48, 96, 128), "PIECE": (4096, 16384), "LONGEST": (1 << 15, 1 << 17)}
+SETTINGS = [{}, *({name: value} for name in VALUES for value in VALUES[name]), {"TILE": 2048, "REGISTERS": 128}]
 
 
 class Run:
@@ -46,25 +40,22 @@ class Run:
 
     def __init__(self, out: Path, minutes: float, dry: bool) -> None:
         self.out, self.dry = out, dry
+        self.device = "cpu" if dry else "cuda"
         self.end = time.monotonic() + 60 * minutes
         self.results: dict[str, Any] = {"complete": False, "dry run": dry}
         self.lines: list[str] = []
         out.mkdir(parents=True, exist_ok=True)
 
     @property
-    def device(self) -> str:
-        return "cpu" if self.dry else "cuda"
-
-    @property
     def left(self) -> float:
         """Time left in seconds."""
         return self.end - time.monotonic()
 
-    def part(self, name: str, do: Callable[[], Any]) -> None:
+    def part(self, name: str, do: Callable[[Run], Any]) -> None:
         started = time.monotonic()
         print(f"== {name} ({self.left:.0f} s left)", flush=True)
         try:
-            self.results[name] = do()
+            self.results[name] = do(self)
         except Exception:
             self.results[name] = {"failed": traceback.format_exc()}
             self.report(f"**{name} failed**: {traceback.format_exc().splitlines()[-1]}")
@@ -87,15 +78,10 @@ def tests(run: Run) -> Any:
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "--durations=5"]
     if run.dry:
         environment |= {"TRITON_INTERPRET": "1", "GRADCENTRAL_KERNELS": "triton"}
-        options += ["-k", "one_launch or what_is_served or tiles_fit"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=max(30.0, min(240.0, run.left)),
-    )
+        options += ["-k", "one_launch or plain_dense or tiles_fit"]
+    command = [sys.executable, "-m", "pytest", *options, *files]
+    limit = max(30.0, min(240.0, run.left))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
     (run.out / "tests.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
     last = [line for line in done.stdout.splitlines() if line][-1:]
     run.report(f"Tests on the device: {' '.join(last)} (exit code {done.returncode})\n")
@@ -103,53 +89,37 @@ def tests(run: Run) -> Any:
 
 
 def steps(run: Run) -> Any:
-    """Measure the optimizer steps of every model, type and optimizer; print each row once it is measured."""
-    from gradcentral.bench.benchmark import Benchmark, bench, describe_machine
-    from gradcentral.bench.steps import ATTACHED, BASELINE, LOOP, OURS, OURS_UPDATE, TORCH_DEFAULT
-    from gradcentral.bench.table import conclusion
+    """Measure the optimizer steps of every model, type and optimizer; print each case once it is measured."""
+    from gradcentral.bench import Benchmark, bench, describe_machine
+    from gradcentral.bench.report import conclusion, markdown_table
+    from gradcentral.bench.steps import BASELINE, OURS
 
     benchmark = Benchmark(machine=describe_machine(run.device))
     models, dtypes = (["tiny CNN"], ["f32"]) if run.dry else (MODELS, ["f32", "bf16"])
-    columns = {
-        OURS: "gradcentral",
-        OURS_UPDATE: "gradcentral, update",
-        ATTACHED: "centralize",
-        LOOP: "loop",
-        TORCH_DEFAULT: "torch default",
-    }
-    heads = ["model", "type", "optimizer", "torch fused, ms", *columns.values()]
-    heads += ["gradcentral ÷ copy", "captured", "launches", "peak, MB", "noise"]
-    run.report("| " + " | ".join(heads) + " |")
-    run.report("|---|---|---" + "|--:" * (len(heads) - 3) + "|")
+    how: dict[str, Any] = {"rounds": 3, "seconds": 0.5} if run.dry else {"rounds": 30, "seconds": 3.0}
     failed: dict[str, str] = {}
-    for model in models:
-        for dtype in dtypes:
-            for algorithm in ("SGD", "AdamW"):
-                if run.left < 60 and not run.dry:
-                    failed[f"{model} {dtype} {algorithm}"] = "no time left"
-                    continue
-                try:
-                    how: dict[str, Any] = {"rounds": 3, "seconds": 0.5} if run.dry else {"rounds": 30, "seconds": 3.0}
-                    case = next(bench([model], [algorithm], [dtype], device=run.device, **how))
-                except Exception:
-                    failed[f"{model} {dtype} {algorithm}"] = traceback.format_exc()
-                    continue
-                benchmark.cases.append(case)
-                benchmark.write(run.out / "bench.json")
-                found = [case.ratios.get(name) for name in columns]
-                cells = ["–" if r is None else f"{r.median:.2f}" for r in (*found, case.over_streaming)]
-                on = case.on_device
-                if on is None or on.captured is None:
-                    cells += ["–"] * 3
-                else:
-                    launched = f"{on.launches[BASELINE]} → {on.launches[OURS]}"
-                    cells += [f"{on.captured.median:.2f}", launched, f"{on.peak_bytes[OURS] / 1e6:.1f}"]
-                start = [model, dtype, algorithm, f"{case.milliseconds:.3f}"]
-                run.report("| " + " | ".join([*start, *cells, f"±{case.noise:.0%}"]) + " |")
+    for model, dtype, algorithm in itertools.product(models, dtypes, ("SGD", "AdamW")):
+        name = f"{model} {dtype} {algorithm}"
+        if run.left < 60 and not run.dry:
+            failed[name] = "no time left"
+            continue
+        try:
+            case = next(bench([model], [algorithm], [dtype], device=run.device, **how))
+        except Exception:
+            failed[name] = traceback.format_exc()
+            continue
+        benchmark.cases.append(case)
+        benchmark.write(run.out / "bench.json")
+        (run.out / "bench.md").write_text(markdown_table(benchmark), encoding="utf-8")
+        line = f"- {name}: {case.milliseconds:.3f} ms, with GC ÷ without {case.ratios[OURS]}"
+        if not run.dry:
+            line += f", captured {case.captured}; launches {case.launches[BASELINE]} → {case.launches[OURS]}"
+            line += f"; peak {case.peak_bytes[OURS] / 1e6:.1f} MB"
+        run.report(line)
     if benchmark.cases:
-        run.report("\n" + conclusion(benchmark) + "\n")
-    for name in failed:
-        run.report(f"Not measured: {name}: {failed[name].splitlines()[-1]}")
+        run.report(f"\n{markdown_table(benchmark)}\n{conclusion(benchmark)}\n")
+    for name, reason in failed.items():
+        run.report(f"Not measured: {name}: {reason.splitlines()[-1]}")
     return {"machine": benchmark.machine, "cases": [asdict(case) for case in benchmark.cases], "failed": failed}
 
 
@@ -157,10 +127,8 @@ def iteration(run: Run) -> Any:
     """Measure a training iteration of ResNet-18 in bf16; in a dry run, of two images in f32."""
     from gradcentral.bench import iteration as measure
 
-    how: dict[str, Any] = {"rounds": 20, "seconds": 30.0, "dtype": "bf16"}
-    if run.dry:
-        how = {"rounds": 2, "batch": 2, "dtype": "f32"}
-    case = measure(device=run.device, **how)
+    dry: dict[str, Any] = {"rounds": 2, "batch": 2}
+    case = measure(device=run.device, **(dry if run.dry else {"rounds": 20, "seconds": 30.0, "dtype": "bf16"}))
     ratios = ", ".join(f"{name} {found}" for name, found in case.ratios.items())
     run.report(
         f"ResNet-18 iteration, {case.dtype}: {case.milliseconds:.2f} ms; ÷ that: {ratios}; noise ±{case.noise:.0%}\n"
@@ -170,42 +138,35 @@ def iteration(run: Run) -> Any:
 
 def settings(run: Run) -> Any:
     """Measure the fused GC step over torch's fused step for several settings of the kernel."""
-    import torch
-
-    from gradcentral.bench.cuda import clock_for
+    from gradcentral.bench.benchmark import BENCH_DTYPES
     from gradcentral.bench.shapes import MODELS as SHAPES
     from gradcentral.bench.steps import BASELINE, OURS, optimizer_steps
-    from gradcentral.bench.timing import interleave, ratio
+    from gradcentral.bench.timing import clock_for, interleave, ratio
     from gradcentral.kernels.triton import division, plans
 
-    found: dict[str, Any] = {}
-    for model, algorithm in (("ResNet-50", "AdamW"), ("GPT-2", "SGD")) if not run.dry else (("tiny CNN", "SGD"),):
-        for dtype in ("f32", "bf16") if not run.dry else ("f32",):
-            for setting in SETTINGS:
-                if run.left < 20 and not run.dry:
-                    return found
-                homes = [(home, name) for name in setting for home in (division, plans) if hasattr(home, name)]
-                before = [(home, name, getattr(home, name)) for home, name in homes]
-                try:
-                    for home, name in homes:
-                        setattr(home, name, setting[name])
-                    kind = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
-                    runs = optimizer_steps(SHAPES[model](), algorithm, kind, run.device)
-                    chosen = {name: runs[name] for name in (BASELINE, OURS)}
-                    times = interleave(chosen, 10, 1.0, clock=clock_for(run.device))
-                    took = ratio(times[OURS], times[BASELINE])
-                    found[f"{model} {dtype} {algorithm} {setting}"] = took.median
-                    run.report(f"- {model} {dtype} {algorithm}, {setting or 'default settings'}: {took}")
-                finally:
-                    for home, name, value in before:
-                        setattr(home, name, value)
+    found: dict[str, float] = {}
+    cases = [("tiny CNN", "SGD")] if run.dry else [("ResNet-50", "AdamW"), ("GPT-2", "SGD")]
+    dtypes = ["f32"] if run.dry else ["f32", "bf16"]
+    for (model, algorithm), dtype, setting in itertools.product(cases, dtypes, SETTINGS):
+        if run.left < 20 and not run.dry:
+            break
+        with ExitStack() as changed:
+            for module, name in itertools.product((division, plans), setting):
+                if hasattr(module, name):
+                    changed.enter_context(mock.patch.object(module, name, setting[name]))
+            runs = optimizer_steps(SHAPES[model](), algorithm, BENCH_DTYPES[dtype], run.device)
+            chosen = {name: runs[name] for name in (BASELINE, OURS)}
+            times = interleave(chosen, 10, 1.0, clock=clock_for(run.device))
+        took = ratio(times[OURS], times[BASELINE])
+        found[f"{model} {dtype} {algorithm} {setting}"] = took.median
+        run.report(f"- {model} {dtype} {algorithm}, {setting or 'default settings'}: {took}")
     return found
 
 
 def main() -> None:
     """Parse the arguments and run every part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.md, gpu.json, bench.json and tests.txt")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit")
     parser.add_argument("--dry-run", action="store_true", help="run small models on the CPU, to test the script")
     arguments = parser.parse_args()
@@ -215,13 +176,11 @@ def main() -> None:
 
     if not run.dry and not torch.cuda.is_available():
         sys.exit("torch finds no CUDA device; --dry-run tests the script without one")
-    run.part("tests", lambda: tests(run))
-    run.part("steps", lambda: steps(run))
-    run.part("iteration", lambda: iteration(run))
-    run.part("settings", lambda: settings(run))
+    for part in (tests, steps, iteration, settings):
+        run.part(part.__name__, part)
     run.results["complete"] = True
     run.write()
-    print(f"{arguments.out / 'gpu.md'}, gpu.json and tests.txt")
+    print(f"{arguments.out / 'gpu.md'}, bench.md and tests.txt")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import torch
 from typer.testing import CliRunner
 
 from gradcentral.bench import Benchmark, Case, bench
-from gradcentral.bench.benchmark import BENCH_DTYPES
-from gradcentral.bench.benchmark_plot import plot_benchmark
+from gradcentral.bench.benchmark import BENCH_DTYPES, resnet18
 from gradcentral.bench.cuda import copy_bytes
+from gradcentral.bench.report import NOISY, conclusion, markdown_table, plot_benchmark, terminal_table
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import (
     ATTACHED,
@@ -28,9 +28,7 @@ from gradcentral.bench.steps import (
     TORCH_DEFAULT,
     optimizer_steps,
 )
-from gradcentral.bench.table import NOISY, conclusion, markdown_table, terminal_table
 from gradcentral.bench.timing import Ratio, interleave, ratio
-from gradcentral.bench.training_iteration import resnet18
 from gradcentral.cli.main import app
 
 
@@ -111,7 +109,7 @@ def test_an_unknown_name_is_rejected_with_the_valid_choices(parameter: str, know
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_a_missing_cuda_device_is_reported_with_the_option_that_works(tmp_path: Path) -> None:
     run = CliRunner().invoke(app, ["bench", "--device", "cuda"])
-    found = re.search(r"no CUDA device; use (--device \w+)", str(run.exception))
+    found = re.search(r"no CUDA device; use (--device \w+)", run.output)
     assert found is not None
     arguments = ["--models", "tiny CNN", "--optimizers", "SGD", "--dtypes", "f32", "--rounds", "3", "--no-iteration"]
     run = CliRunner().invoke(app, ["bench", *found[1].split(), *arguments, "--out", str(tmp_path)])

@@ -8,9 +8,9 @@ import math
 import pytest
 from torch import nn
 
-from gradcentral.bench import Benchmark, Case, training_iteration
+from gradcentral.bench import Benchmark, Case, benchmark, iteration
+from gradcentral.bench.report import conclusion
 from gradcentral.bench.steps import OURS
-from gradcentral.bench.table import conclusion
 from gradcentral.bench.timing import Ratio
 
 
@@ -23,7 +23,7 @@ def test_the_conclusion_includes_the_cost_of_monitoring_if_measured() -> None:
 
 
 def test_monitoring_is_measured_on_a_large_and_a_small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_iteration, "resnet18", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)))
-    case = training_iteration.iteration(rounds=3, batch=2)
+    monkeypatch.setattr(benchmark, "resnet18", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)))
+    case = iteration(rounds=3, batch=2)
     assert list(case.monitoring) == ["ResNet-18", "three layers of 32"]
     assert all(map(math.isfinite, case.monitoring.values()))

@@ -1,4 +1,4 @@
-"""The benchmark of optimizer steps: one case per model, type and optimizer."""
+"""The cases of the benchmark: optimizer steps per model, type and optimizer, and a training iteration of ResNet-18."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from gradcentral.attach import centralize
 from gradcentral.bench import cuda, steps
 from gradcentral.bench.shapes import MODELS
-from gradcentral.bench.timing import Ratio, interleave, ratio
+from gradcentral.bench.timing import Call, Clock, Ratio, clock_for, interleave, ratio
+from gradcentral.diagnostics.monitor import EVERY, Monitor
 from gradcentral.kernels import native, unavailable_reasons
+from gradcentral.optim import SGD
 
-__all__ = ["BENCH_DTYPES", "Benchmark", "Case", "bench", "describe_machine", "to_case"]
+__all__ = ["BENCH_DTYPES", "Benchmark", "Case", "bench", "describe_machine", "iteration", "resnet18"]
 
 BENCH_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 _STREAMS = (steps.STREAM, steps.STREAM_GRADIENTS)
@@ -34,20 +40,16 @@ class Case:
     model: str
     dtype: str
     algorithm: str
-    milliseconds: float
-    """Median time of the baseline."""
+    milliseconds: float  # median time of the baseline
     ratios: dict[str, Ratio]
-    noise: float
-    """Difference between two timings of the baseline: the larger of |log median| and half the interquartile range."""
-    over_streaming: Ratio | None = None
-    """The fused GC step over reading and writing the same bytes."""
-    attaching: Ratio | None = None
-    """The time that `centralize` adds, over reading and writing the gradients once."""
-    attaching_us: float | None = None
-    """The time that `centralize` adds per centered parameter, in microseconds."""
-    on_device: cuda.CudaMeasurements | None = None
-    monitoring: dict[str, float] = field(default_factory=dict)
-    """Per network, the fraction that `Monitor` adds to an iteration at its default interval."""
+    noise: float  # between two timings of the baseline: the larger of |log median| and half the interquartile range
+    over_streaming: Ratio | None = None  # the fused GC step over reading and writing the same bytes
+    attaching: Ratio | None = None  # the time that `centralize` adds, over reading and writing the gradients once
+    attaching_us: float | None = None  # the time that `centralize` adds per centered parameter, in microseconds
+    captured: Ratio | None = None  # the fused GC step over the baseline, both replayed from CUDA graphs
+    launches: dict[str, int] = field(default_factory=dict)  # of CUDA kernels per step, without copies and fills
+    peak_bytes: dict[str, int] = field(default_factory=dict)  # on the CUDA device in a step, beyond what it began with
+    monitoring: dict[str, float] = field(default_factory=dict)  # fraction that `Monitor` adds, by network
 
 
 @dataclass
@@ -56,11 +58,6 @@ class Benchmark:
 
     cases: list[Case] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def noise(self) -> float:
-        """Median noise of the cases."""
-        return statistics.median(case.noise for case in self.cases) if self.cases else 0.0
 
     def write(self, path: Path) -> None:
         """Write the benchmark as JSON."""
@@ -78,48 +75,92 @@ def bench(
     peers: bool = False,
     device: str = "cpu",
 ) -> Iterator[Case]:
-    """Measure the optimizer steps of models, each case when the iterator reaches it.
-
-    Args:
-        models: names of the networks in ``shapes.MODELS``.
-        optimizers: ``"SGD"``, ``"AdamW"``.
-        dtypes: ``"f32"``, ``"bf16"``.
-        rounds: maximum number of timings per alternative.
-        seconds: time limit per case.
-        peers: include the GC of other libraries.
-        device: ``"cpu"`` or a CUDA device.
+    """Measure the optimizer steps of models, each case when the iterator reaches it, for about ``seconds`` at most.
 
     Raises:
         ValueError: a name is unknown, or another library is not installed.
     """
-    _check("models", models, MODELS)
-    _check("optimizers", optimizers, steps.OPTIMIZERS)
-    _check("dtypes", dtypes, BENCH_DTYPES)
-    _check("device", [device.partition(":")[0]], ("cpu", "cuda"))
+    choices: dict[str, tuple[Sequence[str], Collection[str]]] = {
+        "models": (models, MODELS),
+        "optimizers": (optimizers, steps.OPTIMIZERS),
+        "dtypes": (dtypes, BENCH_DTYPES),
+        "device": ([device.partition(":")[0]], ("cpu", "cuda")),
+    }
+    for parameter, (names, known) in choices.items():
+        if unknown := [name for name in names if name not in known]:
+            kind = parameter.removesuffix("s")
+            raise ValueError(f"{parameter}: unknown {kind} {unknown[0]!r}; choose from {', '.join(known)}")
 
     def measure_case(model: str, dtype: str, optimizer: str) -> Case:
         shapes = list(MODELS[model]())
         runs = steps.optimizer_steps(shapes, optimizer, BENCH_DTYPES[dtype], device, peers)
-        times = interleave(runs, rounds, seconds, clock=cuda.clock_for(device))
-        case = to_case(model, dtype, optimizer, times, sum(vectors is not None for _, vectors in shapes))
-        if device == "cpu":
-            return case
-        runs = {name: run for name, run in runs.items() if name not in _STREAMS}
-        return replace(case, on_device=cuda.measure(runs, steps.OURS, steps.BASELINE, rounds, seconds / 4))
+        times = interleave(runs, rounds, seconds, clock=clock_for(device))
+        found = {} if device == "cpu" else cuda.measure(runs, steps.OURS, steps.BASELINE, rounds, seconds / 4)
+        centered = sum(vectors is not None for _, vectors in shapes)
+        return _to_case(model, dtype, optimizer, times, centered, **found)
 
     return itertools.starmap(measure_case, itertools.product(models, dtypes, optimizers))
 
 
-def _check(parameter: str, names: Sequence[str], known: Collection[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"{parameter}: unknown {parameter.removesuffix('s')} {name!r}; choose from {', '.join(known)}"
-            )
+def iteration(
+    *, rounds: int = 8, seconds: float = 120.0, batch: int = 128, device: str = "cpu", dtype: str = "f32"
+) -> Case:
+    """Measure a training iteration of ResNet-18 on 32×32 images: forward, backward and step.
+
+    `Monitor` adds less than the noise of an iteration. Its cost is therefore computed: the time of one record over that
+    of the iterations between two records. It is largest for small networks, so a network of three small layers is
+    measured too.
+    """
+    place, clock = (torch.device(device), BENCH_DTYPES[dtype]), clock_for(device)
+    model = resnet18().to(*place)
+    x, y = torch.randn(batch, 3, 32, 32).to(*place), torch.randint(10, (batch,)).to(device)
+    hooked, plain, monitored = _sgd(model), _sgd(model), _sgd(model)
+    centralize(hooked, model)
+    Monitor(model, monitored)
+    runs = {
+        steps.BASELINE: _iterate(model, plain, x, y),
+        steps.BASELINE_AGAIN: _iterate(model, plain, x, y),
+        steps.ATTACHED: _iterate(model, hooked, x, y),
+        steps.OURS: _iterate(model, SGD(model, **steps.OPTIMIZERS["SGD"]), x, y),
+        "Monitor + torch fused": _iterate(model, monitored, x, y),
+    }
+    times = interleave(runs, rounds, seconds, warm_up=1, clock=clock)
+    small = nn.Sequential(nn.Linear(13, 32), nn.Sigmoid(), nn.Linear(32, 32), nn.Sigmoid(), nn.Linear(32, 3)).to(*place)
+    x, y = torch.randn(20, 13).to(*place), torch.randint(3, (20,)).to(device)
+    small_times = interleave({steps.BASELINE: _iterate(small, _sgd(small), x, y)}, rounds, clock=clock)
+    monitoring = {
+        "ResNet-18": _monitoring(model, times[steps.BASELINE], rounds, clock),
+        "three layers of 32": _monitoring(small, small_times[steps.BASELINE], rounds, clock),
+    }
+    return _to_case("ResNet-18, whole iteration", dtype, "SGD", times, monitoring=monitoring)
 
 
-def to_case(model: str, dtype: str, optimizer: str, times: dict[str, list[float]], centered: int = 0) -> Case:
-    """Summarize the times of all alternatives; the cost of attaching is per ``centered`` parameter."""
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), fused=True, **steps.OPTIMIZERS["SGD"])
+
+
+def _iterate(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Call:
+    def run() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(nn.functional.cross_entropy(model(x), y))
+        optimizer.step()
+
+    return run
+
+
+def _monitoring(model: nn.Module, iterations: list[float], rounds: int, clock: Clock) -> float:
+    """The fraction that `Monitor` adds to iterations of a model that has gradients."""
+    plain, recorded = _sgd(model), _sgd(model)
+    Monitor(model, recorded, every=1)
+    times = interleave({"plain": plain.step, "recorded": recorded.step}, rounds, clock=clock)
+    record = statistics.median(b - a for a, b in zip(times["plain"], times["recorded"], strict=True))
+    return record / (EVERY * statistics.median(iterations))
+
+
+def _to_case(
+    model: str, dtype: str, optimizer: str, times: dict[str, list[float]], centered: int = 0, **found: Any
+) -> Case:
+    """Summarize the times of all alternatives; ``found`` holds further fields of the case."""
     base = times[steps.BASELINE]
     again = ratio(times[steps.BASELINE_AGAIN], base)
     added = [attached - plain for attached, plain in zip(times[steps.ATTACHED], base, strict=True)]
@@ -134,7 +175,32 @@ def to_case(model: str, dtype: str, optimizer: str, times: dict[str, list[float]
         over_streaming=ratio(times[steps.OURS], times[steps.STREAM]) if steps.STREAM in times else None,
         attaching=ratio(added, times[steps.STREAM_GRADIENTS]) if steps.STREAM in times else None,
         attaching_us=statistics.median(added) * 1e6 / centered if centered else None,
+        **found,
     )
+
+
+def _conv_norm(inputs: int, outputs: int, size: int, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), nn.BatchNorm2d(outputs)]
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        body = [*_conv_norm(inputs, outputs, 3, stride), nn.ReLU(inplace=True), *_conv_norm(outputs, outputs, 3)]
+        self.body = nn.Sequential(*body)
+        # Without layers it is the identity.
+        self.shortcut = nn.Sequential(*(_conv_norm(inputs, outputs, 1, stride) if inputs != outputs else []))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu_(self.body(x) + self.shortcut(x))
+
+
+def resnet18() -> nn.Module:
+    """Return ResNet-18 for small images: ``[n, 3, 32, 32]`` to ``[n, 10]``, 11.2 M parameters (He et al. 2016)."""
+    layers = [*_conv_norm(3, 64, 3), nn.ReLU(inplace=True), _Block(64, 64, 1), _Block(64, 64, 1)]
+    for channels in (64, 128, 256):
+        layers += [_Block(channels, 2 * channels, 2), _Block(2 * channels, 2 * channels, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
 
 def describe_machine(device: str = "cpu") -> dict[str, str]:
@@ -143,7 +209,7 @@ def describe_machine(device: str = "cpu") -> dict[str, str]:
     if not native.unavailable_reason() and not native.has_openmp():
         kernels += ", on one thread (built without OpenMP)"
     return {
-        **cuda.describe_gpu(device),
+        **(cuda.describe_gpu(device) if device.startswith("cuda") else {}),
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
         "system": platform.platform(terse=True),
@@ -156,10 +222,9 @@ def describe_machine(device: str = "cpu") -> dict[str, str]:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # on Linux only
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux only, where `platform` has only the architecture
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    fields = dict(re.findall(r"(model name|cpu family|model)\s*: (.+)", text))
     name = fields.get("model name") or platform.processor() or platform.machine()
-    if "cpu family" in fields:
-        name += f" family {fields['cpu family']} model {fields['model']}"
-    return f"{name}, {os.cpu_count()} cores"
+    family = f" family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
+    return f"{name}{family}, {os.cpu_count()} cores"

@@ -1,50 +1,19 @@
-"""CUDA-only measurements: time by events, kernel launches, peak memory and steps replayed from CUDA graphs."""
+"""CUDA-only measurements: kernel launches, peak memory and steps replayed from CUDA graphs."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
 import torch
 
-from gradcentral.bench.timing import Clock, Ratio, host_seconds, interleave, ratio
+from gradcentral.bench.timing import Call, clock_for, interleave, ratio
 
-__all__ = ["CudaMeasurements", "clock_for", "copy_bytes", "count_launches", "describe_gpu", "measure", "peak_memory"]
-
-
-@dataclass(frozen=True)
-class CudaMeasurements:
-    """What is measured only on a CUDA device, per alternative."""
-
-    launches: dict[str, int]
-    """Kernels launched per step, counted by the profiler without copies and fills."""
-    peak_bytes: dict[str, int]
-    """Peak memory of a step beyond what was allocated before it."""
-    captured: Ratio | None = None
-    """The fused GC step over torch's fused step without GC, both replayed from CUDA graphs."""
-    captured_milliseconds: dict[str, float] = field(default_factory=dict)
+__all__ = ["copy_bytes", "describe_gpu", "measure"]
 
 
-def clock_for(device: str) -> Clock:
-    """Return the clock that times calls on a device: its stream's events on CUDA, else the host's clock."""
-    return _event_seconds if device.startswith("cuda") else host_seconds
-
-
-def _event_seconds(run: Callable[[], object], count: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(count):
-        run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) * 1e-3
-
-
-def copy_bytes(touched: int, device: str | torch.device) -> Callable[[], object]:
+def copy_bytes(touched: int, device: str | torch.device) -> Call:
     """Return one copy on a device that reads and writes ``touched`` bytes in total."""
     source = torch.zeros(max(1, touched // 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -52,9 +21,7 @@ def copy_bytes(touched: int, device: str | torch.device) -> Callable[[], object]
 
 
 def describe_gpu(device: str) -> dict[str, str]:
-    """Describe the GPU, its copy bandwidth and the versions of CUDA and Triton; empty for other devices."""
-    if not device.startswith("cuda"):
-        return {}
+    """Describe the GPU, its copy bandwidth and the versions of CUDA and Triton."""
     properties = torch.cuda.get_device_properties(device)
     touched = 1 << 31
     copies = interleave({"copy": copy_bytes(touched, device)}, 10, clock=clock_for(device))["copy"]
@@ -67,22 +34,18 @@ def describe_gpu(device: str) -> dict[str, str]:
     }
 
 
-def measure(
-    runs: dict[str, Callable[[], object]], ours: str, baseline: str, rounds: int, seconds: float
-) -> CudaMeasurements:
-    """Measure launches and memory of every alternative, and the time of two of them replayed from CUDA graphs."""
+def measure(runs: dict[str, Call], ours: str, baseline: str, rounds: int, seconds: float) -> dict[str, Any]:
+    """Measure the launches and the memory of every alternative, and the time of two replayed from CUDA graphs."""
     replays = {name: _capture(runs[name]) for name in (baseline, ours)}
     times = interleave(replays, rounds, seconds, clock=clock_for("cuda"))
-    return CudaMeasurements(
-        {name: count_launches(run) for name, run in runs.items()},
-        {name: peak_memory(run) for name, run in runs.items()},
-        ratio(times[ours], times[baseline]),
-        {name: statistics.median(found) * 1e3 for name, found in times.items()},
-    )
+    return {
+        "launches": {name: _count_launches(run) for name, run in runs.items()},
+        "peak_bytes": {name: _peak_memory(run) for name, run in runs.items()},
+        "captured": ratio(times[ours], times[baseline]),
+    }
 
 
-def count_launches(run: Callable[[], object]) -> int:
-    """Count the kernels that one call launches, without copies and fills of memory."""
+def _count_launches(run: Call) -> int:
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
     run()
@@ -93,8 +56,7 @@ def count_launches(run: Callable[[], object]) -> int:
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
 
 
-def peak_memory(run: Callable[[], object]) -> int:
-    """Return the peak memory in bytes that one call allocates beyond what was allocated before it."""
+def _peak_memory(run: Call) -> int:
     run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -104,7 +66,7 @@ def peak_memory(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _capture(run: Callable[[], object]) -> Callable[[], object]:
+def _capture(run: Call) -> Call:
     # torch requires warm-up calls on a side stream before capture.
     side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())

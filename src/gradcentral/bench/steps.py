@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,24 +13,13 @@ from gradcentral import optim
 from gradcentral.attach import centralize
 from gradcentral.bench.cuda import copy_bytes
 from gradcentral.bench.shapes import ParameterShape
+from gradcentral.bench.timing import Call
 from gradcentral.kernels import native
-from gradcentral.layout import WeightLayout, weight_layout
-from gradcentral.weight_vectors import WeightVectors
+from gradcentral.layout import Entry, WeightLayout
 
-__all__ = [
-    "ATTACHED",
-    "ATTACHED_UPDATE",
-    "BASELINE",
-    "BASELINE_AGAIN",
-    "LOOP",
-    "OPTIMIZERS",
-    "OURS",
-    "OURS_UPDATE",
-    "STREAM",
-    "STREAM_GRADIENTS",
-    "TORCH_DEFAULT",
-    "optimizer_steps",
-]
+__all__ = ["OPTIMIZERS", "optimizer_steps"]
+__all__ += ["ATTACHED", "ATTACHED_UPDATE", "BASELINE", "BASELINE_AGAIN", "LOOP", "OURS", "OURS_UPDATE", "TORCH_DEFAULT"]
+__all__ += ["STREAM", "STREAM_GRADIENTS"]
 
 # With so small a learning rate, thousands of steps along one gradient leave the weights as they are.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -52,90 +41,85 @@ STREAM_GRADIENTS = "streaming the gradients"
 
 def optimizer_steps(
     shapes: Iterable[ParameterShape], optimizer: str, dtype: torch.dtype, device: str = "cpu", peers: bool = False
-) -> dict[str, Callable[[], object]]:
+) -> dict[str, Call]:
     """Return the alternatives to time, by name; each call is one step on the same parameters, gradients and state.
 
     The baseline is included twice: the ratio of the two shows the noise of the machine. ``peers`` adds other libraries.
     """
-    params, layout = _parameters(shapes, dtype, device)
+    layout = _layout(shapes, dtype, device)
+    params = [entry.parameter for entry in layout.entries]
     options = OPTIMIZERS[optimizer]
     torch_class, own_class = getattr(torch.optim, optimizer), getattr(optim, optimizer)
     # A CUDA graph captures Adam's step only with capturable=True, which does not change the fused step.
     fused = options | {"fused": True} | ({"capturable": True} if device != "cpu" and optimizer == "AdamW" else {})
-    plain = torch_class(params, **fused)
+    plain, default = torch_class(params, **fused), torch_class(params, **options)
     plain.step()  # creates the state that all alternatives share
+    for p, state in plain.state.items():  # torch's default step keeps its step counters on the host
+        default.state[p] = {**state, "step": state["step"].cpu().clone()} if "step" in state else state
 
-    def step_of(other: Optimizer) -> Callable[[], object]:
+    def step_of(other: Optimizer) -> Call:
         other.state = plain.state
         return other.step
 
-    def attached(placement: str) -> Callable[[], object]:
+    def attached(placement: str) -> Call:
         hooked = torch_class(params, **fused)
         centralize(hooked, layout=layout, placement=placement)
         return step_of(hooked)
 
+    def after(center: Call) -> Call:
+        def step() -> None:
+            center()
+            plain.step()
+
+        return step
+
     return {
         BASELINE: plain.step,
         BASELINE_AGAIN: plain.step,
-        TORCH_DEFAULT: _with_host_counters(torch_class(params, **options), plain).step,
-        LOOP: _usual_loop(layout, plain),
+        TORCH_DEFAULT: default.step,
+        LOOP: after(_loop(layout)),
         ATTACHED: attached("gradient"),
         ATTACHED_UPDATE: attached("update"),
         OURS: step_of(own_class(params, layout=layout, **options)),
         OURS_UPDATE: step_of(own_class(params, layout=layout, placement="update", **options)),
-        **(_peers(params, plain) if peers else {}),
+        **({"pytorch_optimizer + torch fused": after(_peer(params))} if peers else {}),
         **_streams(params, layout, plain),
     }
 
 
-def _parameters(shapes: Iterable[ParameterShape], dtype: torch.dtype, device: str) -> tuple[list[Tensor], WeightLayout]:
+def _layout(shapes: Iterable[ParameterShape], dtype: torch.dtype, device: str) -> WeightLayout:
     """Create parameters with gradients, and their layout."""
     generator = torch.Generator(device).manual_seed(0)
-    model = nn.ParameterList()
-    overrides: dict[str, WeightVectors | None] = {}
+    entries = []
     for index, (shape, vectors) in enumerate(shapes):
         p = nn.Parameter(torch.randn(shape, generator=generator, device=device).mul_(0.02).to(dtype))
         p.grad = torch.randn(shape, generator=generator, device=device).to(dtype)
-        model.append(p)
-        overrides[str(index)] = vectors
-    return list(model), weight_layout(model, overrides=overrides)  # type: ignore[arg-type]
+        entries.append(Entry(str(index), p, vectors, origin="benchmark"))
+    return WeightLayout(entries)
 
 
-def _with_host_counters(optimizer: Optimizer, plain: Optimizer) -> Optimizer:
-    """Share the state of ``plain`` except for its step counters, which torch's unfused step keeps on the host."""
-    for p, state in plain.state.items():
-        optimizer.state[p] = {**state, "step": state["step"].cpu().clone()} if "step" in state else state
-    return optimizer
+def _loop(layout: WeightLayout) -> Call:
+    """Center each gradient by itself, as the usual implementations do."""
+    pairs = [(p.grad, vectors.span) for p, vectors in layout.items() if p.grad is not None]
+
+    def center() -> None:
+        for gradient, span in pairs:
+            gradient.sub_(gradient.mean(span, keepdim=True))
+
+    return center
 
 
-def _usual_loop(layout: WeightLayout, plain: Optimizer) -> Callable[[], object]:
-    pairs = list(layout.items())
-
-    def step() -> None:
-        for p, vectors in pairs:
-            assert p.grad is not None
-            p.grad.sub_(p.grad.mean(vectors.span, keepdim=True))
-        plain.step()
-
-    return step
-
-
-def _peers(params: list[Tensor], plain: Optimizer) -> dict[str, Callable[[], object]]:
-    """GC by another library, which decides by shape, before the same step."""
+def _peer(params: list[Tensor]) -> Call:
+    """Center with another library, which decides by shape."""
     try:
         from pytorch_optimizer.optimizer.gradient_centralization import centralize_gradient
     except ModuleNotFoundError as error:
         # Older versions take one gradient per call.
         raise ValueError("--peers needs pytorch_optimizer: pip install 'pytorch-optimizer>=4.1'") from error
-
-    def step() -> None:
-        centralize_gradient([p.grad for p in params])
-        plain.step()
-
-    return {"pytorch_optimizer + torch fused": step}
+    return lambda: centralize_gradient([p.grad for p in params])
 
 
-def _streams(params: list[Tensor], layout: WeightLayout, plain: Optimizer) -> dict[str, Callable[[], object]]:
+def _streams(params: list[Tensor], layout: WeightLayout, plain: Optimizer) -> dict[str, Call]:
     """Read and write the bytes of a step, and those of the centered gradients, without computing anything."""
     names = [name for name in ("momentum_buffer", "exp_avg", "exp_avg_sq") if name in plain.state[params[0]]]
     device = params[0].device
@@ -147,8 +131,7 @@ def _streams(params: list[Tensor], layout: WeightLayout, plain: Optimizer) -> di
     if native.unavailable_reason():
         return {}
     states = [[plain.state[p][name] for p in params] for name in names]
-    gradients = [p.grad for p in params if p.grad is not None]
-    centered = [p.grad for p in layout if p.grad is not None]
+    gradients, centered = ([p.grad for p in chosen if p.grad is not None] for chosen in (params, layout))
     return {
         STREAM: lambda: native.stream(params, gradients, states),
         STREAM_GRADIENTS: lambda: native.stream(centered, centered, []),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import gc
+import math
 import statistics
 import time
+import timeit
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Clock", "Ratio", "host_seconds", "interleave", "ratio"]
+import torch
 
-Clock = Callable[[Callable[[], object], int], float]
-"""Returns how many seconds a number of calls take."""
+__all__ = ["Call", "Clock", "Ratio", "clock_for", "interleave", "ratio"]
+
+Call = Callable[[], object]
+Clock = Callable[[Call, int], float]  # the seconds that a number of calls take
 
 # A shorter measurement would be dominated by the clock's resolution and by the wake-up of threads.
 _MIN_SECONDS = 2e-3
@@ -30,55 +34,46 @@ class Ratio:
         return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def host_seconds(run: Callable[[], object], count: int) -> float:
-    """Time calls with the host's clock."""
-    started = time.perf_counter()
-    for _ in range(count):
-        run()
-    return time.perf_counter() - started
+def clock_for(device: str) -> Clock:
+    """Return the clock that times calls on a device: its stream's events on CUDA, else the host's clock."""
+    return _event_seconds if device.startswith("cuda") else _host_seconds
+
+
+def _host_seconds(run: Call, count: int) -> float:
+    return timeit.timeit(run, number=count)  # which stops the garbage collector
+
+
+def _event_seconds(run: Call, count: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    timeit.timeit(run, start.record, number=count)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], object]],
-    rounds: int,
-    budget: float = float("inf"),
-    warm_up: int = 3,
-    clock: Clock = host_seconds,
+    runs: Mapping[str, Call], rounds: int, budget: float = math.inf, warm_up: int = 3, clock: Clock = _host_seconds
 ) -> dict[str, list[float]]:
-    """Time every alternative once per round, in an order that rotates from round to round.
+    """Time every alternative once per round, in an order that rotates, and return the seconds per call in each round.
 
-    A fast alternative is called several times per measurement.
-
-    Args:
-        runs: alternatives by name.
-        rounds: maximum number of measurements per alternative.
-        budget: seconds after which no new round starts; at least three rounds are run.
-        warm_up: number of calls of each alternative before the first measurement.
-        clock: times the calls.
-
-    Returns:
-        For each alternative, the seconds per call in each round.
+    After ``budget`` seconds no new round starts, but at least three are run. A fast alternative is called several times
+    per measurement.
     """
     repeats = {}
     for name, run in runs.items():
         for _ in range(warm_up):
             run()
         repeats[name] = max(1, round(_MIN_SECONDS / max(clock(run, 1), 1e-7)))
-    names = list(runs)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        started = time.perf_counter()
-        for turn in range(rounds):
-            if turn >= _MIN_ROUNDS and time.perf_counter() - started > budget:
-                break
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                seconds[name].append(clock(runs[name], repeats[name]) / repeats[name])
-    finally:
-        if collecting:
-            gc.enable()
+    order = deque(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    started = time.perf_counter()
+    for turn in range(rounds):
+        if turn >= _MIN_ROUNDS and time.perf_counter() - started > budget:
+            break
+        for name in order:
+            seconds[name].append(clock(runs[name], repeats[name]) / repeats[name])
+        order.rotate(-1)
     return seconds
 
 

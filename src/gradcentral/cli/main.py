@@ -6,19 +6,17 @@ import json
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 from rich.console import Console
 
+from gradcentral import bench as benchmarks
 from gradcentral import weight_layout
-from gradcentral.bench import benchmark as step_benchmark
-from gradcentral.bench import training_iteration
-from gradcentral.bench.benchmark_plot import plot_benchmark
+from gradcentral.bench.report import conclusion, markdown_table, plot_benchmark, terminal_table
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import OURS
-from gradcentral.bench.table import conclusion, markdown_table, terminal_table
 from gradcentral.cli.layout import build_model
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES
 from gradcentral.experiment import CustomTask, ExperimentError, TaskError, load_task
@@ -30,9 +28,8 @@ from gradcentral.layout import report as layout_report
 from gradcentral.paper.draw import FIGURES, STATEMENTS, draw_all, statement_table
 from gradcentral.plotting import to_png
 
-__all__ = ["UsageError", "run"]
+__all__ = ["run"]
 
-_ABOUT = "Gradient Centralization: where it acts, whether it helps, and what it costs."
 _TASK_HELP = "A Python file that defines `task`, or a built-in task: digits, digits-batchnorm, digits-vit."
 _MODEL_HELP = (
     "MODULE:NAME of a model, or of a class or function that returns one (transformers:GPT2LMHeadModel); "
@@ -44,13 +41,7 @@ Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs per run; by defa
 Device = Annotated[str, typer.Option(help="Device to use, in torch's notation.")]
 MixedPrecision = Annotated[bool, typer.Option("--amp", help="Use mixed precision.")]
 
-app = typer.Typer(
-    help=_ABOUT, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-)
-
-
-class UsageError(Exception):
-    """An argument of a command is not usable."""
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _print_version(show: bool) -> None:
@@ -62,8 +53,9 @@ def _print_version(show: bool) -> None:
 _VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
 
 
-@app.callback(help=_ABOUT)
-def _main(version: Annotated[bool, _VERSION] = False) -> None: ...
+@app.callback()
+def _main(version: Annotated[bool, _VERSION] = False) -> None:
+    """Gradient Centralization: where it acts, whether it helps, and what it costs."""
 
 
 @app.command()
@@ -81,23 +73,12 @@ def compare(
     resume: Annotated[bool, typer.Option(help="Reuse the finished runs in the folder, or move them aside.")] = True,
 ) -> None:
     """Train with and without GC on the same seeds and data order, and report whether GC helps."""
-    comparison = compare_task(
-        task,
-        seeds=_seeds(seeds),
-        epochs=epochs,
-        arms=_names(arms),
-        optimizers=None if optimizers is None else _names(optimizers),
-        jobs=jobs,
-        backend=backend,
-        device=device,
-        amp=amp,
-        out=out,
-        resume=resume,
-    )
-    console = Console(highlight=False)
-    console.print()
-    console.print(comparison)
-    console.print(f"\nReport: {comparison.report}", soft_wrap=True)
+    chosen = None if optimizers is None else _names(optimizers)
+    how: dict[str, Any] = {"jobs": jobs, "backend": backend, "device": device, "amp": amp, "out": out, "resume": resume}
+    comparison = compare_task(task, seeds=_seeds(seeds), epochs=epochs, arms=_names(arms), optimizers=chosen, **how)
+    typer.echo()
+    Console(highlight=False).print(comparison)
+    typer.echo(f"\nReport: {comparison.report}")
 
 
 @app.command()
@@ -138,11 +119,10 @@ def figures(
     """Measure and draw the paper's figures and statements on a real network, as PNG, SVG and CSV."""
     chosen = None if only is None else _names(only)
     drawn = draw_all(task, out=out, only=chosen, optimizer=optimizer, seeds=seeds, epochs=epochs, device=device)
-    console = Console(highlight=False)
     if drawn.statements:
-        console.print(statement_table(drawn.statements))
+        Console(highlight=False).print(statement_table(drawn.statements))
     for name, title in drawn.titles.items():
-        console.print(f"{drawn.out / name}.png  {title}", soft_wrap=True)
+        typer.echo(f"{drawn.out / name}.png  {title}")
 
 
 @app.command()
@@ -157,7 +137,7 @@ def layout(
         built = build_model(model)
         found = weight_layout(built, only=only)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        _exit(str(error))
     if as_json:
         typer.echo(json.dumps(layout_report.as_json(built, found), indent=2, ensure_ascii=False))
     else:
@@ -179,29 +159,27 @@ def bench(
 ) -> None:
     """Measure optimizer steps with and without GC on this machine, as ratios of interleaved timings."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: torch finds no CUDA device; use --device cpu")
+        _exit(f"--device {device}: torch finds no CUDA device; use --device cpu")
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = _names(models), _names(optimizers), _names(dtypes)
-    console = Console(highlight=False)
     try:
-        cases = step_benchmark.bench(*chosen, rounds=rounds, seconds=seconds, peers=peers, device=device)
-        benchmark = step_benchmark.Benchmark(machine=step_benchmark.describe_machine(device))
-        console.print(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()), soft_wrap=True)
+        cases = benchmarks.bench(*chosen, rounds=rounds, seconds=seconds, peers=peers, device=device)
+        benchmark = benchmarks.Benchmark(machine=benchmarks.describe_machine(device))
+        typer.echo(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()))
         for case in cases:
             benchmark.cases.append(case)
             times = f"{case.milliseconds:.2f} ms, with GC ÷ without {case.ratios[OURS]}"
             typer.echo(f"{case.model} {case.dtype} {case.algorithm}: {times}")
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        _exit(str(error))
     if iteration:
-        benchmark.cases.append(training_iteration.iteration(device=device, dtype="f32" if device == "cpu" else "bf16"))
+        benchmark.cases.append(benchmarks.iteration(device=device, dtype="f32" if device == "cpu" else "bf16"))
     benchmark.write(out / "bench.json")
     (out / "bench.png").write_bytes(plot_benchmark(benchmark))
     (out / "bench.md").write_text(markdown_table(benchmark), encoding="utf-8")
     Console(width=210, highlight=False).print(terminal_table(benchmark))
-    console.print(conclusion(benchmark), soft_wrap=True)
-    typer.echo(f"\n{out / 'bench.json'}, bench.md and bench.png")
+    typer.echo(f"{conclusion(benchmark)}\n\n{out / 'bench.json'}, bench.md and bench.png")
 
 
 def _names(text: str) -> list[str]:
@@ -212,28 +190,27 @@ def _seeds(text: str) -> int | list[int]:
     try:
         return [int(seed) for seed in _names(text)] if "," in text else int(text)
     except ValueError:
-        raise UsageError(f"seeds: give a number such as 5, or a list such as 0,3,7, not {text!r}") from None
+        _exit(f"seeds: give a number such as 5, or a list such as 0,3,7, not {text!r}")
 
 
 def run() -> None:
     """Run the command line; errors that the user can correct are one line on stderr and exit code 2."""
-    interrupted = "interrupted; finished runs are kept, and the same command continues from there"
     try:
         status = app(standalone_mode=False)
-    except (ExperimentError, MissingExtraError, UsageError) as error:
-        _exit(str(error), 2)
+    except (ExperimentError, MissingExtraError) as error:
+        _exit(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        _exit(interrupted, 130)
+        status = 130
     except Exception as error:
         # The parser's own errors; their class is not at the same place in every version of typer.
         if not hasattr(error, "format_message"):
             raise
-        _exit(f"{error.format_message()} See gradcentral --help.", 2)
+        _exit(f"{error.format_message()} See gradcentral --help.")
     if status == 130:  # newer versions of typer catch the interrupt and return this
-        _exit(interrupted, 130)
+        _exit("interrupted; finished runs are kept, and the same command continues from there", 130)
     sys.exit(status)
 
 
-def _exit(message: str, code: int) -> NoReturn:
+def _exit(message: str, code: int = 2) -> NoReturn:
     print(f"gradcentral: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
