@@ -6,7 +6,6 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -71,28 +70,17 @@ def _named_model(target: str) -> Callable[[], Any]:
     if os.getcwd() not in sys.path:  # as in python -m: modules in the working directory can be named
         sys.path.insert(0, os.getcwd())
     try:
-        names = _ModuleNames(importlib.import_module(module_name))
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise ModelError(f"{target}: cannot import {module_name} ({error})") from error
 
     def make() -> Any:
-        found = eval(expression, {}, names)
+        code = compile(expression, target, "eval")
+        # Not vars(module): transformers creates its names on access.
+        found = eval(code, {name: getattr(module, name) for name in code.co_names if hasattr(module, name)})
         if isinstance(found, nn.Module) or not callable(found):
             return found
         config = getattr(found, "config_class", None)
         return found() if config is None else found(config())
 
     return make
-
-
-class _ModuleNames(dict[str, Any]):
-    """The names of a module, including those that it creates on access, as transformers does."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self._module = module
-
-    def __missing__(self, name: str) -> Any:
-        try:
-            return getattr(self._module, name)
-        except AttributeError:
-            raise KeyError(name) from None

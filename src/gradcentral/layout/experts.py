@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 import gradcentral.layout.reasons as skip
-from gradcentral.layout.rules import LeaveAlone, Rule, Rules, unexpected_shape
+from gradcentral.layout.rules import LeaveAlone, Rules, unexpected_shape
 
 __all__ = ["experts"]
 
-_INNER_SIZES = ("intermediate_dim", "intermediate_size", "expert_dim", "moe_intermediate_dim")
+_HIDDEN_SIZES = ("intermediate_dim", "intermediate_size", "expert_dim", "moe_intermediate_dim")
 
 
 def experts(transposed: bool | None = None) -> Rules:
@@ -22,32 +24,30 @@ def experts(transposed: bool | None = None) -> Rules:
     Args:
         transposed: what is known about the class; None if only the module itself can tell.
     """
-    first = dict.fromkeys(("gate_proj", "up_proj"), _projection(transposed, multiple=1, hidden_is_output=True))
+    first = partial(_pattern, transposed, "o")
     return {
         "*_bias": skip.BIAS,
-        "gate_up_proj": _projection(transposed, multiple=2, hidden_is_output=True),
-        **first,
-        "down_proj": _projection(transposed, multiple=1, hidden_is_output=False),
+        "gate_up_proj": partial(first, 2),
+        "gate_proj": partial(first, 1),
+        "up_proj": partial(first, 1),
+        "down_proj": partial(_pattern, transposed, "i", 1),
     }
 
 
-def _projection(known: bool | None, *, multiple: int, hidden_is_output: bool) -> Rule:
-    def rule(module: nn.Module, tensor: Tensor) -> str | LeaveAlone:
-        if tensor.ndim != 3:
-            return unexpected_shape(module, tensor, "three axes")
-        flag = getattr(module, "is_transposed", None)
-        transposed = flag if isinstance(flag, bool) else known
-        sizes = [size for name in _INNER_SIZES if isinstance(size := getattr(module, name, None), int)]
-        if sizes:
-            hidden = multiple * sizes[0]
-            # The hidden units are on axis 2 if they are outputs and transposed, or inputs and not transposed.
-            possible = {(axis == 2) == hidden_is_output for axis in (1, 2) if tensor.shape[axis] == hidden}
-            if not possible or (transposed is not None and transposed not in possible):
-                return unexpected_shape(module, tensor, f"a hidden layer of {hidden} units")
-            if transposed is None and len(possible) == 1:
-                transposed = possible.pop()
-        if transposed is None:
-            return LeaveAlone(f"{type(module).__name__} may be stored as 'e o [i]' or as 'e [i] o'", unknown=True)
-        return "e [i] o" if transposed else "e o [i]"
-
-    return rule
+def _pattern(
+    transposed: bool | None, hidden_axis: str, multiple: int, module: nn.Module, tensor: Tensor
+) -> str | LeaveAlone:
+    if tensor.ndim != 3:
+        return unexpected_shape(module, tensor, "three axes")
+    if isinstance(flag := getattr(module, "is_transposed", None), bool):
+        transposed = flag
+    orders = [axes for axes, turned in (("eoi", False), ("eio", True)) if transposed in (None, turned)]
+    sizes = [size for name in _HIDDEN_SIZES if isinstance(size := getattr(module, name, None), int)]
+    if sizes:
+        hidden = multiple * sizes[0]
+        orders = [axes for axes in orders if tensor.shape[axes.index(hidden_axis)] == hidden]
+        if not orders:
+            return unexpected_shape(module, tensor, f"a hidden layer of {hidden} units")
+    if len(orders) > 1:
+        return LeaveAlone(f"{type(module).__name__} may be stored as 'e o [i]' or as 'e [i] o'", unknown=True)
+    return " ".join(orders[0]).replace("i", "[i]")

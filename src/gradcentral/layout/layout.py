@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -16,7 +17,6 @@ from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["WeightLayout", "weight_layout"]
 
-_ONLY = ("all", "conv")
 _SHAPE_RULE = "shape rule"
 
 
@@ -28,6 +28,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
 
     Attributes:
         entries: one `Entry` per parameter of the model, centered or skipped, in the model's order.
+        pending: whether there are lazy parameters whose shapes were unknown when the layout was last refreshed.
         revision: how many times `refresh` has updated the entries.
     """
 
@@ -39,17 +40,15 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
     def _set(self, entries: Sequence[Entry]) -> None:
         self.revision += 1
         self.entries = tuple(entries)
-        self._by_parameter = {entry.parameter: entry for entry in self.entries}
-        self._by_name = {name: entry for entry in self.entries for name in (entry.name, *entry.aliases)}
+        self.pending = any(entry.reason == LAZY for entry in self.entries)
         self._centered = {entry.parameter: entry.vectors for entry in self.entries if entry.vectors is not None}
-        self._pending = any(entry.reason == LAZY for entry in self.entries)
+        self._by_key: dict[object, Entry] = {  # by the parameter and by each of its names
+            key: entry for entry in self.entries for key in (entry.parameter, entry.name, *entry.aliases)
+        }
 
-    def __getstate__(self) -> tuple[Entry, ...]:
+    def __reduce__(self) -> tuple[type[WeightLayout], tuple[tuple[Entry, ...]]]:
         # A copy belongs to copies of the parameters, not to the original model, so it cannot be refreshed from it.
-        return self.entries
-
-    def __setstate__(self, entries: tuple[Entry, ...]) -> None:
-        self.__init__(entries)  # type: ignore[misc]
+        return type(self), (self.entries,)
 
     @classmethod
     def from_shapes(
@@ -77,10 +76,9 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         for position, (name, tensor) in enumerate(_named(params)):
             refuse_flat(name or f"parameter {position}", tensor)
             decision: Decision | None = not_centerable(tensor)
-            if decision is None and tensor.ndim <= 1:
-                decision = LeaveAlone("one-dimensional")
-            elif decision is None:
-                decision = apply_rule("o [i...]", nn.Module(), tensor)
+            if decision is None:
+                one_dimensional = LeaveAlone("one-dimensional")
+                decision = one_dimensional if tensor.ndim <= 1 else apply_rule("o [i...]", nn.Module(), tensor)
             vectors, reason = (None, decision.reason) if isinstance(decision, LeaveAlone) else (decision, "")
             entries.append(Entry(name or str(position), tensor, vectors, _SHAPE_RULE, reason))
         return cls(entries)
@@ -91,8 +89,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         Raises:
             KeyError: the parameter is not in the layout, or is skipped (with the reason).
         """
-        entry = self._by_name.get(key) if isinstance(key, str) else self._by_parameter.get(key)
-        if entry is None:
+        if (entry := self._by_key.get(key)) is None:
             what = repr(key) if isinstance(key, str) else f"a tensor of shape {tuple(key.shape)}"
             raise KeyError(f"{what} is not a parameter of the model that this layout was created for")
         if entry.vectors is None:
@@ -100,9 +97,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         return entry.vectors
 
     def __contains__(self, key: object) -> bool:
-        if isinstance(key, str):
-            key = entry.parameter if (entry := self._by_name.get(key)) else None
-        return isinstance(key, Tensor) and key in self._centered
+        return (entry := self._by_key.get(key)) is not None and entry.vectors is not None
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._centered)
@@ -128,14 +123,9 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         """The entries skipped only because no rule covers them: raw parameters and unexpected shapes."""
         return tuple(entry for entry in self.entries if entry.unknown)
 
-    @property
-    def pending(self) -> bool:
-        """Whether there are lazy parameters whose shapes were unknown when the layout was last refreshed."""
-        return self._pending
-
     def in_model(self, parameter: Tensor) -> bool:
         """Whether the parameter belongs to this layout's model, centered or skipped."""
-        return parameter in self._by_parameter
+        return parameter in self._by_key
 
     def refresh(self) -> None:
         """Decide again for the model as it is now: lazy parameters have shapes, layers may have been added.
@@ -144,7 +134,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
             RuntimeError: lazy parameters have been given shapes, but the layout has no model to inspect: it was copied
                 or created from shapes before the first forward.
         """
-        if self._recipe is not None and (model := self._recipe.model()) is not None:
+        if self._recipe and (model := self._recipe.model()) is not None:
             self._set(self._recipe.entries(model))
         elif any(entry.reason == LAZY and not is_lazy(entry.parameter) for entry in self.entries):
             raise RuntimeError(
@@ -167,25 +157,21 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         return any(entry.origin == _SHAPE_RULE for entry in self.entries)
 
     def __str__(self) -> str:
-        """A table: parameter, shape, weight vectors (count × fan-in and pattern), rule or reason.
-
-        Repeated layers share a row; `table` can list each of them.
-        """
+        """A table in which repeated layers share a row; `table` can list each of them."""
         return self.table()
 
     __repr__ = __str__
 
     def table(self, *, every: bool = False) -> str:
-        """The layout as text.
+        """The layout as text: parameter, shape, weight vectors (count × fan-in and pattern), rule or reason.
 
         Args:
             every: one row per parameter, also for repeated layers.
         """
-        parts = [table.render(self.entries, every=every), self.summary()]
+        text = f"{table.render(self.entries, every=every)}\n\n{self.summary()}"
         if self.suggestions:
-            lines = "\n".join(f"  {line}" for line in self.suggestions)
-            parts.append(f"Rules for the unknown parameters, to paste and edit:\n{lines}")
-        return "\n\n".join(parts)
+            text += "\n\nRules for the unknown parameters, to paste and edit:"
+        return "\n  ".join([text, *self.suggestions])
 
     @property
     def suggestions(self) -> tuple[str, ...]:
@@ -246,8 +232,8 @@ def weight_layout(
         <BLANKLINE>
         1 of 4 parameters are centered (6.9% of the elements)
     """
-    if only not in _ONLY:
-        raise ValueError(f"unknown only={only!r}; choose from {', '.join(map(repr, _ONLY))}")
+    if only not in ("all", "conv"):
+        raise ValueError(f"unknown only={only!r}; choose from 'all', 'conv'")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     overrides = dict(overrides or {})
@@ -268,15 +254,12 @@ def _fraction_centered(entries: Sequence[Entry], what: str) -> str:
     return f"{len(centered)} of {len(entries)}{what}{percent}"
 
 
-def _named(
-    params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, object]],
-) -> Iterator[tuple[str, Tensor]]:
+def _named(params: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
     for item in params:
         if isinstance(item, Tensor):
             yield "", item
         elif isinstance(item, dict):
             group = item["params"]
-            assert isinstance(group, Iterable)
             yield from _named([group] if isinstance(group, Tensor) else group)
         elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor):
             yield item

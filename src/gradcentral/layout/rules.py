@@ -37,18 +37,12 @@ class Entry:
 
     name: str
     parameter: Tensor
-    vectors: WeightVectors | None
-    """The weight vectors, or None if the parameter is skipped."""
-    origin: str
-    """The rule that decided, as ``Class.parameter`` after the name of its library."""
-    reason: str = ""
-    """Why the parameter is skipped; empty if it is centered."""
-    unknown: bool = False
-    """Skipped because no rule covers it: the user should check it."""
-    aliases: tuple[str, ...] = ()
-    """Further names of a tied parameter."""
-    suggestion: str = ""
-    """A line of code to paste, with a rule for an unknown parameter."""
+    vectors: WeightVectors | None  # None if the parameter is skipped
+    origin: str  # the rule that decided, as Class.parameter after the name of its library
+    reason: str = ""  # why the parameter is skipped; empty if it is centered
+    unknown: bool = False  # skipped because no rule covers it: the user should check it
+    aliases: tuple[str, ...] = ()  # further names of a tied parameter
+    suggestion: str = ""  # a line of code to paste, with a rule for an unknown parameter
 
 
 Decision: TypeAlias = "WeightVectors | LeaveAlone"

@@ -1,14 +1,8 @@
 """Hugging Face diffusers, as of version 0.42."""
 
-from __future__ import annotations
-
 import gradcentral.layout.reasons as skip
 from gradcentral.layout.experts import experts
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes
-
-__all__ = ["CONVOLUTIONS", "TABLE"]
-
-CONVOLUTIONS = ("*.MotionConv2d", "*.SanaWMTemporalShortConvolution")
 
 TABLE: LibraryTable = {
     "*.SwiGLUExperts": experts(transposed=True),

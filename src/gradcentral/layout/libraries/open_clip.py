@@ -1,11 +1,7 @@
 """open_clip, as of version 3.3."""
 
-from __future__ import annotations
-
 import gradcentral.layout.reasons as skip
 from gradcentral.layout.rules import LibraryTable, axes
-
-__all__ = ["TABLE"]
 
 TABLE: LibraryTable = {
     "transformer.Attention": {"in_proj_weight": axes("o [i]"), "head_scale": skip.SCALE},

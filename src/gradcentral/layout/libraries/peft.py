@@ -3,12 +3,8 @@
 The layers of LoRA are Linear and convolution layers in a ModuleDict, which the rules of torch.nn cover.
 """
 
-from __future__ import annotations
-
 import gradcentral.layout.reasons as skip
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes
-
-__all__ = ["TABLE"]
 
 _ROTATION = LeaveAlone("parameter of a rotation")
 

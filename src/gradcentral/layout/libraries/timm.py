@@ -1,15 +1,11 @@
 """timm, PyTorch image models, as of version 1.0.31."""
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor, nn
 
 import gradcentral.layout.reasons as skip
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes, unexpected_shape
-
-__all__ = ["CONVOLUTIONS", "TABLE"]
 
 
 def _conditional_convolution(module: nn.Module, tensor: Tensor) -> str | LeaveAlone:
@@ -20,8 +16,6 @@ def _conditional_convolution(module: nn.Module, tensor: Tensor) -> str | LeaveAl
     units, *inputs = map(str, shape)
     return f"e ({units} [{' '.join(inputs)}])"
 
-
-CONVOLUTIONS = ("*.CondConv2d",)
 
 TABLE: LibraryTable = {
     "*.CondConv2d": {"weight": _conditional_convolution, "bias": skip.BIAS},

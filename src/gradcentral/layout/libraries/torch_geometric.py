@@ -1,13 +1,9 @@
 """PyTorch Geometric, as of version 2.8."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 import gradcentral.layout.reasons as skip
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, Rules, axes, unexpected_shape
-
-__all__ = ["TABLE"]
 
 
 def _relations(module: nn.Module, tensor: Tensor) -> str | LeaveAlone:

@@ -1,7 +1,5 @@
 """The layers of torch.nn. The tests verify each rule numerically by theorem 4.1 of the paper."""
 
-from __future__ import annotations
-
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -9,10 +7,6 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 
 import gradcentral.layout.reasons as skip
 from gradcentral.layout.rules import LeaveAlone, Rules, Table, axes
-
-__all__ = ["CONVOLUTIONS", "TABLE"]
-
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (_ConvNd,)
 
 _NORM: Rules = {"weight": skip.NORM_GAIN, "bias": skip.BIAS}
 

@@ -1,12 +1,8 @@
 """Hugging Face transformers, as of version 5.23."""
 
-from __future__ import annotations
-
 import gradcentral.layout.reasons as skip
 from gradcentral.layout.experts import experts
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes
-
-__all__ = ["TABLE"]
 
 _HYPER_CONNECTION = {"fn": axes("o [i]"), "hc_fn": axes("o [i]")}
 

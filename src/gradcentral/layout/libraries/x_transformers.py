@@ -1,11 +1,7 @@
 """x-transformers, as of version 2.31."""
 
-from __future__ import annotations
-
 import gradcentral.layout.reasons as skip
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes
-
-__all__ = ["TABLE"]
 
 _MEMORY = LeaveAlone("memory read by attention, not the weights of a unit")
 
