@@ -48,11 +48,6 @@ class WeightVectors:
         >>> filters = WeightVectors(span=(1, 2, 3), shape=(16, 3, 5, 5))
         >>> filters.count, filters.fan_in
         (16, 75)
-
-        A transposed convolution with 2 groups, weight ``[in, out/groups, k, k]``:
-
-        >>> WeightVectors(span=(1, 3, 4), view=(2, 4, 3, 5, 5)).for_shape((8, 3, 5, 5)).fan_in
-        100
     """
 
     span: tuple[int, ...]

@@ -24,17 +24,11 @@ def build_model(target: str) -> nn.Module:
     """Build the named model, on the meta device if possible, so that its weights take no memory.
 
     Args:
-        target: ``MODULE:NAME``, where NAME is a model, a class or function that creates one without arguments, or a
-            class of transformers, which is given its default configuration; or ``MODULE:EXPRESSION`` in the names of
-            the module, such as ``"timm:create_model('resnet18')"``; or a task file (``my_task.py``).
+        target: as in the help of the command. A class of transformers is given its default configuration.
 
     Raises:
         ModelError: the module or name does not exist, or does not give a `torch.nn.Module`.
         TaskError: the task file cannot be loaded.
-
-    Examples:
-        >>> build_model("torch.nn:Linear(3, 2)")
-        Linear(in_features=3, out_features=2, bias=True)
     """
     make = _task_model(target) if target.endswith(".py") else _named_model(target)
     try:

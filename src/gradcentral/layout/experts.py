@@ -6,7 +6,6 @@ from functools import partial
 
 from torch import Tensor, nn
 
-import gradcentral.layout.reasons as skip
 from gradcentral.layout.rules import LeaveAlone, Rules, unexpected_shape
 
 __all__ = ["experts"]
@@ -17,16 +16,12 @@ _HIDDEN_SIZES = ("intermediate_dim", "intermediate_size", "expert_dim", "moe_int
 def experts(transposed: bool | None = None) -> Rules:
     """Rules for experts stored as ``"e o [i]"``, or as ``"e [i] o"`` if transposed.
 
-    There are three sources of evidence, which must not contradict each other: the module's own ``is_transposed``
-    (which takes precedence over the table's), the argument here, and the size of the hidden layer, which is an output
-    of the first projections and an input of the last one.
-
-    Args:
-        transposed: what is known about the class; None if only the module itself can tell.
+    Known from the module's own ``is_transposed``, otherwise from the argument here, a property of the class. The size
+    of the hidden layer, an output of the first projections and an input of the last one, must not contradict it, and
+    decides where neither is known.
     """
     first = partial(_pattern, transposed, "o")
     return {
-        "*_bias": skip.BIAS,
         "gate_up_proj": partial(first, 2),
         "gate_proj": partial(first, 1),
         "up_proj": partial(first, 1),

@@ -84,11 +84,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         return cls(entries)
 
     def __getitem__(self, key: Tensor | str) -> WeightVectors:
-        """The weight vectors of a parameter, given the parameter or its name.
-
-        Raises:
-            KeyError: the parameter is not in the layout, or is skipped (with the reason).
-        """
+        """The weight vectors of a parameter, given it or its name; a KeyError with the reason if it is skipped."""
         if (entry := self._by_key.get(key)) is None:
             what = repr(key) if isinstance(key, str) else f"a tensor of shape {tuple(key.shape)}"
             raise KeyError(f"{what} is not a parameter of the model that this layout was created for")
@@ -143,11 +139,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
             )
 
     def current_parameters(self) -> dict[str, Tensor] | None:
-        """{name: parameter} of the model as it is now, tied ones under each of their names; None without a model.
-
-        Raises:
-            ValueError: the model has since been wrapped in FSDP1, which flattens its parameters.
-        """
+        """{name: parameter} of the model as it is now, tied ones under each of their names; None without a model."""
         model = None if self._recipe is None else self._recipe.model()
         return None if model is None else {site.name: site.tensor for site in sites(model)}
 
@@ -165,8 +157,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
     def table(self, *, every: bool = False) -> str:
         """The layout as text: parameter, shape, weight vectors (count × fan-in and pattern), rule or reason.
 
-        Args:
-            every: one row per parameter, also for repeated layers.
+        With ``every``, repeated layers have one row each.
         """
         text = f"{table.render(self.entries, every=every)}\n\n{self.summary()}"
         if self.suggestions:

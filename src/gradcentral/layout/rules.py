@@ -14,7 +14,6 @@ from gradcentral.weight_vectors import WeightVectors, as_vectors, check_pattern
 
 __all__ = ["Entry", "LeaveAlone", "axes", "register_layout"]
 
-_CLASS_ATTRIBUTE = "weight_vectors"
 LAZY = "lazy: its shape is unknown until the first forward"
 
 
@@ -101,11 +100,11 @@ def registered_rules(cls: type) -> Rules:
 
 def declared_rules(cls: type) -> Rules:
     """The rules that the class itself declares in its attribute ``weight_vectors``."""
-    declared = cls.__dict__.get(_CLASS_ATTRIBUTE)
+    declared = cls.__dict__.get("weight_vectors")
     if not isinstance(declared, Mapping):  # an unrelated attribute of the same name
         return {}
     for name, rule in declared.items():
-        check_rule(rule, f"{cls.__name__}.{_CLASS_ATTRIBUTE}[{name!r}]")
+        check_rule(rule, f"{cls.__name__}.weight_vectors[{name!r}]")
     return declared
 
 
@@ -191,5 +190,6 @@ def axes(pattern: str, **sizes: str) -> Rule:
 
 def unexpected_shape(module: nn.Module, tensor: Tensor, expected: str) -> LeaveAlone:
     """Skip as unknown: the layer was modified, or is not the one that the rule was written for."""
-    shape = tuple(tensor.shape)
-    return LeaveAlone(f"shape {shape} does not fit {type(module).__name__}: expected {expected}", unknown=True)
+    return LeaveAlone(
+        f"shape {tuple(tensor.shape)} does not fit {type(module).__name__}: expected {expected}", unknown=True
+    )

@@ -18,7 +18,7 @@ from gradcentral.layout.rules import LeaveAlone
 
 __all__ = ["Owner", "Site", "refuse_flat", "sites"]
 
-_FSDP2 = "torch.distributed.fsdp.fully_shard"
+_REMEDY = "cannot be identified: use torch.distributed.fsdp.fully_shard (FSDP2), which keeps the shapes"
 _MAGNITUDE = LeaveAlone("magnitude of weight_norm")
 
 
@@ -40,19 +40,13 @@ class Site(NamedTuple):
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
-    """Every (module, name) under which a parameter is registered.
-
-    Raises:
-        ValueError: the parameters are flat parts, as made by FSDP1 or DeepSpeed's ZeRO-3.
-    """
+    """Every (module, name) under which a parameter is registered; a ValueError if the parameters are flat parts."""
     modules: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         modules[path] = module
         if type(module).__name__ == "FullyShardedDataParallel":
-            raise ValueError(
-                f"{path or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters so "
-                f"that their weight vectors cannot be identified: use {_FSDP2} (FSDP2)"
-            )
+            wrapped = f"{path or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters"
+            raise ValueError(f"{wrapped}, so that their weight vectors {_REMEDY}")
         prefixes = accumulate(path.split("."), "{}.{}".format)
         enclosing = (model, *(modules[prefix] for prefix in prefixes if prefix in modules))
         for local_name, tensor in module._parameters.items():
@@ -70,10 +64,8 @@ def refuse_flat(name: str, tensor: Tensor) -> None:
         maker = "DeepSpeed ZeRO-3"
     else:
         return
-    raise ValueError(
-        f"{name} of shape {tuple(tensor.shape)} is a flat part of a parameter, made by {maker}, whose weight vectors "
-        f"cannot be identified: use {_FSDP2} (FSDP2), which keeps the shapes"
-    )
+    what = f"{name} of shape {tuple(tensor.shape)} is a flat part of a parameter, made by {maker}"
+    raise ValueError(f"{what}, whose weight vectors {_REMEDY}")
 
 
 def _owner(module: nn.Module, path: str, name: str, modules: dict[str, nn.Module]) -> Owner:

@@ -5,6 +5,7 @@ import math
 from torch import Tensor, nn
 
 import gradcentral.layout.reasons as skip
+from gradcentral.layout.reasons import each
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes, unexpected_shape
 
 
@@ -18,7 +19,7 @@ def _conditional_convolution(module: nn.Module, tensor: Tensor) -> str | LeaveAl
 
 
 TABLE: LibraryTable = {
-    "*.CondConv2d": {"weight": _conditional_convolution, "bias": skip.BIAS},
+    "*.CondConv2d": {"weight": _conditional_convolution},
     "*.ScaledStdConv2d*": {"gain": LeaveAlone("gain of a standardized weight")},
     "*.MultiQueryAttentionV2": {
         "query_proj": axes("h o [i]", h="num_heads"),
@@ -37,7 +38,7 @@ TABLE: LibraryTable = {
     "*.Scale": {"scale": skip.SCALE},
     "*": {
         **skip.NAMES,
-        **skip.each(skip.POSITION, "patch_pos pixel_pos"),
+        **each(skip.POSITION, "patch_pos pixel_pos"),
         "latent": skip.QUERY,
         "skipinit_gain": skip.SCALE,
         "logit_scale": skip.TEMPERATURE,

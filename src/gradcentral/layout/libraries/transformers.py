@@ -2,21 +2,14 @@
 
 import gradcentral.layout.reasons as skip
 from gradcentral.layout.experts import experts
+from gradcentral.layout.reasons import each
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes
-
-_HYPER_CONNECTION = {"fn": axes("o [i]"), "hc_fn": axes("o [i]")}
 
 TABLE: LibraryTable = {
     "*.Conv1D": {"weight": axes("[i] o", i="nx", o="nf"), "bias": skip.BIAS},
     # The other experts have an attribute is_transposed, or their sizes tell.
-    **dict.fromkeys(
-        ("*.GptOssExperts", "*.OpenAIPrivacyFilterExperts", "*.AriaExperts", "*.Llama4TextExperts"),
-        experts(transposed=True),
-    ),
-    **dict.fromkeys(
-        ("*.MixtralExperts", "*.LongcatFlashExperts", "*.Step3p7Experts", "*.InklingSharedExperts"),
-        experts(transposed=False),
-    ),
+    **each(experts(True), "*.GptOssExperts *.OpenAIPrivacyFilterExperts *.AriaExperts *.Llama4TextExperts"),
+    **each(experts(False), "*.MixtralExperts *.LongcatFlashExperts *.Step3p7Experts *.InklingSharedExperts"),
     "*Experts": experts(),
     "*ParallelExperts": {"weight": axes("e o [i]", e="num_experts", o="output_size", i="input_size")},
     # [experts · inner, hidden]; w2 is used as x @ w on the rows of each expert.
@@ -25,8 +18,7 @@ TABLE: LibraryTable = {
     # One linear map per group, layer or codebook.
     "*.GroupedLinearLayer": {"weight": axes("g [i] o", g="num_groups", i="group_in_dim", o="group_out_dim")},
     "*.CsmCodebooksHead": {"weight": axes("g [i] o")},
-    "*.MoshiFlexibleLinear": {"weight": axes("g o [i]")},
-    "*.KyutaiSpeechToTextFlexibleLinear": {"weight": axes("g o [i]")},
+    "*FlexibleLinear": {"weight": axes("g o [i]")},
     "*.RecurrentGemmaRglru": {"*_gate_weight": axes("g [i] o", g="num_attention_heads", i="block_width")},
     "*.EsmFold2ConfidenceHead": {"*_weight": axes("g [i] o")},
     # Raw projections.
@@ -44,8 +36,7 @@ TABLE: LibraryTable = {
     "*.EsmFold2Parcae": {"input_matrix_continuous": axes("o [i]")},
     "*.Glm5NextTextIndexer": {"index_kpool_compress_gate": axes("o [i]", o="head_dim"), "*_ape": skip.POSITION},
     "*.QuantLinear": {"weight": axes("o [i]", o="out_features", i="in_features")},
-    "*HyperConnection": _HYPER_CONNECTION,
-    "*HyperHead": _HYPER_CONNECTION,
+    **each({"fn": axes("o [i]"), "hc_fn": axes("o [i]")}, "*HyperConnection *HyperHead"),
     "*.Inkling2DynamicShortConvolution": {"static_weight": axes("[i] o")},
     # State-space layers.
     "*.ZambaMambaMixer": {
@@ -53,17 +44,14 @@ TABLE: LibraryTable = {
         "dt_proj_weight": axes("g o [i]", g="n_mamba_heads", o="mamba_head_dim"),
     },
     # Not the weights of units.
-    "*.AriaProjector": {"query": skip.QUERY},
     "*.BrosRelationExtractor": {"dummy_node": skip.TOKEN},
     "*.GitModel": {"img_temporal_embedding.*": skip.POSITION},
     "*.AxialPositionEmbeddings": {"weights.*": skip.POSITION},
     "*.SinusoidalPositionalEmbedding": {"weight": skip.POSITION},
     "*.QuantEmbedding": {"weight": skip.LOOKUP},
     "*RelativeLogits": {"proj": skip.RELATIVE},
-    "*GRN": {"weight": skip.NORM_GAIN},
-    "*NormalizationLayer": {"weight": skip.NORM_GAIN},
+    **each({"weight": skip.NORM_GAIN}, "*GRN *NormalizationLayer"),
     "*.PerceiverMultimodal*": {"padding.*": skip.TOKEN, "mask.*": skip.TOKEN},
-    "*.PerceiverEmbeddings": {"latents": skip.QUERY},
     "*.MllamaPrecomputedPositionEmbedding": {"embedding": skip.POSITION},
     "*.XIELUActivation": {"alpha_[pn]": skip.ACTIVATION},
     "*.BayesianDetectorWatermarkedLikelihood": {"*": LeaveAlone("parameter of a watermark detector")},
@@ -75,15 +63,15 @@ TABLE: LibraryTable = {
     "models.*": {
         **skip.NAMES,
         "*_embed": LeaveAlone("level embedding"),
-        **skip.each(skip.POSITION, "*_embedding *embeddings position_enc image_positions"),
-        **skip.each(skip.POSITION, "*positional_encoding *positional_embedding*"),
-        **skip.each(skip.TOKEN, "*_embedding_parameter no_object_pointer cls_emb *_feature_extensor"),
-        **skip.each(skip.TOKEN, "segment_token_* type_token_*"),
-        **skip.each(skip.RELATIVE, "rpb emb_rel_[kv] gru_rel_pos_const relative_attention_bias"),
-        **skip.each(skip.QUERY, "pooling_attention_query latent_query latents_[0-9]d probe query"),
-        **skip.each(skip.BIAS, "bias_[uv] *_bias_[uv] b[12]"),
-        **skip.each(skip.SCALE, "alpha_* lambda* scale"),
-        **skip.each(skip.DYNAMICS, "A_log D"),
+        **each(skip.POSITION, "*_embedding *embeddings position_enc image_positions"),
+        **each(skip.POSITION, "*positional_encoding *positional_embedding*"),
+        **each(skip.TOKEN, "*_embedding_parameter no_object_pointer cls_emb *_feature_extensor"),
+        **each(skip.TOKEN, "segment_token_* type_token_*"),
+        **each(skip.RELATIVE, "rpb emb_rel_[kv] gru_rel_pos_const relative_attention_bias"),
+        **each(skip.QUERY, "pooling_attention_query latent_query latents_[0-9]d probe query"),
+        **each(skip.BIAS, "bias_[uv] *_bias_[uv] b[12]"),
+        **each(skip.SCALE, "alpha_* lambda* scale"),
+        **each(skip.DYNAMICS, "A_log D"),
         "time_mix_*": skip.MIXING,
         "codevectors": skip.CODEBOOK,
         "label_embeddings_concat": skip.LOOKUP,
