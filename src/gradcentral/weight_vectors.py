@@ -32,8 +32,7 @@ class WeightVectors:
     Args:
         span: axes of the view that one weight vector runs over; negative axes count from the end.
         view: shape to view the parameter as, with as many elements as the parameter. Default: its own shape.
-        shape: shape of the parameter. Layouts fill it in (see `for_shape`); ``fan_in`` and ``count`` need it or
-            ``view``.
+        shape: shape of the parameter, which layouts fill in. ``fan_in`` and ``count`` need it or ``view``.
         names: names of the axes of the view, used to print the pattern.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import ParamsT
 
 from gradcentral.layout import table
 from gradcentral.layout.recipe import Recipe, Selector
@@ -51,9 +52,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         return type(self), (self.entries,)
 
     @classmethod
-    def from_shapes(
-        cls, params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, object]]
-    ) -> WeightLayout:
+    def from_shapes(cls, params: ParamsT) -> WeightLayout:
         """A layout from shapes alone, for parameters without a model: ``"o [i...]"``, the mean over axes 1 and up.
 
         Right for plain Linear and convolution layers; **wrong** for embeddings, transposed convolutions and every
@@ -207,8 +206,7 @@ def weight_layout(
             shape or gives a fan-in of 1; the model is wrapped in FSDP1, which flattens its parameters.
         TypeError: model is not a module, or an override is not a rule.
 
-    Source: weight vectors as in Yong et al. 2020, section 3.2; each rule for a layer that is linear in its input is
-    tested by theorem 4.1.
+    Source: Yong et al. 2020, section 3.2; theorem 4.1 tests each rule for a layer that is linear in its input.
 
     Examples:
         >>> import torch, gradcentral

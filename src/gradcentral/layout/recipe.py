@@ -60,7 +60,11 @@ class Recipe:
         # The last override that matches applies, so that exceptions can follow a general rule.
         for selector, rule in reversed(list(self.overrides.items())):
             if _matches(selector, places):
-                return _entry(first, _override(rule, first), "override")
+                decision = _apply(rule, first, f"overrides: {first.name}")
+                if isinstance(rule, (str, WeightVectors)) and isinstance(decision, LeaveAlone):
+                    shape = tuple(first.tensor.shape)
+                    raise ValueError(f"overrides: {first.name} of shape {shape}: {decision.reason}")
+                return _entry(first, decision, "override")
         if any(_matches(selector, places) for selector in self.exclude):
             return _entry(first, LeaveAlone("excluded"), "exclude")
         decided, *others = (_entry_by_rule(site, self.only) for site in places)
@@ -89,13 +93,6 @@ def _entry_by_rule(site: Site, only: str) -> Entry:
     if only == "conv" and isinstance(decision, WeightVectors) and not is_convolution(module):
         decision = LeaveAlone('not a convolution (only="conv")')
     return _entry(site, decision, origin)
-
-
-def _override(rule: Rule, site: Site) -> Decision:
-    decision = _apply(rule, site, f"overrides: {site.name}")
-    if isinstance(rule, (str, WeightVectors)) and isinstance(decision, LeaveAlone):
-        raise ValueError(f"overrides: {site.name} of shape {tuple(site.tensor.shape)}: {decision.reason}")
-    return decision
 
 
 def _apply(rule: Rule, site: Site, what: str) -> Decision:

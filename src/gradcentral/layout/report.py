@@ -15,8 +15,7 @@ from gradcentral.layout.table import compact_names
 
 __all__ = ["as_json", "as_text", "points_to_check"]
 
-_SMALL_FAN_IN = 4
-"""Up to this fan-in, centering removes a quarter or more of a unit's degrees of freedom."""
+_SMALL_FAN_IN = 4  # up to this fan-in, centering removes a quarter or more of a unit's degrees of freedom
 
 
 def as_text(model: nn.Module, layout: WeightLayout, *, every: bool = False) -> str:
@@ -73,20 +72,13 @@ def _points(entry: Entry, is_strided: bool) -> Iterator[tuple[str, str]]:
 
 
 def _as_dict(entry: Entry) -> dict[str, Any]:
-    vectors = entry.vectors
+    numbers = ("count", "fan_in", "pattern", "span", "view")
     return {
         "name": entry.name,
         "aliases": list(entry.aliases),
         "shape": None if is_lazy(entry.parameter) else list(entry.parameter.shape),
         "trained": entry.parameter.requires_grad,
-        "weight_vectors": vectors
-        and {
-            "count": vectors.count,
-            "fan_in": vectors.fan_in,
-            "pattern": vectors.pattern,
-            "span": list(vectors.span),
-            "view": vectors.view and list(vectors.view),
-        },
+        "weight_vectors": entry.vectors and {name: getattr(entry.vectors, name) for name in numbers},
         "rule": entry.origin or None,
         "reason": entry.reason or None,
         "unknown": entry.unknown,

@@ -42,12 +42,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def compact_names(names: Iterable[str]) -> list[str]:
-    """The names, with those of repeated layers combined.
-
-    Examples:
-        >>> compact_names(["h.0.attn.bias", "h.1.attn.bias", "h.2.attn.bias", "ln.bias"])
-        ['h.{0..2}.attn.bias ×3', 'ln.bias']
-    """
+    """The names, with those of repeated layers combined, as in ``h.{0..2}.attn.bias ×3``."""
     return list(map(str, _merged([_Row(tuple(name.split(".")), ()) for name in names])))
 
 

@@ -22,7 +22,7 @@ TABLE: LibraryTable = {
         **skip.NAMES,
         **each(skip.SCALE, "per_channel_scale* modulat* scale clip_mean clip_std mean std"),
         **each(skip.TOKEN, "*embed embeddings *_emb *_embedding uncond_vector text_embedding_padding"),
-        **each(skip.POSITION, "pos_frequencies *pos_emb_* learnable_positional_embedding"),
+        "pos_frequencies": skip.POSITION,
         "latent_queries": skip.QUERY,
         "*_embeds": skip.LOOKUP,
         "A_log": skip.DYNAMICS,

@@ -10,5 +10,5 @@ TABLE: LibraryTable = {
     "transformer.*Transformer": {"text_projection": axes("[i] o")},
     # CLIP keeps the projection of its text tower as an attribute of its own.
     "*.CLIP": {"text_projection": axes("[i] o")},
-    "*": {**skip.NAMES, "positional_embedding": skip.POSITION, "cls_emb": skip.TOKEN},
+    "*": {**skip.NAMES, "cls_emb": skip.TOKEN},
 }

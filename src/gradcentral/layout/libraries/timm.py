@@ -41,6 +41,5 @@ TABLE: LibraryTable = {
         **each(skip.POSITION, "patch_pos pixel_pos"),
         "latent": skip.QUERY,
         "skipinit_gain": skip.SCALE,
-        "logit_scale": skip.TEMPERATURE,
     },
 }

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 import gradcentral.layout.reasons as skip
 from gradcentral.layout.reasons import each
-from gradcentral.layout.rules import LeaveAlone, LibraryTable, Rules, axes, unexpected_shape
+from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes, unexpected_shape
 
 
 def _relations(module: nn.Module, tensor: Tensor) -> str | LeaveAlone:
@@ -15,7 +15,6 @@ def _relations(module: nn.Module, tensor: Tensor) -> str | LeaveAlone:
 
 # The logit of a head is a weighted sum of its channels: one output unit per head.
 _HEADS = axes("o h [i]")
-_GAUSSIANS: Rules = {"mu": LeaveAlone("mean of a Gaussian kernel"), "sigma": LeaveAlone("width of a Gaussian kernel")}
 
 TABLE: LibraryTable = {
     "nn.conv.dna_conv.Linear": {"weight": axes("g [i] o")},
@@ -31,21 +30,14 @@ TABLE: LibraryTable = {
         "l[12]": axes("[i] o", o="out_channels"),
         "b[12]": skip.BIAS,
     },
-    "*.ARMAConv": {
-        "weight": axes("t k [i] o"),
-        "init_weight": axes("k [i] o"),
-        "root_weight": axes("t k [i] o"),
-    },
+    "*.ARMAConv": {"init_weight": axes("k [i] o"), "*weight": axes("t k [i] o")},
     "*.GatedGraphConv": {"weight": axes("t [i] o", o="out_channels")},
     "*.GCN2Conv": {"weight[12]": axes("[i] o", o="channels")},
-    "*.GMMConv": {"g": axes("[i] o"), **_GAUSSIANS},
+    "*.GMMConv": {"g": axes("[i] o"), **each(LeaveAlone("mean or width of a Gaussian kernel"), "mu sigma")},
     # Each control point of the spline is a linear map; an edge uses a weighted mean of them.
     "*.SplineConv": {"weight": axes("k [i] o", o="out_channels")},
     "*.AntiSymmetricConv": {"W": LeaveAlone("antisymmetric: an element is a weight of two units")},
-    "*.GATConv": {"att_*": _HEADS},
-    "*.SuperGATConv": {"att_[lr]": _HEADS},
-    "*.GeneralConv": {"att_msg": _HEADS},
-    **each({"att": _HEADS}, "*.GATv2Conv *.HypergraphConv *.LPAttLayer"),
+    **each({"att*": _HEADS}, "*.GATConv *.GATv2Conv *.SuperGATConv *.GeneralConv *.HypergraphConv *.LPAttLayer"),
     "*.DenseGATConv": {"att_*": axes("o o o [i]")},
     "*.GATEConv": {"att_[lr]": axes("o [i]")},
     "*.HANConv": {"q": axes("o [i]", i="out_channels"), "lin_*.*": _HEADS},
@@ -58,10 +50,7 @@ TABLE: LibraryTable = {
     "*.PoolingByMultiheadAttention": {"seed": skip.QUERY},
     "*.MemPooling": {"k": skip.CODEBOOK},
     "*.RENet": {"ent": skip.LOOKUP, "rel": skip.LOOKUP},
-    "*.ExpNormalSmearing": {
-        "means": LeaveAlone("mean of a radial basis"),
-        "betas": LeaveAlone("width of a radial basis"),
-    },
+    "*.ExpNormalSmearing": each(LeaveAlone("mean or width of a radial basis"), "means betas"),
     **each({"weight": skip.NORM_GAIN}, "*.HeteroBatchNorm *.HeteroLayerNorm *.VecLayerNorm"),
     "*Explainer": each(LeaveAlone("mask of an explanation"), "*_mask *_mask.*"),
     "*": {"*bias": skip.BIAS, "edge_type_weight": skip.MIXING, "query_tokens": skip.QUERY},
