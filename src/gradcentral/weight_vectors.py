@@ -62,9 +62,7 @@ class WeightVectors:
         if not span:
             raise ValueError("span is empty: name at least one axis that a weight vector runs over")
         if view is not None and shape is not None and math.prod(view) != math.prod(shape):
-            raise ValueError(
-                f"view {view} has {math.prod(view)} elements, but the shape {shape} has {math.prod(shape)}"
-            )
+            raise ValueError(f"view {view} has {math.prod(view)} elements, but shape {shape} has {math.prod(shape)}")
         if (dims := shape if view is None else view) is not None:
             for axis in span:
                 if not -len(dims) <= axis < len(dims):

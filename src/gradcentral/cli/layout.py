@@ -23,12 +23,7 @@ class ModelError(ValueError):
 def build_model(target: str) -> nn.Module:
     """Build the named model, on the meta device if possible, so that its weights take no memory.
 
-    Args:
-        target: as in the help of the command. A class of transformers is given its default configuration.
-
-    Raises:
-        ModelError: the module or name does not exist, or does not give a `torch.nn.Module`.
-        TaskError: the task file cannot be loaded.
+    A class of transformers is given its default configuration. The forms of a target are in the help of the command.
     """
     make = _task_model(target) if target.endswith(".py") else _named_model(target)
     try:

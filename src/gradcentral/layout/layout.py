@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradcentral.layout import table
 from gradcentral.layout.recipe import Recipe, Selector
-from gradcentral.layout.rules import LAZY, Decision, Entry, LeaveAlone, Rule, apply_rule, check_rule, not_centerable
+from gradcentral.layout.rules import LAZY, Entry, LeaveAlone, Rule, apply_rule, check_rule, not_centerable
 from gradcentral.layout.sites import refuse_flat, sites
 from gradcentral.weight_vectors import WeightVectors
 
@@ -74,10 +74,9 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         entries = []
         for position, (name, tensor) in enumerate(_named(params)):
             refuse_flat(name or f"parameter {position}", tensor)
-            decision: Decision | None = not_centerable(tensor)
-            if decision is None:
-                one_dimensional = LeaveAlone("one-dimensional")
-                decision = one_dimensional if tensor.ndim <= 1 else apply_rule("o [i...]", nn.Module(), tensor)
+            decision = not_centerable(tensor) or (
+                apply_rule("o [i...]", nn.Module(), tensor) if tensor.ndim > 1 else LeaveAlone("one-dimensional")
+            )
             vectors, reason = (None, decision.reason) if isinstance(decision, LeaveAlone) else (decision, "")
             entries.append(Entry(name or str(position), tensor, vectors, _SHAPE_RULE, reason))
         return cls(entries)
@@ -126,8 +125,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         """Decide again for the model as it is now: lazy parameters have shapes, layers may have been added.
 
         Raises:
-            RuntimeError: lazy parameters have been given shapes, but the layout has no model to inspect: it was copied
-                or created from shapes before the first forward.
+            RuntimeError: the layout was copied or created from shapes before the first forward, so it has no model.
         """
         if self._recipe and (model := self._recipe.model()) is not None:
             self._set(self._recipe.entries(model))

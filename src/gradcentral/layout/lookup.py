@@ -18,12 +18,8 @@ __all__ = ["LIBRARIES", "find_rule", "is_convolution", "library_rules"]
 
 # Of the tables, only that of torch.nn is not found by the path of a class.
 LIBRARIES = tuple(file.name for file in iter_modules(libraries.__path__) if file.name != "torch_nn")
-_CONVOLUTIONS = (
-    "diffusers.*.MotionConv2d",
-    "diffusers.*.SanaWMTemporalShortConvolution",
-    "timm.*.CondConv2d",
-    "torchvision.*.DeformConv2d",
-)
+# Of diffusers, timm and torchvision; those of torch.nn have a base class in common.
+_CONVOLUTIONS = {"MotionConv2d", "SanaWMTemporalShortConvolution", "CondConv2d", "DeformConv2d"}
 
 
 def find_rule(module: nn.Module, name: str) -> tuple[Rule, str] | None:
@@ -46,14 +42,12 @@ def find_rule(module: nn.Module, name: str) -> tuple[Rule, str] | None:
 
 def is_convolution(module: nn.Module) -> bool:
     """Whether the layer is centered under ``only="conv"``: a torch.nn convolution or a library's own."""
-    return isinstance(module, _ConvNd) or any(
-        fnmatchcase(_path(cls), convolution) for cls in type(module).__mro__ for convolution in _CONVOLUTIONS
-    )
+    return isinstance(module, _ConvNd) or any(cls.__name__ in _CONVOLUTIONS for cls in type(module).__mro__)
 
 
 def library_rules(cls: type) -> Rules:
     """The rules in a library's table for this class itself. The library is not imported."""
-    return _library_rules(_path(cls))
+    return _library_rules(f"{cls.__module__}.{cls.__qualname__}")
 
 
 @functools.cache  # keyed by strings, since a cache of classes would keep them alive
@@ -65,7 +59,3 @@ def _library_rules(path: str) -> Rules:
             if fnmatchcase(path_in_library, class_path):
                 rules |= {name: rule for name, rule in class_rules.items() if name not in rules}
     return rules
-
-
-def _path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

@@ -48,10 +48,7 @@ class Recipe:
         places: dict[Tensor, list[Site]] = {}
         for site in sites(model):
             places.setdefault(site.tensor, []).append(site)
-        return [
-            replace(self._entry(tied), aliases=tuple(dict.fromkeys(site.name for site in tied[1:])))
-            for tied in places.values()
-        ]
+        return [replace(self._entry(tied), aliases=tuple(site.name for site in tied[1:])) for tied in places.values()]
 
     def _entry(self, places: list[Site]) -> Entry:
         first = places[0]

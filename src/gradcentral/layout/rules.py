@@ -48,7 +48,6 @@ Decision: TypeAlias = "WeightVectors | LeaveAlone"
 Rule: TypeAlias = "str | Decision | Callable[[nn.Module, Tensor], str | Decision | None] | None"
 Rules: TypeAlias = "Mapping[str, Rule]"
 """{parameter name, with wildcards: rule} of one class; the first name that matches decides."""
-Table: TypeAlias = "Mapping[type[nn.Module], Rules]"
 LibraryTable: TypeAlias = "Mapping[str, Rules]"
 """{path of a class inside its library, with wildcards: rules}, so that the library need not be imported."""
 
@@ -68,7 +67,7 @@ def register_layout(cls: type[nn.Module], name: str, rule: Rule) -> None:
             submodules (``"proj.weight"``, or ``"blocks.*.weight"`` for a ModuleList), and takes precedence over
             their own rules.
         rule: a pattern such as ``"[i] o"`` (see `WeightVectors.parse`) or a `WeightVectors`; `LeaveAlone` or None to
-            skip the parameter; or a function ``rule(module, tensor)`` that returns one of these, such as
+            skip the parameter; or a function of (module, tensor) that returns one of these, such as
             `gradcentral.layout.axes`, which takes the sizes of split axes from the module.
 
     Raises:

@@ -69,11 +69,11 @@ def suggestion(site: Site) -> str:
 
 def _name_for_all_items(site: Site) -> str:
     """The parameter's name for `register_layout`, with a wildcard for the items of a list."""
-    first, *rest = site.owner.name.split(".")
-    if not rest:
-        return first
-    last = "*" if isinstance(site.modules[-1], (nn.ParameterList, nn.ParameterDict)) else rest[-1]
-    return ".".join((first, *"*" * (len(rest) - 1), last))
+    pieces = site.owner.name.split(".")
+    pieces[1:-1] = ["*"] * (len(pieces) - 2)
+    if len(pieces) > 1 and isinstance(site.modules[-1], (nn.ParameterList, nn.ParameterDict)):
+        pieces[-1] = "*"
+    return ".".join(pieces)
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Hugging Face diffusers, as of version 0.42."""
 
 import gradcentral.layout.reasons as skip
-from gradcentral.layout.experts import experts
+from gradcentral.layout.libraries.transformers import experts
 from gradcentral.layout.reasons import each
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes
 

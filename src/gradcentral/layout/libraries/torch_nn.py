@@ -6,11 +6,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 
 import gradcentral.layout.reasons as skip
-from gradcentral.layout.rules import LeaveAlone, Rules, Table, axes
+from gradcentral.layout.rules import LeaveAlone, Rules, axes
 
 _NORM: Rules = {"weight": skip.NORM_GAIN, "bias": skip.BIAS}
 
-TABLE: Table = {
+TABLE: dict[type[nn.Module], Rules] = {
     nn.Linear: {"weight": axes("o [i]"), "bias": skip.BIAS},
     nn.Bilinear: {"weight": axes("o [i i]"), "bias": skip.BIAS},
     # With groups, axis i of a convolution holds in/groups channels, so that a filter is one weight vector as it is.

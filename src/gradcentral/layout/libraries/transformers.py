@@ -1,9 +1,49 @@
 """Hugging Face transformers, as of version 5.23."""
 
+from functools import partial
+
+from torch import Tensor, nn
+
 import gradcentral.layout.reasons as skip
-from gradcentral.layout.experts import experts
 from gradcentral.layout.reasons import each
-from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes
+from gradcentral.layout.rules import LeaveAlone, LibraryTable, Rules, axes, unexpected_shape
+
+_HIDDEN_SIZES = ("intermediate_dim", "intermediate_size", "expert_dim", "moe_intermediate_dim")
+
+
+def experts(transposed: bool | None = None) -> Rules:
+    """Rules for experts stored as ``"e o [i]"``, or as ``"e [i] o"`` if transposed, under the same names.
+
+    The module's own ``is_transposed`` takes precedence over the argument. The size of the hidden layer, an output of
+    the first projections and an input of the last one, must not contradict them, and decides where both are missing.
+    """
+    first = partial(_pattern, transposed, "o")
+    return {
+        "gate_up_proj": partial(first, 2),
+        "gate_proj": partial(first, 1),
+        "up_proj": partial(first, 1),
+        "down_proj": partial(_pattern, transposed, "i", 1),
+    }
+
+
+def _pattern(
+    transposed: bool | None, hidden_axis: str, multiple: int, module: nn.Module, tensor: Tensor
+) -> str | LeaveAlone:
+    if tensor.ndim != 3:
+        return unexpected_shape(module, tensor, "three axes")
+    if isinstance(flag := getattr(module, "is_transposed", None), bool):
+        transposed = flag
+    orders = [order for order, turned in (("eoi", False), ("eio", True)) if transposed in (None, turned)]
+    sizes = [size for name in _HIDDEN_SIZES if isinstance(size := getattr(module, name, None), int)]
+    if sizes:
+        hidden = multiple * sizes[0]
+        orders = [order for order in orders if tensor.shape[order.index(hidden_axis)] == hidden]
+        if not orders:
+            return unexpected_shape(module, tensor, f"a hidden layer of {hidden} units")
+    if len(orders) > 1:
+        return LeaveAlone(f"{type(module).__name__} may be stored as 'e o [i]' or as 'e [i] o'", unknown=True)
+    return " ".join(orders[0]).replace("i", "[i]")
+
 
 TABLE: LibraryTable = {
     "*.Conv1D": {"weight": axes("[i] o", i="nx", o="nf"), "bias": skip.BIAS},
