@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from gradcentral.layout.rules import LeaveAlone, Rules
 
-Anything = TypeVar("Anything")
+_Rule = TypeVar("_Rule")
 
 ACTIVATION = LeaveAlone("parameter of an activation")
 BIAS = LeaveAlone("bias")
@@ -24,7 +24,7 @@ TEMPERATURE = LeaveAlone("temperature")
 TOKEN = LeaveAlone("learned token")
 
 
-def each(rule: Anything, names: str) -> dict[str, Anything]:
+def each(rule: _Rule, names: str) -> dict[str, _Rule]:
     """The same rule for several parameters, or the same rules for several classes, with spaces between the names."""
     return dict.fromkeys(names.split(), rule)
 
