@@ -32,8 +32,7 @@ class WeightVectors:
     Args:
         span: axes of the view that one weight vector runs over; negative axes count from the end.
         view: shape to view the parameter as, with as many elements as the parameter. Default: its own shape.
-        shape: shape of the parameter. Layouts fill it in (see `for_shape`); ``fan_in`` and ``count`` need it or
-            ``view``.
+        shape: shape of the parameter, which layouts fill in. ``fan_in`` and ``count`` need it or ``view``.
         names: names of the axes of the view, used to print the pattern.
 
     Raises:
@@ -48,11 +47,6 @@ class WeightVectors:
         >>> filters = WeightVectors(span=(1, 2, 3), shape=(16, 3, 5, 5))
         >>> filters.count, filters.fan_in
         (16, 75)
-
-        A transposed convolution with 2 groups, weight ``[in, out/groups, k, k]``:
-
-        >>> WeightVectors(span=(1, 3, 4), view=(2, 4, 3, 5, 5)).for_shape((8, 3, 5, 5)).fan_in
-        100
     """
 
     span: tuple[int, ...]
@@ -61,24 +55,21 @@ class WeightVectors:
     names: tuple[str, ...] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        span, view, shape = tuple(self.span), _as_shape(self.view), _as_shape(self.shape)
+        for name in ("span", "view", "shape"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(map(int, value)))
+        span, view, shape = self.span, self.view, self.shape
         if not span:
             raise ValueError("span is empty: name at least one axis that a weight vector runs over")
         if view is not None and shape is not None and math.prod(view) != math.prod(shape):
-            raise ValueError(
-                f"view {view} has {math.prod(view)} elements, but the shape {shape} has {math.prod(shape)}"
-            )
-        dims = view if view is not None else shape
-        if dims is not None:
-            outside = [axis for axis in span if not -len(dims) <= axis < len(dims)]
-            if outside:
-                raise ValueError(f"span {span}: axis {outside[0]} is out of range for the view {dims}")
-            span = tuple(sorted(axis % len(dims) for axis in span))
-        if len(set(span)) != len(span):
+            raise ValueError(f"view {view} has {math.prod(view)} elements, but shape {shape} has {math.prod(shape)}")
+        if (dims := shape if view is None else view) is not None:
+            for axis in span:
+                if not -len(dims) <= axis < len(dims):
+                    raise ValueError(f"span {span}: axis {axis} is out of range for the view {dims}")
+            object.__setattr__(self, "span", tuple(sorted(axis % len(dims) for axis in span)))
+        if len(set(self.span)) != len(span):
             raise ValueError(f"span {span} names an axis twice")
-        object.__setattr__(self, "span", span)
-        object.__setattr__(self, "view", view)
-        object.__setattr__(self, "shape", shape)
 
     @classmethod
     def parse(cls, pattern: str, shape: Sequence[int], /, **sizes: int | Sequence[int]) -> WeightVectors:
@@ -108,14 +99,13 @@ class WeightVectors:
         """
         shape = tuple(shape)
         try:
-            groups = _sized(_expanded(_read(pattern), len(shape)), shape, sizes)
+            groups = _sized(_read(pattern), shape, sizes)
         except ValueError as error:
             raise ValueError(f"pattern {pattern!r} for shape {shape}: {error}") from None
         axes = [axis for group in groups for axis in group]
         view = tuple(axis.size or 0 for axis in axes)
         span = tuple(position for position, axis in enumerate(axes) if axis.spanned)
-        names = tuple(axis.name for axis in axes)
-        return cls(span, None if len(view) == len(shape) else view, shape, names)
+        return cls(span, None if len(view) == len(shape) else view, shape, tuple(axis.name for axis in axes))
 
     def for_shape(self, shape: Sequence[int]) -> WeightVectors:
         """The same weight vectors, checked against a parameter's shape."""
@@ -151,12 +141,10 @@ class WeightVectors:
             >>> WeightVectors(span=(0,), view=(3, 8), shape=(4, 6)).pattern
             '[i] o of 3×8'
         """
-        dims = self.dims
-        factors = _factors(self.shape, dims) if self.view is not None and self.shape is not None else None
-        if factors is not None:
-            return _bracketed([self._axis_text(group) for group in factors])
-        text = _bracketed([self._axis_text([(size, axis)]) for axis, size in enumerate(dims)])
-        return text if self.view is None else f"{text} of {'×'.join(map(str, dims))}"
+        whole_axes = [[(size, axis)] for axis, size in enumerate(self.dims)]
+        factors = whole_axes if self.view is None else _factors(self.shape, self.view)
+        text = _bracketed([self._axis_text(group) for group in factors or whole_axes])
+        return text if factors else f"{text} of {'×'.join(map(str, self.dims))}"
 
     def _axis_text(self, factors: list[tuple[int, int]]) -> tuple[str, bool]:
         """Text of one axis of the parameter, given its factors (size, axis of the view), and whether it is spanned."""
@@ -164,13 +152,12 @@ class WeightVectors:
             return "1", False
         spanned = [axis in self.span for _, axis in factors]
         named = spanned.index(True) if any(spanned) else 0  # its size follows from those of the others
-        texts = [self._name(axis) if position == named else str(size) for position, (size, axis) in enumerate(factors)]
+        texts = [str(size) for size, _ in factors]
+        axis = factors[named][1]
+        texts[named] = (self.names[axis] if self.names else "") or ("i" if axis in self.span else "o")
         if len(texts) == 1:
             return texts[0], spanned[0]
         return f"({_bracketed(list(zip(texts, spanned, strict=True)))})", False
-
-    def _name(self, axis: int) -> str:
-        return (self.names[axis] if self.names else "") or ("i" if axis in self.span else "o")
 
     def agrees_with(self, other: WeightVectors) -> bool:
         """Whether both describe the same sets of elements of a parameter of the same shape."""
@@ -178,16 +165,7 @@ class WeightVectors:
 
 
 def as_vectors(value: str | WeightVectors, shape: Sequence[int]) -> WeightVectors:
-    """The weight vectors of a parameter, given as a pattern or as `WeightVectors`, checked against its shape.
-
-    Raises:
-        ValueError: they do not fit the shape.
-        TypeError: the value is neither.
-
-    Examples:
-        >>> as_vectors("o [i]", (4, 3)) == as_vectors(WeightVectors(span=(1,)), (4, 3))
-        True
-    """
+    """The weight vectors of a parameter, given as a pattern or as `WeightVectors`, checked against its shape."""
     if isinstance(value, str):
         return WeightVectors.parse(value, shape)
     if isinstance(value, WeightVectors):
@@ -196,11 +174,7 @@ def as_vectors(value: str | WeightVectors, shape: Sequence[int]) -> WeightVector
 
 
 def check_pattern(pattern: str) -> None:
-    """Check the syntax of a pattern before any shape is known.
-
-    Raises:
-        ValueError: the pattern is malformed.
-    """
+    """Raise a ValueError for a malformed pattern, before any shape is known."""
     try:
         _read(pattern)
     except ValueError as error:
@@ -209,13 +183,10 @@ def check_pattern(pattern: str) -> None:
 
 @dataclass
 class _Axis:
-    """One axis of a pattern."""
-
     name: str
     size: int | None
     spanned: bool
-    repeats: bool
-    """Whether it is written with an ellipsis and stands for any number of axes."""
+    repeats: bool  # written with an ellipsis: any number of axes
 
 
 def _read(pattern: str) -> list[list[_Axis]]:
@@ -233,13 +204,10 @@ def _read(pattern: str) -> list[list[_Axis]]:
             if not opened or opened.pop() + token not in ("()", "[]"):
                 raise ValueError(f"{token!r} closes nothing")
         elif (name := token.removesuffix("...")).isdecimal() or name.isidentifier():
-            axis = _Axis(name, None, "[" in opened, token != name)
-            if name.isdecimal():
-                axis.name, axis.size = "", int(name)
-            if "(" in opened:
-                groups[-1].append(axis)
-            else:
-                groups.append([axis])
+            size = int(name) if name.isdecimal() else None
+            if "(" not in opened:
+                groups.append([])
+            groups[-1].append(_Axis(name if size is None else "", size, "[" in opened, token != name))
         else:
             raise ValueError(f"{token!r} is not the name of an axis")
     if opened:
@@ -253,30 +221,23 @@ def _read(pattern: str) -> list[list[_Axis]]:
     return groups
 
 
-def _expanded(groups: list[list[_Axis]], ndim: int) -> list[list[_Axis]]:
-    """The pattern without its ellipsis, for a parameter of ``ndim`` axes."""
-    expanded: list[list[_Axis]] = []
-    for group in groups:
-        times = ndim - len(groups) + 1 if group[0].repeats else 1
-        expanded += [[replace(axis, repeats=False) for axis in group] for _ in range(times)]
-    if len(expanded) != ndim:
-        raise ValueError(f"the pattern has {len(expanded)} axes, but the shape has {ndim}")
-    if not any(axis.spanned for group in expanded for axis in group):
-        raise ValueError("no axis of the shape is inside the brackets")
-    return expanded
-
-
 def _sized(
-    groups: list[list[_Axis]], shape: tuple[int, ...], sizes: dict[str, int | Sequence[int]]
+    pattern: list[list[_Axis]], shape: tuple[int, ...], sizes: dict[str, int | Sequence[int]]
 ) -> list[list[_Axis]]:
     """The pattern with the size of every axis; unspanned factors of size 1 are dropped, since they split nothing."""
+    times = len(shape) - len(pattern) + 1
+    groups = [list(map(replace, group)) for group in pattern for _ in range(times if group[0].repeats else 1)]
+    if len(groups) != len(shape):
+        raise ValueError(f"the pattern has {len(groups)} axes, but the shape has {len(shape)}")
+    if not any(axis.spanned for group in groups for axis in group):
+        raise ValueError("no axis of the shape is inside the brackets")
     for name, value in sizes.items():
         named = [axis for group in groups for axis in group if axis.name == name]
-        given = [value] * max(len(named), 1) if isinstance(value, int) else list(value)
+        given = [value] * max(len(named), 1) if isinstance(value, int) else value
         if len(given) != len(named):
             raise ValueError(f"{name} = {value}, but {len(named)} axes are named {name}")
-        for axis, size in zip(named, given, strict=True):
-            axis.size = size
+        for axis, axis_size in zip(named, given, strict=True):
+            axis.size = axis_size
     for position, (group, size) in enumerate(zip(groups, shape, strict=True)):
         unknown = [axis for axis in group if axis.size is None]
         known = math.prod(axis.size for axis in group if axis.size is not None)
@@ -290,15 +251,15 @@ def _sized(
     return [[axis for axis in group if axis.size != 1 or axis.spanned] or group[:1] for group in groups]
 
 
-def _factors(shape: tuple[int, ...], view: tuple[int, ...]) -> list[list[tuple[int, int]]] | None:
+def _factors(shape: tuple[int, ...] | None, view: tuple[int, ...]) -> list[list[tuple[int, int]]] | None:
     """Factors (size, axis of the view) of each axis of the shape, outermost first; None if their axes straddle."""
-    factors: list[list[tuple[int, int]]] = [[] for _ in shape]
     if not shape or 0 in shape:
         return None
+    factors: list[list[tuple[int, int]]] = []
     rest = list(view)
     axis = 0
-    for group, size, following in zip(factors, shape, (*shape[1:], None), strict=True):
-        left = size
+    for left, following in zip(shape, (*shape[1:], None), strict=True):
+        group: list[tuple[int, int]] = []
         # A view's axis of size 1 belongs to the preceding axis, unless the next one has size 1 itself.
         while axis < len(view) and (left > 1 or not group or (rest[axis] == 1 != following)):
             small, large = sorted((left, rest[axis]))
@@ -308,6 +269,7 @@ def _factors(shape: tuple[int, ...], view: tuple[int, ...]) -> list[list[tuple[i
             left //= small
             rest[axis] //= small
             axis += rest[axis] == 1
+        factors.append(group)
     return factors
 
 
@@ -321,7 +283,3 @@ def _runs(vectors: WeightVectors) -> list[tuple[int, bool]]:
     """The view with neighboring axes of a kind merged, which is unique for a contiguous parameter."""
     axes = [(size, axis in vectors.span) for axis, size in enumerate(vectors.dims) if size != 1]
     return [(math.prod(size for size, _ in run), spanned) for spanned, run in groupby(axes, key=lambda axis: axis[1])]
-
-
-def _as_shape(value: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if value is None else tuple(int(size) for size in value)

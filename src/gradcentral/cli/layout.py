@@ -6,7 +6,6 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,18 +23,7 @@ class ModelError(ValueError):
 def build_model(target: str) -> nn.Module:
     """Build the named model, on the meta device if possible, so that its weights take no memory.
 
-    Args:
-        target: ``MODULE:NAME``, where NAME is a model, a class or function that creates one without arguments, or a
-            class of transformers, which is given its default configuration; or ``MODULE:EXPRESSION`` in the names of
-            the module, such as ``"timm:create_model('resnet18')"``; or a task file (``my_task.py``).
-
-    Raises:
-        ModelError: the module or name does not exist, or does not give a `torch.nn.Module`.
-        TaskError: the task file cannot be loaded.
-
-    Examples:
-        >>> build_model("torch.nn:Linear(3, 2)")
-        Linear(in_features=3, out_features=2, bias=True)
+    A class of transformers is given its default configuration. The forms of a target are in the help of the command.
     """
     make = _task_model(target) if target.endswith(".py") else _named_model(target)
     try:
@@ -71,28 +59,17 @@ def _named_model(target: str) -> Callable[[], Any]:
     if os.getcwd() not in sys.path:  # as in python -m: modules in the working directory can be named
         sys.path.insert(0, os.getcwd())
     try:
-        names = _ModuleNames(importlib.import_module(module_name))
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise ModelError(f"{target}: cannot import {module_name} ({error})") from error
 
     def make() -> Any:
-        found = eval(expression, {}, names)
+        code = compile(expression, target, "eval")
+        # Not vars(module): transformers creates its names on access.
+        found = eval(code, {name: getattr(module, name) for name in code.co_names if hasattr(module, name)})
         if isinstance(found, nn.Module) or not callable(found):
             return found
         config = getattr(found, "config_class", None)
         return found() if config is None else found(config())
 
     return make
-
-
-class _ModuleNames(dict[str, Any]):
-    """The names of a module, including those that it creates on access, as transformers does."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self._module = module
-
-    def __missing__(self, name: str) -> Any:
-        try:
-            return getattr(self._module, name)
-        except AttributeError:
-            raise KeyError(name) from None

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import ParamsT
 
 from gradcentral.layout import table
 from gradcentral.layout.recipe import Recipe, Selector
-from gradcentral.layout.rules import LAZY, Decision, Entry, LeaveAlone, Rule, apply_rule, check_rule, not_centerable
+from gradcentral.layout.rules import LAZY, Entry, LeaveAlone, Rule, apply_rule, check_rule, not_centerable
 from gradcentral.layout.sites import refuse_flat, sites
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["WeightLayout", "weight_layout"]
 
-_ONLY = ("all", "conv")
 _SHAPE_RULE = "shape rule"
 
 
@@ -28,6 +29,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
 
     Attributes:
         entries: one `Entry` per parameter of the model, centered or skipped, in the model's order.
+        pending: whether there are lazy parameters whose shapes were unknown when the layout was last refreshed.
         revision: how many times `refresh` has updated the entries.
     """
 
@@ -39,22 +41,18 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
     def _set(self, entries: Sequence[Entry]) -> None:
         self.revision += 1
         self.entries = tuple(entries)
-        self._by_parameter = {entry.parameter: entry for entry in self.entries}
-        self._by_name = {name: entry for entry in self.entries for name in (entry.name, *entry.aliases)}
+        self.pending = any(entry.reason == LAZY for entry in self.entries)
         self._centered = {entry.parameter: entry.vectors for entry in self.entries if entry.vectors is not None}
-        self._pending = any(entry.reason == LAZY for entry in self.entries)
+        self._by_key: dict[object, Entry] = {  # by the parameter and by each of its names
+            key: entry for entry in self.entries for key in (entry.parameter, entry.name, *entry.aliases)
+        }
 
-    def __getstate__(self) -> tuple[Entry, ...]:
+    def __reduce__(self) -> tuple[type[WeightLayout], tuple[tuple[Entry, ...]]]:
         # A copy belongs to copies of the parameters, not to the original model, so it cannot be refreshed from it.
-        return self.entries
-
-    def __setstate__(self, entries: tuple[Entry, ...]) -> None:
-        self.__init__(entries)  # type: ignore[misc]
+        return type(self), (self.entries,)
 
     @classmethod
-    def from_shapes(
-        cls, params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, object]]
-    ) -> WeightLayout:
+    def from_shapes(cls, params: ParamsT) -> WeightLayout:
         """A layout from shapes alone, for parameters without a model: ``"o [i...]"``, the mean over axes 1 and up.
 
         Right for plain Linear and convolution layers; **wrong** for embeddings, transposed convolutions and every
@@ -76,23 +74,16 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         entries = []
         for position, (name, tensor) in enumerate(_named(params)):
             refuse_flat(name or f"parameter {position}", tensor)
-            decision: Decision | None = not_centerable(tensor)
-            if decision is None and tensor.ndim <= 1:
-                decision = LeaveAlone("one-dimensional")
-            elif decision is None:
-                decision = apply_rule("o [i...]", nn.Module(), tensor)
+            decision = not_centerable(tensor) or (
+                apply_rule("o [i...]", nn.Module(), tensor) if tensor.ndim > 1 else LeaveAlone("one-dimensional")
+            )
             vectors, reason = (None, decision.reason) if isinstance(decision, LeaveAlone) else (decision, "")
             entries.append(Entry(name or str(position), tensor, vectors, _SHAPE_RULE, reason))
         return cls(entries)
 
     def __getitem__(self, key: Tensor | str) -> WeightVectors:
-        """The weight vectors of a parameter, given the parameter or its name.
-
-        Raises:
-            KeyError: the parameter is not in the layout, or is skipped (with the reason).
-        """
-        entry = self._by_name.get(key) if isinstance(key, str) else self._by_parameter.get(key)
-        if entry is None:
+        """The weight vectors of a parameter, given it or its name; a KeyError with the reason if it is skipped."""
+        if (entry := self._by_key.get(key)) is None:
             what = repr(key) if isinstance(key, str) else f"a tensor of shape {tuple(key.shape)}"
             raise KeyError(f"{what} is not a parameter of the model that this layout was created for")
         if entry.vectors is None:
@@ -100,9 +91,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         return entry.vectors
 
     def __contains__(self, key: object) -> bool:
-        if isinstance(key, str):
-            key = entry.parameter if (entry := self._by_name.get(key)) else None
-        return isinstance(key, Tensor) and key in self._centered
+        return (entry := self._by_key.get(key)) is not None and entry.vectors is not None
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._centered)
@@ -128,23 +117,17 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         """The entries skipped only because no rule covers them: raw parameters and unexpected shapes."""
         return tuple(entry for entry in self.entries if entry.unknown)
 
-    @property
-    def pending(self) -> bool:
-        """Whether there are lazy parameters whose shapes were unknown when the layout was last refreshed."""
-        return self._pending
-
     def in_model(self, parameter: Tensor) -> bool:
         """Whether the parameter belongs to this layout's model, centered or skipped."""
-        return parameter in self._by_parameter
+        return parameter in self._by_key
 
     def refresh(self) -> None:
         """Decide again for the model as it is now: lazy parameters have shapes, layers may have been added.
 
         Raises:
-            RuntimeError: lazy parameters have been given shapes, but the layout has no model to inspect: it was copied
-                or created from shapes before the first forward.
+            RuntimeError: the layout was copied or created from shapes before the first forward, so it has no model.
         """
-        if self._recipe is not None and (model := self._recipe.model()) is not None:
+        if self._recipe and (model := self._recipe.model()) is not None:
             self._set(self._recipe.entries(model))
         elif any(entry.reason == LAZY and not is_lazy(entry.parameter) for entry in self.entries):
             raise RuntimeError(
@@ -153,11 +136,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
             )
 
     def current_parameters(self) -> dict[str, Tensor] | None:
-        """{name: parameter} of the model as it is now, tied ones under each of their names; None without a model.
-
-        Raises:
-            ValueError: the model has since been wrapped in FSDP1, which flattens its parameters.
-        """
+        """{name: parameter} of the model as it is now, tied ones under each of their names; None without a model."""
         model = None if self._recipe is None else self._recipe.model()
         return None if model is None else {site.name: site.tensor for site in sites(model)}
 
@@ -167,25 +146,20 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         return any(entry.origin == _SHAPE_RULE for entry in self.entries)
 
     def __str__(self) -> str:
-        """A table: parameter, shape, weight vectors (count × fan-in and pattern), rule or reason.
-
-        Repeated layers share a row; `table` can list each of them.
-        """
+        """A table in which repeated layers share a row; `table` can list each of them."""
         return self.table()
 
     __repr__ = __str__
 
     def table(self, *, every: bool = False) -> str:
-        """The layout as text.
+        """The layout as text: parameter, shape, weight vectors (count × fan-in and pattern), rule or reason.
 
-        Args:
-            every: one row per parameter, also for repeated layers.
+        With ``every``, repeated layers have one row each.
         """
-        parts = [table.render(self.entries, every=every), self.summary()]
+        text = f"{table.render(self.entries, every=every)}\n\n{self.summary()}"
         if self.suggestions:
-            lines = "\n".join(f"  {line}" for line in self.suggestions)
-            parts.append(f"Rules for the unknown parameters, to paste and edit:\n{lines}")
-        return "\n\n".join(parts)
+            text += "\n\nRules for the unknown parameters, to paste and edit:"
+        return "\n  ".join([text, *self.suggestions])
 
     @property
     def suggestions(self) -> tuple[str, ...]:
@@ -230,8 +204,7 @@ def weight_layout(
             shape or gives a fan-in of 1; the model is wrapped in FSDP1, which flattens its parameters.
         TypeError: model is not a module, or an override is not a rule.
 
-    Source: weight vectors as in Yong et al. 2020, section 3.2; each rule for a layer that is linear in its input is
-    tested by theorem 4.1.
+    Source: Yong et al. 2020, section 3.2; theorem 4.1 tests each rule for a layer that is linear in its input.
 
     Examples:
         >>> import torch, gradcentral
@@ -246,8 +219,8 @@ def weight_layout(
         <BLANKLINE>
         1 of 4 parameters are centered (6.9% of the elements)
     """
-    if only not in _ONLY:
-        raise ValueError(f"unknown only={only!r}; choose from {', '.join(map(repr, _ONLY))}")
+    if only not in ("all", "conv"):
+        raise ValueError(f"unknown only={only!r}; choose from 'all', 'conv'")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     overrides = dict(overrides or {})
@@ -268,15 +241,12 @@ def _fraction_centered(entries: Sequence[Entry], what: str) -> str:
     return f"{len(centered)} of {len(entries)}{what}{percent}"
 
 
-def _named(
-    params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, object]],
-) -> Iterator[tuple[str, Tensor]]:
+def _named(params: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
     for item in params:
         if isinstance(item, Tensor):
             yield "", item
         elif isinstance(item, dict):
             group = item["params"]
-            assert isinstance(group, Iterable)
             yield from _named([group] if isinstance(group, Tensor) else group)
         elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor):
             yield item

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from gradcentral.layout.rules import LeaveAlone, Rules
+
+_Rule = TypeVar("_Rule")
 
 ACTIVATION = LeaveAlone("parameter of an activation")
 BIAS = LeaveAlone("bias")
@@ -20,9 +24,8 @@ TEMPERATURE = LeaveAlone("temperature")
 TOKEN = LeaveAlone("learned token")
 
 
-def each(reason: LeaveAlone | str, names: str) -> Rules:
-    """Rules that skip several parameter names (separated by spaces) for one reason."""
-    rule = LeaveAlone(reason) if isinstance(reason, str) else reason
+def each(rule: _Rule, names: str) -> dict[str, _Rule]:
+    """The same rule for several parameters, or the same rules for several classes, with spaces between the names."""
     return dict.fromkeys(names.split(), rule)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -21,13 +21,6 @@ from gradcentral.weight_vectors import WeightVectors
 __all__ = ["Recipe", "Selector"]
 
 Selector: TypeAlias = "str | Tensor | nn.Module"
-
-
-class _Decided(NamedTuple):
-    """A decision and the rule that it comes from."""
-
-    decision: Decision
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class Recipe:
         found = list(sites(model))
         for option, selectors in (("overrides", self.overrides), ("exclude", self.exclude)):
             for selector in selectors:
-                if not any(_matches(selector, site) for site in found):
+                if not _matches(selector, found):
                     what = f"{selector!r}" if isinstance(selector, str) else f"a {type(selector).__name__}"
                     near = difflib.get_close_matches(str(selector), [site.name for site in found], n=3)
                     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -55,53 +48,48 @@ class Recipe:
         places: dict[Tensor, list[Site]] = {}
         for site in sites(model):
             places.setdefault(site.tensor, []).append(site)
-        return [self._entry(places_of_one) for places_of_one in places.values()]
+        return [replace(self._entry(tied), aliases=tuple(site.name for site in tied[1:])) for tied in places.values()]
 
     def _entry(self, places: list[Site]) -> Entry:
         first = places[0]
-        aliases = tuple(dict.fromkeys(site.name for site in places[1:]))
-        decision, origin = self._decide(places)
-        if isinstance(decision, WeightVectors):
-            return Entry(first.name, first.tensor, decision, origin, aliases=aliases)
-        line = suggestion(first) if decision.unknown else ""
-        return Entry(first.name, first.tensor, None, origin, decision.reason, decision.unknown, aliases, line)
-
-    def _decide(self, places: list[Site]) -> _Decided:
-        if (reason := not_centerable(places[0].tensor)) is not None:
-            return _Decided(reason, "")
+        if (reason := not_centerable(first.tensor)) is not None:
+            return _entry(first, reason)
         # The last override that matches applies, so that exceptions can follow a general rule.
         for selector, rule in reversed(list(self.overrides.items())):
-            if any(_matches(selector, site) for site in places):
-                return _Decided(_override(rule, places[0]), "override")
-        if any(_matches(selector, site) for selector in self.exclude for site in places):
-            return _Decided(LeaveAlone("excluded"), "exclude")
-        first, *others = (_decided_by_rule(site, self.only) for site in places)
+            if _matches(selector, places):
+                decision = _apply(rule, first, f"overrides: {first.name}")
+                if isinstance(rule, (str, WeightVectors)) and isinstance(decision, LeaveAlone):
+                    shape = tuple(first.tensor.shape)
+                    raise ValueError(f"overrides: {first.name} of shape {shape}: {decision.reason}")
+                return _entry(first, decision, "override")
+        if any(_matches(selector, places) for selector in self.exclude):
+            return _entry(first, LeaveAlone("excluded"), "exclude")
+        decided, *others = (_entry_by_rule(site, self.only) for site in places)
         for other, site in zip(others, places[1:], strict=True):
-            if not _agree(first.decision, other.decision):
-                owners = " and ".join(f"{_owner_class(tied)} ({tied.name})" for tied in (places[0], site))
-                return _Decided(LeaveAlone(f"tied: {owners} use it differently"), first.origin)
-        return first
+            if not _agree(decided.vectors, other.vectors):
+                owners = " and ".join(f"{_owner_class(tied)} ({tied.name})" for tied in (first, site))
+                return _entry(first, LeaveAlone(f"tied: {owners} use it differently"), decided.origin)
+        return decided
 
 
-def _decided_by_rule(site: Site, only: str) -> _Decided:
-    found = find_rule(site.owner.module, site.owner.name)
+def _entry(site: Site, decision: Decision, origin: str = "") -> Entry:
+    if isinstance(decision, WeightVectors):
+        return Entry(site.name, site.tensor, decision, origin)
+    line = suggestion(site) if decision.unknown else ""
+    return Entry(site.name, site.tensor, None, origin, decision.reason, decision.unknown, suggestion=line)
+
+
+def _entry_by_rule(site: Site, only: str) -> Entry:
+    module, name, skip = site.owner
+    found = find_rule(module, name)
     if found is None:
-        if site.tensor.ndim <= 1:
-            return _Decided(LeaveAlone("one-dimensional"), "")
-        return _Decided(LeaveAlone(f"no rule for {_owner_class(site)}.{site.owner.name}", unknown=True), "")
-    if site.owner.skip is not None:
-        return _Decided(site.owner.skip, found.origin)
-    decision = _apply(found.rule, site, f"{site.name}: the rule for {found.origin}")
-    if only == "conv" and isinstance(decision, WeightVectors) and not is_convolution(site.owner.module):
+        unknown = LeaveAlone(f"no rule for {_owner_class(site)}.{name}", unknown=True)
+        return _entry(site, LeaveAlone("one-dimensional") if site.tensor.ndim <= 1 else unknown)
+    rule, origin = found
+    decision = skip or _apply(rule, site, f"{site.name}: the rule for {origin}")
+    if only == "conv" and isinstance(decision, WeightVectors) and not is_convolution(module):
         decision = LeaveAlone('not a convolution (only="conv")')
-    return _Decided(decision, found.origin)
-
-
-def _override(rule: Rule, site: Site) -> Decision:
-    decision = _apply(rule, site, f"overrides: {site.name}")
-    if isinstance(rule, (str, WeightVectors)) and isinstance(decision, LeaveAlone):
-        raise ValueError(f"overrides: {site.name} of shape {tuple(site.tensor.shape)}: {decision.reason}")
-    return decision
+    return _entry(site, decision, origin)
 
 
 def _apply(rule: Rule, site: Site, what: str) -> Decision:
@@ -111,18 +99,14 @@ def _apply(rule: Rule, site: Site, what: str) -> Decision:
         raise type(error)(f"{what}: {error}") from error
 
 
-def _agree(one: Decision, other: Decision) -> bool:
-    if isinstance(one, LeaveAlone) or isinstance(other, LeaveAlone):
-        return isinstance(one, LeaveAlone) and isinstance(other, LeaveAlone)
-    return one.agrees_with(other)
+def _agree(one: WeightVectors | None, other: WeightVectors | None) -> bool:
+    return one is other if one is None or other is None else one.agrees_with(other)
 
 
-def _matches(selector: Selector, site: Site) -> bool:
+def _matches(selector: Selector, places: list[Site]) -> bool:
     if isinstance(selector, str):
-        return selector == site.name or fnmatchcase(site.name, selector)
-    if isinstance(selector, nn.Module):
-        return any(module is selector for module in site.modules)
-    return site.tensor is selector
+        return any(selector == site.name or fnmatchcase(site.name, selector) for site in places)
+    return any(selector is found for site in places for found in (site.tensor, *site.modules))
 
 
 def _owner_class(site: Site) -> str:

@@ -14,7 +14,6 @@ from gradcentral.weight_vectors import WeightVectors, as_vectors, check_pattern
 
 __all__ = ["Entry", "LeaveAlone", "axes", "register_layout"]
 
-_CLASS_ATTRIBUTE = "weight_vectors"
 LAZY = "lazy: its shape is unknown until the first forward"
 
 
@@ -37,25 +36,18 @@ class Entry:
 
     name: str
     parameter: Tensor
-    vectors: WeightVectors | None
-    """The weight vectors, or None if the parameter is skipped."""
-    origin: str
-    """The rule that decided, as ``Class.parameter`` after the name of its library."""
-    reason: str = ""
-    """Why the parameter is skipped; empty if it is centered."""
-    unknown: bool = False
-    """Skipped because no rule covers it: the user should check it."""
-    aliases: tuple[str, ...] = ()
-    """Further names of a tied parameter."""
-    suggestion: str = ""
-    """A line of code to paste, with a rule for an unknown parameter."""
+    vectors: WeightVectors | None  # None if the parameter is skipped
+    origin: str  # the rule that decided, as Class.parameter after the name of its library
+    reason: str = ""  # why the parameter is skipped; empty if it is centered
+    unknown: bool = False  # skipped because no rule covers it: the user should check it
+    aliases: tuple[str, ...] = ()  # further names of a tied parameter
+    suggestion: str = ""  # a line of code to paste, with a rule for an unknown parameter
 
 
 Decision: TypeAlias = "WeightVectors | LeaveAlone"
 Rule: TypeAlias = "str | Decision | Callable[[nn.Module, Tensor], str | Decision | None] | None"
 Rules: TypeAlias = "Mapping[str, Rule]"
 """{parameter name, with wildcards: rule} of one class; the first name that matches decides."""
-Table: TypeAlias = "Mapping[type[nn.Module], Rules]"
 LibraryTable: TypeAlias = "Mapping[str, Rules]"
 """{path of a class inside its library, with wildcards: rules}, so that the library need not be imported."""
 
@@ -75,7 +67,7 @@ def register_layout(cls: type[nn.Module], name: str, rule: Rule) -> None:
             submodules (``"proj.weight"``, or ``"blocks.*.weight"`` for a ModuleList), and takes precedence over
             their own rules.
         rule: a pattern such as ``"[i] o"`` (see `WeightVectors.parse`) or a `WeightVectors`; `LeaveAlone` or None to
-            skip the parameter; or a function ``rule(module, tensor)`` that returns one of these, such as
+            skip the parameter; or a function of (module, tensor) that returns one of these, such as
             `gradcentral.layout.axes`, which takes the sizes of split axes from the module.
 
     Raises:
@@ -107,11 +99,11 @@ def registered_rules(cls: type) -> Rules:
 
 def declared_rules(cls: type) -> Rules:
     """The rules that the class itself declares in its attribute ``weight_vectors``."""
-    declared = cls.__dict__.get(_CLASS_ATTRIBUTE)
+    declared = cls.__dict__.get("weight_vectors")
     if not isinstance(declared, Mapping):  # an unrelated attribute of the same name
         return {}
     for name, rule in declared.items():
-        check_rule(rule, f"{cls.__name__}.{_CLASS_ATTRIBUTE}[{name!r}]")
+        check_rule(rule, f"{cls.__name__}.weight_vectors[{name!r}]")
     return declared
 
 
@@ -197,5 +189,6 @@ def axes(pattern: str, **sizes: str) -> Rule:
 
 def unexpected_shape(module: nn.Module, tensor: Tensor, expected: str) -> LeaveAlone:
     """Skip as unknown: the layer was modified, or is not the one that the rule was written for."""
-    shape = tuple(tensor.shape)
-    return LeaveAlone(f"shape {shape} does not fit {type(module).__name__}: expected {expected}", unknown=True)
+    return LeaveAlone(
+        f"shape {tuple(tensor.shape)} does not fit {type(module).__name__}: expected {expected}", unknown=True
+    )

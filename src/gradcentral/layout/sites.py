@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from gradcentral.layout.rules import LeaveAlone
 
 __all__ = ["Owner", "Site", "refuse_flat", "sites"]
 
-_FSDP2 = "torch.distributed.fsdp.fully_shard"
+_REMEDY = "cannot be identified: use torch.distributed.fsdp.fully_shard (FSDP2), which keeps the shapes"
 _MAGNITUDE = LeaveAlone("magnitude of weight_norm")
 
 
@@ -25,10 +26,8 @@ class Owner(NamedTuple):
     """The module that computes with a parameter."""
 
     module: nn.Module
-    name: str
-    """The parameter's name in that module: ``weight`` for ``parametrizations.weight.original``."""
-    skip: LeaveAlone | None = None
-    """Why the parameter is skipped although a rule centers the tensor that is computed from it."""
+    name: str  # the parameter's name in that module: "weight" for "parametrizations.weight.original"
+    skip: LeaveAlone | None = None  # why it is skipped although a rule centers the tensor that is computed from it
 
 
 class Site(NamedTuple):
@@ -37,27 +36,19 @@ class Site(NamedTuple):
     name: str
     tensor: Tensor
     owner: Owner
-    modules: tuple[nn.Module, ...]
-    """The enclosing modules, outermost first."""
+    modules: tuple[nn.Module, ...]  # the enclosing modules, outermost first
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
-    """Every (module, name) under which a parameter is registered.
-
-    Raises:
-        ValueError: the parameters are flat parts, as made by FSDP1 or DeepSpeed's ZeRO-3.
-    """
+    """Every (module, name) under which a parameter is registered; a ValueError if the parameters are flat parts."""
     modules: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         modules[path] = module
         if type(module).__name__ == "FullyShardedDataParallel":
-            raise ValueError(
-                f"{path or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters so "
-                f"that their weight vectors cannot be identified: use {_FSDP2} (FSDP2)"
-            )
-        parts = path.split(".") if path else []
-        prefixes = (".".join(parts[:length]) for length in range(len(parts) + 1))
-        enclosing = tuple(modules[prefix] for prefix in prefixes if prefix in modules)
+            wrapped = f"{path or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters"
+            raise ValueError(f"{wrapped}, so that their weight vectors {_REMEDY}")
+        prefixes = accumulate(path.split("."), "{}.{}".format)
+        enclosing = (model, *(modules[prefix] for prefix in prefixes if prefix in modules))
         for local_name, tensor in module._parameters.items():
             if tensor is not None:
                 name = f"{path}.{local_name}" if path else local_name
@@ -73,10 +64,8 @@ def refuse_flat(name: str, tensor: Tensor) -> None:
         maker = "DeepSpeed ZeRO-3"
     else:
         return
-    raise ValueError(
-        f"{name} of shape {tuple(tensor.shape)} is a flat part of a parameter, made by {maker}, whose weight vectors "
-        f"cannot be identified: use {_FSDP2} (FSDP2), which keeps the shapes"
-    )
+    what = f"{name} of shape {tuple(tensor.shape)} is a flat part of a parameter, made by {maker}"
+    raise ValueError(f"{what}, whose weight vectors {_REMEDY}")
 
 
 def _owner(module: nn.Module, path: str, name: str, modules: dict[str, nn.Module]) -> Owner:
@@ -89,6 +78,31 @@ def _owner(module: nn.Module, path: str, name: str, modules: dict[str, nn.Module
     return _owner_behind_hook(module, name) or _enclosing_owner(path, name, modules) or Owner(module, name)
 
 
+def _skipped_original(chain: ParametrizationList, name: str) -> LeaveAlone | None:
+    """Why ``original…`` of a parametrized tensor is skipped; None if the rule of that tensor applies to it."""
+    kind = type(chain[0]) if len(chain) == 1 else None
+    if kind is parametrizations._WeightNorm:
+        return None if name == "original1" else _MAGNITUDE
+    if kind is parametrizations._SpectralNorm:
+        return None
+    if kind is parametrizations._Orthogonal:
+        return LeaveAlone("orthogonal: the weight is not a linear function of the parameter")
+    return LeaveAlone(f"parametrized by {', '.join(type(step).__name__ for step in chain)}", unknown=True)
+
+
+def _owner_behind_hook(module: nn.Module, name: str) -> Owner | None:
+    """The owner of ``weight_v`` or ``weight_orig``, from which a forward pre-hook computes ``weight``."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and name in (f"{hook.name}_g", f"{hook.name}_v"):
+            return Owner(module, hook.name, _MAGNITUDE if name.endswith("_g") else None)
+        if isinstance(hook, SpectralNorm) and name == f"{hook.name}_orig":
+            return Owner(module, hook.name)
+        if isinstance(hook, BasePruningMethod) and name == f"{hook._tensor_name}_orig":
+            # The weight vector consists of the unmasked entries, which no view of the tensor describes.
+            return Owner(module, hook._tensor_name, LeaveAlone("pruned: the mean would include masked entries"))
+    return None
+
+
 def _enclosing_owner(path: str, name: str, modules: dict[str, nn.Module]) -> Owner | None:
     """The direct parent (past ModuleList and ModuleDict), if it has a rule for this parameter of its child."""
     while path:
@@ -97,31 +111,3 @@ def _enclosing_owner(path: str, name: str, modules: dict[str, nn.Module]) -> Own
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             return Owner(module, name) if find_rule(module, name) else None
     return None
-
-
-def _owner_behind_hook(module: nn.Module, name: str) -> Owner | None:
-    """The owner of ``weight_v`` or ``weight_orig``, from which a forward pre-hook computes ``weight``."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm):
-            if name == f"{hook.name}_g":
-                return Owner(module, hook.name, _MAGNITUDE)
-            if name == f"{hook.name}_v":
-                return Owner(module, hook.name)
-        elif isinstance(hook, SpectralNorm) and name == f"{hook.name}_orig":
-            return Owner(module, hook.name)
-        elif isinstance(hook, BasePruningMethod) and name == f"{hook._tensor_name}_orig":
-            # The weight vector consists of the unmasked entries, which no view of the tensor describes.
-            return Owner(module, hook._tensor_name, LeaveAlone("pruned: the mean would include masked entries"))
-    return None
-
-
-def _skipped_original(chain: ParametrizationList, name: str) -> LeaveAlone | None:
-    """Why ``original…`` of a parametrized tensor is skipped; None if the rule of that tensor applies to it."""
-    if len(chain) == 1:
-        if isinstance(chain[0], parametrizations._WeightNorm):
-            return None if name == "original1" else _MAGNITUDE
-        if isinstance(chain[0], parametrizations._SpectralNorm):
-            return None
-        if isinstance(chain[0], parametrizations._Orthogonal):
-            return LeaveAlone("orthogonal: the weight is not a linear function of the parameter")
-    return LeaveAlone(f"parametrized by {', '.join(type(step).__name__ for step in chain)}", unknown=True)

@@ -15,45 +15,35 @@ from gradcentral.layout.sites import Site
 
 __all__ = ["aligned", "compact_names", "render", "suggestion"]
 
-_HEADER = ("parameter", "shape", "weight vectors", "decided by")
-_RULE = 120
-
 
 class _Row(NamedTuple):
     """One or more parameters with the same cells."""
 
-    pieces: tuple[str, ...]
-    """The name, split at the dots."""
-    repeats: int
+    pieces: tuple[str, ...]  # the name, split at the dots
     cells: tuple[str, ...]
+    repeats: int = 1
+
+    def __str__(self) -> str:
+        return ".".join(self.pieces) + (f" ×{self.repeats}" if self.repeats > 1 else "")
 
 
 def render(entries: Sequence[Entry], *, every: bool = False) -> str:
     """The table: parameter, shape, weight vectors (count × fan-in and pattern), and the rule or the reason."""
-    rows = [_Row(tuple(" = ".join((entry.name, *entry.aliases)).split(".")), 1, _cells(entry)) for entry in entries]
-    if not every:
-        rows = _merged(rows)
-    return aligned([_HEADER, *((_name(row), *row.cells) for row in rows)])
+    rows = [_Row(tuple(" = ".join((entry.name, *entry.aliases)).split(".")), _cells(entry)) for entry in entries]
+    header = ("parameter", "shape", "weight vectors", "decided by")
+    return aligned([header, *((str(row), *row.cells) for row in (rows if every else _merged(rows)))])
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Rows of cells as text in columns; the first row is the header."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
-    text = [
-        "  ".join((*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1])) for line in lines
-    ]
-    rule = "-" * min(max(map(len, text)), _RULE)
-    return "\n".join([text[0], rule, *text[1:]])
+    *widths, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
+    text = ["  ".join((*map(str.ljust, line, widths), line[-1])) for line in lines]
+    return "\n".join([text[0], "-" * min(max(map(len, text)), 120), *text[1:]])
 
 
 def compact_names(names: Iterable[str]) -> list[str]:
-    """The names, with those of repeated layers combined.
-
-    Examples:
-        >>> compact_names(["h.0.attn.bias", "h.1.attn.bias", "h.2.attn.bias", "ln.bias"])
-        ['h.{0..2}.attn.bias ×3', 'ln.bias']
-    """
-    return [_name(row) for row in _merged([_Row(tuple(name.split(".")), 1, ()) for name in names])]
+    """The names, with those of repeated layers combined, as in ``h.{0..2}.attn.bias ×3``."""
+    return list(map(str, _merged([_Row(tuple(name.split(".")), ()) for name in names])))
 
 
 def suggestion(site: Site) -> str:
@@ -79,24 +69,18 @@ def suggestion(site: Site) -> str:
 
 def _name_for_all_items(site: Site) -> str:
     """The parameter's name for `register_layout`, with a wildcard for the items of a list."""
-    first, *rest = site.owner.name.split(".")
-    if not rest:
-        return first
-    last = "*" if isinstance(site.modules[-1], (nn.ParameterList, nn.ParameterDict)) else rest[-1]
-    return ".".join((first, *"*" * (len(rest) - 1), last))
-
-
-def _name(row: _Row) -> str:
-    name = ".".join(row.pieces)
-    return f"{name} ×{row.repeats}" if row.repeats > 1 else name
+    pieces = site.owner.name.split(".")
+    pieces[1:-1] = ["*"] * (len(pieces) - 2)
+    if len(pieces) > 1 and isinstance(site.modules[-1], (nn.ParameterList, nn.ParameterDict)):
+        pieces[-1] = "*"
+    return ".".join(pieces)
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:
     shape = "?" if is_lazy(entry.parameter) else "×".join(map(str, entry.parameter.shape))
     frozen = "" if entry.parameter.requires_grad else "; not trained"
-    if entry.vectors is None:
+    if (vectors := entry.vectors) is None:
         return shape, "–", f"{entry.reason}{frozen}"
-    vectors = entry.vectors
     return shape, f"{vectors.count} × {vectors.fan_in}  {vectors.pattern}", f"{entry.origin}{frozen}"
 
 
@@ -108,33 +92,26 @@ def _merged(rows: list[_Row]) -> list[_Row]:
 
 
 def _merged_at(rows: list[_Row], position: int) -> list[_Row]:
-    layers: dict[tuple[str, ...], list[_Row]] = {}
+    contents: dict[tuple[str, ...], list[_Row]] = {}  # of each numbered layer: its rows, without its name
     for row in rows:
-        if _is_numbered(row, position):
-            layers.setdefault(row.pieces[: position + 1], []).append(row)
-    alike: dict[object, list[tuple[str, ...]]] = {}
-    for layer, members in layers.items():
-        content = tuple((row.pieces[position + 1 :], row.repeats, row.cells) for row in members)
-        alike.setdefault((layer[:-1], content), []).append(layer)
-    groups = {group[0]: group for group in alike.values()}
+        if position < len(row.pieces) and row.pieces[position].isdecimal():
+            content = contents.setdefault(row.pieces[: position + 1], [])
+            content.append(row._replace(pieces=row.pieces[position + 1 :]))
+    groups: dict[object, list[int]] = {}  # the numbers of layers with the same content
+    alike = {layer: groups.setdefault((layer[:-1], tuple(content)), []) for layer, content in contents.items()}
+    for layer, numbers in alike.items():
+        numbers.append(int(layer[-1]))
     merged = []
     for row in rows:
-        if not _is_numbered(row, position):
-            merged.append(row)
-        elif (group := groups.get(row.pieces[: position + 1])) is not None:
-            label = _label([layer[-1] for layer in group])
-            pieces = (*row.pieces[:position], label, *row.pieces[position + 1 :])
-            merged.append(_Row(pieces, row.repeats * len(group), row.cells))
-    return merged
+        layer = row.pieces[: position + 1]
+        if len(numbers := alike.get(layer, [])) > 1:
+            pieces = (*layer[:-1], _label(sorted(numbers)), *row.pieces[position + 1 :])
+            row = _Row(pieces, row.cells, row.repeats * len(numbers))
+        merged.append(row)
+    return list(dict.fromkeys(merged))
 
 
-def _is_numbered(row: _Row, position: int) -> bool:
-    return position < len(row.pieces) and row.pieces[position].isdigit()
-
-
-def _label(digits: list[str]) -> str:
-    if len(digits) == 1:
-        return digits[0]
-    numbers = sorted(map(int, digits))
-    consecutive = len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1))
-    return f"{{{numbers[0]}..{numbers[-1]}}}" if consecutive else f"{{{','.join(map(str, numbers))}}}"
+def _label(numbers: list[int]) -> str:
+    first, *_, last = numbers
+    consecutive = len(numbers) > 2 and last - first == len(numbers) - 1
+    return f"{{{first}..{last}}}" if consecutive else f"{{{','.join(map(str, numbers))}}}"

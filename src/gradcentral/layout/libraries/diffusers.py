@@ -1,14 +1,9 @@
 """Hugging Face diffusers, as of version 0.42."""
 
-from __future__ import annotations
-
 import gradcentral.layout.reasons as skip
-from gradcentral.layout.experts import experts
+from gradcentral.layout.libraries.transformers import experts
+from gradcentral.layout.reasons import each
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes
-
-__all__ = ["CONVOLUTIONS", "TABLE"]
-
-CONVOLUTIONS = ("*.MotionConv2d", "*.SanaWMTemporalShortConvolution")
 
 TABLE: LibraryTable = {
     "*.SwiGLUExperts": experts(transposed=True),
@@ -20,15 +15,14 @@ TABLE: LibraryTable = {
     "*.WanAnimateMotionEncoder": {"motion_synthesis_weight": LeaveAlone("orthogonalized before use")},
     "*.MiniMaxMusic3FourierEmbedding": {"weight": LeaveAlone("random Fourier frequencies")},
     "quantizers.*": {"*": LeaveAlone("storage of a quantized layer")},
-    "*Norm": {"gamma": skip.NORM_GAIN, "beta": skip.NORM_GAIN},
+    **each({"gamma": skip.NORM_GAIN, "beta": skip.NORM_GAIN}, "*Norm *GRN"),
     "*_norm": {"gamma": skip.NORM_GAIN, "bias": skip.NORM_GAIN},
-    "*GRN": {"gamma": skip.NORM_GAIN, "beta": skip.NORM_GAIN},
     "*Snake*": {"alpha": skip.ACTIVATION, "beta": skip.ACTIVATION},
     "*": {
         **skip.NAMES,
-        **skip.each(skip.SCALE, "per_channel_scale* modulat* scale clip_mean clip_std mean std"),
-        **skip.each(skip.TOKEN, "*embed embeddings *_emb *_embedding uncond_vector text_embedding_padding"),
-        **skip.each(skip.POSITION, "pos_frequencies *pos_emb_* learnable_positional_embedding"),
+        **each(skip.SCALE, "per_channel_scale* modulat* scale clip_mean clip_std mean std"),
+        **each(skip.TOKEN, "*embed embeddings *_emb *_embedding uncond_vector text_embedding_padding"),
+        "pos_frequencies": skip.POSITION,
         "latent_queries": skip.QUERY,
         "*_embeds": skip.LOOKUP,
         "A_log": skip.DYNAMICS,

@@ -1,11 +1,7 @@
 """MONAI, as of version 1.6."""
 
-from __future__ import annotations
-
 import gradcentral.layout.reasons as skip
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes
-
-__all__ = ["TABLE"]
 
 TABLE: LibraryTable = {
     "*.LLTM": {"weights": axes("o [i]")},

@@ -1,11 +1,7 @@
 """open_clip, as of version 3.3."""
 
-from __future__ import annotations
-
 import gradcentral.layout.reasons as skip
 from gradcentral.layout.rules import LibraryTable, axes
-
-__all__ = ["TABLE"]
 
 TABLE: LibraryTable = {
     "transformer.Attention": {"in_proj_weight": axes("o [i]"), "head_scale": skip.SCALE},
@@ -14,5 +10,5 @@ TABLE: LibraryTable = {
     "transformer.*Transformer": {"text_projection": axes("[i] o")},
     # CLIP keeps the projection of its text tower as an attribute of its own.
     "*.CLIP": {"text_projection": axes("[i] o")},
-    "*": {**skip.NAMES, "positional_embedding": skip.POSITION, "cls_emb": skip.TOKEN},
+    "*": {**skip.NAMES, "cls_emb": skip.TOKEN},
 }

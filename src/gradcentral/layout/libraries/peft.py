@@ -3,13 +3,12 @@
 The layers of LoRA are Linear and convolution layers in a ModuleDict, which the rules of torch.nn cover.
 """
 
-from __future__ import annotations
-
 import gradcentral.layout.reasons as skip
+from gradcentral.layout.reasons import each
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes
 
-__all__ = ["TABLE"]
-
+_FACTOR = LeaveAlone("factor of a matrix product, not the weights of a unit")
+_OTHER_BASIS = LeaveAlone("coefficients in another basis")
 _ROTATION = LeaveAlone("parameter of a rotation")
 
 TABLE: LibraryTable = {
@@ -18,9 +17,8 @@ TABLE: LibraryTable = {
     "*.LoraEmbeddingATPHolder": {"weight": skip.LOOKUP},
     "*.Dora*Layer": {"weight": LeaveAlone("magnitude of DoRA")},
     "*.BlockDiagonalLinear": {"weight": axes("o [i]")},
-    "*.OFTRotationModule": {"weight": _ROTATION},
-    "*.OrthLayer": {"weight": _ROTATION},
-    "*.Glora*Path": {"X*": LeaveAlone("factor of a matrix product, not the weights of a unit")},
+    **each({"weight": _ROTATION}, "*.OFTRotationModule *.OrthLayer"),
+    "*.Glora*Path": {"X*": _FACTOR},
     "*.MultitaskPromptEmbedding": {"prefix_task_*": skip.PROMPT},
     "*.PolyRouter": {"module_logits": skip.MIXING},
     "*.CartridgeEncoder": {"*_embedding": skip.PROMPT},
@@ -30,17 +28,12 @@ TABLE: LibraryTable = {
         "lora_embedding_A.*": skip.LOOKUP,
         "lora_embedding_B.*": axes("o [i]"),
         "lora_magnitude_vector.*": LeaveAlone("magnitude of DoRA"),
-        **skip.each(
-            "factor of a matrix product, not the weights of a unit",
-            "hada_*.* lokr_*.* hira_*.* delora_*.* deft_*.* gralora_*.* adamss_*.* adamss_*.*.* miss_block.* "
-            "randlora_*.* poly_lora_*.* frod_*.*",
-        ),
-        **skip.each(_ROTATION, "boft_R.* hra_u.* road_*.*"),
-        **skip.each(skip.SCALE, "boft_s.* ia3_l.* *vera_lambda_*.*"),
-        **skip.each(
-            "coefficients in another basis", "c3a_kernel.* *_spectrum.* vblora_*.* tinylora_*.* unilora_theta_d.*"
-        ),
-        **skip.each("sparse entries of a weight", "shira_weight.* supertuning_values.*"),
+        **each(_FACTOR, "hada_*.* lokr_*.* hira_*.* delora_*.* deft_*.* gralora_*.* adamss_*.* adamss_*.*.*"),
+        **each(_FACTOR, "miss_block.* randlora_*.* poly_lora_*.* frod_*.*"),
+        **each(_ROTATION, "boft_R.* hra_u.* road_*.*"),
+        **each(skip.SCALE, "boft_s.* ia3_l.* *vera_lambda_*.*"),
+        **each(_OTHER_BASIS, "c3a_kernel.* *_spectrum.* vblora_*.* tinylora_*.* unilora_theta_d.*"),
+        **each(LeaveAlone("sparse entries of a weight"), "shira_weight.* supertuning_values.*"),
         "trainable_tokens_delta.*": skip.TOKEN,
         "beft_bias.*": skip.BIAS,
     },

@@ -1,15 +1,12 @@
 """timm, PyTorch image models, as of version 1.0.31."""
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor, nn
 
 import gradcentral.layout.reasons as skip
+from gradcentral.layout.reasons import each
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes, unexpected_shape
-
-__all__ = ["CONVOLUTIONS", "TABLE"]
 
 
 def _conditional_convolution(module: nn.Module, tensor: Tensor) -> str | LeaveAlone:
@@ -21,10 +18,8 @@ def _conditional_convolution(module: nn.Module, tensor: Tensor) -> str | LeaveAl
     return f"e ({units} [{' '.join(inputs)}])"
 
 
-CONVOLUTIONS = ("*.CondConv2d",)
-
 TABLE: LibraryTable = {
-    "*.CondConv2d": {"weight": _conditional_convolution, "bias": skip.BIAS},
+    "*.CondConv2d": {"weight": _conditional_convolution},
     "*.ScaledStdConv2d*": {"gain": LeaveAlone("gain of a standardized weight")},
     "*.MultiQueryAttentionV2": {
         "query_proj": axes("h o [i]", h="num_heads"),
@@ -43,9 +38,8 @@ TABLE: LibraryTable = {
     "*.Scale": {"scale": skip.SCALE},
     "*": {
         **skip.NAMES,
-        **skip.each(skip.POSITION, "patch_pos pixel_pos"),
+        **each(skip.POSITION, "patch_pos pixel_pos"),
         "latent": skip.QUERY,
         "skipinit_gain": skip.SCALE,
-        "logit_scale": skip.TEMPERATURE,
     },
 }

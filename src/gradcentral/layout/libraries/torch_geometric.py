@@ -1,13 +1,10 @@
 """PyTorch Geometric, as of version 2.8."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 import gradcentral.layout.reasons as skip
-from gradcentral.layout.rules import LeaveAlone, LibraryTable, Rules, axes, unexpected_shape
-
-__all__ = ["TABLE"]
+from gradcentral.layout.reasons import each
+from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes, unexpected_shape
 
 
 def _relations(module: nn.Module, tensor: Tensor) -> str | LeaveAlone:
@@ -18,13 +15,11 @@ def _relations(module: nn.Module, tensor: Tensor) -> str | LeaveAlone:
 
 # The logit of a head is a weighted sum of its channels: one output unit per head.
 _HEADS = axes("o h [i]")
-_GAUSSIANS: Rules = {"mu": LeaveAlone("mean of a Gaussian kernel"), "sigma": LeaveAlone("width of a Gaussian kernel")}
-_HETERO_NORM: Rules = {"weight": skip.NORM_GAIN, "bias": skip.BIAS}
 
 TABLE: LibraryTable = {
     "nn.conv.dna_conv.Linear": {"weight": axes("g [i] o")},
     "nn.dense.linear.Linear": {"weight": axes("o [i]", o="out_channels", i="in_channels")},
-    "*.HeteroLinear": {"weight": axes("r [i] o", i="in_channels", o="out_channels"), "bias": skip.BIAS},
+    "*.HeteroLinear": {"weight": axes("r [i] o", i="in_channels", o="out_channels")},
     "*.SparseLinear": {"weight": axes("[i] o", i="in_channels", o="out_channels")},
     "*RGCNConv": {"weight": _relations, "root": axes("[i] o", o="out_channels"), "comp": skip.MIXING},
     "*.RGATConv": {
@@ -35,24 +30,14 @@ TABLE: LibraryTable = {
         "l[12]": axes("[i] o", o="out_channels"),
         "b[12]": skip.BIAS,
     },
-    "*.ARMAConv": {
-        "weight": axes("t k [i] o"),
-        "init_weight": axes("k [i] o"),
-        "root_weight": axes("t k [i] o"),
-        "bias": skip.BIAS,
-    },
+    "*.ARMAConv": {"init_weight": axes("k [i] o"), "*weight": axes("t k [i] o")},
     "*.GatedGraphConv": {"weight": axes("t [i] o", o="out_channels")},
     "*.GCN2Conv": {"weight[12]": axes("[i] o", o="channels")},
-    "*.GMMConv": {"g": axes("[i] o"), **_GAUSSIANS},
+    "*.GMMConv": {"g": axes("[i] o"), **each(LeaveAlone("mean or width of a Gaussian kernel"), "mu sigma")},
     # Each control point of the spline is a linear map; an edge uses a weighted mean of them.
     "*.SplineConv": {"weight": axes("k [i] o", o="out_channels")},
     "*.AntiSymmetricConv": {"W": LeaveAlone("antisymmetric: an element is a weight of two units")},
-    "*.GATConv": {"att_*": _HEADS},
-    "*.GATv2Conv": {"att": _HEADS},
-    "*.SuperGATConv": {"att_[lr]": _HEADS},
-    "*.GeneralConv": {"att_msg": _HEADS},
-    "*.HypergraphConv": {"att": _HEADS},
-    "*.LPAttLayer": {"att": _HEADS},
+    **each({"att*": _HEADS}, "*.GATConv *.GATv2Conv *.SuperGATConv *.GeneralConv *.HypergraphConv *.LPAttLayer"),
     "*.DenseGATConv": {"att_*": axes("o o o [i]")},
     "*.GATEConv": {"att_[lr]": axes("o [i]")},
     "*.HANConv": {"q": axes("o [i]", i="out_channels"), "lin_*.*": _HEADS},
@@ -65,14 +50,8 @@ TABLE: LibraryTable = {
     "*.PoolingByMultiheadAttention": {"seed": skip.QUERY},
     "*.MemPooling": {"k": skip.CODEBOOK},
     "*.RENet": {"ent": skip.LOOKUP, "rel": skip.LOOKUP},
-    "*.HeteroBatchNorm": _HETERO_NORM,
-    "*.HeteroLayerNorm": _HETERO_NORM,
-    "*.HeteroBasisConv": {"edge_type_weight": skip.MIXING},
-    "*.ExpNormalSmearing": {
-        "means": LeaveAlone("mean of a radial basis"),
-        "betas": LeaveAlone("width of a radial basis"),
-    },
-    "*.VecLayerNorm": {"weight": skip.NORM_GAIN},
-    "*Explainer": skip.each("mask of an explanation", "*_mask *_mask.*"),
+    "*.ExpNormalSmearing": each(LeaveAlone("mean or width of a radial basis"), "means betas"),
+    **each({"weight": skip.NORM_GAIN}, "*.HeteroBatchNorm *.HeteroLayerNorm *.VecLayerNorm"),
+    "*Explainer": each(LeaveAlone("mask of an explanation"), "*_mask *_mask.*"),
     "*": {"*bias": skip.BIAS, "edge_type_weight": skip.MIXING, "query_tokens": skip.QUERY},
 }

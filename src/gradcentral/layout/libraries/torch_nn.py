@@ -1,22 +1,16 @@
 """The layers of torch.nn. The tests verify each rule numerically by theorem 4.1 of the paper."""
 
-from __future__ import annotations
-
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 
 import gradcentral.layout.reasons as skip
-from gradcentral.layout.rules import LeaveAlone, Rules, Table, axes
-
-__all__ = ["CONVOLUTIONS", "TABLE"]
-
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (_ConvNd,)
+from gradcentral.layout.rules import LeaveAlone, Rules, axes
 
 _NORM: Rules = {"weight": skip.NORM_GAIN, "bias": skip.BIAS}
 
-TABLE: Table = {
+TABLE: dict[type[nn.Module], Rules] = {
     nn.Linear: {"weight": axes("o [i]"), "bias": skip.BIAS},
     nn.Bilinear: {"weight": axes("o [i i]"), "bias": skip.BIAS},
     # With groups, axis i of a convolution holds in/groups channels, so that a filter is one weight vector as it is.

@@ -1,11 +1,7 @@
 """x-transformers, as of version 2.31."""
 
-from __future__ import annotations
-
 import gradcentral.layout.reasons as skip
 from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes
-
-__all__ = ["TABLE"]
 
 _MEMORY = LeaveAlone("memory read by attention, not the weights of a unit")
 
@@ -20,5 +16,5 @@ TABLE: LibraryTable = {
     "*.TransformerWrapper": {"ff_deep_embed": skip.LOOKUP},
     "*.Attention": {"mem_[kv]": _MEMORY, "qk_norm_*_scale": skip.SCALE, "head_scale_params": skip.SCALE},
     "*.EpisodicMemories": {"mem_kv": _MEMORY},
-    "*": {**skip.NAMES, "stream_emb": skip.TOKEN, "queries": skip.TOKEN, "pos_emb": skip.POSITION},
+    "*": {**skip.NAMES, "stream_emb": skip.TOKEN, "queries": skip.TOKEN},
 }
