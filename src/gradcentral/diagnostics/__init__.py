@@ -10,6 +10,6 @@ from gradcentral.diagnostics.monitor_plot import plot_records
 from gradcentral.diagnostics.probe_report import ProbeReport
 from gradcentral.diagnostics.probing import probe
 from gradcentral.diagnostics.record import Reading, Record
-from gradcentral.diagnostics.record_file import read_records
+from gradcentral.diagnostics.writers import read_records
 
 __all__ = ["LayerReport", "Monitor", "ProbeReport", "Reading", "Record", "plot_records", "probe", "read_records"]

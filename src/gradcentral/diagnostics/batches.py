@@ -12,13 +12,7 @@ __all__ = ["loss_of", "to_device"]
 
 
 def loss_of(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) -> Tensor:
-    """Compute the loss of one batch.
-
-    Args:
-        model: called with the input.
-        loss: ``loss(output, target)`` -> scalar tensor.
-        batch: a pair ``(input, target)``, for ``loss(model(input), target)``, or a mapping, as tokenizers return it,
-            for ``loss(model(**batch), batch)``.
+    """Compute ``loss(model(input), target)`` for a pair, or ``loss(model(**batch), batch)`` for a mapping.
 
     Raises:
         TypeError: the batch is neither a pair nor a mapping.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from gradcentral.attach import centering_of
 from gradcentral.diagnostics.centering_effect import Effect, combine_effects, effects, norms, to_numbers
 from gradcentral.diagnostics.drift import Drift, precise_means
 from gradcentral.diagnostics.record import NET, Reading, Record
+from gradcentral.dtensor import is_sharded
 from gradcentral.layout import WeightLayout
 from gradcentral.weight_vectors import WeightVectors
 
@@ -44,10 +46,19 @@ def watched_parameters(
     names = model_layout.names
     parameters = [p for p in held if p in names and not is_lazy(p) and p.numel()]
     for p in parameters:
-        if any(base.__name__ == "DTensor" for base in type(p).__mro__):
+        if is_sharded(p):
             raise ValueError(f"model: {names[p]} is sharded (a DTensor), which Monitor does not support")
-    layouts = [layout] if layout is not None else _attached_layouts(optimizer, parameters) or [model_layout]
+    attached = [targets.layout for targets in centering_of(optimizer)]
+    for one in attached:
+        _refresh(one, parameters)
+    attached = [one for one in attached if any(map(one.in_model, parameters))]
+    layouts = attached or [model_layout] if layout is None else [layout]
     return [Watched(names[p], p, next((found[p] for found in layouts if p in found), None)) for p in parameters]
+
+
+def _refresh(layout: WeightLayout, parameters: list[Tensor]) -> None:
+    if layout.pending or not all(map(layout.in_model, parameters)):
+        layout.refresh()
 
 
 def measure(optimizer: Optimizer, watched: Sequence[Watched], drift: Drift, step: int) -> Record:
@@ -56,90 +67,67 @@ def measure(optimizer: Optimizer, watched: Sequence[Watched], drift: Drift, step
     Raises:
         ValueError: the drift has a loaded reference for other weight vectors.
     """
-    gradients = _gradient_readings(watched, _scalar(optimizer, "grad_scale", default=1.0))
+    # GradScaler sets these attributes on fused optimizers during their step.
+    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    gradients = _gradient_readings(watched, 1.0 if scale is None else float(scale))
     weights = _weight_readings(watched, drift)
     readings = {
         name: Reading(**gradients.get(name, {}), **weights.get(name, {}))
         for name in (NET, *(part.name for part in watched if part.vectors is not None))
     }
+    active = [targets for targets in centering_of(optimizer) if not targets.paused]
+    placements = {targets.placement for targets in active if any(part.parameter in targets.layout for part in watched)}
     return Record(
         step,
-        placement=_placement(optimizer, watched),
-        skipped=_scalar(optimizer, "found_inf", default=0.0) != 0,
+        placement=" and ".join(sorted(placements)) or None,
+        skipped=found_inf is not None and bool(found_inf),
         net=readings.pop(NET),
         layers=readings,
     )
 
 
 def _gradient_readings(watched: Sequence[Watched], scale: float) -> dict[str, dict[str, float]]:
-    pairs = [(part, gradient) for part in watched if (gradient := part.parameter.grad) is not None]
+    reached = [(part, gradient) for part in watched if (gradient := part.parameter.grad) is not None]
+    if not reached:
+        return {}
     found = [
         Effect(effect.share, *(number / scale for number in effect[1:]))
-        for effect in effects([(gradient, part.vectors) for part, gradient in pairs])
+        for effect in effects([(gradient, part.vectors) for part, gradient in reached])
     ]
-    named = {part.name: effect for (part, _), effect in zip(pairs, found, strict=True)}
-    if found:
-        named[NET] = combine_effects(found)
+    names = (NET, *(part.name for part, _ in reached))
     # A maximum over entries that include NaN is meaningless, so all five numbers are dropped together.
-    return {name: effect._asdict() for name, effect in named.items() if math.isfinite(effect.norm)}
+    return {
+        name: effect._asdict()
+        for name, effect in zip(names, (combine_effects(found), *found), strict=True)
+        if math.isfinite(effect.norm)
+    }
 
 
 def _weight_readings(watched: Sequence[Watched], drift: Drift) -> dict[str, dict[str, float]]:
     """Measure drift and sensitivity of each centered parameter, and of all their weight vectors together."""
-    drifts: dict[str, Tensor] = {}
-    sums: dict[str, Tensor] = {}
+    measured: dict[str, tuple[Tensor, Tensor]] = {}
     for name, parameter, vectors in watched:
         if vectors is None:
             continue
         means = precise_means(parameter, vectors)
         try:
-            drifts[name] = drift.of(parameter, vectors, means)
+            measured[name] = drift.of(parameter, vectors, means), vectors.fan_in * means
         except ValueError as error:
             raise ValueError(f"state: {name} has other weight vectors now ({error}); attach a new Monitor") from error
-        sums[name] = vectors.fan_in * means
-    if not drifts:
+    if not measured:
         return {}
-    drifts[NET], sums[NET] = _concatenated(drifts), _concatenated(sums)
-    scalars = [norms(list(values.values()), order) for values in (drifts, sums) for order in (2.0, torch.inf)]
-    numbers = to_numbers([scalar for group in scalars for scalar in group])
-    groups = (numbers[start :: len(drifts)] for start in range(len(drifts)))
-    return {
-        name: {
+    kinds = zip(*measured.values(), strict=True)
+    drifts, sums = (torch.cat([tensor.to(means.device) for tensor in kind]) for kind in kinds)
+    measured[NET] = drifts, sums
+    scalars = [norm for pair in measured.values() for order in (2.0, torch.inf) for norm in norms(pair, order)]
+    numbers = iter(to_numbers(scalars))
+    readings = {}
+    for name, (_, sums) in measured.items():
+        total, total_sum, largest, largest_sum = islice(numbers, 4)
+        readings[name] = {
             "drift": total,
             "largest_drift": largest,
-            "sensitivity": total_sum / math.sqrt(sums[name].numel()),
+            "sensitivity": total_sum / math.sqrt(sums.numel()),
             "largest_sensitivity": largest_sum,
         }
-        for name, (total, largest, total_sum, largest_sum) in zip(drifts, groups, strict=True)
-    }
-
-
-def _concatenated(values: dict[str, Tensor]) -> Tensor:
-    first = next(iter(values.values()))
-    return torch.cat([value.to(first.device) for value in values.values()])
-
-
-def _attached_layouts(optimizer: Optimizer, parameters: list[Tensor]) -> list[WeightLayout]:
-    """Return the layouts of the GC attached to the optimizer that contain some of these parameters."""
-    layouts = [targets.layout for targets in centering_of(optimizer)]
-    for layout in layouts:
-        _refresh(layout, parameters)
-    return [layout for layout in layouts if any(layout.in_model(p) for p in parameters)]
-
-
-def _refresh(layout: WeightLayout, parameters: list[Tensor]) -> None:
-    if layout.pending or not all(layout.in_model(p) for p in parameters):
-        layout.refresh()
-
-
-def _placement(optimizer: Optimizer, watched: Sequence[Watched]) -> str | None:
-    """Return the placement of the GC that acts on these parameters, or several joined by "and"."""
-    active = [targets for targets in centering_of(optimizer) if not targets.paused]
-    placements = {targets.placement for targets in active if any(part.parameter in targets.layout for part in watched)}
-    return " and ".join(sorted(placements)) or None
-
-
-def _scalar(optimizer: Optimizer, name: str, default: float) -> float:
-    """Read a number that GradScaler sets on fused optimizers during their step."""
-    value = getattr(optimizer, name, None)
-    return default if value is None else float(value)
+    return readings

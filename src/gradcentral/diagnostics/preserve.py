@@ -34,10 +34,13 @@ def preserve_state(*modules: nn.Module, generators: Iterable[torch.Generator] = 
         ValueError: a parameter or buffer is lazy, so a forward pass would initialize it.
     """
     with ExitStack() as stack:
-        stack.enter_context(_preserve_global_generators())
-        states = [(generator, generator.get_state()) for generator in generators]
-        for generator, state in states:
-            stack.callback(generator.set_state, state)
+        # The devices are listed because torch warns when it has to find several by itself.
+        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        stack.callback(random.setstate, random.getstate())
+        if numpy := sys.modules.get("numpy"):
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        for generator in generators:
+            stack.callback(generator.set_state, generator.get_state())
         for module in modules:
             stack.enter_context(_preserve_module(module))
         yield
@@ -73,17 +76,3 @@ def _preserve_module(model: nn.Module) -> Iterator[None]:
                     tensor.copy_(value)
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def _preserve_global_generators() -> Iterator[None]:
-    numpy = sys.modules.get("numpy")
-    python, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    # The devices are listed because torch warns when it has to find several by itself.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 __all__ = ["CSV_COLUMNS", "NET", "Reading", "Record", "RecordBuffer"]
 
-NET = "(net)"
-"""The whole net, where a row or a mapping otherwise has the name of a parameter."""
+NET = "(net)"  # instead of the name of a parameter
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Measurements of one parameter, or of the whole net; None if there is no value, or no finite one.
+    """Measurements of one parameter, or of the whole net; None if there is no finite value.
 
     Attributes:
         share: fraction of the gradient's energy that centering removes, between 0 and 1.
@@ -74,29 +73,26 @@ class Record:
 
     def to_line(self) -> str:
         """Format the record as one line of JSON, with six significant digits."""
-        layers = {name: _rounded(reading) for name, reading in self.layers.items()}
-        header = {"step": self.step, "placement": self.placement, "skipped": self.skipped}
-        return json.dumps({**header, "net": _rounded(self.net), "layers": layers}, allow_nan=False)
+        return json.dumps(asdict(self, dict_factory=_rounded), allow_nan=False)
 
     @classmethod
     def from_line(cls, line: str) -> Record:
         """Parse the output of `to_line`."""
         values = json.loads(line)
-        layers = {name: Reading(**reading) for name, reading in values.pop("layers").items()}
-        return cls(net=Reading(**values.pop("net")), layers=layers, **values)
+        readings = {name: Reading(**reading) for name, reading in values.pop("layers").items()}
+        return cls(net=Reading(**values.pop("net")), layers=readings, **values)
 
     def to_rows(self) -> list[list[Any]]:
         """Format the record as one row of `CSV_COLUMNS` per parameter, and a last one for the whole net."""
         header = [self.step, self.placement, self.skipped]
-        readings = [*self.layers.items(), (NET, self.net)]
-        return [[*header, name, *_rounded(reading).values()] for name, reading in readings]
+        readings = {**self.layers, NET: self.net}
+        return [[*header, name, *_rounded(vars(reading).items()).values()] for name, reading in readings.items()]
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, str]]) -> Record:
         """Parse the output of `to_rows`, as `csv.DictReader` reads it."""
         readings = {
-            row["parameter"]: Reading(**{name: float(row[name]) if row[name] else None for name in _READINGS})
-            for row in rows
+            row["parameter"]: Reading(*(float(row[name]) if row[name] else None for name in _READINGS)) for row in rows
         }
         last, net = rows[-1], readings.pop(NET)
         return cls(int(last["step"]), last["placement"] or None, last["skipped"] == "True", net, readings)
@@ -116,27 +112,21 @@ class RecordBuffer:
     def __init__(self, limit: int = 1000) -> None:
         self.records: list[Record] = []
         self._limit = limit
-        self._stride = 1
-        self._added = 0
 
     def add(self, record: Record) -> None:
         """Append a record; if the buffer is full, drop every second one first."""
-        if self._added and (self._added - 1) % self._stride:
-            self.records.pop()  # kept so far only as the newest
-        if len(self.records) == self._limit:
-            del self.records[1::2]
-            self._stride *= 2
-        self.records.append(record)
-        self._added += 1
+        records = self.records
+        if len(records) > 2 and records[-1].step - records[-2].step < records[1].step - records[0].step:
+            records.pop()  # kept so far only as the newest
+        if len(records) == self._limit:
+            del records[1::2]
+        records.append(record)
 
     def rewind(self, step: int) -> None:
         """Drop the records of this step and later ones, to continue from an earlier checkpoint."""
-        kept = [record for record in self.records if record.step < step]
-        if len(kept) < len(self.records):
-            self.records = kept
-            self._stride = self._stride if kept else 1
-            self._added = (len(kept) - 1) * self._stride + 1 if kept else 0
+        self.records = [record for record in self.records if record.step < step]
 
 
-def _rounded(reading: Reading) -> dict[str, float | None]:
-    return {name: None if value is None else float(f"{value:.6g}") for name, value in asdict(reading).items()}
+def _rounded(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Round floats to six significant digits."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in items}
