@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from gradcentral.diagnostics.batches import loss_of, to_device
 from gradcentral.diagnostics.centering_effect import Effect, combine_effects, effects
 from gradcentral.diagnostics.input_means import InputMeans
-from gradcentral.diagnostics.layer_report import LayerReport
 from gradcentral.diagnostics.preserve import preserve_state
-from gradcentral.diagnostics.probe_report import ProbeReport
+from gradcentral.diagnostics.probe_report import LayerReport, ProbeReport
 from gradcentral.layout import Entry, WeightLayout, weight_layout
 
 __all__ = ["DEFAULT_BATCHES", "probe"]
