@@ -32,17 +32,10 @@ def read_complete(path: Path) -> str:
 
 
 def read_lines(path: Path, parse: Callable[[str], T], kind: str) -> list[T]:
-    r"""Parse each complete line of a file, without its newline.
+    """Parse each complete line of a file, without its newline.
 
     Raises:
         ValueError: a line cannot be parsed; the message gives its number and ``kind``, what a line holds.
-
-    Examples:
-        >>> import json, tempfile
-        >>> path = Path(tempfile.mkdtemp(), "runs.jsonl")
-        >>> append(path, '{"seed": 1}\n{"se')
-        >>> read_lines(path, json.loads, "run")
-        [{'seed': 1}]
     """
     parsed = []
     for number, line in enumerate(read_complete(path).split("\n")[:-1], start=1):

@@ -17,9 +17,8 @@ from torch.optim import SGD, Optimizer
 import gradcentral
 from gradcentral import centralize, weight_layout
 from gradcentral.diagnostics.drift import Drift
-from gradcentral.diagnostics.monitor import Monitor
-from gradcentral.diagnostics.monitor_plot import plot_records
-from gradcentral.diagnostics.record import Reading, Record, RecordBuffer
+from gradcentral.diagnostics.monitor import Monitor, RecordBuffer
+from gradcentral.diagnostics.record import Reading, Record, plot_records
 from gradcentral.plotting import DARK
 
 

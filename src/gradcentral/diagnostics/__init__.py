@@ -5,10 +5,9 @@ monitor = gradcentral.Monitor(model, optimizer, to="run.jsonl")
 """
 
 from gradcentral.diagnostics.monitor import Monitor
-from gradcentral.diagnostics.monitor_plot import plot_records
 from gradcentral.diagnostics.probe_report import LayerReport, ProbeReport
 from gradcentral.diagnostics.probing import probe
-from gradcentral.diagnostics.record import Reading, Record
+from gradcentral.diagnostics.record import Reading, Record, plot_records
 from gradcentral.diagnostics.writers import read_records
 
 __all__ = ["LayerReport", "Monitor", "ProbeReport", "Reading", "Record", "plot_records", "probe", "read_records"]

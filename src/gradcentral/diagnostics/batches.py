@@ -34,12 +34,7 @@ def loss_of(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) ->
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:
-    """Move everything in a batch that has a ``to`` method, inside mappings, tuples and lists of any depth.
-
-    Examples:
-        >>> to_device({"x": [torch.ones(2)], "name": "a"}, "meta")
-        {'x': [tensor(..., device='meta', size=(2,))], 'name': 'a'}
-    """
+    """Move everything in a batch that has a ``to`` method, inside mappings, tuples and lists of any depth."""
     if callable(getattr(value, "to", None)):  # a tensor, a packed sequence, a tokenizer's batch
         return value.to(device)
     if isinstance(value, Mapping):

@@ -41,10 +41,7 @@ class Effect(NamedTuple):
 
 
 def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Effect]:
-    """Measure the `Effect` of centering on each gradient; a gradient without weight vectors is not changed by it.
-
-    All results are transferred to the host in one copy.
-    """
+    """Measure the `Effect` of centering on each gradient; without weight vectors, a gradient is not changed by it."""
     fan_ins, scalars = [], []
     with torch.no_grad():
         for gradient, vectors in gradients:
@@ -68,12 +65,7 @@ def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Ef
 
 
 def combine_effects(parts: Sequence[Effect]) -> Effect:
-    """Compute the effect on several gradients taken as one vector.
-
-    Examples:
-        >>> combine_effects([Effect(1.0, 3.0, 0.0, 3.0, 0.0), Effect(0.0, 4.0, 4.0, 4.0, 4.0)])
-        Effect(share=0.36, norm=5.0, centered_norm=4.0, largest=4.0, centered_largest=4.0)
-    """
+    """Compute the effect on several gradients taken as one vector."""
     norm = math.hypot(*(part.norm for part in parts))
     return Effect(
         share=math.fsum(part.share * (part.norm / norm) ** 2 for part in parts) if norm != 0 else 0.0,

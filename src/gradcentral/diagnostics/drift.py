@@ -21,13 +21,6 @@ class Drift:
     The first measurement of a parameter sets its reference; that of ``pairs`` is set now.
 
     Source: Yong et al. 2020, eq. 4: GC keeps w on the hyperplane eᵀ(w − w⁰) = 0.
-
-    Examples:
-        >>> import torch, gradcentral
-        >>> w, vectors = torch.zeros(1, 4), gradcentral.WeightVectors(span=(1,), shape=(1, 4))
-        >>> drift = Drift([(w, vectors)])
-        >>> drift.of(w.add_(0.5), vectors)
-        tensor([1.], dtype=torch.float64)
     """
 
     def __init__(self, pairs: Iterable[Pair] = ()) -> None:

@@ -13,13 +13,12 @@ from torch.optim import Optimizer
 from gradcentral.attach import HookedCall, closure_of, hooked_optimizer, replace_closure
 from gradcentral.diagnostics.drift import Drift
 from gradcentral.diagnostics.measurement import measure, watched_parameters
-from gradcentral.diagnostics.monitor_plot import plot_records
-from gradcentral.diagnostics.record import Record, RecordBuffer
+from gradcentral.diagnostics.record import Record, plot_records
 from gradcentral.diagnostics.writers import RecordFile, TensorBoard, read_records, writers_for
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.plotting import LIGHT, Theme
 
-__all__ = ["EVERY", "Monitor"]
+__all__ = ["EVERY", "Monitor", "RecordBuffer"]
 
 EVERY = 200
 """Default number of steps per record, for which monitoring takes less than 1 % of the training time of a small network.
@@ -220,6 +219,27 @@ class Monitor:
             record = measure(optimizer, watched, self._drift, step)
         for write in (self._buffer.add, *self._writers):
             write(record)
+
+
+class RecordBuffer:
+    """A bounded number of records, evenly spaced over all that were added, with the first and the newest."""
+
+    def __init__(self, limit: int = 1000) -> None:
+        self.records: list[Record] = []
+        self._limit = limit
+
+    def add(self, record: Record) -> None:
+        """Append a record; if the buffer is full, drop every second one first."""
+        records = self.records
+        if len(records) > 2 and records[-1].step - records[-2].step < records[1].step - records[0].step:
+            records.pop()  # kept so far only as the newest
+        if len(records) == self._limit:
+            del records[1::2]
+        records.append(record)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of this step and later ones, to continue from an earlier checkpoint."""
+        self.records = [record for record in self.records if record.step < step]
 
 
 def _checked_integer(name: str, value: int, at_least: int) -> int:

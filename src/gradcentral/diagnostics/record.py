@@ -1,15 +1,19 @@
-"""What `Monitor` records at one step, its JSON and CSV forms, and the buffer of records in memory."""
+"""What `Monitor` records at one step, the JSON form of it, and the plot of a run's records."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["CSV_COLUMNS", "NET", "Reading", "Record", "RecordBuffer"]
+from gradcentral.extras import optional
+from gradcentral.plotting import LIGHT, Theme, new_figure, style
 
+__all__ = ["NET", "Reading", "Record", "plot_records", "rounded"]
+
+_MAX_NAMES = 40
 NET = "(net)"  # instead of the name of a parameter
 
 
@@ -42,14 +46,6 @@ class Reading:
             if value is not None and not math.isfinite(value):
                 object.__setattr__(self, name, None)
 
-    def items(self) -> list[tuple[str, float]]:
-        """Return the measurements that are not None, with their names."""
-        return [(name, value) for name, value in vars(self).items() if value is not None]
-
-
-_READINGS = tuple(field.name for field in fields(Reading))
-CSV_COLUMNS = ("step", "placement", "skipped", "parameter", *_READINGS)
-
 
 @dataclass(frozen=True)
 class Record:
@@ -73,7 +69,7 @@ class Record:
 
     def to_line(self) -> str:
         """Format the record as one line of JSON, with six significant digits."""
-        return json.dumps(asdict(self, dict_factory=_rounded), allow_nan=False)
+        return json.dumps(asdict(self, dict_factory=rounded), allow_nan=False)
 
     @classmethod
     def from_line(cls, line: str) -> Record:
@@ -82,51 +78,94 @@ class Record:
         readings = {name: Reading(**reading) for name, reading in values.pop("layers").items()}
         return cls(net=Reading(**values.pop("net")), layers=readings, **values)
 
-    def to_rows(self) -> list[list[Any]]:
-        """Format the record as one row of `CSV_COLUMNS` per parameter, and a last one for the whole net."""
-        header = [self.step, self.placement, self.skipped]
-        readings = {**self.layers, NET: self.net}
-        return [[*header, name, *_rounded(vars(reading).items()).values()] for name, reading in readings.items()]
 
-    @classmethod
-    def from_rows(cls, rows: Sequence[Mapping[str, str]]) -> Record:
-        """Parse the output of `to_rows`, as `csv.DictReader` reads it."""
-        readings = {
-            row["parameter"]: Reading(*(float(row[name]) if row[name] else None for name in _READINGS)) for row in rows
-        }
-        last, net = rows[-1], readings.pop(NET)
-        return cls(int(last["step"]), last["placement"] or None, last["skipped"] == "True", net, readings)
-
-
-class RecordBuffer:
-    """A bounded number of records, evenly spaced over all that were added, with the first and the newest.
-
-    Examples:
-        >>> buffer = RecordBuffer(limit=5)
-        >>> for step in range(12):
-        ...     buffer.add(Record(step, None, False, Reading(), {}))
-        >>> [record.step for record in buffer.records]
-        [0, 4, 8, 11]
-    """
-
-    def __init__(self, limit: int = 1000) -> None:
-        self.records: list[Record] = []
-        self._limit = limit
-
-    def add(self, record: Record) -> None:
-        """Append a record; if the buffer is full, drop every second one first."""
-        records = self.records
-        if len(records) > 2 and records[-1].step - records[-2].step < records[1].step - records[0].step:
-            records.pop()  # kept so far only as the newest
-        if len(records) == self._limit:
-            del records[1::2]
-        records.append(record)
-
-    def rewind(self, step: int) -> None:
-        """Drop the records of this step and later ones, to continue from an earlier checkpoint."""
-        self.records = [record for record in self.records if record.step < step]
-
-
-def _rounded(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def rounded(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Round floats to six significant digits."""
     return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in items}
+
+
+def plot_records(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
+    """Draw a monitor's records: gradient, drift and sensitivity of the whole net, and the share of each layer.
+
+    Args:
+        records: of `Monitor`, in memory or read from a file.
+        theme: colors.
+
+    Returns:
+        A ``matplotlib.figure.Figure``: show it in a notebook, or ``figure.savefig("gc.png")``.
+
+    Raises:
+        ValueError: there are no records.
+        MissingExtraError: matplotlib is not installed.
+
+    Examples:
+        >>> figure = plot_records([Record(0, None, False, Reading(norm=2.0), {"weight": Reading(share=0.5)})])
+        >>> figure.axes[0].get_title("left")
+        'Gradient norm'
+    """
+    if not records:
+        raise ValueError("records: there are none yet; the first one is made at the first step")
+    names = list(dict.fromkeys(name for record in records for name in record.layers))
+    placements = " / ".join(dict.fromkeys(record.placement for record in records if record.placement))
+    after_label = f"after centering ({placements})" if placements else "if it were centered"
+    before, after = ("--", theme.arms["none"], "before centering"), ("-", theme.arms["gradient"], after_label)
+    color = theme.arms["update"]
+    with style(theme):
+        shares_height = 0.8 + 0.2 * min(len(names), _MAX_NAMES)
+        figure = new_figure(10, 6 + shares_height)
+        top, bottom = figure.subfigures(2, 1, height_ratios=[6, shares_height])
+        (norm, largest), (drift, sensitivity) = top.subplots(2, 2, sharex=True)
+        lines = {"norm": before, "centered_norm": after}
+        _plot_net(norm, records, "Gradient norm", "L2 norm, whole net", lines)
+        lines = {"largest": before, "centered_largest": after}
+        _plot_net(largest, records, "Largest entry of the gradient", "absolute value", lines)
+        lines = {"largest_drift": (":", color, "largest weight vector"), "drift": ("-", color, "whole net")}
+        _plot_net(drift, records, "Drift  ‖eᵀ(w − w⁰)‖", "L2 norm", lines)
+        lines = {"largest_sensitivity": (":", color, "largest"), "sensitivity": ("-", color, "root mean square")}
+        _plot_net(sensitivity, records, "Sensitivity  |1ᵀw|", "per output unit", lines)
+        top.legend(*norm.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+        for axis in (norm, largest):
+            if any(value > 0 for value in axis.lines[0].get_ydata()):
+                axis.set_yscale("log")
+        for axis in (drift, sensitivity):
+            axis.set_ylim(0, max(axis.get_ylim()[1], 1e-4))  # drift that is only rounding stays near the axis
+            axis.set_xlabel("steps taken")
+            axis.legend(frameon=False)
+        if names:
+            _plot_shares(bottom, records, names)
+        return figure
+
+
+def _plot_net(
+    axis: Any, records: Sequence[Record], title: str, unit: str, lines: dict[str, tuple[str, str, str]]
+) -> None:
+    """Draw measurements of the whole net; ``lines`` has line style, color and label of each."""
+    axis.set_title(title, loc="left", fontweight="bold")
+    axis.set_ylabel(unit)
+    for name, (line, color, label) in lines.items():
+        values = _values([record.net for record in records], name)
+        axis.plot([record.step for record in records], values, line, color=color, lw=1.3, label=label)
+
+
+def _plot_shares(figure: Any, records: Sequence[Record], names: list[str]) -> None:
+    """Draw one row per layer, in the model's order, and one cell per record."""
+    axis = figure.subplots()
+    rows = [_values([record.layers.get(name, Reading()) for record in records], "share") for name in names]
+    steps = [record.step for record in records]
+    # A cell extends from its record to the next one.
+    edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
+    image = axis.pcolormesh(edges, range(len(names) + 1), rows, cmap="viridis", vmin=0, vmax=1, rasterized=True)
+    every = math.ceil(len(names) / _MAX_NAMES)
+    axis.set_yticks([at + 0.5 for at in range(0, len(names), every)], names[::every], fontsize=8)
+    axis.invert_yaxis()
+    axis.grid(visible=False)
+    axis.set_title("Share of each gradient's energy that centering removes", loc="left", fontweight="bold")
+    axis.set_xlabel("steps taken")
+    percent = optional("matplotlib.ticker").PercentFormatter(1)
+    bar = figure.colorbar(image, ax=axis, pad=0.01, aspect=4 + 2 * min(len(names), _MAX_NAMES), format=percent)
+    bar.outline.set_visible(False)
+
+
+def _values(readings: Sequence[Reading], name: str) -> list[float]:
+    """Return a measurement of each reading, NaN where there is none, which leaves a gap in the plot."""
+    return [math.nan if (value := getattr(reading, name)) is None else value for reading in readings]

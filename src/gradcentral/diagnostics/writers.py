@@ -7,11 +7,11 @@ import io
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from gradcentral.diagnostics.record import CSV_COLUMNS, NET, Record
+from gradcentral.diagnostics.record import NET, Reading, Record, rounded
 from gradcentral.extras import optional
 from gradcentral.json_lines import append, drop_partial_line, read_complete, read_lines
 from gradcentral.tables import csv_text
@@ -21,7 +21,9 @@ __all__ = ["RecordFile", "TensorBoard", "Writer", "read_records", "writers_for"]
 Writer: TypeAlias = Callable[[Record], object]
 
 _KIND = "record of Monitor"
-_HEADER = csv_text([CSV_COLUMNS])
+_READINGS = [field.name for field in fields(Reading)]
+_COLUMNS = ["step", "placement", "skipped", "parameter", *_READINGS]
+_HEADER = csv_text([_COLUMNS])
 _START = '{"step": 0, "placement": 0, "skipped": '
 
 
@@ -59,11 +61,12 @@ class TensorBoard:
 
     def __call__(self, record: Record) -> None:
         """Write the measurements that are not None."""
-        scalars = {f"gc/{name}": value for name, value in record.net.items()}
+        scalars = {f"gc/{name}": value for name, value in vars(record.net).items()}
         for parameter, reading in record.layers.items():
-            scalars |= {f"gc_{name}/{parameter}": value for name, value in reading.items()}
+            scalars |= {f"gc_{name}/{parameter}": value for name, value in vars(reading).items()}
         for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, record.step)
+            if value is not None:
+                self.writer.add_scalar(tag, value, record.step)
         if self.owned:
             self.writer.flush()
 
@@ -87,7 +90,7 @@ class RecordFile:
 
     def __call__(self, record: Record) -> None:
         """Append a record."""
-        append(self.path, csv_text(record.to_rows()) if self.path.suffix == ".csv" else record.to_line() + "\n")
+        append(self.path, _csv_lines(record) if self.path.suffix == ".csv" else record.to_line() + "\n")
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
@@ -140,20 +143,29 @@ def _check_start(path: Path) -> None:
         raise ValueError(f"{path}, line 1: not a {_KIND} (nor the start of one)")
 
 
+def _csv_lines(record: Record) -> str:
+    """Format a record as one row per parameter, and a last one for the whole net."""
+    header = record.step, record.placement, record.skipped
+    readings = {**record.layers, NET: record.net}
+    return csv_text([*header, name, *rounded(vars(one).items()).values()] for name, one in readings.items())
+
+
 def _read_csv(path: Path) -> list[Record]:
-    reader = csv.DictReader(io.StringIO(read_complete(path), newline=""))
-    if tuple(reader.fieldnames or CSV_COLUMNS) != CSV_COLUMNS:
+    reader = csv.reader(io.StringIO(read_complete(path), newline=""))
+    if next(reader, _COLUMNS) != _COLUMNS:
         raise ValueError(f"{path}, line 1: not a {_KIND} (the columns differ)")
     records: list[Record] = []
-    rows: list[dict[str, str]] = []
-    for row in reader:
-        if rows and rows[-1]["step"] != row["step"]:
-            rows = []  # the run was killed before it wrote the row of the whole net
-        rows.append(row)
-        if row["parameter"] == NET:
-            try:
-                records.append(Record.from_rows(rows))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}, line {reader.line_num}: not a {_KIND} ({error})") from error
-            rows = []
+    layers: dict[str, Reading] = {}
+    last_step = None
+    try:
+        for step, placement, skipped, name, *cells in reader:
+            if step != last_step:
+                layers = {}  # the run was killed before it wrote the row of the whole net
+            numbers = [float(cell) if cell else None for cell in cells]
+            layers[name], last_step = Reading(**dict(zip(_READINGS, numbers, strict=True))), step
+            if name == NET:
+                records.append(Record(int(step), placement or None, skipped == "True", layers.pop(NET), layers))
+                last_step = None
+    except ValueError as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not a {_KIND} ({error})") from error
     return records
