@@ -66,14 +66,11 @@ def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Ef
 
 def combine_effects(parts: Sequence[Effect]) -> Effect:
     """Compute the effect on several gradients taken as one vector."""
-    norm = math.hypot(*(part.norm for part in parts))
-    return Effect(
-        share=math.fsum(part.share * (part.norm / norm) ** 2 for part in parts) if norm != 0 else 0.0,
-        norm=norm,
-        centered_norm=math.hypot(*(part.centered_norm for part in parts)),
-        largest=max((part.largest for part in parts), default=0.0),
-        centered_largest=max((part.centered_largest for part in parts), default=0.0),
-    )
+    parts = parts or [Effect(0.0, 0.0, 0.0, 0.0, 0.0)]
+    _, part_norms, centered_norms, largest, centered_largest = zip(*parts, strict=True)
+    norm = math.hypot(*part_norms)
+    share = math.fsum(part.share * (part.norm / norm) ** 2 for part in parts) if norm != 0 else 0.0
+    return Effect(share, norm, math.hypot(*centered_norms), max(largest), max(centered_largest))
 
 
 def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[Tensor]:

@@ -31,42 +31,31 @@ class Watched(NamedTuple):
     vectors: WeightVectors | None
 
 
-def watched_parameters(
-    optimizer: Optimizer, model_layout: WeightLayout, layout: WeightLayout | None = None
-) -> list[Watched]:
+def watched_parameters(optimizer: Optimizer, model_layout: WeightLayout, layout: WeightLayout | None) -> list[Watched]:
     """Return the parameters of the model that are in the optimizer, as both are now.
 
     Their weight vectors are those of ``layout``, else of the attached GC, else of ``model_layout``.
-
-    Raises:
-        ValueError: a parameter is sharded.
     """
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    _refresh(model_layout, held)
-    names = model_layout.names
+    names = _refreshed(model_layout, held).names
     parameters = [p for p in held if p in names and not is_lazy(p) and p.numel()]
     for p in parameters:
         if is_sharded(p):
             raise ValueError(f"model: {names[p]} is sharded (a DTensor), which Monitor does not support")
-    attached = [targets.layout for targets in centering_of(optimizer)]
-    for one in attached:
-        _refresh(one, parameters)
+    attached = [_refreshed(targets.layout, parameters) for targets in centering_of(optimizer)]
     attached = [one for one in attached if any(map(one.in_model, parameters))]
     layouts = attached or [model_layout] if layout is None else [layout]
     return [Watched(names[p], p, next((found[p] for found in layouts if p in found), None)) for p in parameters]
 
 
-def _refresh(layout: WeightLayout, parameters: list[Tensor]) -> None:
+def _refreshed(layout: WeightLayout, parameters: list[Tensor]) -> WeightLayout:
     if layout.pending or not all(map(layout.in_model, parameters)):
         layout.refresh()
+    return layout
 
 
 def measure(optimizer: Optimizer, watched: Sequence[Watched], drift: Drift, step: int) -> Record:
-    """Measure gradients and weights before a step of the optimizer.
-
-    Raises:
-        ValueError: the drift has a loaded reference for other weight vectors.
-    """
+    """Measure gradients and weights before a step of the optimizer."""
     # GradScaler sets these attributes on fused optimizers during their step.
     scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     gradients = _gradient_readings(watched, 1.0 if scale is None else float(scale))

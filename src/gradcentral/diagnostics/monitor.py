@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from gradcentral.diagnostics.writers import RecordFile, TensorBoard, read_record
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.plotting import LIGHT, Theme
 
-__all__ = ["EVERY", "Monitor", "RecordBuffer"]
+__all__ = ["EVERY", "Monitor", "append_spaced"]
 
 EVERY = 200
 """Default number of steps per record, for which monitoring takes less than 1 % of the training time of a small network.
@@ -28,14 +29,13 @@ iteration), 0.2 % for the digits CNN (batch 32, 3 ms), 0.05 % for ResNet-18 (32�
 """
 
 
-class Monitor:
+class Monitor(AbstractContextManager["Monitor"]):
     """Records what Gradient Centralization does to a model while it trains, every few steps.
 
     Works with `gradcentral.centralize`, attached before or after the monitor, with gradcentral's own optimizers, and
     with an optimizer without GC, for which it records what GC would do. It reads the gradients as ``step()`` receives
-    them (with a closure: after its first call), before they are centered; gradients that
-    `gradcentral.centralize_gradients` has centered already have a share of zero. Training is bit-identical with and
-    without a monitor.
+    them (with a closure: after its first call), before they are centered; those that
+    `gradcentral.centralize_gradients` has centered have a share of zero. Training is bit-identical with and without it.
 
     Args:
         model: its parameters are monitored if they are in the optimizer.
@@ -47,16 +47,13 @@ class Monitor:
             `load_state_dict` or with ``step``; otherwise the first step raises.
         layout: weight vectors to monitor; by default those of the attached GC, or ``weight_layout(model)`` without GC.
         step: number of steps taken before, 0 for a new run; `load_state_dict` sets it, too. Records of a file from
-            this step on are replaced when it is read.
+            this step on are replaced when it is read. As an attribute: number of steps taken.
 
     A record is a `Record`: for each centered parameter and for the whole net, share, norm and largest entry of the
     gradient before and after centering, the drift of eᵀw since the monitor was attached, and the sensitivity 1ᵀw.
     Drift and sensitivity are of the weights before the step, to which the gradient belongs. With a GradScaler, values
     are those of the unscaled gradient; values that are not finite are None. A line of JSON takes about 240 bytes per
     centered parameter, 13 kB for ResNet-50. Making a record needs memory for a few copies of the largest parameter.
-
-    Attributes:
-        step: number of steps taken.
 
     Raises:
         TypeError: model, optimizer, layout or ``to`` is of the wrong type.
@@ -101,7 +98,7 @@ class Monitor:
         self._layout = layout
         self._model_layout = weight_layout(model)
         self._drift = Drift()
-        self._buffer = RecordBuffer()
+        self._records: list[Record] = []
         optimizer = hooked_optimizer(optimizer)
         self._set_references(optimizer)
         self._writers = writers_for(to)
@@ -115,11 +112,8 @@ class Monitor:
 
     @property
     def records(self) -> list[Record]:
-        """The records of this run in memory, oldest first: at most 1000, evenly spaced, always with the newest.
-
-        Files contain all of them (see `read`).
-        """
-        return list(self._buffer.records)
+        """The records in memory, oldest first: at most 1000, evenly spaced and the newest; files contain all."""
+        return list(self._records)
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> list[Record]:
@@ -135,13 +129,11 @@ class Monitor:
         return {"step": self.step, "start": self._drift.state_dict(self._model_layout.names)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint: steps and drift are counted from where they were.
-
-        Later records are dropped from memory, and from a file when it is read.
+        """Continue from a checkpoint; later records are dropped from memory, and from a file when it is read.
 
         Raises:
-            ValueError: a parameter in the state is not in the model, or has another number of weight vectors (raised
-                at the next record).
+            ValueError: a parameter in the state is not in the model, or, at the next record, has another number of
+                weight vectors.
         """
         names = self._model_layout.names
         if unknown := sorted(set(state["start"]) - set(names.values())):
@@ -150,7 +142,7 @@ class Monitor:
             )
         self.step = state["step"]
         self._may_append = True
-        self._buffer.rewind(self.step)
+        self._records = [record for record in self._records if record.step < self.step]
         self._drift.load_state_dict(state["start"], names)
 
     def remove(self) -> None:
@@ -159,9 +151,6 @@ class Monitor:
         for writer in self._writers:
             if isinstance(writer, TensorBoard) and writer.owned:
                 writer.writer.close()
-
-    def __enter__(self) -> Monitor:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
@@ -217,29 +206,18 @@ class Monitor:
         with torch.no_grad():
             watched = watched_parameters(optimizer, self._model_layout, self._layout)
             record = measure(optimizer, watched, self._drift, step)
-        for write in (self._buffer.add, *self._writers):
-            write(record)
+        append_spaced(self._records, record)
+        for writer in self._writers:
+            writer(record)
 
 
-class RecordBuffer:
-    """A bounded number of records, evenly spaced over all that were added, with the first and the newest."""
-
-    def __init__(self, limit: int = 1000) -> None:
-        self.records: list[Record] = []
-        self._limit = limit
-
-    def add(self, record: Record) -> None:
-        """Append a record; if the buffer is full, drop every second one first."""
-        records = self.records
-        if len(records) > 2 and records[-1].step - records[-2].step < records[1].step - records[0].step:
-            records.pop()  # kept so far only as the newest
-        if len(records) == self._limit:
-            del records[1::2]
-        records.append(record)
-
-    def rewind(self, step: int) -> None:
-        """Drop the records of this step and later ones, to continue from an earlier checkpoint."""
-        self.records = [record for record in self.records if record.step < step]
+def append_spaced(records: list[Record], record: Record, limit: int = 1000) -> None:
+    """Append a record; if there are ``limit``, drop every second one first. All but the newest stay evenly spaced."""
+    if len(records) > 2 and records[-1].step - records[-2].step < records[1].step - records[0].step:
+        records.pop()  # kept so far only as the newest
+    if len(records) == limit:
+        del records[1::2]
+    records.append(record)
 
 
 def _checked_integer(name: str, value: int, at_least: int) -> int:

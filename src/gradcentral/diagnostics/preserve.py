@@ -24,11 +24,8 @@ def preserve_state(*modules: nn.Module, generators: Iterable[torch.Generator] = 
     restored, so ``preserve_state()`` protects the random numbers alone.
 
     Inside the block every gradient is None, and post-accumulate-grad hooks, which may step an optimizer, do not run.
-    The block holds one more copy of each module in memory.
-
-    Args:
-        modules: the modules to restore.
-        generators: further generators to restore, such as that of a ``DataLoader``.
+    The block holds one more copy of each module in memory. ``generators``, such as that of a ``DataLoader``, are
+    restored, too.
 
     Raises:
         ValueError: a parameter or buffer is lazy, so a forward pass would initialize it.

@@ -66,7 +66,7 @@ def probe(
     """
     if max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, not {max_batches}")
-    layout = layout if layout is not None else weight_layout(model)
+    layout = weight_layout(model) if layout is None else layout
     entries = [entry for entry in layout.entries if entry.parameter.requires_grad]
     measured: dict[str, list[Effect]] = {entry.name: [] for entry in layout.entries}
     whole, losses = [], []
@@ -91,15 +91,14 @@ def probe(
             losses.append(float(value.detach()))
     if not whole:
         raise ValueError("batches: there are none; give at least one (input, target)")
-    layers = [_layer(entry, measured[entry.name], inputs) for entry in layout.entries]
-    return ProbeReport(tuple(layers), tuple(whole), tuple(losses))
+    layers = tuple(_layer(entry, measured[entry.name], inputs) for entry in layout.entries)
+    return ProbeReport(layers, tuple(whole), tuple(losses))
 
 
 def _layer(entry: Entry, measured: list[Effect], inputs: InputMeans) -> LayerReport:
     if not entry.parameter.requires_grad:
         return LayerReport(entry.name, None, "does not train", (), None)
-    input_mean = inputs.of(entry.parameter) if entry.vectors is not None else None
-    return LayerReport(entry.name, entry.vectors, entry.reason, tuple(measured), input_mean)
+    return LayerReport(entry.name, entry.vectors, entry.reason, tuple(measured), inputs.of(entry.parameter))
 
 
 def _generators(batches: object) -> list[torch.Generator]:

@@ -158,7 +158,7 @@ def _read_csv(path: Path) -> list[Record]:
     layers: dict[str, Reading] = {}
     last_step = None
     try:
-        for step, placement, skipped, name, *cells in reader:
+        for step, placement, skipped, name, *cells in filter(None, reader):
             if step != last_step:
                 layers = {}  # the run was killed before it wrote the row of the whole net
             numbers = [float(cell) if cell else None for cell in cells]
