@@ -32,11 +32,7 @@ def read_complete(path: Path) -> str:
 
 
 def read_lines(path: Path, parse: Callable[[str], T], kind: str) -> list[T]:
-    """Parse each complete line of a file, without its newline.
-
-    Raises:
-        ValueError: a line cannot be parsed; the message gives its number and ``kind``, what a line holds.
-    """
+    """Parse each complete line of a file; an error gives its number and ``kind``, what a line should hold."""
     parsed = []
     for number, line in enumerate(read_complete(path).split("\n")[:-1], start=1):
         try:

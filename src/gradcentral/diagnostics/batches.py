@@ -12,12 +12,7 @@ __all__ = ["loss_of", "to_device"]
 
 
 def loss_of(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) -> Tensor:
-    """Compute ``loss(model(input), target)`` for a pair, or ``loss(model(**batch), batch)`` for a mapping.
-
-    Raises:
-        TypeError: the batch is neither a pair nor a mapping.
-        ValueError: the loss is not a scalar tensor, or does not depend on the model's parameters.
-    """
+    """Compute ``loss(model(input), target)`` for a pair, or ``loss(model(**batch), batch)`` for a mapping."""
     if isinstance(batch, Mapping):
         value = loss(model(**batch), batch)
     elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -66,9 +67,8 @@ class InputMeans:
             self._sums[parameter] = self._sums.get(parameter, 0.0) + sums
 
 
-def _owners(model: nn.Module, layout: WeightLayout) -> list[tuple[nn.Module, Tensor]]:
+def _owners(model: nn.Module, layout: WeightLayout) -> Iterator[tuple[nn.Module, Tensor]]:
     """Pair each module that has exactly one centered parameter with it, if it is applied to the first argument."""
-    found: list[tuple[nn.Module, Tensor]] = []
     for module in model.modules():
         if isinstance(module, (ParametrizationList, nn.Bilinear)):  # Bilinear multiplies two arguments
             continue
@@ -79,8 +79,7 @@ def _owners(model: nn.Module, layout: WeightLayout) -> list[tuple[nn.Module, Ten
             parameters = [p for p in parameters if p is module.weight_ih_l0]
         parameters = [p for p in parameters if "weight_hh" not in layout.names[p]]
         if len(parameters) == 1:
-            found.append((module, parameters[0]))
-    return found
+            yield module, parameters[0]
 
 
 def _input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -208,15 +208,13 @@ class ProbeReport:
             names = [layer.name for layer in shown]
             names = [name if len(name) <= _MAX_NAME else f"…{name[1 - _MAX_NAME :]}" for name in names]
             axis.set_yticks(range(len(shown)), names)
-            axis.set_ylim(len(shown) - 0.4, -0.6)
-            axis.set_xlim(0, 1.16)
             axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
             axis.grid(visible=False, axis="y")
             label = "share: fraction of the gradient's energy that GC removes\n"
             label += f"line: ± standard deviation over the batches; dotted: the whole model, {self.share:.0%}"
             if len(shown) < len(layers):
                 label += f"; the {len(shown)} largest of {len(layers)} parameters"
-            axis.set_xlabel(label)
+            axis.set(xlabel=label, xlim=(0, 1.16), ylim=(len(shown) - 0.4, -0.6))
             return figure
 
 

@@ -14,6 +14,14 @@ from gradcentral.plotting import LIGHT, Theme, new_figure, style
 __all__ = ["NET", "Reading", "Record", "plot_records", "rounded"]
 
 _MAX_NAMES = 40
+_GRADIENT_PANELS = (
+    ("norm", "Gradient norm", "L2 norm, whole net"),
+    ("largest", "Largest entry of the gradient", "absolute value"),
+)
+_WEIGHT_PANELS = (
+    ("drift", "Drift  ‖eᵀ(w − w⁰)‖", "L2 norm", "whole net", "largest weight vector"),
+    ("sensitivity", "Sensitivity  |1ᵀw|", "per output unit", "root mean square", "largest"),
+)
 NET = "(net)"  # instead of the name of a parameter
 
 
@@ -109,25 +117,19 @@ def plot_records(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
     placements = " / ".join(dict.fromkeys(record.placement for record in records if record.placement))
     after_label = f"after centering ({placements})" if placements else "if it were centered"
     before, after = ("--", theme.arms["none"], "before centering"), ("-", theme.arms["gradient"], after_label)
-    color = theme.arms["update"]
     with style(theme):
         shares_height = 0.8 + 0.2 * min(len(names), _MAX_NAMES)
         figure = new_figure(10, 6 + shares_height)
         top, bottom = figure.subfigures(2, 1, height_ratios=[6, shares_height])
-        (norm, largest), (drift, sensitivity) = top.subplots(2, 2, sharex=True)
-        lines = {"norm": before, "centered_norm": after}
-        _plot_net(norm, records, "Gradient norm", "L2 norm, whole net", lines)
-        lines = {"largest": before, "centered_largest": after}
-        _plot_net(largest, records, "Largest entry of the gradient", "absolute value", lines)
-        lines = {"largest_drift": (":", color, "largest weight vector"), "drift": ("-", color, "whole net")}
-        _plot_net(drift, records, "Drift  ‖eᵀ(w − w⁰)‖", "L2 norm", lines)
-        lines = {"largest_sensitivity": (":", color, "largest"), "sensitivity": ("-", color, "root mean square")}
-        _plot_net(sensitivity, records, "Sensitivity  |1ᵀw|", "per output unit", lines)
-        top.legend(*norm.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
-        for axis in (norm, largest):
+        above, below = top.subplots(2, 2, sharex=True)
+        for axis, (name, title, unit) in zip(above, _GRADIENT_PANELS, strict=True):
+            _plot_net(axis, records, title, unit, {name: before, f"centered_{name}": after})
             if any(value > 0 for value in axis.lines[0].get_ydata()):
                 axis.set_yscale("log")
-        for axis in (drift, sensitivity):
+        top.legend(*above[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+        for axis, (name, title, unit, total, largest) in zip(below, _WEIGHT_PANELS, strict=True):
+            lines = {f"largest_{name}": (":", theme.arms["update"], largest), name: ("-", theme.arms["update"], total)}
+            _plot_net(axis, records, title, unit, lines)
             axis.set_ylim(0, max(axis.get_ylim()[1], 1e-4))  # drift that is only rounding stays near the axis
             axis.set_xlabel("steps taken")
             axis.legend(frameon=False)
