@@ -35,9 +35,7 @@ class Effect(NamedTuple):
     @property
     def cosine(self) -> float:
         """Cosine of the angle between g and Φ(g): √(1 − share), since Φ is an orthogonal projection; NaN for g = 0."""
-        if self.norm == 0 or math.isnan(self.share):
-            return math.nan
-        return math.sqrt(max(0.0, 1.0 - self.share))
+        return math.sqrt(max(1.0 - self.share, 0.0)) if self.norm > 0 else math.nan  # max(nan, 0.0) is NaN
 
 
 def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Effect]:

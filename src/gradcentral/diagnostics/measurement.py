@@ -77,19 +77,15 @@ def measure(optimizer: Optimizer, watched: Sequence[Watched], drift: Drift, step
 
 def _gradient_readings(watched: Sequence[Watched], scale: float) -> dict[str, dict[str, float]]:
     reached = [(part, gradient) for part in watched if (gradient := part.parameter.grad) is not None]
-    if not reached:
-        return {}
-    found = [
-        Effect(effect.share, *(number / scale for number in effect[1:]))
-        for effect in effects([(gradient, part.vectors) for part, gradient in reached])
-    ]
-    names = (NET, *(part.name for part, _ in reached))
-    # A maximum over entries that include NaN is meaningless, so all five numbers are dropped together.
-    return {
-        name: effect._asdict()
-        for name, effect in zip(names, (combine_effects(found), *found), strict=True)
-        if math.isfinite(effect.norm)
+    scaled = effects([(gradient, part.vectors) for part, gradient in reached])
+    found = {
+        part.name: Effect(effect.share, *(number / scale for number in effect[1:]))
+        for (part, _), effect in zip(reached, scaled, strict=True)
     }
+    if found:
+        found[NET] = combine_effects([*found.values()])
+    # A maximum over entries that include NaN is meaningless, so all five numbers are dropped together.
+    return {name: effect._asdict() for name, effect in found.items() if math.isfinite(effect.norm)}
 
 
 def _weight_readings(watched: Sequence[Watched], drift: Drift) -> dict[str, dict[str, float]]:

@@ -9,16 +9,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from gradcentral.diagnostics.record import NET, Reading, Record, rounded
 from gradcentral.extras import optional
 from gradcentral.json_lines import append, drop_partial_line, read_complete, read_lines
 from gradcentral.tables import csv_text
 
-__all__ = ["RecordFile", "TensorBoard", "Writer", "read_records", "writers_for"]
-
-Writer: TypeAlias = Callable[[Record], object]
+__all__ = ["RecordFile", "TensorBoard", "read_records", "writers_for"]
 
 _KIND = "record of Monitor"
 _READINGS = [field.name for field in fields(Reading)]
@@ -27,7 +25,7 @@ _HEADER = csv_text([_COLUMNS])
 _START = '{"step": 0, "placement": 0, "skipped": '
 
 
-def writers_for(to: Any) -> list[Writer]:
+def writers_for(to: Any) -> list[Callable[[Record], object]]:
     """Return the writers that the argument ``to`` of `Monitor` describes, which also lists the errors."""
     if to is None:
         return []
@@ -50,10 +48,9 @@ def writers_for(to: Any) -> list[Writer]:
 
 @dataclass(frozen=True)
 class TensorBoard:
-    """Writes scalars to any object with ``add_scalar(tag, value, step)``.
+    """Writes scalars: ``gc/share`` of the whole net and ``gc_share/features.0.weight`` of a parameter.
 
-    Tags are ``gc/share`` for the whole net and ``gc_share/features.0.weight`` for a parameter. A writer that is not the
-    user's is owned: flushed after each record, and closed with the monitor.
+    A writer that is not the user's is owned: flushed after each record, and closed with the monitor.
     """
 
     writer: Any
