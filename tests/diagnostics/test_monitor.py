@@ -17,7 +17,7 @@ from torch.optim import SGD, Optimizer
 import gradcentral
 from gradcentral import centralize, weight_layout
 from gradcentral.diagnostics.drift import Drift
-from gradcentral.diagnostics.monitor import Monitor, append_spaced
+from gradcentral.diagnostics.monitor import Monitor, RecordBuffer
 from gradcentral.diagnostics.record import Reading, Record, plot_records
 from gradcentral.plotting import DARK
 
@@ -573,11 +573,11 @@ def test_sharded_parameters_raise() -> None:
 
 
 @pytest.mark.parametrize("limit", [2, 3, 8, 9])
-def test_records_are_bounded_and_evenly_spaced_with_the_first_and_the_newest(limit: int) -> None:
-    records: list[Record] = []
+def test_the_buffer_is_bounded_evenly_spaced_and_has_the_first_and_newest_record(limit: int) -> None:
+    buffer = RecordBuffer(limit)
     for step in range(100):
-        append_spaced(records, Record(step, None, False, Reading(), {}), limit)
-        steps = [record.step for record in records]
+        buffer.add(Record(step, None, False, Reading(), {}))
+        steps = [record.step for record in buffer.records]
         assert len(steps) <= limit
         assert (steps[0], steps[-1]) == (0, step)
         gaps = {b - a for a, b in itertools.pairwise(steps[:-1])}
@@ -587,19 +587,39 @@ def test_records_are_bounded_and_evenly_spaced_with_the_first_and_the_newest(lim
 
 @pytest.mark.parametrize("limit", [2, 3, 8, 9])
 @pytest.mark.parametrize("back", [0, 1, 37, 60, 99])
-def test_records_stay_bounded_after_an_earlier_state_was_loaded(limit: int, back: int) -> None:
-    records: list[Record] = []
+def test_the_buffer_rewinds(limit: int, back: int) -> None:
+    buffer = RecordBuffer(limit)
     for step in range(100):
-        append_spaced(records, Record(step, None, False, Reading(), {}), limit)
-    records = [record for record in records if record.step < back]
+        buffer.add(Record(step, None, False, Reading(), {}))
+    before = [record.step for record in buffer.records if record.step < back]
+    buffer.rewind(back)
+    assert [record.step for record in buffer.records] == before
     for step in range(back, back + 50):
-        append_spaced(records, Record(step, None, False, Reading(), {}), limit)
-        steps = [record.step for record in records]
+        buffer.add(Record(step, None, False, Reading(), {}))
+        steps = [record.step for record in buffer.records]
         assert steps == sorted(set(steps))
         assert len(steps) <= limit
         assert (steps[0], steps[-1]) == (0, step)
         if back == 0:
             assert steps == list(range(step + 1)) or len(steps) > limit // 2
+
+
+def test_rewinding_beyond_the_newest_record_changes_nothing() -> None:
+    buffer, other = RecordBuffer(4), RecordBuffer(4)
+    for step in range(23):
+        buffer.add(Record(step, None, False, Reading(), {}))
+        other.add(Record(step, None, False, Reading(), {}))
+        buffer.rewind(step + 1)
+    assert buffer.records == other.records
+
+
+def test_records_stay_evenly_spaced_after_a_later_state_was_loaded() -> None:
+    buffer = RecordBuffer(8, every=20)
+    for step in (0, *range(1000, 2000, 20)):
+        buffer.add(Record(step, None, False, Reading(), {}))
+    steps = [record.step for record in buffer.records]
+    assert len(steps) > 4
+    assert {b - a for a, b in itertools.pairwise(steps[1:-1])} == {160}
 
 
 def test_the_plot_shows_the_records(tmp_path: Any) -> None:

@@ -23,6 +23,9 @@ from gradcentral.weight_vectors import WeightVectors
 __all__ = ["Watched", "measure", "watched_parameters"]
 
 
+_WEIGHT_READINGS = ("drift", "sensitivity", "largest_drift", "largest_sensitivity")
+
+
 class Watched(NamedTuple):
     """A parameter that is monitored; ``vectors`` is None if it is not centered."""
 
@@ -66,13 +69,8 @@ def measure(optimizer: Optimizer, watched: Sequence[Watched], drift: Drift, step
     }
     active = [targets for targets in centering_of(optimizer) if not targets.paused]
     placements = {targets.placement for targets in active if any(part.parameter in targets.layout for part in watched)}
-    return Record(
-        step,
-        placement=" and ".join(sorted(placements)) or None,
-        skipped=found_inf is not None and bool(found_inf),
-        net=readings.pop(NET),
-        layers=readings,
-    )
+    skipped = found_inf is not None and bool(found_inf)
+    return Record(step, " and ".join(sorted(placements)) or None, skipped, readings.pop(NET), readings)
 
 
 def _gradient_readings(watched: Sequence[Watched], scale: float) -> dict[str, dict[str, float]]:
@@ -108,11 +106,7 @@ def _weight_readings(watched: Sequence[Watched], drift: Drift) -> dict[str, dict
     numbers = iter(to_numbers(scalars))
     readings = {}
     for name, (_, sums) in measured.items():
-        total, total_sum, largest, largest_sum = islice(numbers, 4)
-        readings[name] = {
-            "drift": total,
-            "largest_drift": largest,
-            "sensitivity": total_sum / math.sqrt(sums.numel()),
-            "largest_sensitivity": largest_sum,
-        }
+        drift_norm, sum_norm, *largest = islice(numbers, 4)
+        values = drift_norm, sum_norm / math.sqrt(sums.numel()), *largest
+        readings[name] = dict(zip(_WEIGHT_READINGS, values, strict=True))
     return readings

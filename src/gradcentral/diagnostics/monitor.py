@@ -19,7 +19,7 @@ from gradcentral.diagnostics.writers import RecordFile, TensorBoard, read_record
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.plotting import LIGHT, Theme
 
-__all__ = ["EVERY", "Monitor", "append_spaced"]
+__all__ = ["EVERY", "Monitor", "RecordBuffer"]
 
 EVERY = 200
 """Default number of steps per record, for which monitoring takes less than 1 % of the training time of a small network.
@@ -98,7 +98,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         self._layout = layout
         self._model_layout = weight_layout(model)
         self._drift = Drift()
-        self._records: list[Record] = []
+        self._buffer = RecordBuffer(every=self._every)
         optimizer = hooked_optimizer(optimizer)
         self._set_references(optimizer)
         self._writers = writers_for(to)
@@ -113,7 +113,7 @@ class Monitor(AbstractContextManager["Monitor"]):
     @property
     def records(self) -> list[Record]:
         """The records in memory, oldest first: at most 1000, evenly spaced and the newest; files contain all."""
-        return list(self._records)
+        return list(self._buffer.records)
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> list[Record]:
@@ -142,7 +142,7 @@ class Monitor(AbstractContextManager["Monitor"]):
             )
         self.step = state["step"]
         self._may_append = True
-        self._records = [record for record in self._records if record.step < self.step]
+        self._buffer.rewind(self.step)
         self._drift.load_state_dict(state["start"], names)
 
     def remove(self) -> None:
@@ -206,18 +206,29 @@ class Monitor(AbstractContextManager["Monitor"]):
         with torch.no_grad():
             watched = watched_parameters(optimizer, self._model_layout, self._layout)
             record = measure(optimizer, watched, self._drift, step)
-        append_spaced(self._records, record)
-        for writer in self._writers:
-            writer(record)
+        for write in (self._buffer.add, *self._writers):
+            write(record)
 
 
-def append_spaced(records: list[Record], record: Record, limit: int = 1000) -> None:
-    """Append a record; if there are ``limit``, drop every second one first. All but the newest stay evenly spaced."""
-    if len(records) > 2 and records[-1].step - records[-2].step < records[1].step - records[0].step:
-        records.pop()  # kept so far only as the newest
-    if len(records) == limit:
-        del records[1::2]
-    records.append(record)
+class RecordBuffer:
+    """At most ``limit`` records: those at multiples of a spacing, which doubles when there are too many; the newest."""
+
+    def __init__(self, limit: int = 1000, every: int = 1) -> None:
+        self.records: list[Record] = []
+        self._limit, self._every, self._spacing = limit, every, every
+
+    def add(self, record: Record) -> None:
+        if self.records and self.records[-1].step % self._spacing:
+            self.records.pop()  # kept so far only as the newest
+        while len(self.records) >= self._limit:
+            self._spacing *= 2
+            self.records = [kept for kept in self.records if kept.step % self._spacing == 0]
+        self.records.append(record)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of this step and later ones, to continue from an earlier checkpoint."""
+        self.records = [kept for kept in self.records if kept.step < step]
+        self._spacing = self._spacing if self.records else self._every
 
 
 def _checked_integer(name: str, value: int, at_least: int) -> int:

@@ -57,7 +57,6 @@ class TensorBoard:
     owned: bool = False
 
     def __call__(self, record: Record) -> None:
-        """Write the measurements that are not None."""
         scalars = {f"gc/{name}": value for name, value in vars(record.net).items()}
         for parameter, reading in record.layers.items():
             scalars |= {f"gc_{name}/{parameter}": value for name, value in vars(reading).items()}
@@ -86,7 +85,6 @@ class RecordFile:
             append(path, _HEADER)
 
     def __call__(self, record: Record) -> None:
-        """Append a record."""
         append(self.path, _csv_lines(record) if self.path.suffix == ".csv" else record.to_line() + "\n")
 
 
