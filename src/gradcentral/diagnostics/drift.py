@@ -32,8 +32,7 @@ class Drift:
     def of(self, parameter: Tensor, vectors: WeightVectors, means: Tensor | None = None) -> Tensor:
         """Measure the drift of one parameter, one number per weight vector; other weight vectors set a new reference.
 
-        ``means`` are the parameter's `precise_means`, if they are already computed. A loaded reference for another
-        number of weight vectors raises.
+        ``means`` are the parameter's `precise_means`, if known. A loaded reference of another size is a ValueError.
         """
         means = precise_means(parameter, vectors) if means is None else means
         known, start = self._references.get(parameter, (vectors, means))

@@ -83,8 +83,7 @@ class LayerReport:
     @property
     def finding(self) -> str:
         """The kind, followed by its cause if it is known."""
-        cause = self._cause()
-        return f"{self.kind}: {cause}" if cause else self.kind
+        return f"{self.kind}: {cause}" if (cause := self._cause()) else self.kind
 
     @property
     def has_constant_input(self) -> bool:

@@ -138,9 +138,7 @@ def plot_records(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
         return figure
 
 
-def _plot_net(
-    axis: Any, records: Sequence[Record], title: str, unit: str, lines: dict[str, tuple[str, str, str]]
-) -> None:
+def _plot_net(axis: Any, records: Sequence[Record], title: str, unit: str, lines: Mapping[str, Sequence[str]]) -> None:
     """Draw measurements of the whole net; ``lines`` has line style, color and label of each."""
     axis.set_title(title, loc="left", fontweight="bold")
     axis.set_ylabel(unit)
