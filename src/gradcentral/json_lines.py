@@ -13,14 +13,10 @@ T = TypeVar("T")
 
 
 def append(path: Path, text: str, *, sync: bool = False) -> None:
-    """Append complete lines to a file.
+    """Append complete lines to a file, which is created if it does not exist.
 
-    The file is opened for each call, so that a killed process loses at most the lines it was writing.
-
-    Args:
-        path: created if it does not exist; its folder must exist.
-        text: one or more lines, each ending in a newline.
-        sync: return only once the lines are on disk, so that they also survive a power failure.
+    The file is opened for each call, so that a killed process loses at most the lines it was writing. With ``sync``,
+    they are on disk when the call returns, so that they also survive a power failure.
     """
     with path.open("a", encoding="utf-8", newline="") as file:
         file.write(text)
@@ -31,28 +27,12 @@ def append(path: Path, text: str, *, sync: bool = False) -> None:
 
 def read_complete(path: Path) -> str:
     """Return the complete lines of a file, without the partial last line that a killed writer may leave."""
-    content = path.read_bytes()
-    return content[: _end_of_lines(content)].decode("utf-8", errors="replace")
+    lines, newline, _ = path.read_bytes().rpartition(b"\n")
+    return (lines + newline).decode("utf-8", errors="replace")
 
 
 def read_lines(path: Path, parse: Callable[[str], T], kind: str) -> list[T]:
-    r"""Parse each complete line of a file.
-
-    Args:
-        path: of the file.
-        parse: converts one line, without its newline.
-        kind: what a line holds, for the error message.
-
-    Raises:
-        ValueError: a line cannot be parsed; the message gives its number.
-
-    Examples:
-        >>> import json, tempfile
-        >>> path = Path(tempfile.mkdtemp(), "runs.jsonl")
-        >>> append(path, '{"seed": 1}\n{"se')
-        >>> read_lines(path, json.loads, "run")
-        [{'seed': 1}]
-    """
+    """Parse each complete line of a file; an error gives its number and ``kind``, what a line should hold."""
     parsed = []
     for number, line in enumerate(read_complete(path).split("\n")[:-1], start=1):
         try:
@@ -65,8 +45,4 @@ def read_lines(path: Path, parse: Callable[[str], T], kind: str) -> list[T]:
 def drop_partial_line(path: Path) -> None:
     """Truncate a file after its last newline, so that the next append starts a line."""
     with path.open("r+b") as file:
-        file.truncate(_end_of_lines(file.read()))
-
-
-def _end_of_lines(content: bytes) -> int:
-    return content.rfind(b"\n") + 1
+        file.truncate(file.read().rfind(b"\n") + 1)

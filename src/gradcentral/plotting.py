@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,35 +30,19 @@ STYLES = {"none": "--", "gradient": "-", "update": "-."}
 """Line style of each arm, so that gray prints stay readable."""
 
 
-@contextmanager
-def style(theme: Theme) -> Iterator[None]:
-    """Apply the style to every figure drawn in the block."""
-    with optional("matplotlib").rc_context(
-        {
-            "figure.facecolor": theme.background,
-            "axes.facecolor": theme.background,
-            "text.color": theme.text,
-            "axes.labelcolor": theme.text,
-            "axes.edgecolor": theme.faint,
-            "xtick.color": theme.text,
-            "ytick.color": theme.text,
-            "axes.grid": True,
-            "grid.color": theme.faint,
-            "grid.linewidth": 0.6,
-            "axes.axisbelow": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-            "xtick.major.size": 3,
-            "ytick.major.size": 0,
-            "ytick.minor.size": 0,
-            "font.size": 10,
-            "axes.titlesize": 11,
-            "font.family": ["DejaVu Sans"],
-            "svg.hashsalt": "gradcentral",
-        }
-    ):
-        yield
+def style(theme: Theme) -> AbstractContextManager[None]:
+    """Apply the style to every figure drawn in a ``with`` block."""
+    settings: dict[str, object] = {
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), theme.background),
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.text),
+        **dict.fromkeys(("axes.edgecolor", "grid.color"), theme.faint),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
+        **dict.fromkeys(("ytick.major.size", "ytick.minor.size"), 0),
+    }
+    settings |= {"axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.6, "xtick.major.size": 3}
+    settings |= {"font.size": 10, "axes.titlesize": 11, "font.family": ["DejaVu Sans"], "svg.hashsalt": "gradcentral"}
+    context: AbstractContextManager[None] = optional("matplotlib").rc_context(settings)
+    return context
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -12,12 +12,7 @@ __all__ = ["csv_text"]
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    r"""Format rows as CSV; None and NaN become empty cells.
-
-    Examples:
-        >>> csv_text([("name", "share"), ("weight", 0.5), ("bias", None)])
-        'name,share\nweight,0.5\nbias,\n'
-    """
+    """Format rows as CSV; None and NaN become empty cells."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     for row in rows:

@@ -17,9 +17,8 @@ from torch.optim import SGD, Optimizer
 import gradcentral
 from gradcentral import centralize, weight_layout
 from gradcentral.diagnostics.drift import Drift
-from gradcentral.diagnostics.monitor import Monitor
-from gradcentral.diagnostics.monitor_plot import plot_records
-from gradcentral.diagnostics.record import Reading, Record, RecordBuffer
+from gradcentral.diagnostics.monitor import Monitor, RecordBuffer
+from gradcentral.diagnostics.record import Reading, Record, plot_records
 from gradcentral.plotting import DARK
 
 
@@ -612,6 +611,15 @@ def test_rewinding_beyond_the_newest_record_changes_nothing() -> None:
         other.add(Record(step, None, False, Reading(), {}))
         buffer.rewind(step + 1)
     assert buffer.records == other.records
+
+
+def test_records_stay_evenly_spaced_after_a_later_state_was_loaded() -> None:
+    buffer = RecordBuffer(8, every=20)
+    for step in (0, *range(1000, 2000, 20)):
+        buffer.add(Record(step, None, False, Reading(), {}))
+    steps = [record.step for record in buffer.records]
+    assert len(steps) > 4
+    assert {b - a for a, b in itertools.pairwise(steps[1:-1])} == {160}
 
 
 def test_the_plot_shows_the_records(tmp_path: Any) -> None:

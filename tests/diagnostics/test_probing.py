@@ -15,7 +15,7 @@ import gradcentral
 from gradcentral import WeightVectors, probe, share, weight_layout
 from gradcentral.cli.main import app
 from gradcentral.diagnostics.input_means import InputMeans
-from gradcentral.diagnostics.layer_report import (
+from gradcentral.diagnostics.probe_report import (
     NEAR_TOTAL,
     NO_EFFECT,
     NO_GRADIENT,
@@ -23,8 +23,8 @@ from gradcentral.diagnostics.layer_report import (
     PARTIAL,
     SKIPPED,
     LayerReport,
+    ProbeReport,
 )
-from gradcentral.diagnostics.probe_report import ProbeReport
 from gradcentral.experiment import load_task
 from gradcentral.experiment.probing import probe_task
 

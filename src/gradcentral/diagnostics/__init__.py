@@ -4,12 +4,10 @@ print(gradcentral.probe(model, loss, batches))
 monitor = gradcentral.Monitor(model, optimizer, to="run.jsonl")
 """
 
-from gradcentral.diagnostics.layer_report import LayerReport
 from gradcentral.diagnostics.monitor import Monitor
-from gradcentral.diagnostics.monitor_plot import plot_records
-from gradcentral.diagnostics.probe_report import ProbeReport
+from gradcentral.diagnostics.probe_report import LayerReport, ProbeReport
 from gradcentral.diagnostics.probing import probe
-from gradcentral.diagnostics.record import Reading, Record
-from gradcentral.diagnostics.record_file import read_records
+from gradcentral.diagnostics.record import Reading, Record, plot_records
+from gradcentral.diagnostics.writers import read_records
 
 __all__ = ["LayerReport", "Monitor", "ProbeReport", "Reading", "Record", "plot_records", "probe", "read_records"]

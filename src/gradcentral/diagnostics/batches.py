@@ -12,18 +12,7 @@ __all__ = ["loss_of", "to_device"]
 
 
 def loss_of(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) -> Tensor:
-    """Compute the loss of one batch.
-
-    Args:
-        model: called with the input.
-        loss: ``loss(output, target)`` -> scalar tensor.
-        batch: a pair ``(input, target)``, for ``loss(model(input), target)``, or a mapping, as tokenizers return it,
-            for ``loss(model(**batch), batch)``.
-
-    Raises:
-        TypeError: the batch is neither a pair nor a mapping.
-        ValueError: the loss is not a scalar tensor, or does not depend on the model's parameters.
-    """
+    """Compute ``loss(model(input), target)`` for a pair, or ``loss(model(**batch), batch)`` for a mapping."""
     if isinstance(batch, Mapping):
         value = loss(model(**batch), batch)
     elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
@@ -40,18 +29,12 @@ def loss_of(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) ->
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:
-    """Move everything in a batch that has a ``to`` method, inside mappings, tuples and lists of any depth.
-
-    Examples:
-        >>> to_device({"x": [torch.ones(2)], "name": "a"}, "meta")
-        {'x': [tensor(..., device='meta', size=(2,))], 'name': 'a'}
-    """
+    """Move everything in a batch that has a ``to`` method, inside mappings, tuples and lists of any depth."""
     if callable(getattr(value, "to", None)):  # a tensor, a packed sequence, a tokenizer's batch
         return value.to(device)
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(item, device) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(to_device(item, device) for item in value)
+        make = getattr(value, "_make", type(value))  # of a named tuple
+        return make(to_device(item, device) for item in value)
     return value

@@ -35,16 +35,11 @@ class Effect(NamedTuple):
     @property
     def cosine(self) -> float:
         """Cosine of the angle between g and Φ(g): √(1 − share), since Φ is an orthogonal projection; NaN for g = 0."""
-        if self.norm == 0 or math.isnan(self.share):
-            return math.nan
-        return math.sqrt(max(0.0, 1.0 - self.share))
+        return math.sqrt(max(1.0 - self.share, 0.0)) if self.norm > 0 else math.nan  # max(nan, 0.0) is NaN
 
 
 def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Effect]:
-    """Measure the `Effect` of centering on each gradient; a gradient without weight vectors is not changed by it.
-
-    All results are transferred to the host in one copy.
-    """
+    """Measure the `Effect` of centering on each gradient; without weight vectors, a gradient is not changed by it."""
     fan_ins, scalars = [], []
     with torch.no_grad():
         for gradient, vectors in gradients:
@@ -68,20 +63,12 @@ def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Ef
 
 
 def combine_effects(parts: Sequence[Effect]) -> Effect:
-    """Compute the effect on several gradients taken as one vector.
-
-    Examples:
-        >>> combine_effects([Effect(1.0, 3.0, 0.0, 3.0, 0.0), Effect(0.0, 4.0, 4.0, 4.0, 4.0)])
-        Effect(share=0.36, norm=5.0, centered_norm=4.0, largest=4.0, centered_largest=4.0)
-    """
-    norm = math.hypot(*(part.norm for part in parts))
-    return Effect(
-        share=math.fsum(part.share * (part.norm / norm) ** 2 for part in parts) if norm != 0 else 0.0,
-        norm=norm,
-        centered_norm=math.hypot(*(part.centered_norm for part in parts)),
-        largest=max((part.largest for part in parts), default=0.0),
-        centered_largest=max((part.centered_largest for part in parts), default=0.0),
-    )
+    """Compute the effect on several gradients taken as one vector."""
+    parts = parts or [Effect(0.0, 0.0, 0.0, 0.0, 0.0)]
+    _, part_norms, centered_norms, largest, centered_largest = zip(*parts, strict=True)
+    norm = math.hypot(*part_norms)
+    share = math.fsum(part.share * (part.norm / norm) ** 2 for part in parts) if norm != 0 else 0.0
+    return Effect(share, norm, math.hypot(*centered_norms), max(largest), max(centered_largest))
 
 
 def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from gradcentral.diagnostics.centering_effect import norms, to_numbers
 from gradcentral.projection import Pair, unit_means
 from gradcentral.weight_vectors import WeightVectors
 
@@ -20,16 +21,6 @@ class Drift:
     The first measurement of a parameter sets its reference; that of ``pairs`` is set now.
 
     Source: Yong et al. 2020, eq. 4: GC keeps w on the hyperplane eᵀ(w − w⁰) = 0.
-
-    Examples:
-        >>> import torch, gradcentral
-        >>> model = torch.nn.Linear(4, 1)
-        >>> layout = gradcentral.weight_layout(model)
-        >>> drift = Drift(layout.items())
-        >>> with torch.no_grad():
-        ...     _ = model.weight.add_(0.5)
-        >>> drift.of(model.weight, layout[model.weight])
-        tensor([1.], dtype=torch.float64)
     """
 
     def __init__(self, pairs: Iterable[Pair] = ()) -> None:
@@ -39,16 +30,11 @@ class Drift:
             self.of(parameter, vectors)
 
     def of(self, parameter: Tensor, vectors: WeightVectors, means: Tensor | None = None) -> Tensor:
-        """Measure the drift of one parameter, one number per weight vector.
+        """Measure the drift of one parameter, one number per weight vector; other weight vectors set a new reference.
 
-        Other weight vectors than in the previous call set a new reference. ``means`` are the parameter's
-        `precise_means`, if they are already computed.
-
-        Raises:
-            ValueError: a loaded reference has another number of weight vectors.
+        ``means`` are the parameter's `precise_means`, if known. A loaded reference of another size is a ValueError.
         """
-        if means is None:
-            means = precise_means(parameter, vectors)
+        means = precise_means(parameter, vectors) if means is None else means
         known, start = self._references.get(parameter, (vectors, means))
         if known is None and start.numel() != means.numel():
             raise ValueError(f"{start.numel()} weight vectors in the state, {means.numel()} in the parameter")
@@ -61,8 +47,7 @@ class Drift:
     def total(self) -> float:
         """Return ‖eᵀ(w − w⁰)‖ over all weight vectors together (L2)."""
         known = [(p, vectors) for p, (vectors, _) in self._references.items() if vectors is not None]
-        norms = [torch.linalg.vector_norm(self.of(p, vectors)).cpu() for p, vectors in known]
-        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        return math.hypot(*to_numbers(norms([self.of(p, vectors) for p, vectors in known])))
 
     def state_dict(self, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
         """Return the reference means by parameter name."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -39,19 +41,17 @@ class InputMeans:
 
     def __init__(self, model: nn.Module, layout: WeightLayout) -> None:
         self._sums: dict[Tensor, Tensor] = {}
-        self._hooks: list[Any] = []
+        self._hooks = ExitStack()
         self._observed = [(module, parameter, layout[parameter]) for module, parameter in _owners(model, layout)]
 
     def __enter__(self) -> InputMeans:
         for module, parameter, vectors in self._observed:
             hook = functools.partial(self._add, parameter, vectors)
-            self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._hooks.close()
 
     def of(self, parameter: Tensor) -> InputMean | None:
         """Return the mean of a parameter's inputs, or None if they were not observed."""
@@ -67,22 +67,19 @@ class InputMeans:
             self._sums[parameter] = self._sums.get(parameter, 0.0) + sums
 
 
-def _owners(model: nn.Module, layout: WeightLayout) -> list[tuple[nn.Module, Tensor]]:
+def _owners(model: nn.Module, layout: WeightLayout) -> Iterator[tuple[nn.Module, Tensor]]:
     """Pair each module that has exactly one centered parameter with it, if it is applied to the first argument."""
-    found: list[tuple[nn.Module, Tensor]] = []
     for module in model.modules():
         if isinstance(module, (ParametrizationList, nn.Bilinear)):  # Bilinear multiplies two arguments
             continue
-        parameters = [p for p in module.parameters(recurse=False) if p in layout]
-        for original in getattr(module, "parametrizations", {}).values():
-            parameters += [p for p in original.parameters(recurse=False) if p in layout]
+        holders = (module, *getattr(module, "parametrizations", {}).values())
+        parameters = [p for holder in holders for p in holder.parameters(recurse=False) if p in layout]
         # The hidden weights of recurrent layers read a state that no hook observes.
         if isinstance(module, nn.RNNBase):
             parameters = [p for p in parameters if p is module.weight_ih_l0]
         parameters = [p for p in parameters if "weight_hh" not in layout.names[p]]
         if len(parameters) == 1:
-            found.append((module, parameters[0]))
-    return found
+            yield module, parameters[0]
 
 
 def _input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -101,33 +98,21 @@ def _sums_of(module: nn.Module, x: Tensor, parameter: Tensor, vectors: WeightVec
         return None
     x = x.float() if x.dtype.itemsize < 4 else x
     if isinstance(module, _ConvNd):
-        axes = len(module.kernel_size)
-        if x.ndim not in (axes + 1, axes + 2) or x.shape[-axes - 1] != module.in_channels:
+        channels = x.ndim - len(module.kernel_size) - 1
+        if channels not in (0, 1) or x.shape[channels] != module.in_channels:
             return None  # a subclass with another first argument
-    if isinstance(module, _ConvTransposeNd):
-        # A position is multiplied with one tap at a time, so an input of a weight vector is its group's channels there.
-        means, energies, size = _channel_means(module, x)
-    elif isinstance(module, _ConvNd):
-        means, energies, size = _patch_means(module, x, parameter)
-    elif x.ndim and x.shape[-1] == vectors.fan_in:
-        means, energies, size = x.mean(-1), x.square().sum(-1), vectors.fan_in
+    if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
+        # The sums over the patches that a filter covers, padding included, are a convolution with ones. Their shape is
+        # the parameter's: reading module.weight would compute, and perhaps update, a parametrization.
+        convolve: Any = module._conv_forward
+        ones = x.new_ones(module.groups, *parameter.shape[1:])
+        size, sums, energies = ones[0].numel(), convolve(x, ones, None), convolve(x.square(), ones, None)
     else:
-        return None
-    count = means.new_tensor(means.numel())
-    return torch.stack([count, means.sum(), size * means.square().sum(), energies.sum()]).cpu().double()
-
-
-def _patch_means(module: _ConvNd, x: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Compute mean and energy of every patch that a filter covers, padding included, by convolving with ones."""
-    # The shape comes from the parameter: reading module.weight would compute, and perhaps update, a parametrization.
-    ones = x.new_ones(module.groups, *parameter.shape[1:])
-    size = math.prod(ones.shape[1:])
-    convolve: Any = module._conv_forward
-    return convolve(x, ones, None) / size, convolve(x.square(), ones, None), size
-
-
-def _channel_means(module: _ConvTransposeNd, x: Tensor) -> tuple[Tensor, Tensor, int]:
-    channels = x.ndim - len(module.kernel_size) - 1
-    grouped: Tensor = x.unflatten(channels, (module.groups, -1))  # type: ignore[no-untyped-call]
-    size = grouped.shape[channels + 1]
-    return grouped.mean(channels + 1), grouped.square().sum(channels + 1), size
+        if isinstance(module, _ConvTransposeNd):
+            # A position is multiplied with one tap at a time, so an input is a group's channels at one position.
+            x = torch.unflatten(x, channels, (module.groups, -1)).movedim(channels + 1, -1)
+        elif x.shape[-1:] != (vectors.fan_in,):
+            return None
+        size, sums, energies = x.shape[-1], x.sum(-1), x.square().sum(-1)
+    count = sums.new_tensor(sums.numel())
+    return torch.stack([count, sums.sum() / size, sums.square().sum() / size, energies.sum()]).cpu().double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,32 +13,28 @@ from torch.optim import Optimizer
 
 from gradcentral.attach import HookedCall, closure_of, hooked_optimizer, replace_closure
 from gradcentral.diagnostics.drift import Drift
-from gradcentral.diagnostics.measurement import Watched, measure, watched_parameters
-from gradcentral.diagnostics.monitor_plot import plot_records
-from gradcentral.diagnostics.record import Record, RecordBuffer
-from gradcentral.diagnostics.record_file import RecordFile, read_records
-from gradcentral.diagnostics.writers import TensorBoard, writers_for
+from gradcentral.diagnostics.measurement import measure, watched_parameters
+from gradcentral.diagnostics.record import Record, plot_records
+from gradcentral.diagnostics.writers import RecordFile, TensorBoard, read_records, writers_for
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.plotting import LIGHT, Theme
 
-__all__ = ["EVERY", "Monitor"]
+__all__ = ["EVERY", "Monitor", "RecordBuffer"]
 
 EVERY = 200
-"""Default number of steps per record, for which monitoring takes less than 1 % of the training time of a small network.
+"""Default number of steps per record, which costs less than 1 % of the training time of a small network.
 
-Measured in processor time on one thread: 0.6 % for three linear layers of at most 32 units (batch 20, 0.8 ms per
-iteration), 0.2 % for the digits CNN (batch 32, 3 ms), 0.05 % for ResNet-18 (32×32, batch 16).
+On one thread: 0.6 % for three linear layers of at most 32 units, 0.2 % for the digits CNN, 0.05 % for ResNet-18.
 """
 
 
-class Monitor:
+class Monitor(AbstractContextManager["Monitor"]):
     """Records what Gradient Centralization does to a model while it trains, every few steps.
 
     Works with `gradcentral.centralize`, attached before or after the monitor, with gradcentral's own optimizers, and
     with an optimizer without GC, for which it records what GC would do. It reads the gradients as ``step()`` receives
-    them (with a closure: after its first call), before they are centered; gradients that
-    `gradcentral.centralize_gradients` has centered already have a share of zero. Training is bit-identical with and
-    without a monitor.
+    them (with a closure: after its first call), before they are centered; those that
+    `gradcentral.centralize_gradients` has centered have a share of zero. Training is bit-identical with and without it.
 
     Args:
         model: its parameters are monitored if they are in the optimizer.
@@ -50,15 +46,13 @@ class Monitor:
             `load_state_dict` or with ``step``; otherwise the first step raises.
         layout: weight vectors to monitor; by default those of the attached GC, or ``weight_layout(model)`` without GC.
         step: number of steps taken before, 0 for a new run; `load_state_dict` sets it, too. Records of a file from
-            this step on are replaced when it is read.
+            this step on are replaced when it is read. As an attribute: number of steps taken.
 
     A record is a `Record`: for each centered parameter and for the whole net, share, norm and largest entry of the
     gradient before and after centering, the drift of eᵀw since the monitor was attached, and the sensitivity 1ᵀw.
     Drift and sensitivity are of the weights before the step, to which the gradient belongs. With a GradScaler, values
-    are those of the unscaled gradient; values that are not finite are None.
-
-    A line of JSON takes about 240 bytes per centered parameter, 13 kB for ResNet-50. Making a record needs memory for
-    a few copies of the largest parameter.
+    are those of the unscaled gradient; values that are not finite are None. A line of JSON takes about 240 bytes per
+    centered parameter, 13 kB for ResNet-50. Making a record needs memory for a few copies of the largest parameter.
 
     Raises:
         TypeError: model, optimizer, layout or ``to`` is of the wrong type.
@@ -103,13 +97,13 @@ class Monitor:
         self._layout = layout
         self._model_layout = weight_layout(model)
         self._drift = Drift()
-        self._buffer = RecordBuffer()
+        self._buffer = RecordBuffer(every=self._every)
         optimizer = hooked_optimizer(optimizer)
         self._set_references(optimizer)
         self._writers = writers_for(to)
-        self._step = 0 if step is None else _checked_integer("step", step, at_least=0)
+        self.step = 0 if step is None else _checked_integer("step", step, at_least=0)
         self._may_append = step is not None
-        # Dynamo would recompile a compiled training step whenever self._step changes.
+        # Dynamo would recompile a compiled training step whenever self.step changes.
         hook = torch.compiler.disable(self._before_step)  # type: ignore[no-untyped-call]
         self._hook: Any = optimizer.register_step_pre_hook(hook)
         # First, so that it runs before the hook of centralize, which may be attached before or after.
@@ -117,16 +111,8 @@ class Monitor:
 
     @property
     def records(self) -> list[Record]:
-        """The records of this run in memory, oldest first: at most 1000, evenly spaced, always with the newest.
-
-        Files contain all of them (see `read`).
-        """
+        """The records in memory, oldest first: at most 1000, evenly spaced and the newest; files contain all."""
         return list(self._buffer.records)
-
-    @property
-    def step(self) -> int:
-        """Number of steps taken."""
-        return self._step
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> list[Record]:
@@ -134,56 +120,42 @@ class Monitor:
         return read_records(path)
 
     def plot(self, theme: Theme = LIGHT) -> Any:
-        """Draw the records in memory: see `gradcentral.diagnostics.plot_records`.
-
-        Raises:
-            ValueError: there are no records yet.
-            MissingExtraError: matplotlib is not installed.
-        """
+        """Draw the records in memory: see `gradcentral.diagnostics.plot_records`."""
         return plot_records(self.records, theme)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint: the number of steps, and the reference of the drift.
-
-        The reference takes one number per weight vector.
-        """
-        return {"step": self._step, "start": self._drift.state_dict(self._model_layout.names)}
+        """Return the state for a checkpoint: the number of steps, and one number per weight vector for the drift."""
+        return {"step": self.step, "start": self._drift.state_dict(self._model_layout.names)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint: steps and drift are counted from where they were.
-
-        Later records are dropped from memory, and from a file when it is read.
+        """Continue from a checkpoint; later records are dropped from memory, and from a file when it is read.
 
         Raises:
-            ValueError: a parameter in the state is not in the model, or has another number of weight vectors (raised
-                at the next record).
+            ValueError: a parameter in the state is not in the model, or, at the next record, has another number of
+                weight vectors.
         """
         names = self._model_layout.names
-        unknown = sorted(set(state["start"]) - set(names.values()))
-        if unknown:
+        if unknown := sorted(set(state["start"]) - set(names.values())):
             raise ValueError(
                 f"state: {unknown[0]} is not a parameter of the model; load the state of a monitor of this model"
             )
-        self._step = state["step"]
+        self.step = state["step"]
         self._may_append = True
-        self._buffer.rewind(self._step)
+        self._buffer.rewind(self.step)
         self._drift.load_state_dict(state["start"], names)
 
     def remove(self) -> None:
         """Detach the monitor and keep its records. Calling it twice is harmless."""
         self._hook.remove()
         for writer in self._writers:
-            if isinstance(writer, TensorBoard):
-                writer.close()
-
-    def __enter__(self) -> Monitor:
-        return self
+            if isinstance(writer, TensorBoard) and writer.owned:
+                writer.writer.close()
 
     def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _set_references(self, optimizer: Optimizer) -> None:
-        watched = self._watched(optimizer)
+        watched = watched_parameters(optimizer, self._model_layout, self._layout)
         if self._model_layout.pending:
             return  # lazy parameters get their references at the first record
         if not watched:
@@ -197,25 +169,30 @@ class Monitor:
             raise ValueError(f"layout: nothing in this optimizer is centered ({layout.summary()})")
         self._drift = Drift(centered)
 
-    def _watched(self, optimizer: Optimizer) -> list[Watched]:
-        return watched_parameters(optimizer, self._model_layout, self._layout)
-
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCall | None:
-        if not self._may_append:
-            self._check_files()
-        step = self._step
-        self._step += 1
+        self._check_files()
+        step = self.step
+        self.step += 1
         if step % self._every:
             return None
         closure = closure_of(args, kwargs)
         if closure is None:
             self._record(optimizer, step)
             return None
-        return replace_closure(args, kwargs, self._recording(optimizer, step, closure))
+        unrecorded = [step]
+
+        @functools.wraps(closure)
+        def recording_closure() -> Any:
+            loss = closure()
+            if unrecorded:  # later calls, as of LBFGS, are at other weights than those the step started from
+                self._record(optimizer, unrecorded.pop())
+            return loss
+
+        return replace_closure(args, kwargs, recording_closure)
 
     def _check_files(self) -> None:
         """Refuse to mix two runs in one file, at the first step because a state may be loaded until then."""
-        for writer in self._writers:
+        for writer in () if self._may_append else self._writers:
             if isinstance(writer, RecordFile) and writer.last is not None:
                 raise ValueError(
                     f"to: {writer.path} has the records of a run, the last of step {writer.last.step}; give another "
@@ -224,30 +201,33 @@ class Monitor:
                 )
         self._may_append = True
 
-    def _recording(self, optimizer: Optimizer, step: int, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Wrap a closure, which makes the gradients inside ``step()``, to record after its first call.
-
-        Later calls, as of LBFGS, are at other weights than those the step started from.
-        """
-        recorded = False
-
-        @functools.wraps(closure)
-        def recording_closure() -> Any:
-            nonlocal recorded
-            loss = closure()
-            if not recorded:
-                recorded = True
-                self._record(optimizer, step)
-            return loss
-
-        return recording_closure
-
     def _record(self, optimizer: Optimizer, step: int) -> None:
         with torch.no_grad():
-            record = measure(optimizer, self._watched(optimizer), self._drift, step)
-        self._buffer.add(record)
-        for writer in self._writers:
-            writer(record)
+            watched = watched_parameters(optimizer, self._model_layout, self._layout)
+            record = measure(optimizer, watched, self._drift, step)
+        for write in (self._buffer.add, *self._writers):
+            write(record)
+
+
+class RecordBuffer:
+    """At most ``limit`` records: those at multiples of a spacing, which doubles when there are too many; the newest."""
+
+    def __init__(self, limit: int = 1000, every: int = 1) -> None:
+        self.records: list[Record] = []
+        self._limit, self._every, self._spacing = limit, every, every
+
+    def add(self, record: Record) -> None:
+        if self.records and self.records[-1].step % self._spacing:
+            self.records.pop()  # kept so far only as the newest
+        while len(self.records) >= self._limit:
+            self._spacing *= 2
+            self.records = [kept for kept in self.records if kept.step % self._spacing == 0]
+        self.records.append(record)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of this step and later ones, to continue from an earlier checkpoint."""
+        self.records = [kept for kept in self.records if kept.step < step]
+        self._spacing = self._spacing if self.records else self._every
 
 
 def _checked_integer(name: str, value: int, at_least: int) -> int:

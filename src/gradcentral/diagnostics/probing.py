@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 from gradcentral.diagnostics.batches import loss_of, to_device
 from gradcentral.diagnostics.centering_effect import Effect, combine_effects, effects
 from gradcentral.diagnostics.input_means import InputMeans
-from gradcentral.diagnostics.layer_report import LayerReport
 from gradcentral.diagnostics.preserve import preserve_state
-from gradcentral.diagnostics.probe_report import ProbeReport
-from gradcentral.layout import Entry, WeightLayout, weight_layout
+from gradcentral.diagnostics.probe_report import LayerReport, ProbeReport
+from gradcentral.layout import WeightLayout, weight_layout
 
 __all__ = ["DEFAULT_BATCHES", "probe"]
 
@@ -67,9 +67,10 @@ def probe(
     """
     if max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, not {max_batches}")
-    layout = layout if layout is not None else weight_layout(model)
-    entries = [entry for entry in layout.entries if entry.parameter.requires_grad]
-    measured: dict[str, list[Effect]] = {entry.name: [] for entry in layout.entries}
+    layout = weight_layout(model) if layout is None else layout
+    frozen: dict[str, Any] = {"vectors": None, "reason": "does not train"}
+    entries = [entry if entry.parameter.requires_grad else replace(entry, **frozen) for entry in layout.entries]
+    measured: dict[str, list[Effect]] = {entry.name: [] for entry in entries}
     whole, losses = [], []
     device = entries[0].parameter.device if entries else torch.device("cpu")
     modules = [module for module in (model, loss) if isinstance(module, nn.Module)]
@@ -92,15 +93,11 @@ def probe(
             losses.append(float(value.detach()))
     if not whole:
         raise ValueError("batches: there are none; give at least one (input, target)")
-    layers = [_layer(entry, measured[entry.name], inputs) for entry in layout.entries]
+    layers = []
+    for entry in entries:
+        seen = None if entry.vectors is None else inputs.of(entry.parameter)
+        layers.append(LayerReport(entry.name, entry.vectors, entry.reason, tuple(measured[entry.name]), seen))
     return ProbeReport(tuple(layers), tuple(whole), tuple(losses))
-
-
-def _layer(entry: Entry, measured: list[Effect], inputs: InputMeans) -> LayerReport:
-    if not entry.parameter.requires_grad:
-        return LayerReport(entry.name, None, "does not train", (), None)
-    input_mean = inputs.of(entry.parameter) if entry.vectors is not None else None
-    return LayerReport(entry.name, entry.vectors, entry.reason, tuple(measured), input_mean)
 
 
 def _generators(batches: object) -> list[torch.Generator]:

@@ -1,22 +1,33 @@
-"""What `Monitor` records at one step, its JSON and CSV forms, and the buffer of records in memory."""
+"""What `Monitor` records at one step, the JSON form of it, and the plot of a run's records."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["CSV_COLUMNS", "NET", "Reading", "Record", "RecordBuffer"]
+from gradcentral.extras import optional
+from gradcentral.plotting import LIGHT, Theme, new_figure, style
 
-NET = "(net)"
-"""The whole net, where a row or a mapping otherwise has the name of a parameter."""
+__all__ = ["NET", "Reading", "Record", "plot_records", "rounded"]
+
+_MAX_NAMES = 40
+_GRADIENT_PANELS = (
+    ("norm", "Gradient norm", "L2 norm, whole net"),
+    ("largest", "Largest entry of the gradient", "absolute value"),
+)
+_WEIGHT_PANELS = (
+    ("drift", "Drift  ‖eᵀ(w − w⁰)‖", "L2 norm", "whole net", "largest weight vector"),
+    ("sensitivity", "Sensitivity  |1ᵀw|", "per output unit", "root mean square", "largest"),
+)
+NET = "(net)"  # instead of the name of a parameter
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Measurements of one parameter, or of the whole net; None if there is no value, or no finite one.
+    """Measurements of one parameter, or of the whole net; None if there is no finite value.
 
     Attributes:
         share: fraction of the gradient's energy that centering removes, between 0 and 1.
@@ -43,14 +54,6 @@ class Reading:
             if value is not None and not math.isfinite(value):
                 object.__setattr__(self, name, None)
 
-    def items(self) -> list[tuple[str, float]]:
-        """Return the measurements that are not None, with their names."""
-        return [(name, value) for name, value in vars(self).items() if value is not None]
-
-
-_READINGS = tuple(field.name for field in fields(Reading))
-CSV_COLUMNS = ("step", "placement", "skipped", "parameter", *_READINGS)
-
 
 @dataclass(frozen=True)
 class Record:
@@ -74,69 +77,95 @@ class Record:
 
     def to_line(self) -> str:
         """Format the record as one line of JSON, with six significant digits."""
-        layers = {name: _rounded(reading) for name, reading in self.layers.items()}
-        header = {"step": self.step, "placement": self.placement, "skipped": self.skipped}
-        return json.dumps({**header, "net": _rounded(self.net), "layers": layers}, allow_nan=False)
+        return json.dumps(asdict(self, dict_factory=rounded), allow_nan=False)
 
     @classmethod
     def from_line(cls, line: str) -> Record:
         """Parse the output of `to_line`."""
         values = json.loads(line)
-        layers = {name: Reading(**reading) for name, reading in values.pop("layers").items()}
-        return cls(net=Reading(**values.pop("net")), layers=layers, **values)
-
-    def to_rows(self) -> list[list[Any]]:
-        """Format the record as one row of `CSV_COLUMNS` per parameter, and a last one for the whole net."""
-        header = [self.step, self.placement, self.skipped]
-        readings = [*self.layers.items(), (NET, self.net)]
-        return [[*header, name, *_rounded(reading).values()] for name, reading in readings]
-
-    @classmethod
-    def from_rows(cls, rows: Sequence[Mapping[str, str]]) -> Record:
-        """Parse the output of `to_rows`, as `csv.DictReader` reads it."""
-        readings = {
-            row["parameter"]: Reading(**{name: float(row[name]) if row[name] else None for name in _READINGS})
-            for row in rows
-        }
-        last, net = rows[-1], readings.pop(NET)
-        return cls(int(last["step"]), last["placement"] or None, last["skipped"] == "True", net, readings)
+        readings = {name: Reading(**reading) for name, reading in values.pop("layers").items()}
+        return cls(net=Reading(**values.pop("net")), layers=readings, **values)
 
 
-class RecordBuffer:
-    """A bounded number of records, evenly spaced over all that were added, with the first and the newest.
+def rounded(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Round floats to six significant digits."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in items}
+
+
+def plot_records(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
+    """Draw a monitor's records: gradient, drift and sensitivity of the whole net, and the share of each layer.
+
+    Args:
+        records: of `Monitor`, in memory or read from a file.
+        theme: colors.
+
+    Returns:
+        A ``matplotlib.figure.Figure``: show it in a notebook, or ``figure.savefig("gc.png")``.
+
+    Raises:
+        ValueError: there are no records.
+        MissingExtraError: matplotlib is not installed.
 
     Examples:
-        >>> buffer = RecordBuffer(limit=5)
-        >>> for step in range(12):
-        ...     buffer.add(Record(step, None, False, Reading(), {}))
-        >>> [record.step for record in buffer.records]
-        [0, 4, 8, 11]
+        >>> figure = plot_records([Record(0, None, False, Reading(norm=2.0), {"weight": Reading(share=0.5)})])
+        >>> figure.axes[0].get_title("left")
+        'Gradient norm'
     """
+    if not records:
+        raise ValueError("records: there are none yet; the first one is made at the first step")
+    names = list(dict.fromkeys(name for record in records for name in record.layers))
+    placements = " / ".join(dict.fromkeys(record.placement for record in records if record.placement))
+    after_label = f"after centering ({placements})" if placements else "if it were centered"
+    before, after = ("--", theme.arms["none"], "before centering"), ("-", theme.arms["gradient"], after_label)
+    with style(theme):
+        shares_height = 0.8 + 0.2 * min(len(names), _MAX_NAMES)
+        figure = new_figure(10, 6 + shares_height)
+        top, bottom = figure.subfigures(2, 1, height_ratios=[6, shares_height])
+        above, below = top.subplots(2, 2, sharex=True)
+        for axis, (name, title, unit) in zip(above, _GRADIENT_PANELS, strict=True):
+            _plot_net(axis, records, title, unit, {name: before, f"centered_{name}": after})
+            if any(value > 0 for value in axis.lines[0].get_ydata()):
+                axis.set_yscale("log")
+        top.legend(*above[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+        for axis, (name, title, unit, total, largest) in zip(below, _WEIGHT_PANELS, strict=True):
+            lines = {f"largest_{name}": (":", theme.arms["update"], largest), name: ("-", theme.arms["update"], total)}
+            _plot_net(axis, records, title, unit, lines)
+            axis.set_ylim(0, max(axis.get_ylim()[1], 1e-4))  # drift that is only rounding stays near the axis
+            axis.set_xlabel("steps taken")
+            axis.legend(frameon=False)
+        if names:
+            _plot_shares(bottom, records, names)
+        return figure
 
-    def __init__(self, limit: int = 1000) -> None:
-        self.records: list[Record] = []
-        self._limit = limit
-        self._stride = 1
-        self._added = 0
 
-    def add(self, record: Record) -> None:
-        """Append a record; if the buffer is full, drop every second one first."""
-        if self._added and (self._added - 1) % self._stride:
-            self.records.pop()  # kept so far only as the newest
-        if len(self.records) == self._limit:
-            del self.records[1::2]
-            self._stride *= 2
-        self.records.append(record)
-        self._added += 1
-
-    def rewind(self, step: int) -> None:
-        """Drop the records of this step and later ones, to continue from an earlier checkpoint."""
-        kept = [record for record in self.records if record.step < step]
-        if len(kept) < len(self.records):
-            self.records = kept
-            self._stride = self._stride if kept else 1
-            self._added = (len(kept) - 1) * self._stride + 1 if kept else 0
+def _plot_net(axis: Any, records: Sequence[Record], title: str, unit: str, lines: Mapping[str, Sequence[str]]) -> None:
+    """Draw measurements of the whole net; ``lines`` has line style, color and label of each."""
+    axis.set_title(title, loc="left", fontweight="bold")
+    axis.set_ylabel(unit)
+    for name, (line, color, label) in lines.items():
+        values = _values([record.net for record in records], name)
+        axis.plot([record.step for record in records], values, line, color=color, lw=1.3, label=label)
 
 
-def _rounded(reading: Reading) -> dict[str, float | None]:
-    return {name: None if value is None else float(f"{value:.6g}") for name, value in asdict(reading).items()}
+def _plot_shares(figure: Any, records: Sequence[Record], names: list[str]) -> None:
+    """Draw one row per layer, in the model's order, and one cell per record."""
+    axis = figure.subplots()
+    rows = [_values([record.layers.get(name, Reading()) for record in records], "share") for name in names]
+    steps = [record.step for record in records]
+    # A cell extends from its record to the next one.
+    edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
+    image = axis.pcolormesh(edges, range(len(names) + 1), rows, cmap="viridis", vmin=0, vmax=1, rasterized=True)
+    every = math.ceil(len(names) / _MAX_NAMES)
+    axis.set_yticks([at + 0.5 for at in range(0, len(names), every)], names[::every], fontsize=8)
+    axis.invert_yaxis()
+    axis.grid(visible=False)
+    axis.set_title("Share of each gradient's energy that centering removes", loc="left", fontweight="bold")
+    axis.set_xlabel("steps taken")
+    percent = optional("matplotlib.ticker").PercentFormatter(1)
+    bar = figure.colorbar(image, ax=axis, pad=0.01, aspect=4 + 2 * min(len(names), _MAX_NAMES), format=percent)
+    bar.outline.set_visible(False)
+
+
+def _values(readings: Sequence[Reading], name: str) -> list[float]:
+    """Return a measurement of each reading, NaN where there is none, which leaves a gap in the plot."""
+    return [math.nan if (value := getattr(reading, name)) is None else value for reading in readings]

@@ -10,9 +10,8 @@ import torch
 
 from gradcentral.diagnostics.centering_effect import Effect
 from gradcentral.diagnostics.input_means import InputMean
-from gradcentral.diagnostics.layer_report import LayerReport
 from gradcentral.diagnostics.preserve import preserve_state
-from gradcentral.diagnostics.probe_report import ProbeReport
+from gradcentral.diagnostics.probe_report import LayerReport, ProbeReport
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES, probe
 from gradcentral.experiment.determinism import derive, seed_everything
 from gradcentral.experiment.errors import TaskError, line_of, one_line
