@@ -121,7 +121,7 @@ CASES = {
     "attached to an optimizer that centers": Case(
         "optimizer = gradcentral.SGD(model, lr=0.1)",
         "centralize(optimizer, model, 'update')",
-        r"choose with its (placement=) when you create it",
+        r"pass (placement=) when you create it",
         "optimizer = gradcentral.SGD(model, lr=0.1, {0}'update')",
     ),
     "another model": Case(
