@@ -14,9 +14,8 @@ from torch import nn
 
 from gradcentral.experiment import CustomTask, Task, TaskError, compare, determinism, load_task
 from gradcentral.paper.draw import FIGURES, STATEMENTS, draw_all, statement_table
-from gradcentral.paper.figures.landscape import landscape_figure
+from gradcentral.paper.figures.training import landscape_figure
 from gradcentral.paper.study import Study
-from gradcentral.plotting import LIGHT
 from tests.experiment.conftest import make_task
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_task.py"
@@ -296,7 +295,7 @@ def test_a_network_without_weight_vectors_is_refused_with_the_reason(tmp_path: P
 def test_a_single_step_is_refused_if_a_figure_needs_more_and_the_suggested_epochs_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradcentral.paper.draw.Figure.write", lambda figure, folder, name: figure.draw(LIGHT))
+    monkeypatch.setattr("gradcentral.paper.draw.Figure.write", lambda figure, folder, name: None)
     whole = make_task(batch_size=40, epochs=1)
     message = refused(tmp_path, whole)
     assert message.startswith("epochs: a run is a single step, and geometry, gradient-norms, learning, landscape")
@@ -352,7 +351,7 @@ def test_every_figure_shows_its_progress(tmp_path: Path, monkeypatch: pytest.Mon
         return compare(task, **options, progress=False, jobs=1)
 
     monkeypatch.setattr("rich.progress.Progress.track", track)
-    monkeypatch.setattr("gradcentral.paper.figures.learning.compare", silently)
+    monkeypatch.setattr("gradcentral.paper.figures.training.compare", silently)
     draw_all(make_task(), out=tmp_path, seeds=1, epochs=1)
     assert set(names) == {*FIGURES, STATEMENTS} - {"learning"}
     assert shown == [True]

@@ -19,13 +19,9 @@ from gradcentral.experiment.training import check_device
 from gradcentral.extras import optional
 from gradcentral.layout import weight_layout
 from gradcentral.paper.figure import Figure, write_csv
-from gradcentral.paper.figures.geometry import geometry_figure
-from gradcentral.paper.figures.gradient_norms import gradient_norms_figure
-from gradcentral.paper.figures.initial_means import initial_means_figure
-from gradcentral.paper.figures.landscape import landscape_figure
-from gradcentral.paper.figures.learning import learning_figure
-from gradcentral.paper.figures.operation import operation_figure
-from gradcentral.paper.figures.shares import shares_figure
+from gradcentral.paper.figures.gradients import gradient_norms_figure, operation_figure, shares_figure
+from gradcentral.paper.figures.training import landscape_figure, learning_figure
+from gradcentral.paper.figures.weights import geometry_figure, initial_means_figure
 from gradcentral.paper.statements import Measurements, measure_all
 from gradcentral.paper.study import Study
 

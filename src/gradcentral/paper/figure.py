@@ -1,36 +1,30 @@
-"""A figure with its data, written as PNG, SVG and CSV."""
+"""A figure with its data, written as PNG, SVG and CSV, and what the figures draw alike."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradcentral.plotting import LIGHT, Theme, to_png, to_svg
+from gradcentral.plotting import LIGHT, STYLES, new_figure, style, to_png, to_svg
 
-__all__ = ["Figure", "write_csv"]
+__all__ = ["Figure", "drawing", "plot_arm", "put_legend", "write_csv"]
 
 
 class Figure(NamedTuple):
-    """A figure with its data.
-
-    Attributes:
-        title: one line.
-        draw: makes the matplotlib figure in the colors of a theme.
-        header, rows: the plotted numbers as a table.
-    """
+    """A matplotlib figure with its title, and the plotted numbers as a table."""
 
     title: str
-    draw: Callable[[Theme], Any]
+    image: Any
     header: tuple[str, ...]
     rows: Sequence[Sequence[Any]]
 
     def write(self, folder: Path, name: str) -> None:
         """Write ``name.png``, ``name.svg`` and ``name.csv`` into a folder."""
-        figure = self.draw(LIGHT)
-        (folder / f"{name}.png").write_bytes(to_png(figure, self.title))
-        (folder / f"{name}.svg").write_bytes(to_svg(figure))
+        (folder / f"{name}.png").write_bytes(to_png(self.image, self.title))
+        (folder / f"{name}.svg").write_bytes(to_svg(self.image))
         write_csv(folder / f"{name}.csv", self.header, self.rows)
 
 
@@ -38,3 +32,21 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) 
     """Write a table; None becomes an empty cell."""
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+@contextmanager
+def drawing(height: float) -> Iterator[Any]:
+    """A new figure of the width of a page, to be drawn in the block."""
+    with style(LIGHT):
+        yield new_figure(9.8, height)
+
+
+def plot_arm(axis: Any, arm: str, *points: Any, **options: Any) -> None:
+    """``axis.plot`` in the color and line style of an arm."""
+    axis.plot(*points, STYLES[arm], color=LIGHT.arms[arm], **options)
+
+
+def put_legend(figure: Any, axis: Any) -> None:
+    """Put the legend of an axis next to the figure's title."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(handles), frameon=False)

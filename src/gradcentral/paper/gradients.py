@@ -1,4 +1,4 @@
-"""The gradients of a model's centered parameters, and the backward pass of a training step."""
+"""The gradients of a batch, and weight vectors as the rows of a matrix."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from gradcentral.diagnostics.batches import loss_of
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["Batch", "Loss", "ParameterGradient", "backpropagate", "centered_layout", "gradients_of"]
+__all__ = ["Batch", "Loss", "as_rows", "centered_layout", "double_rows", "gradients_of"]
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss(output, target)`` -> scalar tensor."""
@@ -49,9 +48,13 @@ def centered_layout(model: nn.Module, layout: WeightLayout | None) -> WeightLayo
     return layout
 
 
-def backpropagate(model: nn.Module, optimizer: Optimizer, loss: Loss, batch: Batch) -> Tensor:
-    """Compute the gradients of one training step, and return the loss."""
-    optimizer.zero_grad()
-    value = loss_of(model, loss, batch)
-    torch.autograd.backward(value)
-    return value.detach()
+def as_rows(tensor: Tensor, vectors: WeightVectors) -> Tensor:
+    """Arrange the weight vectors of a tensor as rows, ``[count, fan_in]``, in the order of the output units."""
+    fitted = vectors.for_shape(tensor.shape)
+    last = tuple(range(-len(fitted.span), 0))
+    return torch.movedim(tensor.reshape(fitted.dims), fitted.span, last).reshape(fitted.count, fitted.fan_in)
+
+
+def double_rows(tensor: Tensor, vectors: WeightVectors) -> Tensor:
+    """`as_rows` of the detached tensor in double precision, so that measuring adds no visible rounding."""
+    return as_rows(tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64)), vectors)

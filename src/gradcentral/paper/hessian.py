@@ -47,10 +47,7 @@ def hessian_vector_product(model: nn.Module, loss: Loss, batch: Batch, vector: M
         model: runs in its current mode (dropout draws one mask); left unchanged: gradients, buffers, random numbers.
         loss: ``loss(output, target)`` -> scalar.
         batch: ``(input, target)``, or a mapping, used as ``model(**batch)`` and ``loss(output, batch)``.
-        vector: {parameter: its part of v, of the same shape}.
-
-    Returns:
-        {parameter: its part of ∇²L v}.
+        vector: {parameter: its part of v, of the same shape}; the result has the same keys.
 
     Raises:
         ValueError: there is no parameter; one is not the model's or requires no gradient; a part has another shape.
@@ -91,10 +88,10 @@ def hessian_matrix(
     Args:
         model, loss, batch: as in `hessian_vector_product`, with the same errors.
         parameters: the parameters to differentiate by; by default all that require a gradient, in the model's order.
-        elements: restrict the matrix to these elements, as indices into the flattened and concatenated parameters.
+        elements: restrict the matrix to these n elements, as indices into the flattened and concatenated parameters.
 
     Returns:
-        A symmetric matrix (up to rounding), ``[n, n]`` for n elements.
+        A matrix ``[n, n]``, symmetric up to rounding.
 
     Examples:
         >>> model, batch = torch.nn.Linear(2, 1), (torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1))
@@ -124,7 +121,6 @@ def top_eigenvalue(
     layout: WeightLayout | None = None,
     tolerance: float = 1e-3,
     max_iterations: int = 60,
-    seed: int = 0,
 ) -> Eigenvalue:
     """The eigenvalue of ∇²L, or of P∇²LP, of largest absolute value: the spectral norm, with a sign.
 
@@ -132,11 +128,10 @@ def top_eigenvalue(
     eigenvalues. P centers the parameters in the layout and leaves the others unchanged.
 
     Args:
-        model, loss, batch: as in `hessian_vector_product`, with the same errors.
-        parameters: the parameters to differentiate by; by default all that require a gradient.
+        model, loss, batch, parameters: as in `hessian_matrix`, with the same errors.
         layout: project with this layout (P∇²LP); by default no projection (∇²L).
-        tolerance, max_iterations: as in `lanczos`; memory grows to ``max_iterations`` copies of the parameters.
-        seed: the seed of the random starting vector; the global generators are not used.
+        tolerance: stop when the residual is at most ``tolerance·|λ|``.
+        max_iterations: the maximum number of products; memory grows to this many copies of the parameters.
 
     Examples:
         >>> import gradcentral
@@ -150,7 +145,7 @@ def top_eigenvalue(
     chosen = _checked(model, parameters)
     P = _projection(chosen, layout)
     with _hessian(model, loss, batch, chosen) as multiply:
-        return lanczos(lambda v: P(multiply(P(v))), P(_start(chosen, seed)), tolerance, max_iterations)
+        return lanczos(lambda v: P(multiply(P(v))), P(_start(chosen)), tolerance, max_iterations)
 
 
 def projected_norm(
@@ -161,16 +156,11 @@ def projected_norm(
     *,
     tolerance: float = 1e-3,
     max_iterations: int = 60,
-    seed: int = 0,
 ) -> Eigenvalue:
     """‖P∇²L‖, the spectral norm of the centered gradient's derivative.
 
-    Differentiates by all parameters that require a gradient. P∇²L is not symmetric; its norm is the square root of the
-    top eigenvalue of (P∇²L)ᵀ(P∇²L) = ∇²L P ∇²L.
-
-    Args:
-        model, loss, batch, layout, tolerance, max_iterations, seed: as in `top_eigenvalue`; the tolerance
-            is that of the norm, and each iteration takes two products with ∇²L.
+    P∇²L is not symmetric; its norm is the square root of the top eigenvalue of (P∇²L)ᵀ(P∇²L) = ∇²L P ∇²L. The
+    arguments are those of `top_eigenvalue`; each iteration takes two products with ∇²L.
 
     Source: ‖∇Φ(∇L)‖ of theorem 4.2, Yong et al. 2020.
 
@@ -187,27 +177,16 @@ def projected_norm(
     P = _projection(chosen, layout)
     with _hessian(model, loss, batch, chosen) as multiply:
         # The relative error of a square is twice that of the norm.
-        square = lanczos(lambda v: multiply(P(multiply(v))), _start(chosen, seed), 2 * tolerance, max_iterations)
+        square = lanczos(lambda v: multiply(P(multiply(v))), _start(chosen), 2 * tolerance, max_iterations)
     norm = math.sqrt(max(0.0, square.value))
     return square._replace(value=norm, residual=square.residual / norm if norm > 0 else square.residual)
 
 
 def lanczos(multiply: _Multiply, start: Tensor, tolerance: float, max_iterations: int) -> Eigenvalue:
-    """The eigenvalue of largest absolute value of a symmetric matrix A, from products Av.
+    """The eigenvalue of largest absolute value of a symmetric matrix, from products ``multiply``: v -> Av.
 
-    Args:
-        multiply: v -> Av, for vectors of the shape of ``start``.
-        start: a vector with a component along every eigenvector, such as a random one.
-        tolerance: stop when the residual is at most ``tolerance·|λ|``.
-        max_iterations: the maximum number of products.
-
-    Source: Lanczos iteration with full reorthogonalization. The textbook version follows one end of the spectrum; this
-        one continues until the other end cannot overtake it.
-
-    Examples:
-        >>> A = torch.diag(torch.tensor([2.0, -5.0, 1.0]))
-        >>> round(lanczos(A.mv, torch.ones(3), tolerance=1e-6, max_iterations=10).value, 4)
-        -5.0
+    Lanczos iteration with full reorthogonalization. The textbook version follows one end of the spectrum; this one
+    continues until the other end cannot overtake it.
     """
     if not tolerance > 0:
         raise ValueError(f"tolerance must be positive, not {tolerance}")
@@ -239,9 +218,8 @@ def _spectrum_ends(diagonal: list[float], off_diagonal: list[float], tolerance: 
     n = len(diagonal)
     if not all(map(math.isfinite, (*diagonal, *off_diagonal))):
         return [Eigenvalue(math.nan, math.nan, n, converged=False)] * 2
-    beside = torch.tensor(off_diagonal[:-1], dtype=torch.float64)
-    T = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(beside, 1) + torch.diag(beside, -1)
-    values, vectors = torch.linalg.eigh(T)
+    main, beside = (torch.tensor(numbers, dtype=torch.float64) for numbers in (diagonal, off_diagonal[:-1]))
+    values, vectors = torch.linalg.eigh(torch.diag(main) + torch.diag(beside, -1))  # which reads the lower triangle
     ends = []
     for end in (-1, 0):
         value, residual = float(values[end]), off_diagonal[-1] * abs(float(vectors[-1, end]))
@@ -305,11 +283,11 @@ def _names(model: nn.Module) -> dict[Tensor, str]:
     return {p: name for name, p in model.named_parameters()}
 
 
-def _start(parameters: Sequence[Tensor], seed: int) -> Tensor:
+def _start(parameters: Sequence[Tensor]) -> Tensor:
+    """A random vector, the same on every device: sampled on the CPU, without the global generators."""
     like = _flat(p.detach() for p in parameters)
-    # Sampled on the CPU, so that every device starts from the same vector, and never in half precision, in which the
-    # basis would not stay orthogonal.
-    sample = torch.randn(like.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    sample = torch.randn(like.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # Never in half precision, in which the basis would not stay orthogonal.
     return sample.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 

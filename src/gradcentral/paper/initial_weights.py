@@ -12,19 +12,11 @@ from torch import Tensor, nn
 
 from gradcentral.initialization import center_weights_
 from gradcentral.layout import WeightLayout
-from gradcentral.paper.gradients import centered_layout
-from gradcentral.paper.measurement import CENTERING, Measurement, NotMeasurableError, measure_equation
-from gradcentral.paper.rows import along_e, double_rows, relative
+from gradcentral.paper.gradients import centered_layout, double_rows
+from gradcentral.paper.measurement import CENTERING, Measurement, NotMeasurableError, along_e, measure_largest, relative
 from gradcentral.paper.theorem_4_1 import plain_layers
 
-__all__ = [
-    "SCHEMES",
-    "SECTION_4_1",
-    "centered_initialization",
-    "initial_means",
-    "initial_means_near_zero",
-    "sampled_means",
-]
+__all__ = ["SCHEMES", "centered_initialization", "initial_means", "initial_means_near_zero", "sampled_means"]
 
 SECTION_4_1 = "the means of initial weight vectors are near zero"
 SCHEMES = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
@@ -46,8 +38,8 @@ class InitialMeans(NamedTuple):
 def initial_means(shape: Sequence[int], scheme: str, *, seed: int = 0) -> InitialMeans:
     """|mean(w⁰)| of the weight vectors of one layer under an initialization, sampled and in theory.
 
-    The weights are independent with mean zero, so the mean of M of them has standard deviation σ/√M, where
-    σ² = 2/(fan-in + fan-out) under Xavier and 2/fan-in under Kaiming initialization.
+    The mean of M independent weights has standard deviation σ/√M, where σ² = 2/(fan-in + fan-out) under Xavier and
+    2/fan-in under Kaiming initialization.
 
     Args:
         shape: the shape of a Linear or convolution weight, ``[out, in, …]``.
@@ -103,8 +95,8 @@ def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None
         >>> all(m.holds for m in initial_means_near_zero(nn.Linear(50, 20)))
         True
     """
-    layers = plain_layers(model, centered_layout(model, layout))
-    shapes = [layer.get_parameter("weight").shape for _, layer in layers]
+    layers = plain_layers(model, centered_layout(model, layout)).values()
+    shapes = [layer.get_parameter("weight").shape for layer in layers]
     if not shapes:
         raise NotMeasurableError("model: it has no centered Linear or convolution to initialize")
     found = []
@@ -137,7 +129,7 @@ def centered_initialization(model: nn.Module, layout: WeightLayout | None = None
     center_weights_(copied, layout)
     sums = {layout.names[w]: relative(along_e(double_rows(w, vectors)), lengths[w]) for w, vectors in layout.items()}
     statement = "center_weights_ sets 1ᵀw⁰ to zero"
-    return measure_equation("section 4.1", statement, "|eᵀΦ(w⁰)| / ‖w⁰‖", sums, CENTERING, layout)
+    return measure_largest("section 4.1", statement, "|eᵀΦ(w⁰)| / ‖w⁰‖", sums, CENTERING, layout)
 
 
 def check_copyable(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CENTERING", "Measurement", "NotMeasurableError", "coarsest_eps", "largest", "measure_equation"]
+__all__ = ["CENTERING", "Measurement", "NotMeasurableError", "along_e", "coarsest_eps", "measure_largest", "relative"]
 
 CENTERING = 4
 """Rounding of Φ, in eps of ‖g‖: a mean, accurate to a few bits more than eps, and one rounding of the difference."""
@@ -50,13 +50,24 @@ class Measurement(NamedTuple):
         return self.value <= self.bound
 
 
-def largest(values: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest of all numbers, one per output unit, and the name of its unit; NaN counts as the largest.
+def measure_largest(
+    source: str,
+    statement: str,
+    formula: str,
+    values: Mapping[str, Tensor],
+    factor: int,
+    parameters: Iterable[Tensor],
+    limit: int = 0,
+) -> Measurement:
+    """The largest of the values, which rounding may bring ``factor`` times the eps of the parameters over a limit."""
+    value, where = largest(values)
+    eps, dtype = coarsest_eps(parameters)
+    allowance = f"{limit} + " * (limit != 0) + f"{factor} eps({dtype})"
+    return Measurement(source, statement, formula, value, limit + factor * eps, allowance, where)
 
-    Examples:
-        >>> largest({"a": torch.tensor([1.0, 4.0]), "b": torch.tensor([2.0])})
-        (4.0, 'a, unit 1')
-    """
+
+def largest(values: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest of all numbers, one per output unit, and the name of its unit; NaN counts as the largest."""
     found = {}
     for name, numbers in values.items():
         unit = int(numbers.argmax())  # the position of a NaN, if there is one
@@ -73,10 +84,11 @@ def coarsest_eps(parameters: Iterable[Tensor]) -> tuple[float, str]:
     return torch.finfo(dtype).eps, str(dtype).removeprefix("torch.")
 
 
-def measure_equation(
-    source: str, statement: str, formula: str, values: Mapping[str, Tensor], factor: int, parameters: Iterable[Tensor]
-) -> Measurement:
-    """The largest deviation from an equation that holds up to rounding: ``factor`` times the eps of the parameters."""
-    value, where = largest(values)
-    eps, dtype = coarsest_eps(parameters)
-    return Measurement(source, statement, formula, value, factor * eps, f"{factor} eps({dtype})", where)
+def along_e(rows: Tensor) -> Tensor:
+    """|eᵀv| of each row v: the length of its component along e = (1, …, 1)/√M."""
+    return rows.sum(1).abs() / math.sqrt(rows.shape[1])
+
+
+def relative(lengths: Tensor, scale: Tensor) -> Tensor:
+    """Divide lengths by a scale; where the scale is 0 (a dead unit), return the length itself."""
+    return lengths / torch.where(scale > 0, scale, 1)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from gradcentral.attach import centralize
+from gradcentral.diagnostics.batches import loss_of
 from gradcentral.diagnostics.preserve import preserve_state
-from gradcentral.paper.gradients import Batch, Loss, backpropagate
+from gradcentral.paper.gradients import Batch, Loss
 from gradcentral.paper.initial_weights import (
     SECTION_4_1,
     centered_initialization,
@@ -19,11 +21,15 @@ from gradcentral.paper.initial_weights import (
     initial_means_near_zero,
 )
 from gradcentral.paper.measurement import Measurement, NotMeasurableError
-from gradcentral.paper.projection_properties import projection_identities
 from gradcentral.paper.theorem_4_1 import THEOREM_4_1, hyperplane, intensity_shift
-from gradcentral.paper.theorem_4_2 import THEOREM_4_2, gradient_lipschitzness, loss_lipschitzness
+from gradcentral.paper.theorem_4_2 import (
+    THEOREM_4_2,
+    gradient_lipschitzness,
+    loss_lipschitzness,
+    projection_identities,
+)
 
-__all__ = ["Measurements", "SkippedStatement", "measure_all"]
+__all__ = ["Measurements", "measure_all"]
 
 
 class SkippedStatement(NamedTuple):
@@ -37,9 +43,16 @@ class SkippedStatement(NamedTuple):
 class Measurements(list[Measurement]):
     """The statements that were measured; ``skipped`` has those that could not be."""
 
-    def __init__(self, measured: Iterable[Measurement] = (), skipped: Sequence[SkippedStatement] = ()) -> None:
-        super().__init__(measured)
-        self.skipped = tuple(skipped)
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped: list[SkippedStatement] = []
+
+    def add(self, source: str, statement: str, measure: Callable[[], list[Measurement]]) -> None:
+        """Measure a statement, unless the network has no layer that it is about."""
+        try:
+            self += measure()
+        except (NotMeasurableError, NotImplementedError) as error:
+            self.skipped.append(SkippedStatement(source, statement, str(error)))
 
 
 def measure_all(
@@ -62,7 +75,7 @@ def measure_all(
             mode while the model is in training mode (frozen BatchNorm) stay in it.
         loss: ``loss(output, target)`` -> scalar.
         batches: pairs ``(input, target)``, or mappings, used as ``model(**batch)`` and ``loss(output, batch)``;
-            iterated over once, while the copies train.
+            iterated over once.
         optimizer: ``factory(parameters)`` -> a plain ``torch.optim.Optimizer``, without GC.
         gamma: the constant added to the inputs of a layer for theorem 4.1.
         tolerance: the tolerance of the Hessian's largest eigenvalue.
@@ -82,7 +95,7 @@ def measure_all(
         >>> sgd = partial(torch.optim.SGD, lr=0.1, weight_decay=0.01)
         >>> found = measure_all(torch.nn.Linear(5, 2), torch.nn.functional.mse_loss, batches, sgd)
         >>> len(found), all(measured.holds for measured in found), found.skipped
-        (15, True, ())
+        (15, True, [])
     """
     check_copyable(model)
     with_gc, without_gc = copy.deepcopy(model), copy.deepcopy(model)
@@ -93,40 +106,26 @@ def measure_all(
         for batch in batches:
             first, steps = batch if first is None else first, steps + 1
             with preserve_state():
-                backpropagate(with_gc, gc_optimizer, loss, batch)
-                gc_optimizer.step()
-            backpropagate(without_gc, plain_optimizer, loss, batch)
-            plain_optimizer.step()
+                _step(with_gc, gc_optimizer, loss, batch)
+            _step(without_gc, plain_optimizer, loss, batch)
     if first is None:
         raise ValueError("batches: give at least one (input, target)")
-    skipped: list[SkippedStatement] = []
+    found = Measurements()
 
     def compared(measure: Callable[[nn.Module], Measurement]) -> Measurement:
         return measure(with_gc)._replace(without=measure(without_gc).value)
 
-    def if_possible(source: str, statement: str, measure: Callable[[], list[Measurement]]) -> list[Measurement]:
-        try:
-            return measure()
-        except (NotMeasurableError, NotImplementedError) as error:
-            skipped.append(SkippedStatement(source, statement, str(error)))
-            return []
-
     def shift() -> list[Measurement]:
         return [compared(lambda copied: intensity_shift(copied, model, first, steps, gamma))]
 
-    def curvature() -> list[Measurement]:
-        return gradient_lipschitzness(with_gc, loss, first, tolerance=tolerance)
-
-    found = [
-        *projection_identities(with_gc, loss, first),
-        compared(lambda copied: hyperplane(copied, model, steps)),
-        *if_possible("theorem 4.1", THEOREM_4_1, shift),
-        *if_possible("section 4.1", SECTION_4_1, lambda: initial_means_near_zero(model)),
-        centered_initialization(model),
-        *loss_lipschitzness(with_gc, loss, first),
-        *if_possible("theorem 4.2", THEOREM_4_2, curvature),
-    ]
-    return Measurements(found, skipped)
+    found += projection_identities(with_gc, loss, first)
+    found.append(compared(lambda copied: hyperplane(copied, model, steps)))
+    found.add("theorem 4.1", THEOREM_4_1, shift)
+    found.add("section 4.1", SECTION_4_1, lambda: initial_means_near_zero(model))
+    found.append(centered_initialization(model))
+    found += loss_lipschitzness(with_gc, loss, first)
+    found.add("theorem 4.2", THEOREM_4_2, lambda: gradient_lipschitzness(with_gc, loss, first, tolerance=tolerance))
+    return found
 
 
 def _training(model: nn.Module, factory: Callable[[list[nn.Parameter]], Optimizer]) -> Optimizer:
@@ -134,3 +133,9 @@ def _training(model: nn.Module, factory: Callable[[list[nn.Parameter]], Optimize
     if not model.training:
         model.train()
     return factory([p for p in model.parameters() if p.requires_grad])
+
+
+def _step(model: nn.Module, optimizer: Optimizer, loss: Loss, batch: Batch) -> None:
+    optimizer.zero_grad()
+    torch.autograd.backward(loss_of(model, loss, batch))
+    optimizer.step()

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from gradcentral.attach import centralize
-from gradcentral.diagnostics.batches import to_device
+from gradcentral.diagnostics.batches import loss_of, to_device
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.determinism import derive, seed_everything
 from gradcentral.experiment.task import Task
 from gradcentral.experiment.training import fresh_model, fresh_optimizer, fresh_schedule, loader_of, orders_of, pair_of
 from gradcentral.layout import Entry, WeightLayout, weight_layout
-from gradcentral.paper.gradients import backpropagate
 
-__all__ = ["Study", "TrainingStep", "gradient_of", "layer_label"]
+__all__ = ["GRADIENT_ARMS", "Study", "TrainingStep", "gradient_of", "layer_label"]
+
+GRADIENT_ARMS = (NONE, "gradient")
+"""The arms of the figures that compare gradients with and without GC."""
 
 
 class TrainingStep(NamedTuple):
@@ -101,8 +103,10 @@ class Study:
             layout = weight_layout(model) if arm == NONE else centralize(optimizer, model, arm).layout
             seed_everything(derive(seed, "training"))
             for index, batch in enumerate(self.batches(seed)):
-                loss = backpropagate(model, optimizer, self.task.loss, batch)
-                yield TrainingStep(index, model, layout, batch, float(loss))
+                optimizer.zero_grad()
+                loss = loss_of(model, self.task.loss, batch)
+                torch.autograd.backward(loss)
+                yield TrainingStep(index, model, layout, batch, float(loss.detach()))
                 optimizer.step()
                 if schedule is not None:
                     schedule.step()

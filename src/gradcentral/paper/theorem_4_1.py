@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +13,10 @@ from torch.func import functional_call
 
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.layout import WeightLayout
-from gradcentral.paper.gradients import Batch, centered_layout
-from gradcentral.paper.measurement import Measurement, NotMeasurableError, coarsest_eps, largest, measure_equation
-from gradcentral.paper.rows import along_e, double_rows, relative
+from gradcentral.paper.gradients import Batch, centered_layout, double_rows
+from gradcentral.paper.measurement import Measurement, NotMeasurableError, along_e, measure_largest, relative
 
-__all__ = ["THEOREM_4_1", "Response", "hyperplane", "intensity_responses", "intensity_shift", "plain_layers"]
+__all__ = ["THEOREM_4_1", "hyperplane", "intensity_responses", "intensity_shift", "plain_layers"]
 
 THEOREM_4_1 = "x → x + γ1 changes an output by γ1ᵀw⁰ alone"
 
@@ -69,16 +70,13 @@ def hyperplane(model: nn.Module, before: nn.Module, steps: int, layout: WeightLa
         >>> hyperplane(model, before, steps=1).holds
         True
     """
-    layout = centered_layout(model, layout)
-    _check_steps(steps)
-    drifts = {}
+    layout, drifts = centered_layout(model, layout), {}
     for w, vectors in layout.items():
         name = layout.names[w]
         now, start = double_rows(w, vectors), double_rows(_initial_weight(before, name, w), vectors)
         drifts[name] = relative(along_e(now - start), torch.maximum(now.norm(dim=1), start.norm(dim=1)))
     statement = "training stays on the hyperplane through w⁰ that is orthogonal to e"
-    measured = measure_equation("eq. 4", statement, "|eᵀ(w − w⁰)| / ‖w‖", drifts, steps, layout)
-    return measured._replace(allowance=f"{measured.allowance}: one rounding of w per step")
+    return _after_training("eq. 4", statement, "|eᵀ(w − w⁰)| / ‖w‖", drifts, steps, layout)
 
 
 def intensity_shift(
@@ -91,8 +89,7 @@ def intensity_shift(
 ) -> Measurement:
     """Theorem 4.1: adding γ to all inputs of a unit changes its output by γ·1ᵀw⁰, however long it was trained.
 
-    The arguments and errors are those of `hyperplane` and of `intensity_responses`, which returns the numbers unit by
-    unit.
+    The arguments and errors are those of `hyperplane` and of `intensity_responses`, which has the numbers per unit.
 
     Source: Yong et al. 2020, theorem 4.1, eq. 5.
 
@@ -103,16 +100,13 @@ def intensity_shift(
         True
     """
     layout = centered_layout(model, layout)
-    _check_steps(steps)
     responses = intensity_responses(model, before, batch, gamma, layout=layout)
-    value, where = largest({response.name: relative(response.error, response.scale) for response in responses})
-    eps, dtype = coarsest_eps(layout)
+    errors = {response.name: relative(response.error, response.scale) for response in responses}
+    statement, formula = f"{THEOREM_4_1} (γ = {gamma:g})", "|wᵀ(x+γ1) − wᵀx − γ1ᵀw⁰| / γ√M‖w‖"
+    measured = _after_training("theorem 4.1", statement, formula, errors, steps, layout)
     # The two outputs that are subtracted are rounded, in double precision, in proportion to x.
     outputs = 8 * (1 + max(response.intensity for response in responses) / abs(gamma))
-    bound = steps * eps + outputs * torch.finfo(torch.float64).eps
-    allowance = f"{steps} eps({dtype}): one rounding of w per step"
-    statement, formula = f"{THEOREM_4_1} (γ = {gamma:g})", "|wᵀ(x+γ1) − wᵀx − γ1ᵀw⁰| / γ√M‖w‖"
-    return Measurement("theorem 4.1", statement, formula, value, bound, allowance, where)
+    return measured._replace(bound=measured.bound + outputs * torch.finfo(torch.float64).eps)
 
 
 def intensity_responses(
@@ -147,14 +141,11 @@ def intensity_responses(
     """
     if gamma == 0:
         raise ValueError("gamma must not be 0: adding 0 changes nothing")
-    layers = dict(plain_layers(model, centered_layout(model, layout)))
-    responses = []
+    layers = plain_layers(model, centered_layout(model, layout))
     with torch.no_grad():
-        for name, x in _inputs(model, layers, batch).items():
-            weight = f"{name}.weight".lstrip(".")
-            initial = _initial_weight(before, weight, layers[name].get_parameter("weight"))
-            if (response := _response(weight, layers[name], initial, x, gamma)) is not None:
-                responses.append(response)
+        inputs = _inputs(model, layers, batch)
+        found = [_response(name, layers[name], before, x, gamma) for name, x in inputs.items()]
+    responses = [response for response in found if response is not None]
     if not responses:
         raise NotMeasurableError(
             "model: no centered Linear or convolution ran at a position that no padding touches (subclasses and "
@@ -163,18 +154,17 @@ def intensity_responses(
     return responses
 
 
-def plain_layers(model: nn.Module, layout: WeightLayout) -> Iterator[tuple[str, nn.Module]]:
-    """The names and modules of the Linear and convolution layers whose weight the layout centers."""
-    for name, module in model.named_modules():
-        if type(module) in _PLAIN and module._parameters.get("weight") in layout:
-            yield name, module
+def plain_layers(model: nn.Module, layout: WeightLayout) -> dict[str, nn.Module]:
+    """The Linear and convolution layers whose weight the layout centers, by the name of the weight."""
+    return {
+        f"{name}.weight".lstrip("."): module
+        for name, module in model.named_modules()
+        if type(module) in _PLAIN and module._parameters.get("weight") in layout
+    }
 
 
 def _initial_weight(before: nn.Module, name: str, weight: Tensor) -> Tensor:
-    try:
-        initial = before.get_parameter(name)
-    except AttributeError:
-        initial = None
+    initial = dict(before.named_parameters(remove_duplicate=False)).get(name)
     if initial is None or initial.shape != weight.shape:
         raise ValueError(
             f"before: it has no {name} of shape {tuple(weight.shape)}; give copy.deepcopy(model), made before training"
@@ -184,25 +174,22 @@ def _initial_weight(before: nn.Module, name: str, weight: Tensor) -> Tensor:
 
 def _inputs(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
     """The input of each layer's first call."""
-    names = {layer: name for name, layer in layers.items()}
     inputs: dict[str, Tensor] = {}
 
-    def record(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def record(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if args:
-            inputs.setdefault(names[layer], args[0].detach().double())
+            inputs.setdefault(name, args[0].detach().double())
 
-    hooks = [layer.register_forward_pre_hook(record) for layer in layers.values()]
-    try:
-        with preserve_state(model):
-            model(**batch) if isinstance(batch, Mapping) else model(batch[0])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with preserve_state(model), ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(record, name)))
+        model(**batch) if isinstance(batch, Mapping) else model(batch[0])
     return inputs
 
 
-def _response(name: str, layer: nn.Module, initial: Tensor, x: Tensor, gamma: float) -> Response | None:
-    w, w0 = layer.get_parameter("weight").double(), initial.double()
+def _response(name: str, layer: nn.Module, before: nn.Module, x: Tensor, gamma: float) -> Response | None:
+    w = layer.get_parameter("weight").double()
+    w0 = _initial_weight(before, name, w).double()
     units, fan_in = w.shape[0], w[0].numel()
 
     def output(weight: Tensor, x: Tensor) -> Tensor:
@@ -222,6 +209,11 @@ def _response(name: str, layer: nn.Module, initial: Tensor, x: Tensor, gamma: fl
     return Response(name, predicted, change.mean(0), error, scale, float(x.abs().max()))
 
 
-def _check_steps(steps: int) -> None:
+def _after_training(
+    source: str, statement: str, formula: str, values: dict[str, Tensor], steps: int, layout: WeightLayout
+) -> Measurement:
+    """Measure an equation that holds up to one rounding of w per optimizer step."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    measured = measure_largest(source, statement, formula, values, steps, layout)
+    return measured._replace(allowance=f"{measured.allowance}: one rounding of w per step")
