@@ -335,7 +335,7 @@ def test_a_study_uses_its_device() -> None:
 def test_every_figure_shows_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
 
-    def track(bars: Any, iterable: Any, *, total: int, description: str) -> Any:
+    def track(bars: Any, iterable: Any, total: int, *, description: str) -> Any:
         taken = 0
         for item in iterable:
             yield item

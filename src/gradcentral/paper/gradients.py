@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,7 +14,7 @@ from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["Batch", "Loss", "as_rows", "centered_layout", "double_rows", "gradients_of"]
+__all__ = ["Batch", "Loss", "along_e", "as_rows", "centered_layout", "double_rows", "gradients_of"]
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss(output, target)`` -> scalar tensor."""
@@ -58,3 +59,8 @@ def as_rows(tensor: Tensor, vectors: WeightVectors) -> Tensor:
 def double_rows(tensor: Tensor, vectors: WeightVectors) -> Tensor:
     """`as_rows` of the detached tensor in double precision, so that measuring adds no visible rounding."""
     return as_rows(tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64)), vectors)
+
+
+def along_e(rows: Tensor) -> Tensor:
+    """|eᵀv| of each row v: the length of its component along e = (1, …, 1)/√M."""
+    return rows.sum(1).abs() / math.sqrt(rows.shape[1])

@@ -66,12 +66,12 @@ def hessian_vector_product(model: nn.Module, loss: Loss, batch: Batch, vector: M
         >>> product[model.weight].round(decimals=4)
         tensor([[3., 1.]])
     """
-    parameters = _checked(model, vector)
+    names = _checked(model, vector)
     for p, part in vector.items():
         if part.shape != p.shape:
-            raise ValueError(f"vector: {_names(model)[p]} has shape {tuple(p.shape)}, its part {tuple(part.shape)}")
-    with _hessian(model, loss, batch, parameters) as multiply:
-        products = _split(multiply(_flat(vector.values())), parameters)
+            raise ValueError(f"vector: {names[p]} has shape {tuple(p.shape)}, its part {tuple(part.shape)}")
+    with _hessian(model, loss, batch, [*names]) as multiply:
+        products = _split(multiply(_flat(vector.values())), [*names])
     return {p: product.to(p.dtype) for p, product in zip(vector, products, strict=True)}
 
 
@@ -100,16 +100,11 @@ def hessian_matrix(
                 [4., 8., 4.],
                 [2., 4., 2.]])
     """
-    chosen = _checked(model, parameters)
-    like = _flat(p.detach() for p in chosen)
-    indices = torch.arange(like.numel()) if elements is None else torch.as_tensor(elements)
-    rows = []
+    chosen = [*_checked(model, parameters)]
+    zero = torch.zeros_like(_flat(p.detach() for p in chosen))
+    indices = torch.as_tensor(range(len(zero)) if elements is None else elements, device=zero.device)
     with _hessian(model, loss, batch, chosen) as multiply:
-        for index in indices.tolist():
-            unit = torch.zeros_like(like)
-            unit[index] = 1
-            rows.append(multiply(unit)[indices.to(like.device)])
-    return torch.stack(rows)
+        return torch.stack([multiply(zero.index_fill(0, index, 1))[indices] for index in indices])
 
 
 def top_eigenvalue(
@@ -142,7 +137,7 @@ def top_eigenvalue(
         >>> round(top_eigenvalue(model, squares, batch, layout=gradcentral.weight_layout(model)).value, 4)
         1.0
     """
-    chosen = _checked(model, parameters)
+    chosen = [*_checked(model, parameters)]
     P = _projection(chosen, layout)
     with _hessian(model, loss, batch, chosen) as multiply:
         return lanczos(lambda v: P(multiply(P(v))), P(_start(chosen)), tolerance, max_iterations)
@@ -173,7 +168,7 @@ def projected_norm(
         >>> round(projected_norm(model, squares, batch, gradcentral.weight_layout(model)).value, 4)
         3.1623
     """
-    chosen = _checked(model, None)
+    chosen = [*_checked(model, None)]
     P = _projection(chosen, layout)
     with _hessian(model, loss, batch, chosen) as multiply:
         # The relative error of a square is twice that of the norm.
@@ -240,10 +235,9 @@ def _hessian(model: nn.Module, loss: Loss, batch: Batch, parameters: Sequence[Te
         def multiply(vector: Tensor) -> Tensor:
             if not curved:
                 return torch.zeros_like(vector)
-            parts = _split(vector, parameters)
+            parts, graph = _split(vector, parameters), {"retain_graph": True, "materialize_grads": True}
             along = [parts[index].to(g.dtype) for index, g in curved.items()]
-            options = {"retain_graph": True, "materialize_grads": True}
-            return _flat(torch.autograd.grad([*curved.values()], parameters, along, **options)).to(vector.dtype)
+            return _flat(torch.autograd.grad([*curved.values()], parameters, along, **graph)).to(vector.dtype)
 
         yield multiply
 
@@ -262,11 +256,10 @@ def _projection(parameters: Sequence[Tensor], layout: WeightLayout | None) -> _M
     return project
 
 
-def _checked(model: nn.Module, parameters: Iterable[Tensor] | None) -> list[Tensor]:
-    """The parameters to differentiate by; by default all of the model's that require a gradient."""
-    if parameters is None:
-        parameters = (p for p in model.parameters() if p.requires_grad)
-    chosen, names = list(parameters), _names(model)
+def _checked(model: nn.Module, parameters: Iterable[Tensor] | None) -> dict[Tensor, str]:
+    """The parameters to differentiate by, by default all that require a gradient, with their names."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    chosen = [p for p in names if p.requires_grad] if parameters is None else [*parameters]
     if not chosen:
         raise ValueError("parameters: there are none to differentiate by")
     for p in chosen:
@@ -276,11 +269,7 @@ def _checked(model: nn.Module, parameters: Iterable[Tensor] | None) -> list[Tens
             raise ValueError(f"parameters: {names[p]} requires no gradient; exclude it, or call requires_grad_() on it")
         if p.is_complex():
             raise TypeError(f"parameters: {names[p]} is complex; the Hessian is implemented for real parameters only")
-    return chosen
-
-
-def _names(model: nn.Module) -> dict[Tensor, str]:
-    return {p: name for name, p in model.named_parameters()}
+    return {p: names[p] for p in chosen}
 
 
 def _start(parameters: Sequence[Tensor]) -> Tensor:

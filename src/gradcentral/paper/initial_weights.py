@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gradcentral.initialization import center_weights_
 from gradcentral.layout import WeightLayout
-from gradcentral.paper.gradients import centered_layout, double_rows
-from gradcentral.paper.measurement import CENTERING, Measurement, NotMeasurableError, along_e, measure_largest, relative
+from gradcentral.paper.gradients import along_e, centered_layout, double_rows
+from gradcentral.paper.measurement import CENTERING, Measurement, NotMeasurableError, measure_largest, relative
 from gradcentral.paper.theorem_4_1 import plain_layers
 
 __all__ = ["SCHEMES", "centered_initialization", "initial_means", "initial_means_near_zero", "sampled_means"]
@@ -75,13 +75,12 @@ def sampled_means(shapes: Iterable[Sequence[int]], scheme: str, seed: int) -> di
     return {"absolute": absolute, "relative": torch.cat([means.absolute / means.expected for means in samples])}
 
 
-def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None, seed: int = 0) -> list[Measurement]:
+def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None) -> list[Measurement]:
     """mean(w⁰) ≈ 0 under Xavier and Kaiming initialization, for layers of the model's shapes.
 
     Args:
         model: its centered Linear and convolution layers give the shapes; its weights are not used.
         layout: the layers to measure, by their weights; by default ``weight_layout(model)``.
-        seed: the seed of the samples.
 
     Returns:
         For each of `SCHEMES`, the deviation of the root mean square of mean(w⁰) from σ/√M, over all weight vectors.
@@ -101,7 +100,7 @@ def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None
         raise NotMeasurableError("model: it has no centered Linear or convolution to initialize")
     found = []
     for scheme in SCHEMES:
-        means = sampled_means(shapes, scheme, seed)
+        means = sampled_means(shapes, scheme, seed=0)
         count = len(means["relative"])
         value = abs(float(means["relative"].square().mean().sqrt()) - 1)
         bound, allowance = 5 / math.sqrt(2 * count), f"5 standard errors of {count} means"

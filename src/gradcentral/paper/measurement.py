@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["CENTERING", "Measurement", "NotMeasurableError", "along_e", "coarsest_eps", "measure_largest", "relative"]
+__all__ = ["CENTERING", "Measurement", "NotMeasurableError", "coarsest_eps", "measure_largest", "relative"]
 
+# One number per output unit, by the name of the parameter.
+_PerUnit: TypeAlias = dict[str, Tensor]
 CENTERING = 4
 """Rounding of Φ, in eps of ‖g‖: a mean, accurate to a few bits more than eps, and one rounding of the difference."""
 
@@ -51,23 +53,17 @@ class Measurement(NamedTuple):
 
 
 def measure_largest(
-    source: str,
-    statement: str,
-    formula: str,
-    values: Mapping[str, Tensor],
-    factor: int,
-    parameters: Iterable[Tensor],
-    limit: int = 0,
+    source: str, statement: str, formula: str, values: _PerUnit, factor: int, like: Iterable[Tensor], limit: int = 0
 ) -> Measurement:
-    """The largest of the values, which rounding may bring ``factor`` times the eps of the parameters over a limit."""
+    """The largest value, which rounding in the coarsest dtype may bring ``factor`` eps over a limit."""
     value, where = largest(values)
-    eps, dtype = coarsest_eps(parameters)
+    eps, dtype = coarsest_eps(like)
     allowance = f"{limit} + " * (limit != 0) + f"{factor} eps({dtype})"
     return Measurement(source, statement, formula, value, limit + factor * eps, allowance, where)
 
 
-def largest(values: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest of all numbers, one per output unit, and the name of its unit; NaN counts as the largest."""
+def largest(values: _PerUnit) -> tuple[float, str]:
+    """The largest value and the name of its unit; NaN counts as the largest."""
     found = {}
     for name, numbers in values.items():
         unit = int(numbers.argmax())  # the position of a NaN, if there is one
@@ -82,11 +78,6 @@ def coarsest_eps(parameters: Iterable[Tensor]) -> tuple[float, str]:
     """The largest eps among the dtypes of the parameters, and the name of that dtype."""
     dtype = max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
     return torch.finfo(dtype).eps, str(dtype).removeprefix("torch.")
-
-
-def along_e(rows: Tensor) -> Tensor:
-    """|eᵀv| of each row v: the length of its component along e = (1, …, 1)/√M."""
-    return rows.sum(1).abs() / math.sqrt(rows.shape[1])
 
 
 def relative(lengths: Tensor, scale: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,21 +14,9 @@ from torch.optim import Optimizer
 from gradcentral.attach import centralize
 from gradcentral.diagnostics.batches import loss_of
 from gradcentral.diagnostics.preserve import preserve_state
+from gradcentral.paper import initial_weights, theorem_4_1, theorem_4_2
 from gradcentral.paper.gradients import Batch, Loss
-from gradcentral.paper.initial_weights import (
-    SECTION_4_1,
-    centered_initialization,
-    check_copyable,
-    initial_means_near_zero,
-)
 from gradcentral.paper.measurement import Measurement, NotMeasurableError
-from gradcentral.paper.theorem_4_1 import THEOREM_4_1, hyperplane, intensity_shift
-from gradcentral.paper.theorem_4_2 import (
-    THEOREM_4_2,
-    gradient_lipschitzness,
-    loss_lipschitzness,
-    projection_identities,
-)
 
 __all__ = ["Measurements", "measure_all"]
 
@@ -43,8 +32,8 @@ class SkippedStatement(NamedTuple):
 class Measurements(list[Measurement]):
     """The statements that were measured; ``skipped`` has those that could not be."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, measured: Iterable[Measurement] = ()) -> None:
+        super().__init__(measured)
         self.skipped: list[SkippedStatement] = []
 
     def add(self, source: str, statement: str, measure: Callable[[], list[Measurement]]) -> None:
@@ -97,7 +86,7 @@ def measure_all(
         >>> len(found), all(measured.holds for measured in found), found.skipped
         (15, True, [])
     """
-    check_copyable(model)
+    initial_weights.check_copyable(model)
     with_gc, without_gc = copy.deepcopy(model), copy.deepcopy(model)
     gc_optimizer, plain_optimizer = _training(with_gc, optimizer), _training(without_gc, optimizer)
     centralize(gc_optimizer, with_gc, "update")
@@ -110,21 +99,20 @@ def measure_all(
             _step(without_gc, plain_optimizer, loss, batch)
     if first is None:
         raise ValueError("batches: give at least one (input, target)")
-    found = Measurements()
+    hyperplane = partial(theorem_4_1.hyperplane, before=model, steps=steps)
+    shift = partial(theorem_4_1.intensity_shift, before=model, batch=first, steps=steps, gamma=gamma)
+    curvature = partial(theorem_4_2.gradient_lipschitzness, with_gc, loss, first, tolerance=tolerance)
 
-    def compared(measure: Callable[[nn.Module], Measurement]) -> Measurement:
-        return measure(with_gc)._replace(without=measure(without_gc).value)
+    def compared(measure: Callable[[nn.Module], Measurement]) -> list[Measurement]:
+        return [measure(with_gc)._replace(without=measure(without_gc).value)]
 
-    def shift() -> list[Measurement]:
-        return [compared(lambda copied: intensity_shift(copied, model, first, steps, gamma))]
-
-    found += projection_identities(with_gc, loss, first)
-    found.append(compared(lambda copied: hyperplane(copied, model, steps)))
-    found.add("theorem 4.1", THEOREM_4_1, shift)
-    found.add("section 4.1", SECTION_4_1, lambda: initial_means_near_zero(model))
-    found.append(centered_initialization(model))
-    found += loss_lipschitzness(with_gc, loss, first)
-    found.add("theorem 4.2", THEOREM_4_2, lambda: gradient_lipschitzness(with_gc, loss, first, tolerance=tolerance))
+    found = Measurements(theorem_4_2.projection_identities(with_gc, loss, first))
+    found += compared(hyperplane)
+    found.add("theorem 4.1", theorem_4_1.THEOREM_4_1, lambda: compared(shift))
+    found.add("section 4.1", initial_weights.SECTION_4_1, lambda: initial_weights.initial_means_near_zero(model))
+    found.append(initial_weights.centered_initialization(model))
+    found += theorem_4_2.loss_lipschitzness(with_gc, loss, first)
+    found.add("theorem 4.2", theorem_4_2.THEOREM_4_2, curvature)
     return found
 
 

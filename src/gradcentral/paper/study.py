@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,15 @@ from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.determinism import derive, seed_everything
 from gradcentral.experiment.task import Task
-from gradcentral.experiment.training import fresh_model, fresh_optimizer, fresh_schedule, loader_of, orders_of, pair_of
+from gradcentral.experiment.training import (
+    fresh_model,
+    fresh_optimizer,
+    fresh_schedule,
+    loader_of,
+    orders_of,
+    pair_of,
+    steps_of,
+)
 from gradcentral.layout import Entry, WeightLayout, weight_layout
 
 __all__ = ["GRADIENT_ARMS", "Study", "TrainingStep", "gradient_of", "layer_label"]
@@ -40,24 +47,17 @@ class TrainingStep(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """A task and the settings of the runs that the figures show.
-
-    Attributes:
-        source: the task as it was given, for worker processes.
-        optimizer: the name of one of the task's optimizers.
-        seeds: the seeds of figures with intervals; figures of a single run use the first.
-        runs: the folder for the runs of a comparison.
-        track: ``track(iterable, total)`` returns the iterable with its progress shown.
-    """
+    """A task and the settings of the runs that the figures show."""
 
     task: Task
-    source: Task | str | Path
-    optimizer: str
-    seeds: tuple[int, ...]
+    source: Task | str | Path  # the task as it was given, for worker processes
+    optimizer: str  # the name of one of the task's optimizers
+    seeds: tuple[int, ...]  # of figures with intervals; figures of a single run use the first
     epochs: int
     device: str = "cpu"
-    runs: Path = Path("runs")
+    runs: Path = Path("runs")  # of a comparison
     progress: bool = False
+    # Returns the iterable with its progress shown.
     track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda iterable, total: iterable
 
     @property
@@ -73,8 +73,7 @@ class Study:
     @property
     def steps(self) -> int:
         """The number of steps per run."""
-        train: Any = self.task.train
-        return self.epochs * math.ceil(len(train) / self.task.batch_size)
+        return steps_of(self.task, self.epochs)
 
     def fresh_model(self) -> nn.Module:
         """The initial model of a run of the first seed; the global generators are left unchanged."""

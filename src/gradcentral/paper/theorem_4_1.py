@@ -13,8 +13,8 @@ from torch.func import functional_call
 
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.layout import WeightLayout
-from gradcentral.paper.gradients import Batch, centered_layout, double_rows
-from gradcentral.paper.measurement import Measurement, NotMeasurableError, along_e, measure_largest, relative
+from gradcentral.paper.gradients import Batch, along_e, centered_layout, double_rows
+from gradcentral.paper.measurement import Measurement, NotMeasurableError, measure_largest, relative
 
 __all__ = ["THEOREM_4_1", "hyperplane", "intensity_responses", "intensity_shift", "plain_layers"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from gradcentral.layout import WeightLayout
-from gradcentral.paper.gradients import Batch, Loss, as_rows, centered_layout, double_rows, gradients_of
+from gradcentral.paper.gradients import Batch, Loss, along_e, as_rows, centered_layout, double_rows, gradients_of
 from gradcentral.paper.hessian import hessian_matrix, projected_norm, top_eigenvalue
-from gradcentral.paper.measurement import CENTERING, Measurement, along_e, coarsest_eps, measure_largest, relative
+from gradcentral.paper.measurement import CENTERING, Measurement, coarsest_eps, measure_largest, relative
 from gradcentral.projection import center, projection_matrix
 
 __all__ = ["THEOREM_4_2", "gradient_lipschitzness", "loss_lipschitzness", "projection_identities"]
@@ -58,7 +58,7 @@ def projection_identities(
         idempotent[name] = relative((twice - centered).norm(dim=1), length)
         symmetric[name] = relative(difference.abs(), length * weights.norm(dim=1))
         orthogonal[name] = relative(along_e(centered), length)
-    equation = partial(measure_largest, "eq. 3", parameters=layout)
+    equation = partial(measure_largest, "eq. 3", like=layout)
     inner_products = "|⟨Φ(g),w⟩ − ⟨g,Φ(w)⟩| / ‖g‖‖w‖"
     return [
         equation("P² = P: centering is idempotent", "‖Φ(Φ(g)) − Φ(g)‖ / ‖g‖", idempotent, CENTERING),
