@@ -19,10 +19,9 @@ from gradcentral.experiment.task import CustomTask, Task, check_count
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import optional
 from gradcentral.layout import weight_layout
-from gradcentral.paper.figure import Figure, write_csv
-from gradcentral.paper.figures.gradients import gradient_norms_figure, operation_figure, shares_figure
-from gradcentral.paper.figures.training import landscape_figure, learning_figure
-from gradcentral.paper.figures.weights import geometry_figure, initial_means_figure
+from gradcentral.paper.figures import Figure, write_csv
+from gradcentral.paper.figures.before_training import initial_means_figure, operation_figure, shares_figure
+from gradcentral.paper.figures.training import geometry_figure, gradient_norms_figure, landscape_figure, learning_figure
 from gradcentral.paper.statements import Measurements, measure_all
 from gradcentral.paper.study import Study
 

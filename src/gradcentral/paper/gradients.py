@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +22,14 @@ Batch: TypeAlias = "tuple[Any, Any] | Mapping[str, Any]"
 """``(input, target)``, or a mapping, used as ``model(**batch)`` and ``loss(output, batch)``."""
 
 
-class ParameterGradient(NamedTuple):
-    """The gradient of one centered parameter."""
-
-    name: str
-    weight: Tensor
-    gradient: Tensor
-    vectors: WeightVectors
-
-
-def gradients_of(model: nn.Module, loss: Loss, batch: Batch, layout: WeightLayout) -> list[ParameterGradient]:
+def gradients_of(model: nn.Module, loss: Loss, batch: Batch, layout: WeightLayout) -> dict[Tensor, Tensor]:
     """The gradient of each centered parameter that trains; the model is left unchanged."""
     trained = [w for w in layout if w.requires_grad]
     if not trained:
         raise ValueError("layout: none of the parameters that it centers requires a gradient")
     with preserve_state(model), torch.enable_grad():
         gradients = torch.autograd.grad(loss_of(model, loss, batch), trained, materialize_grads=True)
-    return [ParameterGradient(layout.names[w], w, g, layout[w]) for w, g in zip(trained, gradients, strict=True)]
+    return dict(zip(trained, gradients, strict=True))
 
 
 def centered_layout(model: nn.Module, layout: WeightLayout | None) -> WeightLayout:

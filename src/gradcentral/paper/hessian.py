@@ -30,8 +30,7 @@ class Eigenvalue(NamedTuple):
         value: the eigenvalue λ, with its sign.
         residual: ‖Av − λv‖ for the unit vector v found with it; some eigenvalue of A is within this distance of λ.
         iterations: the number of products with A.
-        converged: whether the residual is within the tolerance, and neither estimate nor residual of the other end of
-            the spectrum allows a larger eigenvalue there.
+        converged: whether the residual is within the tolerance, and no eigenvalue can be larger at the other end.
     """
 
     value: float
@@ -59,10 +58,9 @@ def hessian_vector_product(model: nn.Module, loss: Loss, batch: Batch, vector: M
     Examples:
         L(w) = ½(3w₀² + w₁²):
 
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> x, y = torch.tensor([[3.0**0.5, 0.0], [0.0, 1.0]]), torch.zeros(2, 1)
+        >>> model, batch = torch.nn.Linear(2, 1, bias=False), (torch.tensor([[3.0**0.5, 0.0], [0.0, 1.0]]), None)
         >>> v = {model.weight: torch.tensor([[1.0, 1.0]])}
-        >>> product = hessian_vector_product(model, lambda output, y: (output - y).square().sum() / 2, (x, y), v)
+        >>> product = hessian_vector_product(model, lambda output, _: output.square().sum() / 2, batch, v)
         >>> product[model.weight].round(decimals=4)
         tensor([[3., 1.]])
     """
@@ -88,10 +86,7 @@ def hessian_matrix(
     Args:
         model, loss, batch: as in `hessian_vector_product`, with the same errors.
         parameters: the parameters to differentiate by; by default all that require a gradient, in the model's order.
-        elements: restrict the matrix to these n elements, as indices into the flattened and concatenated parameters.
-
-    Returns:
-        A matrix ``[n, n]``, symmetric up to rounding.
+        elements: restrict the matrix to these elements, as indices into the flattened and concatenated parameters.
 
     Examples:
         >>> model, batch = torch.nn.Linear(2, 1), (torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1))
@@ -190,9 +185,7 @@ def lanczos(multiply: _Multiply, start: Tensor, tolerance: float, max_iterations
     length = float(start.norm())
     if length == 0:
         return Eigenvalue(0.0, 0.0, 0, converged=True)
-    basis = [start / length]
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
+    basis, diagonal, off_diagonal = [start / length], [], []
     while True:
         image = multiply(basis[-1])
         diagonal.append(float(basis[-1] @ image))
@@ -215,11 +208,9 @@ def _spectrum_ends(diagonal: list[float], off_diagonal: list[float], tolerance: 
         return [Eigenvalue(math.nan, math.nan, n, converged=False)] * 2
     main, beside = (torch.tensor(numbers, dtype=torch.float64) for numbers in (diagonal, off_diagonal[:-1]))
     values, vectors = torch.linalg.eigh(torch.diag(main) + torch.diag(beside, -1))  # which reads the lower triangle
-    ends = []
-    for end in (-1, 0):
-        value, residual = float(values[end]), off_diagonal[-1] * abs(float(vectors[-1, end]))
-        ends.append(Eigenvalue(value, residual, n, residual <= tolerance * abs(value)))
-    return sorted(ends, key=lambda found: -abs(found.value))
+    ends = [(float(values[end]), off_diagonal[-1] * abs(float(vectors[-1, end]))) for end in (-1, 0)]
+    found = [Eigenvalue(value, residual, n, residual <= tolerance * abs(value)) for value, residual in ends]
+    return sorted(found, key=lambda end: -abs(end.value))
 
 
 @contextmanager

@@ -78,12 +78,11 @@ def sampled_means(shapes: Iterable[Sequence[int]], scheme: str, seed: int) -> di
 def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None) -> list[Measurement]:
     """mean(w⁰) ≈ 0 under Xavier and Kaiming initialization, for layers of the model's shapes.
 
+    Measures for each of `SCHEMES` how far the root mean square of mean(w⁰), over all weight vectors, is from σ/√M.
+
     Args:
         model: its centered Linear and convolution layers give the shapes; its weights are not used.
         layout: the layers to measure, by their weights; by default ``weight_layout(model)``.
-
-    Returns:
-        For each of `SCHEMES`, the deviation of the root mean square of mean(w⁰) from σ/√M, over all weight vectors.
 
     Raises:
         NotMeasurableError: the model has no such layer.

@@ -29,10 +29,7 @@ from gradcentral.experiment.training import (
 )
 from gradcentral.layout import Entry, WeightLayout, weight_layout
 
-__all__ = ["GRADIENT_ARMS", "Study", "TrainingStep", "gradient_of", "layer_label"]
-
-GRADIENT_ARMS = (NONE, "gradient")
-"""The arms of the figures that compare gradients with and without GC."""
+__all__ = ["Study", "TrainingStep", "gradient_of", "layer_label"]
 
 
 class TrainingStep(NamedTuple):

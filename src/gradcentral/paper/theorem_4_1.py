@@ -141,11 +141,19 @@ def intensity_responses(
     """
     if gamma == 0:
         raise ValueError("gamma must not be 0: adding 0 changes nothing")
-    layers = plain_layers(model, centered_layout(model, layout))
+    layers, responses = plain_layers(model, centered_layout(model, layout)), []
     with torch.no_grad():
-        inputs = _inputs(model, layers, batch)
-        found = [_response(name, layers[name], before, x, gamma) for name, x in inputs.items()]
-    responses = [response for response in found if response is not None]
+        for name, x in _inputs(model, layers, batch).items():
+            w = layers[name].get_parameter("weight").double()
+            w0, output = _initial_weight(before, name, w).double(), partial(_output, layers[name])
+            # With weights and inputs of ones, an output that padding touches is less than M.
+            fan_in = w[0].numel()
+            inside = (output(torch.ones_like(w), torch.ones_like(x)).round() == fan_in).all(1)
+            if inside.any():
+                change, predicted = (output(w, x + gamma) - output(w, x))[inside], gamma * w0.flatten(1).sum(1)
+                length = torch.maximum(w.flatten(1).norm(dim=1), w0.flatten(1).norm(dim=1))
+                error, scale = (change - predicted).abs().amax(0), abs(gamma) * fan_in**0.5 * length
+                responses.append(Response(name, predicted, change.mean(0), error, scale, float(x.abs().max())))
     if not responses:
         raise NotMeasurableError(
             "model: no centered Linear or convolution ran at a position that no padding touches (subclasses and "
@@ -187,26 +195,11 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> dic
     return inputs
 
 
-def _response(name: str, layer: nn.Module, before: nn.Module, x: Tensor, gamma: float) -> Response | None:
-    w = layer.get_parameter("weight").double()
-    w0 = _initial_weight(before, name, w).double()
-    units, fan_in = w.shape[0], w[0].numel()
-
-    def output(weight: Tensor, x: Tensor) -> Tensor:
-        """[positions, units], without the bias, which cancels in a difference of outputs."""
-        bias = {"bias": w.new_zeros(units)} if layer._parameters.get("bias") is not None else {}
-        y: Tensor = functional_call(layer, {"weight": weight, **bias}, (x,))
-        return y.movedim(1 - w.ndim, -1).reshape(-1, units)
-
-    # With weights and inputs of ones, an output that padding touches is less than M.
-    inside = (output(torch.ones_like(w), torch.ones_like(x)).round() == fan_in).all(1)
-    if not inside.any():
-        return None
-    change = (output(w, x + gamma) - output(w, x))[inside]
-    predicted = gamma * w0.flatten(1).sum(1)
-    length = torch.maximum(w.flatten(1).norm(dim=1), w0.flatten(1).norm(dim=1))
-    error, scale = (change - predicted).abs().amax(0), abs(gamma) * fan_in**0.5 * length
-    return Response(name, predicted, change.mean(0), error, scale, float(x.abs().max()))
+def _output(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """[positions, units], without the bias, which cancels in a difference of outputs."""
+    bias = {"bias": weight.new_zeros(len(weight))} if layer._parameters.get("bias") is not None else {}
+    y: Tensor = functional_call(layer, {"weight": weight, **bias}, (x,))
+    return y.movedim(1 - weight.ndim, -1).reshape(-1, len(weight))
 
 
 def _after_training(

@@ -25,16 +25,13 @@ _CURVATURE = 16
 def projection_identities(
     model: nn.Module, loss: Loss, batch: Batch, layout: WeightLayout | None = None
 ) -> list[Measurement]:
-    """P² = P = Pᵀ and eᵀP∇L = 0, for the gradient of each weight vector.
+    """P² = P = Pᵀ and eᵀP∇L = 0, for the gradient of each weight vector: one `Measurement` per identity.
+
+    Φ is computed in the gradients' dtype, its deviation in double precision.
 
     Args:
-        model: left unchanged; it runs in its current mode.
-        loss: ``loss(output, target)`` -> scalar.
-        batch: ``(input, target)``, or a mapping, used as ``model(**batch)`` and ``loss(output, batch)``.
+        model, loss, batch: as in `hessian_vector_product`.
         layout: the weight vectors to measure; by default ``weight_layout(model)``.
-
-    Returns:
-        One `Measurement` per identity. Φ is computed in the gradients' dtype, its deviation in double precision.
 
     Raises:
         ValueError: nothing is centered.
@@ -48,7 +45,8 @@ def projection_identities(
     """
     layout = centered_layout(model, layout)
     idempotent, symmetric, orthogonal = {}, {}, {}
-    for name, w, g, vectors in gradients_of(model, loss, batch, layout):
+    for w, g in gradients_of(model, loss, batch, layout).items():
+        name, vectors = layout.names[w], layout[w]
         once = center(g, vectors)
         rows, centered, twice = (double_rows(v, vectors) for v in (g, once, center(once, vectors)))
         # ⟨Φ(g), w⟩ = ⟨g, Φ(w)⟩, with the weights as the second vector of the inner product.
@@ -58,8 +56,7 @@ def projection_identities(
         idempotent[name] = relative((twice - centered).norm(dim=1), length)
         symmetric[name] = relative(difference.abs(), length * weights.norm(dim=1))
         orthogonal[name] = relative(along_e(centered), length)
-    equation = partial(measure_largest, "eq. 3", like=layout)
-    inner_products = "|⟨Φ(g),w⟩ − ⟨g,Φ(w)⟩| / ‖g‖‖w‖"
+    equation, inner_products = partial(measure_largest, "eq. 3", like=layout), "|⟨Φ(g),w⟩ − ⟨g,Φ(w)⟩| / ‖g‖‖w‖"
     return [
         equation("P² = P: centering is idempotent", "‖Φ(Φ(g)) − Φ(g)‖ / ‖g‖", idempotent, CENTERING),
         equation("P = Pᵀ: the projection is orthogonal", inner_products, symmetric, 2 * CENTERING),
@@ -84,7 +81,8 @@ def loss_lipschitzness(
     layout = centered_layout(model, layout)
     pythagoras, ratios = {}, {}
     shortened = whole = 0.0
-    for name, _, g, vectors in gradients_of(model, loss, batch, layout):
+    for w, g in gradients_of(model, loss, batch, layout).items():
+        name, vectors = layout.names[w], layout[w]
         rows = double_rows(g, vectors)
         length, centered = rows.norm(dim=1), double_rows(center(g, vectors), vectors).norm(dim=1)
         pythagoras[name] = relative((centered**2 - (length**2 - along_e(rows) ** 2)).abs(), length**2)
@@ -115,12 +113,11 @@ def gradient_lipschitzness(
 
     Args:
         model, loss, batch, layout: as in `projection_identities`.
-        largest_fan_in: skip parameters with a larger fan-in M in the exact part, which takes M products with ∇²L per
-            parameter. If every fan-in is larger, there is no exact part.
+        largest_fan_in: leave parameters of a larger fan-in M out of the exact part: it takes M products with ∇²L each.
         tolerance: the tolerance of the iteration (see `top_eigenvalue`).
 
     Returns:
-        The exact ratio, if any, then ‖P∇²L‖ and ‖P∇²LP‖ of the whole network with the bound ‖∇²L‖.
+        The exact ratio, if any fan-in is small enough; ‖P∇²L‖ and ‖P∇²LP‖ of the network with the bound ‖∇²L‖.
 
     Raises:
         ValueError: no trainable parameter is centered.
@@ -135,7 +132,8 @@ def gradient_lipschitzness(
     """
     layout = centered_layout(model, layout)
     ratios, found = {}, []
-    for name, w, g, vectors in gradients_of(model, loss, batch, layout):
+    for w, g in gradients_of(model, loss, batch, layout).items():
+        name, vectors = layout.names[w], layout[w]
         if vectors.fan_in <= largest_fan_in:
             lengths = double_rows(g, vectors).norm(dim=1)
             unit = int(lengths.argmax())

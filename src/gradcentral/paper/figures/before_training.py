@@ -1,29 +1,26 @@
-"""Figures of the gradient before and after centering."""
+"""The figures of a network before training, of its first gradients and of its initial weights."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradcentral.diagnostics.centering_effect import combine_effects, effects
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.probing import probe_task
-from gradcentral.paper.figure import Figure, drawing, plot_arm, put_legend
+from gradcentral.paper.figures import Figure, drawing
 from gradcentral.paper.gradients import as_rows
-from gradcentral.paper.study import GRADIENT_ARMS, Study, TrainingStep, gradient_of, layer_label
+from gradcentral.paper.initial_weights import sampled_means
+from gradcentral.paper.study import Study, gradient_of, layer_label
 from gradcentral.plotting import LIGHT
 from gradcentral.projection import center
 
-__all__ = ["gradient_norms_figure", "operation_figure", "shares_figure"]
+__all__ = ["initial_means_figure", "operation_figure", "shares_figure"]
 
 # More rows or columns than this cannot be distinguished at the size of a page.
 _UNITS, _WEIGHTS = 24, 72
-_QUARTILES = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
-_COLUMNS = ("norm_median", "norm_low", "norm_high", "largest_median", "largest_low", "largest_high")
 
 
 def operation_figure(study: Study) -> Figure:
@@ -72,55 +69,49 @@ def _draw_operation(panel: Any, before: Tensor, after: Tensor, means: list[float
     bars.ticklabel_format(axis="x", scilimits=(0, 0), useMathText=True)
 
 
-def gradient_norms_figure(study: Study) -> Figure:
-    """Figure 4 of the paper: L2 norm and largest entry of the gradient that the optimizer receives, along training."""
-    labels = {entry.name: layer_label(entry) for entry in study.example_layers}
-    places = [*labels.values(), "whole network"]
-    values, rows = {}, []
-    for arm in GRADIENT_ARMS:
-        runs = [[_norms(step, arm, labels) for step in study.train(arm, seed)] for seed in study.seeds]
-        values[arm] = torch.tensor(runs, dtype=torch.float64)  # [seeds, steps, places, 2]
-        quartiles = torch.quantile(values[arm], _QUARTILES, dim=0).permute(2, 1, 3, 0).flatten(2).tolist()
-        by_place = zip(places, quartiles, strict=True)
-        rows += [(place, arm, step, *numbers) for place, steps in by_place for step, numbers in enumerate(steps)]
-    title = f"{study.task.name}, {study.optimizer}: the gradient that the optimizer receives, {study.seed_label}"
-    return Figure(title, _draw_norms(places, values), ("place", "arm", "step", *_COLUMNS), rows)
+def initial_means_figure(study: Study) -> Figure:
+    """Figure 3 of the paper: log₁₀ |mean(w⁰)| of every weight vector of ResNet-50.
+
+    The weights are sampled in the shapes of the layers, so no network is built. The paper's figure shows Kaiming
+    initialization and pretrained weights; this one shows the two initializations of section 4.1, without pretrained
+    weights, which would have to be downloaded.
+    """
+    shapes, rows = list(_resnet50_shapes()), []
+    with drawing(3.6) as image:
+        logs, units = image.subplots(1, 2)
+        schemes = (("xavier_normal", "Xavier", "gradient"), ("kaiming_normal", "Kaiming", "update"))
+        for index, (scheme, name, arm) in enumerate(study.track(schemes, len(schemes))):
+            means, color = sampled_means(shapes, scheme, study.seed + index * len(shapes)), LIGHT.arms[arm]
+            absolute = means["absolute"]
+            counts, edges = torch.histogram(absolute.clamp_min(1e-12).log10(), 60)
+            bins = zip(edges.tolist(), edges[1:].tolist(), counts.int().tolist(), strict=False)
+            rows += [(scheme, *numbers) for numbers in bins]
+            shown, label = absolute.clamp_min(1e-8).log10().numpy(), f"{name}, median {float(absolute.median()):.1e}"
+            logs.hist(shown, bins=80, histtype="stepfilled", alpha=0.35, color=color, lw=0)
+            logs.hist(shown, bins=80, histtype="step", color=color, lw=1.5, label=label)
+            units.hist(means["relative"].numpy(), bins=60, range=(0, 4), histtype="step", color=color, density=True)
+        at = torch.linspace(0, 4, 200)
+        density = (2 / torch.pi) ** 0.5 * torch.exp(-at.square() / 2)
+        units.plot(at.numpy(), density.numpy(), color=LIGHT.text, lw=1.2, ls=":")
+        units.set(xlabel="|mean(w⁰)| in units of σ/√M    (dotted: half-normal density)", ylabel="density")
+        logs.set(xlabel="log₁₀ |mean(w⁰)|", ylabel="weight vectors")
+        logs.legend(frameon=False, loc="upper left", fontsize=9)
+        logs.set_xlim(left=-7)
+    title = f"ResNet-50: the means of its {sum(shape[0] for shape in shapes):,} weight vectors before training"
+    return Figure(title, image, ("scheme", "log10_mean_from", "log10_mean_to", "count"), rows)
 
 
-def _norms(step: TrainingStep, arm: str, names: Iterable[str]) -> list[list[float]]:
-    """Norm and largest entry of the gradient that the optimizer receives, of each named layer and of all parameters."""
-    trained = [entry for entry in step.layout.entries if entry.parameter.requires_grad]
-    gradients = [(gradient_of(entry.parameter), None if arm == NONE else entry.vectors) for entry in trained]
-    parts = dict(zip((entry.name for entry in trained), effects(gradients), strict=True))
-    shown = [*(parts[name] for name in names), combine_effects([*parts.values()])]
-    return [[effect.centered_norm, effect.centered_largest] for effect in shown]
-
-
-def _draw_norms(places: list[str], values: dict[str, Tensor]) -> Any:
-    steps = values[NONE].shape[1]
-    width = max(1, steps // 70)
-    at = [start + (width - 1) / 2 for start in range(0, steps, width)]
-    with drawing(5.2) as image:
-        axes = image.subplots(2, len(places), squeeze=False, sharex=True)
-        for place, title in enumerate(places):
-            for row, axis in enumerate(axes[:, place]):
-                for arm, name in zip(GRADIENT_ARMS, ("∇L, without GC", "Φ(∇L), with GC"), strict=True):
-                    median, low, high = _smoothed(values[arm][:, :, place, row], width)
-                    plot_arm(axis, arm, at, median, lw=1.6, label=name)
-                    axis.fill_between(at, low, high, color=LIGHT.arms[arm], alpha=0.15, lw=0)
-                axis.set_yscale("log")
-            axes[0][place].set_title(title, loc="left", fontweight="bold")
-            axes[1][place].set_xlabel("step" if width == 1 else f"step ({width} steps per point)")
-        axes[0][0].set_ylabel("L2 norm")
-        axes[1][0].set_ylabel("largest |entry|")
-        put_legend(image, axes[0][0])
-    return image
-
-
-def _smoothed(values: Tensor, width: int) -> list[list[float]]:
-    """The quartiles over the seeds and over ``width`` neighboring steps; zeros have no place on a logarithmic axis."""
-    windows = torch.split(values.where(values > 0, math.nan), width, dim=1)
-    return torch.stack([torch.nanquantile(window.flatten(), _QUARTILES) for window in windows], dim=1).tolist()
+def _resnet50_shapes() -> Iterator[tuple[int, ...]]:
+    """The shapes of ResNet-50's convolutions and of its linear layer (He et al. 2016)."""
+    yield 64, 3, 7, 7
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            yield from ((width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1))
+            if block == 0:
+                yield 4 * width, channels, 1, 1
+            channels = 4 * width
+    yield 1000, 2048
 
 
 def shares_figure(study: Study) -> Figure:
