@@ -24,15 +24,10 @@ SCHEMES = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal
 
 
 class InitialMeans(NamedTuple):
-    """The means of a layer's initial weight vectors.
+    """The means of a layer's initial weight vectors."""
 
-    Attributes:
-        absolute: |mean(w⁰)| of each weight vector, shape ``[count]``.
-        expected: the theoretical standard deviation of these means, σ/√M for weights of standard deviation σ.
-    """
-
-    absolute: Tensor
-    expected: float
+    absolute: Tensor  # |mean(w⁰)| of each weight vector, shape [count]
+    expected: float  # the theoretical standard deviation of these means, σ/√M for weights of standard deviation σ
 
 
 def initial_means(shape: Sequence[int], scheme: str, *, seed: int = 0) -> InitialMeans:

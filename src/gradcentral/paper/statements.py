@@ -62,9 +62,7 @@ def measure_all(
     Args:
         model: freshly initialized; left unchanged. The copies train in training mode; modules that are in evaluation
             mode while the model is in training mode (frozen BatchNorm) stay in it.
-        loss: ``loss(output, target)`` -> scalar.
-        batches: pairs ``(input, target)``, or mappings, used as ``model(**batch)`` and ``loss(output, batch)``;
-            iterated over once.
+        loss, batches: as in `hessian_vector_product`; the batches are iterated over once.
         optimizer: ``factory(parameters)`` -> a plain ``torch.optim.Optimizer``, without GC.
         gamma: the constant added to the inputs of a layer for theorem 4.1.
         tolerance: the tolerance of the Hessian's largest eigenvalue.

@@ -15,18 +15,10 @@ from torch import Tensor, nn
 from gradcentral.attach import centralize
 from gradcentral.diagnostics.batches import loss_of, to_device
 from gradcentral.diagnostics.preserve import preserve_state
+from gradcentral.experiment import training
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.determinism import derive, seed_everything
 from gradcentral.experiment.task import Task
-from gradcentral.experiment.training import (
-    fresh_model,
-    fresh_optimizer,
-    fresh_schedule,
-    loader_of,
-    orders_of,
-    pair_of,
-    steps_of,
-)
 from gradcentral.layout import Entry, WeightLayout, weight_layout
 
 __all__ = ["Study", "TrainingStep", "gradient_of", "layer_label"]
@@ -70,18 +62,18 @@ class Study:
     @property
     def steps(self) -> int:
         """The number of steps per run."""
-        return steps_of(self.task, self.epochs)
+        return training.steps_of(self.task, self.epochs)
 
     def fresh_model(self) -> nn.Module:
         """The initial model of a run of the first seed; the global generators are left unchanged."""
         with preserve_state():
-            return fresh_model(self.task, self.seed).to(self.device)
+            return training.fresh_model(self.task, self.seed).to(self.device)
 
     def batches(self, seed: int) -> Iterator[tuple[Any, Any]]:
         """All batches of a run in order, the same as in a comparison."""
-        for order in itertools.islice(orders_of(self.task, seed), self.epochs):
-            for batch in loader_of(self.task, order):
-                yield to_device(pair_of(batch), self.device)
+        for order in itertools.islice(training.orders_of(self.task, seed), self.epochs):
+            for batch in training.loader_of(self.task, order):
+                yield to_device(training.pair_of(batch), self.device)
 
     def train(self, arm: str, seed: int, steps: int | None = None) -> Iterable[TrainingStep]:
         """Train an arm, for all epochs or some steps: yield after each backward pass, then let the optimizer step.
@@ -93,9 +85,9 @@ class Study:
 
     def _train(self, arm: str, seed: int) -> Iterator[TrainingStep]:
         with preserve_state():
-            model = fresh_model(self.task, seed).to(self.device)
-            optimizer = fresh_optimizer(self.task, self.optimizer, model)
-            schedule = fresh_schedule(self.task, optimizer, self.steps)
+            model = training.fresh_model(self.task, seed).to(self.device)
+            optimizer = training.fresh_optimizer(self.task, self.optimizer, model)
+            schedule = training.fresh_schedule(self.task, optimizer, self.steps)
             layout = weight_layout(model) if arm == NONE else centralize(optimizer, model, arm).layout
             seed_everything(derive(seed, "training"))
             for index, batch in enumerate(self.batches(seed)):

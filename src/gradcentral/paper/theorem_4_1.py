@@ -25,23 +25,14 @@ _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Response(NamedTuple):
-    """The change of one layer's outputs under x → x + γ1; tensors have one number per unit, in double precision.
+    """The change of one layer's outputs under x → x + γ1; tensors have one number per unit, in double precision."""
 
-    Attributes:
-        name: the name of the layer's weight.
-        predicted: γ·1ᵀw⁰, from the initial weights w⁰.
-        measured: the change of the output, averaged over the batch and over positions.
-        error: the largest |change − predicted| over the batch and over positions.
-        scale: |γ|·√M·max(‖w⁰‖, ‖w‖), the largest change that weights of this length could cause.
-        intensity: the largest |x| of the layer's inputs.
-    """
-
-    name: str
-    predicted: Tensor
-    measured: Tensor
-    error: Tensor
-    scale: Tensor
-    intensity: float
+    name: str  # of the layer's weight
+    predicted: Tensor  # γ·1ᵀw⁰, from the initial weights w⁰
+    measured: Tensor  # the change of the output, averaged over the batch and over positions
+    error: Tensor  # the largest |change − predicted| over the batch and over positions
+    scale: Tensor  # |γ|·√M·max(‖w⁰‖, ‖w‖), the largest change that weights of this length could cause
+    intensity: float  # the largest |x| of the layer's inputs
 
 
 def hyperplane(model: nn.Module, before: nn.Module, steps: int, layout: WeightLayout | None = None) -> Measurement:
@@ -80,12 +71,7 @@ def hyperplane(model: nn.Module, before: nn.Module, steps: int, layout: WeightLa
 
 
 def intensity_shift(
-    model: nn.Module,
-    before: nn.Module,
-    batch: Batch,
-    steps: int,
-    gamma: float = 1.0,
-    layout: WeightLayout | None = None,
+    model: nn.Module, before: nn.Module, batch: Batch, steps: int, gamma: float = 1, layout: WeightLayout | None = None
 ) -> Measurement:
     """Theorem 4.1: adding γ to all inputs of a unit changes its output by γ·1ᵀw⁰, however long it was trained.
 
@@ -110,7 +96,7 @@ def intensity_shift(
 
 
 def intensity_responses(
-    model: nn.Module, before: nn.Module, batch: Batch, gamma: float = 1.0, *, layout: WeightLayout | None = None
+    model: nn.Module, before: nn.Module, batch: Batch, gamma: float = 1, *, layout: WeightLayout | None = None
 ) -> list[Response]:
     """Add γ to all inputs of each layer, one layer at a time, and compare the change of its outputs with γ·1ᵀw⁰.
 

@@ -39,8 +39,7 @@ _LANCZOS: dict[str, Any] = {"tolerance": 1e-2, "max_iterations": 30}
 def geometry_figure(study: Study) -> Figure:
     """Figure 2 of the paper: the trajectory of a real neuron, and the hyperplane on which GC keeps it.
 
-    It is the neuron of the largest linear layer whose first gradient has the largest mean: GC changes its first step
-    most.
+    It is the neuron of the largest linear layer whose first gradient has the largest mean, which GC changes most.
     """
     name = study.example_layers[-1].name
     changes: dict[str, Tensor] = {}
@@ -186,15 +185,12 @@ def landscape_figure(study: Study) -> Figure:
     points: list[_Point] = []
     every = max(1, study.steps // _POINTS)
     for arm in _ARMS:
-        last: TrainingStep | None = None
-        start: list[Tensor] = []
+        last: tuple[TrainingStep, list[Tensor]] | None = None
         for step in study.train(arm, study.seed):
-            if last is not None:
-                # Only now the optimizer has made the last step.
-                points.append(_measure(study, arm, last, start))
-                last = None
-            if step.number % every == 0:
-                last, start = step, [w.detach().clone() for w in step.model.parameters()]
+            if last is not None:  # only now the optimizer has made the last step
+                points.append(_measure(study, arm, *last))
+            starts_here = step.number % every == 0
+            last = (step, [w.detach().clone() for w in step.model.parameters()]) if starts_here else None
     title = f"{study.task.name}, {study.optimizer}: the loss along training, with and without GC"
     return Figure(title, _draw_landscape(points), _Point._fields, points)
 
@@ -240,15 +236,13 @@ def _draw_landscape(points: list[_Point]) -> Any:
             for arm, name in zip(_ARMS, ("without GC", "with GC"), strict=True):
                 shown = [point for point in points if point.arm == arm]
                 steps, lines = [p.step for p in shown], [[getattr(p, field) for p in shown] for field in fields]
+                color, width = LIGHT.arms[arm], 1.7 if len(lines) == 1 else 0.9
                 for line in lines:
-                    axis.plot(
-                        steps, line, STYLES[arm], color=LIGHT.arms[arm], lw=1.7 if len(lines) == 1 else 0.9, label=name
-                    )
+                    axis.plot(steps, line, STYLES[arm], color=color, lw=width, label=name)
                 if len(lines) > 1:
-                    axis.fill_between(steps, *lines, color=LIGHT.arms[arm], alpha=0.3, lw=0)
-            axis.set_yscale("log")
+                    axis.fill_between(steps, *lines, color=color, alpha=0.3, lw=0)
             axis.set_title(title, loc="left", fontweight="bold", fontsize=10)
             axis.set_ylabel(label, fontsize=8)
-            axis.set_xlabel("step")
+            axis.set(yscale="log", xlabel="step")
         put_legend(image, axes[1])
     return image
