@@ -295,7 +295,7 @@ def test_a_network_without_weight_vectors_is_refused_with_the_reason(tmp_path: P
 def test_a_single_step_is_refused_if_a_figure_needs_more_and_the_suggested_epochs_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradcentral.paper.figures.Figure.write", lambda figure, folder, name: None)
+    monkeypatch.setattr("gradcentral.paper.study.Figure.write", lambda figure, folder, name: None)
     whole = make_task(batch_size=40, epochs=1)
     message = refused(tmp_path, whole)
     assert message.startswith("epochs: a run is a single step, and geometry, gradient-norms, learning, landscape")
@@ -344,7 +344,7 @@ def test_every_figure_shows_its_progress(tmp_path: Path, monkeypatch: pytest.Mon
         names.append(description)
 
     shown: list[bool] = []
-    monkeypatch.setattr("gradcentral.paper.figures.Figure.write", lambda figure, folder, name: None)
+    monkeypatch.setattr("gradcentral.paper.study.Figure.write", lambda figure, folder, name: None)
 
     def silently(task: Task, **options: Any) -> Any:
         shown.append(options.pop("progress"))
@@ -360,7 +360,7 @@ def test_every_figure_shows_its_progress(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_terminal_shows_a_bar_and_everything_else_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gradcentral.paper.figures.Figure.write", lambda figure, folder, name: None)
+    monkeypatch.setattr("gradcentral.paper.study.Figure.write", lambda figure, folder, name: None)
     draw_all(make_task(), out=tmp_path, only=["operation"])
     assert capsys.readouterr().out == "operation: done\n"
     monkeypatch.setenv("FORCE_COLOR", "1")

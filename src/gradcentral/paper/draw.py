@@ -19,11 +19,10 @@ from gradcentral.experiment.task import CustomTask, Task, check_count
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import optional
 from gradcentral.layout import weight_layout
-from gradcentral.paper.figures import Figure, write_csv
 from gradcentral.paper.figures.before_training import initial_means_figure, operation_figure, shares_figure
 from gradcentral.paper.figures.training import geometry_figure, gradient_norms_figure, landscape_figure, learning_figure
 from gradcentral.paper.statements import Measurements, measure_all
-from gradcentral.paper.study import Study
+from gradcentral.paper.study import Figure, Study, write_csv
 
 __all__ = ["FIGURES", "STATEMENTS", "FigureSet", "draw_all", "statement_table"]
 
@@ -90,7 +89,6 @@ def draw_all(
     check_count("seeds", seeds)
     epochs = loaded.epochs if epochs is None else epochs
     check_count("epochs", epochs)
-    _check_device(device)
     folder, optimizer = Path(out or f"runs/figures-{loaded.name}"), optimizer or next(iter(loaded.optimizers))
     study = Study(loaded, task, optimizer, tuple(range(seeds)), epochs, device, folder / "runs", progress)
     _check(study, chosen)
@@ -169,15 +167,12 @@ def _chosen(only: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(name for name in known if name in only)
 
 
-def _check_device(device: str) -> None:
-    check_device(device, amp=False)
-    try:
-        torch.empty(1, dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError) as error:
-        raise TaskError(f"device: {device!r} has no double precision, which the figures need; use cpu") from error
-
-
 def _check(study: Study, chosen: Sequence[str]) -> None:
+    check_device(study.device, amp=False)
+    try:
+        torch.empty(1, dtype=torch.float64, device=study.device)
+    except (TypeError, RuntimeError) as error:
+        raise TaskError(f"device: {study.device!r} has no double precision, which the figures need; use cpu") from error
     if not study.example_layers:
         layout = weight_layout(study.fresh_model())
         reasons = ", ".join(dict.fromkeys(layout.skipped.values())) or "they do not train"

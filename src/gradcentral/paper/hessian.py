@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradcentral.diagnostics.batches import loss_of
@@ -39,7 +40,7 @@ class Eigenvalue(NamedTuple):
     converged: bool
 
 
-def hessian_vector_product(model: nn.Module, loss: Loss, batch: Batch, vector: Mapping[_P, Tensor]) -> dict[_P, Tensor]:
+def hessian_vector_product(model: Module, loss: Loss, batch: Batch, vector: Mapping[_P, Tensor]) -> dict[_P, Tensor]:
     """∇²L v, exact, for the Hessian over the parameters that are the keys of ``vector``.
 
     Args:
@@ -74,7 +75,7 @@ def hessian_vector_product(model: nn.Module, loss: Loss, batch: Batch, vector: M
 
 
 def hessian_matrix(
-    model: nn.Module,
+    model: Module,
     loss: Loss,
     batch: Batch,
     *,
@@ -103,7 +104,7 @@ def hessian_matrix(
 
 
 def top_eigenvalue(
-    model: nn.Module,
+    model: Module,
     loss: Loss,
     batch: Batch,
     *,
@@ -139,13 +140,7 @@ def top_eigenvalue(
 
 
 def projected_norm(
-    model: nn.Module,
-    loss: Loss,
-    batch: Batch,
-    layout: WeightLayout,
-    *,
-    tolerance: float = 1e-3,
-    max_iterations: int = 60,
+    model: Module, loss: Loss, batch: Batch, layout: WeightLayout, *, tolerance: float = 1e-3, max_iterations: int = 60
 ) -> Eigenvalue:
     """‖P∇²L‖, the spectral norm of the centered gradient's derivative.
 
@@ -214,7 +209,7 @@ def _spectrum_ends(diagonal: list[float], off_diagonal: list[float], tolerance: 
 
 
 @contextmanager
-def _hessian(model: nn.Module, loss: Loss, batch: Batch, parameters: Sequence[Tensor]) -> Iterator[_Multiply]:
+def _hessian(model: Module, loss: Loss, batch: Batch, parameters: Sequence[Tensor]) -> Iterator[_Multiply]:
     """v -> ∇²L v on flat vectors. The graph of the gradient is built once and traversed for each product."""
     # The fused attention kernels cannot be differentiated twice.
     with preserve_state(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -247,7 +242,7 @@ def _projection(parameters: Sequence[Tensor], layout: WeightLayout | None) -> _M
     return project
 
 
-def _checked(model: nn.Module, parameters: Iterable[Tensor] | None) -> dict[Tensor, str]:
+def _checked(model: Module, parameters: Iterable[Tensor] | None) -> dict[Tensor, str]:
     """The parameters to differentiate by, by default all that require a gradient, with their names."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     chosen = [p for p in names if p.requires_grad] if parameters is None else [*parameters]

@@ -62,7 +62,8 @@ def measure_all(
     Args:
         model: freshly initialized; left unchanged. The copies train in training mode; modules that are in evaluation
             mode while the model is in training mode (frozen BatchNorm) stay in it.
-        loss, batches: as in `hessian_vector_product`; the batches are iterated over once.
+        loss: ``loss(output, target)`` -> scalar.
+        batches: pairs ``(input, target)``, or mappings for ``model(**batch)`` and ``loss(output, batch)``; read once.
         optimizer: ``factory(parameters)`` -> a plain ``torch.optim.Optimizer``, without GC.
         gamma: the constant added to the inputs of a layer for theorem 4.1.
         tolerance: the tolerance of the Hessian's largest eigenvalue.
@@ -76,8 +77,6 @@ def measure_all(
         TypeError: a batch is neither a pair nor a mapping; a parameter is complex.
 
     Examples:
-        >>> import torch
-        >>> from functools import partial
         >>> batches = [(torch.randn(8, 5), torch.randn(8, 2)) for _ in range(3)]
         >>> sgd = partial(torch.optim.SGD, lr=0.1, weight_decay=0.01)
         >>> found = measure_all(torch.nn.Linear(5, 2), torch.nn.functional.mse_loss, batches, sgd)

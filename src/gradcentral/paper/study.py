@@ -1,9 +1,11 @@
-"""Training runs of a task that the figures inspect at every step."""
+"""What all figures share: the training runs of a task, which they inspect at every step, and a figure with its data."""
 
 from __future__ import annotations
 
+import csv
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +22,9 @@ from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.determinism import derive, seed_everything
 from gradcentral.experiment.task import Task
 from gradcentral.layout import Entry, WeightLayout, weight_layout
+from gradcentral.plotting import LIGHT, new_figure, style, to_png, to_svg
 
-__all__ = ["Study", "TrainingStep", "gradient_of", "layer_label"]
+__all__ = ["Figure", "Study", "TrainingStep", "drawing", "gradient_of", "layer_label", "put_legend", "write_csv"]
 
 
 class TrainingStep(NamedTuple):
@@ -118,3 +121,37 @@ def layer_label(entry: Entry) -> str:
 def gradient_of(parameter: Tensor) -> Tensor:
     """A parameter's gradient, dense; zero where the loss does not depend on it."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().to_dense()
+
+
+class Figure(NamedTuple):
+    """A matplotlib figure with its title, and the plotted numbers as a table."""
+
+    title: str
+    image: Any
+    header: tuple[str, ...]
+    rows: Sequence[Sequence[Any]]
+
+    def write(self, folder: Path, name: str) -> None:
+        """Write ``name.png``, ``name.svg`` and ``name.csv`` into a folder."""
+        (folder / f"{name}.png").write_bytes(to_png(self.image, self.title))
+        (folder / f"{name}.svg").write_bytes(to_svg(self.image))
+        write_csv(folder / f"{name}.csv", self.header, self.rows)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write a table; None becomes an empty cell."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+@contextmanager
+def drawing(height: float) -> Iterator[Any]:
+    """A new figure of the width of a page, to be drawn in the block."""
+    with style(LIGHT):
+        yield new_figure(9.8, height)
+
+
+def put_legend(figure: Any, axis: Any) -> None:
+    """Put the legend of an axis next to the figure's title."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(handles), frameon=False)

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.probing import probe_task
-from gradcentral.paper.figures import Figure, drawing
 from gradcentral.paper.gradients import as_rows
 from gradcentral.paper.initial_weights import sampled_means
-from gradcentral.paper.study import Study, gradient_of, layer_label
+from gradcentral.paper.study import Figure, Study, drawing, gradient_of, layer_label
 from gradcentral.plotting import LIGHT
 from gradcentral.projection import center
 

@@ -16,10 +16,9 @@ from gradcentral.experiment.arms import ARMS, NONE
 from gradcentral.experiment.plots import Series, draw_series, scale
 from gradcentral.experiment.run_comparison import compare
 from gradcentral.layout import WeightLayout
-from gradcentral.paper.figures import Figure, drawing, put_legend
 from gradcentral.paper.gradients import as_rows
 from gradcentral.paper.hessian import top_eigenvalue
-from gradcentral.paper.study import Study, TrainingStep, gradient_of, layer_label
+from gradcentral.paper.study import Figure, Study, TrainingStep, drawing, gradient_of, layer_label, put_legend
 from gradcentral.plotting import LIGHT, STYLES
 from gradcentral.projection import center
 
