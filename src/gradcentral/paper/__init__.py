@@ -3,8 +3,6 @@
 Source: Yong, Huang, Hua and Zhang, Gradient Centralization, ECCV 2020, arXiv 2004.01461.
 """
 
-from __future__ import annotations
-
 from gradcentral.paper.draw import FIGURES, draw_all
 from gradcentral.paper.hessian import Eigenvalue, hessian_matrix, hessian_vector_product, projected_norm, top_eigenvalue
 from gradcentral.paper.initial_weights import centered_initialization, initial_means, initial_means_near_zero

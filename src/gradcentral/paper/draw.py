@@ -63,9 +63,7 @@ def draw_all(
     device: str = "cpu",
     progress: bool = True,
 ) -> FigureSet:
-    """Measure and draw the paper's figures and statements with a task's own network and data.
-
-    Writes a PNG, an SVG and a CSV file per figure, and ``statements.csv``.
+    """Draw the paper's figures as PNG, SVG and CSV, and measure its statements, with a task's own network and data.
 
     Args:
         task: a `Task`, a file that defines ``task``, or the name of a built-in task.
@@ -143,7 +141,7 @@ def _figure(name: str, study: Study, chosen: Sequence[str]) -> Figure:
 
 def _statements(study: Study, folder: Path) -> Measurements:
     steps = min(study.steps, _STATEMENT_STEPS)
-    batches = study.track(itertools.islice(study.batches(study.seed), steps), steps)
+    batches = study.track(itertools.islice(study.batches(study.seeds[0]), steps), steps)
     try:
         found = measure_all(study.fresh_model(), study.task.loss, batches, study.task.optimizers[study.optimizer])
     except ValueError as error:

@@ -16,10 +16,8 @@ from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["Batch", "Loss", "along_e", "as_rows", "centered_layout", "double_rows", "gradients_of"]
 
-Loss: TypeAlias = Callable[[Any, Any], Tensor]
-"""``loss(output, target)`` -> scalar tensor."""
-Batch: TypeAlias = "tuple[Any, Any] | Mapping[str, Any]"
-"""``(input, target)``, or a mapping, used as ``model(**batch)`` and ``loss(output, batch)``."""
+Loss: TypeAlias = Callable[[Any, Any], Tensor]  # loss(output, target) -> scalar
+Batch: TypeAlias = "tuple[Any, Any] | Mapping[str, Any]"  # a mapping is used as model(**batch) and loss(output, batch)
 
 
 def gradients_of(model: nn.Module, loss: Loss, batch: Batch, layout: WeightLayout) -> dict[Tensor, Tensor]:

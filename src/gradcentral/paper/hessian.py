@@ -188,23 +188,22 @@ def lanczos(multiply: _Multiply, start: Tensor, tolerance: float, max_iterations
             for earlier in basis:
                 image = image - (earlier @ image) * earlier
         off_diagonal.append(float(image.norm()))
+        if not math.isfinite(diagonal[-1] + off_diagonal[-1]):
+            return Eigenvalue(math.nan, math.nan, len(basis), converged=False)
         top, other = _spectrum_ends(diagonal, off_diagonal, tolerance)
         # If both ends of the spectrum are about as far from zero, the smaller one may converge first.
-        settled = other.converged or abs(other.value) + other.residual <= abs(top.value)
-        if (top.converged and settled) or not math.isfinite(top.residual) or len(basis) in (max_iterations, len(start)):
-            return top._replace(converged=top.converged and settled)
+        converged = top.converged and (other.converged or abs(other.value) + other.residual <= abs(top.value))
+        if converged or len(basis) in (max_iterations, len(start)):
+            return top._replace(converged=converged)
         basis.append(image / off_diagonal[-1])
 
 
 def _spectrum_ends(diagonal: list[float], off_diagonal: list[float], tolerance: float) -> list[Eigenvalue]:
     """Estimates of both ends of the spectrum, the one of larger absolute value first."""
-    n = len(diagonal)
-    if not all(map(math.isfinite, (*diagonal, *off_diagonal))):
-        return [Eigenvalue(math.nan, math.nan, n, converged=False)] * 2
     main, beside = (torch.tensor(numbers, dtype=torch.float64) for numbers in (diagonal, off_diagonal[:-1]))
     values, vectors = torch.linalg.eigh(torch.diag(main) + torch.diag(beside, -1))  # which reads the lower triangle
     ends = [(float(values[end]), off_diagonal[-1] * abs(float(vectors[-1, end]))) for end in (-1, 0)]
-    found = [Eigenvalue(value, residual, n, residual <= tolerance * abs(value)) for value, residual in ends]
+    found = [Eigenvalue(value, residual, len(main), residual <= tolerance * abs(value)) for value, residual in ends]
     return sorted(found, key=lambda end: -abs(end.value))
 
 

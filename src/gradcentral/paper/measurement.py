@@ -28,10 +28,8 @@ class Measurement(NamedTuple):
 
     Attributes:
         source: the equation, theorem or section of Yong et al. 2020.
-        statement: the statement in words.
-        formula: the formula of ``value``, in the paper's symbols.
-        value: the largest number found.
-        bound: the largest number for which the statement holds.
+        statement, formula: the statement in words, and the formula of ``value`` in the paper's symbols.
+        value, bound: the largest number found, and the largest for which the statement holds.
         allowance: how the bound is computed, rounding included.
         where: the weight vector of the largest number, or how the number was computed.
         without: the same number after the same training without GC, if the statement is about training.
@@ -68,8 +66,6 @@ def largest(values: _PerUnit) -> tuple[float, str]:
     for name, numbers in values.items():
         unit = int(numbers.argmax())  # the position of a NaN, if there is one
         found[f"{name}, unit {unit}"] = float(numbers[unit])
-    if not found:
-        raise ValueError("there is nothing to measure")
     where = max(found, key=lambda unit: (math.isnan(found[unit]), found[unit]))
     return found[where], where
 

@@ -69,8 +69,7 @@ def measure_all(
         tolerance: the tolerance of the Hessian's largest eigenvalue.
 
     Returns:
-        A list of `Measurement`. Its ``skipped`` has the statements for which the network lacks a layer, such as
-        theorem 4.1 without a Linear or convolution.
+        A list of `Measurement`; its ``skipped`` has the statements about layers that the network does not have.
 
     Raises:
         ValueError: there is no batch; nothing is centered; the model cannot be copied.
@@ -84,8 +83,12 @@ def measure_all(
         (15, True, [])
     """
     initial_weights.check_copyable(model)
-    with_gc, without_gc = copy.deepcopy(model), copy.deepcopy(model)
-    gc_optimizer, plain_optimizer = _training(with_gc, optimizer), _training(without_gc, optimizer)
+    with_gc = copy.deepcopy(model)
+    if not model.training:  # modules that are frozen in a training model stay in evaluation mode
+        with_gc.train()
+    without_gc = copy.deepcopy(with_gc)
+    trained = [[p for p in copied.parameters() if p.requires_grad] for copied in (with_gc, without_gc)]
+    gc_optimizer, plain_optimizer = map(optimizer, trained)
     centralize(gc_optimizer, with_gc, "update")
     first, steps = None, 0
     with preserve_state():
@@ -96,7 +99,6 @@ def measure_all(
             _step(without_gc, plain_optimizer, loss, batch)
     if first is None:
         raise ValueError("batches: give at least one (input, target)")
-    hyperplane = partial(theorem_4_1.hyperplane, before=model, steps=steps)
     shift = partial(theorem_4_1.intensity_shift, before=model, batch=first, steps=steps, gamma=gamma)
     curvature = partial(theorem_4_2.gradient_lipschitzness, with_gc, loss, first, tolerance=tolerance)
 
@@ -104,20 +106,13 @@ def measure_all(
         return [measure(with_gc)._replace(without=measure(without_gc).value)]
 
     found = Measurements(theorem_4_2.projection_identities(with_gc, loss, first))
-    found += compared(hyperplane)
+    found += compared(partial(theorem_4_1.hyperplane, before=model, steps=steps))
     found.add("theorem 4.1", theorem_4_1.THEOREM_4_1, lambda: compared(shift))
     found.add("section 4.1", initial_weights.SECTION_4_1, lambda: initial_weights.initial_means_near_zero(model))
     found.append(initial_weights.centered_initialization(model))
     found += theorem_4_2.loss_lipschitzness(with_gc, loss, first)
     found.add("theorem 4.2", theorem_4_2.THEOREM_4_2, curvature)
     return found
-
-
-def _training(model: nn.Module, factory: Callable[[list[nn.Parameter]], Optimizer]) -> Optimizer:
-    """Make the optimizer of a model in training mode; modules frozen in a training model stay in evaluation mode."""
-    if not model.training:
-        model.train()
-    return factory([p for p in model.parameters() if p.requires_grad])
 
 
 def _step(model: nn.Module, optimizer: Optimizer, loss: Loss, batch: Batch) -> None:

@@ -53,11 +53,6 @@ class Study:
     track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda iterable, total: iterable
 
     @property
-    def seed(self) -> int:
-        """The first seed."""
-        return self.seeds[0]
-
-    @property
     def seed_label(self) -> str:
         """The number of seeds in words: "1 seed", "5 seeds"."""
         return f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
@@ -70,7 +65,7 @@ class Study:
     def fresh_model(self) -> nn.Module:
         """The initial model of a run of the first seed; the global generators are left unchanged."""
         with preserve_state():
-            return training.fresh_model(self.task, self.seed).to(self.device)
+            return training.fresh_model(self.task, self.seeds[0]).to(self.device)
 
     def batches(self, seed: int) -> Iterator[tuple[Any, Any]]:
         """All batches of a run in order, the same as in a comparison."""
@@ -79,10 +74,7 @@ class Study:
                 yield to_device(training.pair_of(batch), self.device)
 
     def train(self, arm: str, seed: int, steps: int | None = None) -> Iterable[TrainingStep]:
-        """Train an arm, for all epochs or some steps: yield after each backward pass, then let the optimizer step.
-
-        Runs of one seed start from the same weights and get the same batches, as in a comparison.
-        """
+        """Train an arm as a comparison does, for all epochs or some steps: yield after each backward pass."""
         steps = self.steps if steps is None else steps
         return self.track(itertools.islice(self._train(arm, seed), steps), steps)
 

@@ -150,10 +150,9 @@ def gradient_lipschitzness(
     norm, (eps, dtype) = abs(whole.value), coarsest_eps(p for p in model.parameters() if p.requires_grad)
     bound = norm * (1 + _CURVATURE * eps) + whole.residual
     allowance = f"‖∇²L‖ = {norm:.4g}, times 1 + {_CURVATURE} eps({dtype}), + its residual {whole.residual:.1e}"
-    for formula, projected in (
-        ("‖P∇²L‖", projected_norm(model, loss, batch, layout, tolerance=tolerance)),
-        ("‖P∇²LP‖", top_eigenvalue(model, loss, batch, layout=layout, tolerance=tolerance)),
-    ):
+    norms = {"‖P∇²L‖": projected_norm(model, loss, batch, layout, tolerance=tolerance)}
+    norms["‖P∇²LP‖"] = top_eigenvalue(model, loss, batch, layout=layout, tolerance=tolerance)
+    for formula, projected in norms.items():
         where = f"{projected.iterations} Lanczos iterations, residual {projected.residual:.1e}"
         where += "" if projected.converged and whole.converged else ", NOT converged"
         statement, value = f"{THEOREM_4_2}: the whole network", abs(projected.value)

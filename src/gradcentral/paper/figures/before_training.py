@@ -24,7 +24,7 @@ _UNITS, _WEIGHTS = 24, 72
 
 def operation_figure(study: Study) -> Figure:
     """Figure 1 of the paper: Φ as matrices before and after, with the real gradients of the first training step."""
-    (step,) = study.train(NONE, study.seed, steps=1)
+    (step,) = study.train(NONE, study.seeds[0], steps=1)
     layers, numbers = study.example_layers, []
     with drawing(0.4 + 2.9 * len(layers)) as image:
         for entry, panel in zip(layers, image.subfigures(len(layers), 1, squeeze=False).flat, strict=True):
@@ -71,16 +71,15 @@ def _draw_operation(panel: Any, before: Tensor, after: Tensor, means: list[float
 def initial_means_figure(study: Study) -> Figure:
     """Figure 3 of the paper: log₁₀ |mean(w⁰)| of every weight vector of ResNet-50.
 
-    The weights are sampled in the shapes of the layers, so no network is built. The paper's figure shows Kaiming
-    initialization and pretrained weights; this one shows the two initializations of section 4.1, without pretrained
-    weights, which would have to be downloaded.
+    The weights are sampled in the shapes of the layers, so no network is built. The paper also shows pretrained
+    weights, which would have to be downloaded, in place of Xavier initialization.
     """
     shapes, rows = list(_resnet50_shapes()), []
     with drawing(3.6) as image:
         logs, units = image.subplots(1, 2)
         schemes = (("xavier_normal", "Xavier", "gradient"), ("kaiming_normal", "Kaiming", "update"))
         for index, (scheme, name, arm) in enumerate(study.track(schemes, len(schemes))):
-            means, color = sampled_means(shapes, scheme, study.seed + index * len(shapes)), LIGHT.arms[arm]
+            means, color = sampled_means(shapes, scheme, study.seeds[0] + index * len(shapes)), LIGHT.arms[arm]
             absolute = means["absolute"]
             counts, edges = torch.histogram(absolute.clamp_min(1e-12).log10(), 60)
             bins = zip(edges.tolist(), edges[1:].tolist(), counts.int().tolist(), strict=False)
@@ -115,7 +114,7 @@ def _resnet50_shapes() -> Iterator[tuple[int, ...]]:
 
 def shares_figure(study: Study) -> Figure:
     """The share of each layer's gradient that GC removes before training: the plot of `gradcentral.probe`."""
-    (report,) = study.track((probe_task(study.task, seed=seed, device=study.device) for seed in (study.seed,)), 1)
+    (report,) = study.track((probe_task(study.task, seed=seed, device=study.device) for seed in study.seeds[:1]), 1)
     columns = ("name", "kind", "share", "spread", "finding")
     rows = [[getattr(layer, column) for column in columns] for layer in report.layers]
     return Figure(f"{study.task.name}: where GC acts before training", report.plot(LIGHT), columns, rows)

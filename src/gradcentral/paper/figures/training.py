@@ -45,7 +45,7 @@ def geometry_figure(study: Study) -> Figure:
     unit = -1
     for arm in ARMS:
         weights = []
-        for step in study.train(arm, study.seed):
+        for step in study.train(arm, study.seeds[0]):
             parameter = step.model.get_parameter(name)
             vectors = step.layout[parameter]
             if unit < 0:
@@ -149,10 +149,7 @@ def _smoothed(values: Tensor, width: int) -> list[list[float]]:
 
 
 def learning_figure(study: Study) -> Figure:
-    """Training loss and test metric of all arms by epoch, as Figures 5 to 7 of the paper show for its data sets.
-
-    The runs are those of a comparison, which shows its own progress and keeps finished runs in ``study.runs``.
-    """
+    """Learning curves of a comparison of all arms, as Figures 5 to 7 of the paper show for its data sets."""
     options: dict[str, Any] = {"device": study.device, "out": study.runs, "progress": study.progress}
     comparison = compare(study.source, seeds=study.seeds, epochs=study.epochs, optimizers=[study.optimizer], **options)
     with drawing(3.7) as image:
@@ -185,7 +182,7 @@ def landscape_figure(study: Study) -> Figure:
     every = max(1, study.steps // _POINTS)
     for arm in _ARMS:
         last: tuple[TrainingStep, list[Tensor]] | None = None
-        for step in study.train(arm, study.seed):
+        for step in study.train(arm, study.seeds[0]):
             if last is not None:  # only now the optimizer has made the last step
                 points.append(_measure(study, arm, *last))
             starts_here = step.number % every == 0
