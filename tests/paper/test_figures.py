@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradcentral.experiment import CustomTask, Task, TaskError, compare, determinism, load_task
 from gradcentral.paper.draw import FIGURES, STATEMENTS, draw_all, statement_table
@@ -276,6 +276,21 @@ def test_a_network_with_sparse_gradients_can_be_drawn(tmp_path: Path) -> None:
     drawn = draw_all(task, out=tmp_path, seeds=1, progress=False, only=["landscape", "gradient-norms", STATEMENTS])
     assert all(measured.holds for measured in drawn.statements)
     assert len(table(tmp_path / "landscape.csv")) == 2 * 3
+
+
+def test_examples_may_be_mappings(tmp_path: Path) -> None:
+    class Named(nn.Linear):
+        def forward(self, *, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x)
+
+    data: Any = [{"x": torch.rand(6), "y": torch.randn(2)} for _ in range(20)]
+    named = make_task(model=lambda: Named(6, 2), train=data, test=data,
+                      loss=lambda output, batch: nn.functional.mse_loss(output, batch["y"]),
+                      metric=lambda output, batch: (output - batch["y"]).abs().mean())  # fmt: skip
+    only = ["geometry", "landscape", STATEMENTS]
+    drawn = draw_all(named, out=tmp_path, seeds=1, epochs=2, progress=False, only=only)
+    assert list(drawn.titles) == only[:2]
+    assert all(measured.holds for measured in drawn.statements)
 
 
 def refused(tmp_path: Path, task: Task, **options: Any) -> str:

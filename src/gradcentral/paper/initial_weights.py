@@ -121,9 +121,8 @@ def centered_initialization(model: nn.Module, layout: WeightLayout | None = None
     lengths = {w: double_rows(w, vectors).norm(dim=1) for w, vectors in layout.items()}
     center_weights_(copied, layout)
     sums = {layout.names[w]: relative(along_e(double_rows(w, vectors)), lengths[w]) for w, vectors in layout.items()}
-    return measure_largest(
-        "section 4.1", "center_weights_ sets 1ᵀw⁰ to zero", "|eᵀΦ(w⁰)| / ‖w⁰‖", sums, CENTERING, layout
-    )
+    statement = "center_weights_ sets 1ᵀw⁰ to zero"
+    return measure_largest("section 4.1", statement, "|eᵀΦ(w⁰)| / ‖w⁰‖", sums, CENTERING, layout)
 
 
 def check_copyable(model: nn.Module) -> None:

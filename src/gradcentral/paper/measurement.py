@@ -11,8 +11,7 @@ from torch import Tensor
 
 __all__ = ["CENTERING", "Measurement", "NotMeasurableError", "coarsest_eps", "measure_largest", "relative"]
 
-# One number per output unit, by the name of the parameter.
-_PerUnit: TypeAlias = dict[str, Tensor]
+_PerUnit: TypeAlias = dict[str, Tensor]  # one number per output unit, by the name of the parameter
 CENTERING = 4
 """Rounding of Φ, in eps of ‖g‖: a mean, accurate to a few bits more than eps, and one rounding of the difference."""
 

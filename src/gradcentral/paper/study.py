@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +33,7 @@ class TrainingStep(NamedTuple):
     number: int
     model: nn.Module
     layout: WeightLayout
-    batch: tuple[Any, Any]
+    batch: Any
     loss: float
 
 
@@ -67,11 +67,11 @@ class Study:
         with preserve_state():
             return training.fresh_model(self.task, self.seeds[0]).to(self.device)
 
-    def batches(self, seed: int) -> Iterator[tuple[Any, Any]]:
+    def batches(self, seed: int) -> Iterator[Any]:
         """All batches of a run in order, the same as in a comparison."""
         for order in itertools.islice(training.orders_of(self.task, seed), self.epochs):
             for batch in training.loader_of(self.task, order):
-                yield to_device(training.pair_of(batch), self.device)
+                yield to_device(batch if isinstance(batch, Mapping) else training.pair_of(batch), self.device)
 
     def train(self, arm: str, seed: int, steps: int | None = None) -> Iterable[TrainingStep]:
         """Train an arm as a comparison does, for all epochs or some steps: yield after each backward pass."""

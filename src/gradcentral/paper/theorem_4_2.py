@@ -108,16 +108,14 @@ def gradient_lipschitzness(
 ) -> list[Measurement]:
     """‖P∇²L‖ ≤ ‖∇²L‖ in the spectral norm.
 
-    The theorem is about one weight vector. It is measured exactly for the longest gradient of each parameter, and by
-    Lanczos iteration for all trainable parameters together, where P is the identity on those that are not centered.
+    The theorem is about one weight vector. First comes the exact ratio for the longest gradient of each parameter, if
+    any fan-in is small enough; then ‖P∇²L‖ and ‖P∇²LP‖ by Lanczos iteration for all trainable parameters together,
+    where P is the identity on those that are not centered.
 
     Args:
         model, loss, batch, layout: as in `projection_identities`.
         largest_fan_in: leave parameters of a larger fan-in M out of the exact part: it takes M products with ∇²L each.
         tolerance: the tolerance of the iteration (see `top_eigenvalue`).
-
-    Returns:
-        The exact ratio, if any fan-in is small enough; ‖P∇²L‖ and ‖P∇²LP‖ of the network with the bound ‖∇²L‖.
 
     Raises:
         ValueError: no trainable parameter is centered.

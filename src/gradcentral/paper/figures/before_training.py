@@ -71,7 +71,7 @@ def _draw_operation(panel: Any, before: Tensor, after: Tensor, means: list[float
 def initial_means_figure(study: Study) -> Figure:
     """Figure 3 of the paper: log₁₀ |mean(w⁰)| of every weight vector of ResNet-50.
 
-    The weights are sampled in the shapes of the layers, so no network is built. The paper also shows pretrained
+    The weights are sampled in the shapes of the layers, so no network is built. The paper shows pretrained
     weights, which would have to be downloaded, in place of Xavier initialization.
     """
     shapes, rows = list(_resnet50_shapes()), []

@@ -41,8 +41,7 @@ def geometry_figure(study: Study) -> Figure:
     It is the neuron of the largest linear layer whose first gradient has the largest mean, which GC changes most.
     """
     name = study.example_layers[-1].name
-    changes: dict[str, Tensor] = {}
-    unit = -1
+    changes, unit = {}, -1
     for arm in ARMS:
         weights = []
         for step in study.train(arm, study.seeds[0]):
