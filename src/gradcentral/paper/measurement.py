@@ -52,7 +52,7 @@ class Measurement(NamedTuple):
 def measure_largest(
     source: str, statement: str, formula: str, values: _PerUnit, factor: int, like: Iterable[Tensor], limit: int = 0
 ) -> Measurement:
-    """The largest value, which rounding in the coarsest dtype may bring ``factor`` eps over a limit."""
+    """The largest value, which rounding in the coarsest dtype of ``like`` may bring ``factor`` eps over the limit."""
     value, where = largest(values)
     eps, dtype = coarsest_eps(like)
     allowance = f"{limit} + " * (limit != 0) + f"{factor} eps({dtype})"
