@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradcentral.experiment import CustomTask, Task, TaskError, compare, determinism, load_task
 from gradcentral.paper.draw import FIGURES, STATEMENTS, draw_all, statement_table
-from gradcentral.paper.figures.landscape import landscape_figure
+from gradcentral.paper.figures.training import landscape_figure
 from gradcentral.paper.study import Study
-from gradcentral.plotting import LIGHT
 from tests.experiment.conftest import make_task
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_task.py"
@@ -279,6 +278,21 @@ def test_a_network_with_sparse_gradients_can_be_drawn(tmp_path: Path) -> None:
     assert len(table(tmp_path / "landscape.csv")) == 2 * 3
 
 
+def test_examples_may_be_mappings(tmp_path: Path) -> None:
+    class Named(nn.Linear):
+        def forward(self, *, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x)
+
+    data: Any = [{"x": torch.rand(6), "y": torch.randn(2)} for _ in range(20)]
+    named = make_task(model=lambda: Named(6, 2), train=data, test=data,
+                      loss=lambda output, batch: nn.functional.mse_loss(output, batch["y"]),
+                      metric=lambda output, batch: (output - batch["y"]).abs().mean())  # fmt: skip
+    only = ["geometry", "landscape", STATEMENTS]
+    drawn = draw_all(named, out=tmp_path, seeds=1, epochs=2, progress=False, only=only)
+    assert list(drawn.titles) == only[:2]
+    assert all(measured.holds for measured in drawn.statements)
+
+
 def refused(tmp_path: Path, task: Task, **options: Any) -> str:
     """The message of the error, which must be raised before anything is written."""
     with pytest.raises(TaskError) as caught:
@@ -296,7 +310,7 @@ def test_a_network_without_weight_vectors_is_refused_with_the_reason(tmp_path: P
 def test_a_single_step_is_refused_if_a_figure_needs_more_and_the_suggested_epochs_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradcentral.paper.draw.Figure.write", lambda figure, folder, name: figure.draw(LIGHT))
+    monkeypatch.setattr("gradcentral.paper.study.Figure.write", lambda figure, folder, name: None)
     whole = make_task(batch_size=40, epochs=1)
     message = refused(tmp_path, whole)
     assert message.startswith("epochs: a run is a single step, and geometry, gradient-norms, learning, landscape")
@@ -336,7 +350,7 @@ def test_a_study_uses_its_device() -> None:
 def test_every_figure_shows_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
 
-    def track(bars: Any, iterable: Any, *, total: int, description: str) -> Any:
+    def track(bars: Any, iterable: Any, total: int, *, description: str) -> Any:
         taken = 0
         for item in iterable:
             yield item
@@ -345,14 +359,14 @@ def test_every_figure_shows_its_progress(tmp_path: Path, monkeypatch: pytest.Mon
         names.append(description)
 
     shown: list[bool] = []
-    monkeypatch.setattr("gradcentral.paper.draw.Figure.write", lambda figure, folder, name: None)
+    monkeypatch.setattr("gradcentral.paper.study.Figure.write", lambda figure, folder, name: None)
 
     def silently(task: Task, **options: Any) -> Any:
         shown.append(options.pop("progress"))
         return compare(task, **options, progress=False, jobs=1)
 
     monkeypatch.setattr("rich.progress.Progress.track", track)
-    monkeypatch.setattr("gradcentral.paper.figures.learning.compare", silently)
+    monkeypatch.setattr("gradcentral.paper.figures.training.compare", silently)
     draw_all(make_task(), out=tmp_path, seeds=1, epochs=1)
     assert set(names) == {*FIGURES, STATEMENTS} - {"learning"}
     assert shown == [True]
@@ -361,7 +375,7 @@ def test_every_figure_shows_its_progress(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_terminal_shows_a_bar_and_everything_else_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gradcentral.paper.draw.Figure.write", lambda figure, folder, name: None)
+    monkeypatch.setattr("gradcentral.paper.study.Figure.write", lambda figure, folder, name: None)
     draw_all(make_task(), out=tmp_path, only=["operation"])
     assert capsys.readouterr().out == "operation: done\n"
     monkeypatch.setenv("FORCE_COLOR", "1")

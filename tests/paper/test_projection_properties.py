@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gradcentral import WeightVectors
-from gradcentral.paper import loss_lipschitzness, projection_identities, projection_properties, theorem_4_2
+from gradcentral.paper import loss_lipschitzness, projection_identities, theorem_4_2
 from tests.paper.networks import batch, holding, mse, network
 
 
@@ -43,7 +43,6 @@ def test_a_wrong_projection_is_detected(
 ) -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
     data = torch.rand(8, 6), torch.randn(8, 3)
-    monkeypatch.setattr(projection_properties, "center", wrong)
     monkeypatch.setattr(theorem_4_2, "center", wrong)
     assert holding(projection_identities(model, mse, data)) == identities
     assert holding(loss_lipschitzness(model, mse, data)) == lengths
@@ -54,7 +53,7 @@ def _own(g: Tensor) -> tuple[int, ...]:
 
 
 def test_centering_over_the_wrong_axis_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection_properties, "center", lambda g, v: g - g.mean(0, keepdim=True))
+    monkeypatch.setattr(theorem_4_2, "center", lambda g, v: g - g.mean(0, keepdim=True))
     model = nn.Linear(6, 4)
     idempotent, _, mean_zero = projection_identities(model, mse, (torch.rand(8, 6), torch.randn(8, 4)))
     assert idempotent.holds  # it is a projection, but onto another space

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +19,10 @@ from gradcentral.experiment.task import CustomTask, Task, check_count
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import optional
 from gradcentral.layout import weight_layout
-from gradcentral.paper.figure import Figure, write_csv
-from gradcentral.paper.figures.geometry import geometry_figure
-from gradcentral.paper.figures.gradient_norms import gradient_norms_figure
-from gradcentral.paper.figures.initial_means import initial_means_figure
-from gradcentral.paper.figures.landscape import landscape_figure
-from gradcentral.paper.figures.learning import learning_figure
-from gradcentral.paper.figures.operation import operation_figure
-from gradcentral.paper.figures.shares import shares_figure
+from gradcentral.paper.figures.before_training import initial_means_figure, operation_figure, shares_figure
+from gradcentral.paper.figures.training import geometry_figure, gradient_norms_figure, landscape_figure, learning_figure
 from gradcentral.paper.statements import Measurements, measure_all
-from gradcentral.paper.study import Study
+from gradcentral.paper.study import Figure, Study, write_csv
 
 __all__ = ["FIGURES", "STATEMENTS", "FigureSet", "draw_all", "statement_table"]
 
@@ -68,9 +63,7 @@ def draw_all(
     device: str = "cpu",
     progress: bool = True,
 ) -> FigureSet:
-    """Measure and draw the paper's figures and statements with a task's own network and data.
-
-    Writes a PNG, an SVG and a CSV file per figure, and ``statements.csv``.
+    """Draw the paper's figures as PNG, SVG and CSV, and measure its statements, with a task's own network and data.
 
     Args:
         task: a `Task`, a file that defines ``task``, or the name of a built-in task.
@@ -92,11 +85,9 @@ def draw_all(
     if optimizer is not None and optimizer not in loaded.optimizers:
         raise TaskError(f"optimizer: unknown optimizer {optimizer!r}; choose from {', '.join(loaded.optimizers)}")
     check_count("seeds", seeds)
-    if epochs is not None:
-        check_count("epochs", epochs)
-    _check_device(device)
-    folder = Path(out) if out is not None else Path("runs") / f"figures-{loaded.name}"
-    optimizer, epochs = optimizer or next(iter(loaded.optimizers)), epochs or loaded.epochs
+    epochs = loaded.epochs if epochs is None else epochs
+    check_count("epochs", epochs)
+    folder, optimizer = Path(out or f"runs/figures-{loaded.name}"), optimizer or next(iter(loaded.optimizers))
     study = Study(loaded, task, optimizer, tuple(range(seeds)), epochs, device, folder / "runs", progress)
     _check(study, chosen)
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,8 +97,7 @@ def draw_all(
         for name in chosen:
             with _tracked(study, name) as tracked:
                 if name == STATEMENTS:
-                    statements = _statements(tracked)
-                    _write(statements, folder)
+                    statements = _statements(tracked, folder)
                 else:
                     figure = _figure(name, tracked, chosen)
                     figure.write(folder, name)
@@ -118,13 +108,11 @@ def draw_all(
 def statement_table(statements: Measurements) -> Any:
     """A rich table of the statements: each number with its bound, or why the statement was skipped."""
     table = optional("rich.table").Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for title, justify in (("statement", "left"), ("measured", "right"), ("bound", "right"), ("without GC", "right")):
-        table.add_column(title, justify=justify)
-    table.add_column("holds")
+    for title in ("statement", "measured", "bound", "without GC", "holds"):
+        table.add_column(title, justify="left" if title in ("statement", "holds") else "right")
     for m in statements:
-        without = "" if m.without is None else f"{m.without:.2g}"
-        text = f"{m.statement} ({m.source})\n  {m.formula}"
-        table.add_row(text, f"{m.value:.2g}", f"{m.bound:.2g}", without, "yes" if m.holds else "NO")
+        numbers = ["" if number is None else f"{number:.2g}" for number in (m.value, m.bound, m.without)]
+        table.add_row(f"{m.statement} ({m.source})\n  {m.formula}", *numbers, "yes" if m.holds else "NO")
     for skipped in statements.skipped:
         table.add_row(f"{skipped.statement} ({skipped.source})\n  skipped: {skipped.reason}", "", "", "", "–")
     return table
@@ -137,11 +125,7 @@ def _tracked(study: Study, name: str) -> Iterator[Study]:
     # A terminal has room for one progress display, and a comparison shows its own.
     disable = not (study.progress and console.is_terminal) or name == "learning"
     with optional("rich.progress").Progress(console=console, transient=True, disable=disable) as bars:
-
-        def track(iterable: Iterable[Any], total: int) -> Iterable[Any]:
-            return bars.track(iterable, total=total, description=name)  # type: ignore[no-any-return]
-
-        yield replace(study, track=track)
+        yield replace(study, track=partial(bars.track, description=name))
     console.print(f"{name}: done")
 
 
@@ -155,20 +139,18 @@ def _figure(name: str, study: Study, chosen: Sequence[str]) -> Figure:
         ) from error
 
 
-def _statements(study: Study) -> Measurements:
+def _statements(study: Study, folder: Path) -> Measurements:
     steps = min(study.steps, _STATEMENT_STEPS)
-    batches = study.track(itertools.islice(study.batches(study.seed), steps), steps)
+    batches = study.track(itertools.islice(study.batches(study.seeds[0]), steps), steps)
     try:
-        return measure_all(study.fresh_model(), study.task.loss, batches, study.task.optimizers[study.optimizer])
+        found = measure_all(study.fresh_model(), study.task.loss, batches, study.task.optimizers[study.optimizer])
     except ValueError as error:
         raise TaskError(f"{STATEMENTS}: {error}") from error
-
-
-def _write(statements: Measurements, folder: Path) -> None:
     header = ("source", "statement", "formula", "value", "bound", "allowance", "holds", "without", "where")
-    rows = [[getattr(measured, field) for field in header] for measured in statements]
-    rows += [[s.source, s.statement, *[None] * 6, f"skipped: {s.reason}"] for s in statements.skipped]
+    rows = [[getattr(measured, field) for field in header] for measured in found]
+    rows += [[s.source, s.statement, *[None] * 6, f"skipped: {s.reason}"] for s in found.skipped]
     write_csv(folder / f"{STATEMENTS}.csv", header, rows)
+    return found
 
 
 def _chosen(only: Sequence[str] | None) -> tuple[str, ...]:
@@ -183,15 +165,12 @@ def _chosen(only: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(name for name in known if name in only)
 
 
-def _check_device(device: str) -> None:
-    check_device(device, amp=False)
-    try:
-        torch.empty(1, dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError) as error:
-        raise TaskError(f"device: {device!r} has no double precision, which the figures need; use cpu") from error
-
-
 def _check(study: Study, chosen: Sequence[str]) -> None:
+    check_device(study.device, amp=False)
+    try:
+        torch.empty(1, dtype=torch.float64, device=study.device)
+    except (TypeError, RuntimeError) as error:
+        raise TaskError(f"device: {study.device!r} has no double precision, which the figures need; use cpu") from error
     if not study.example_layers:
         layout = weight_layout(study.fresh_model())
         reasons = ", ".join(dict.fromkeys(layout.skipped.values())) or "they do not train"

@@ -1,44 +1,33 @@
-"""The gradients of a model's centered parameters, and the backward pass of a training step."""
+"""The gradients of a batch, and weight vectors as the rows of a matrix."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from gradcentral.diagnostics.batches import loss_of
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["Batch", "Loss", "ParameterGradient", "backpropagate", "centered_layout", "gradients_of"]
+__all__ = ["Batch", "Loss", "along_e", "as_rows", "centered_layout", "double_rows", "gradients_of"]
 
-Loss: TypeAlias = Callable[[Any, Any], Tensor]
-"""``loss(output, target)`` -> scalar tensor."""
-Batch: TypeAlias = "tuple[Any, Any] | Mapping[str, Any]"
-"""``(input, target)``, or a mapping, used as ``model(**batch)`` and ``loss(output, batch)``."""
+Loss: TypeAlias = Callable[[Any, Any], Tensor]  # loss(output, target) -> scalar
+Batch: TypeAlias = "tuple[Any, Any] | Mapping[str, Any]"  # a mapping is used as model(**batch) and loss(output, batch)
 
 
-class ParameterGradient(NamedTuple):
-    """The gradient of one centered parameter."""
-
-    name: str
-    weight: Tensor
-    gradient: Tensor
-    vectors: WeightVectors
-
-
-def gradients_of(model: nn.Module, loss: Loss, batch: Batch, layout: WeightLayout) -> list[ParameterGradient]:
+def gradients_of(model: nn.Module, loss: Loss, batch: Batch, layout: WeightLayout) -> dict[Tensor, Tensor]:
     """The gradient of each centered parameter that trains; the model is left unchanged."""
     trained = [w for w in layout if w.requires_grad]
     if not trained:
         raise ValueError("layout: none of the parameters that it centers requires a gradient")
     with preserve_state(model), torch.enable_grad():
         gradients = torch.autograd.grad(loss_of(model, loss, batch), trained, materialize_grads=True)
-    return [ParameterGradient(layout.names[w], w, g, layout[w]) for w, g in zip(trained, gradients, strict=True)]
+    return dict(zip(trained, gradients, strict=True))
 
 
 def centered_layout(model: nn.Module, layout: WeightLayout | None) -> WeightLayout:
@@ -49,9 +38,18 @@ def centered_layout(model: nn.Module, layout: WeightLayout | None) -> WeightLayo
     return layout
 
 
-def backpropagate(model: nn.Module, optimizer: Optimizer, loss: Loss, batch: Batch) -> Tensor:
-    """Compute the gradients of one training step, and return the loss."""
-    optimizer.zero_grad()
-    value = loss_of(model, loss, batch)
-    torch.autograd.backward(value)
-    return value.detach()
+def as_rows(tensor: Tensor, vectors: WeightVectors) -> Tensor:
+    """Arrange the weight vectors of a tensor as rows, ``[count, fan_in]``, in the order of the output units."""
+    fitted = vectors.for_shape(tensor.shape)
+    last = tuple(range(-len(fitted.span), 0))
+    return torch.movedim(tensor.reshape(fitted.dims), fitted.span, last).reshape(fitted.count, fitted.fan_in)
+
+
+def double_rows(tensor: Tensor, vectors: WeightVectors) -> Tensor:
+    """`as_rows` of the detached tensor in double precision, so that measuring adds no visible rounding."""
+    return as_rows(tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64)), vectors)
+
+
+def along_e(rows: Tensor) -> Tensor:
+    """|eᵀv| of each row v: the length of its component along e = (1, …, 1)/√M."""
+    return rows.sum(1).abs() / math.sqrt(rows.shape[1])

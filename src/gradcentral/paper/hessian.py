@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradcentral.diagnostics.batches import loss_of
@@ -30,8 +31,7 @@ class Eigenvalue(NamedTuple):
         value: the eigenvalue λ, with its sign.
         residual: ‖Av − λv‖ for the unit vector v found with it; some eigenvalue of A is within this distance of λ.
         iterations: the number of products with A.
-        converged: whether the residual is within the tolerance, and neither estimate nor residual of the other end of
-            the spectrum allows a larger eigenvalue there.
+        converged: whether the residual is within the tolerance, and no eigenvalue can be larger at the other end.
     """
 
     value: float
@@ -40,17 +40,14 @@ class Eigenvalue(NamedTuple):
     converged: bool
 
 
-def hessian_vector_product(model: nn.Module, loss: Loss, batch: Batch, vector: Mapping[_P, Tensor]) -> dict[_P, Tensor]:
+def hessian_vector_product(model: Module, loss: Loss, batch: Batch, vector: Mapping[_P, Tensor]) -> dict[_P, Tensor]:
     """∇²L v, exact, for the Hessian over the parameters that are the keys of ``vector``.
 
     Args:
         model: runs in its current mode (dropout draws one mask); left unchanged: gradients, buffers, random numbers.
         loss: ``loss(output, target)`` -> scalar.
         batch: ``(input, target)``, or a mapping, used as ``model(**batch)`` and ``loss(output, batch)``.
-        vector: {parameter: its part of v, of the same shape}.
-
-    Returns:
-        {parameter: its part of ∇²L v}.
+        vector: {parameter: its part of v, of the same shape}; the result has the same keys.
 
     Raises:
         ValueError: there is no parameter; one is not the model's or requires no gradient; a part has another shape.
@@ -62,24 +59,23 @@ def hessian_vector_product(model: nn.Module, loss: Loss, batch: Batch, vector: M
     Examples:
         L(w) = ½(3w₀² + w₁²):
 
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> x, y = torch.tensor([[3.0**0.5, 0.0], [0.0, 1.0]]), torch.zeros(2, 1)
+        >>> model, batch = torch.nn.Linear(2, 1, bias=False), (torch.tensor([[3.0**0.5, 0.0], [0.0, 1.0]]), None)
         >>> v = {model.weight: torch.tensor([[1.0, 1.0]])}
-        >>> product = hessian_vector_product(model, lambda output, y: (output - y).square().sum() / 2, (x, y), v)
+        >>> product = hessian_vector_product(model, lambda output, _: output.square().sum() / 2, batch, v)
         >>> product[model.weight].round(decimals=4)
         tensor([[3., 1.]])
     """
-    parameters = _checked(model, vector)
+    names = _checked(model, vector)
     for p, part in vector.items():
         if part.shape != p.shape:
-            raise ValueError(f"vector: {_names(model)[p]} has shape {tuple(p.shape)}, its part {tuple(part.shape)}")
-    with _hessian(model, loss, batch, parameters) as multiply:
-        products = _split(multiply(_flat(vector.values())), parameters)
+            raise ValueError(f"vector: {names[p]} has shape {tuple(p.shape)}, its part {tuple(part.shape)}")
+    with _hessian(model, loss, batch, [*names]) as multiply:
+        products = _split(multiply(_flat(vector.values())), [*names])
     return {p: product.to(p.dtype) for p, product in zip(vector, products, strict=True)}
 
 
 def hessian_matrix(
-    model: nn.Module,
+    model: Module,
     loss: Loss,
     batch: Batch,
     *,
@@ -93,9 +89,6 @@ def hessian_matrix(
         parameters: the parameters to differentiate by; by default all that require a gradient, in the model's order.
         elements: restrict the matrix to these elements, as indices into the flattened and concatenated parameters.
 
-    Returns:
-        A symmetric matrix (up to rounding), ``[n, n]`` for n elements.
-
     Examples:
         >>> model, batch = torch.nn.Linear(2, 1), (torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1))
         >>> hessian_matrix(model, lambda output, target: (output - target).square().sum(), batch)
@@ -103,20 +96,15 @@ def hessian_matrix(
                 [4., 8., 4.],
                 [2., 4., 2.]])
     """
-    chosen = _checked(model, parameters)
-    like = _flat(p.detach() for p in chosen)
-    indices = torch.arange(like.numel()) if elements is None else torch.as_tensor(elements)
-    rows = []
+    chosen = [*_checked(model, parameters)]
+    zero = torch.zeros_like(_flat(p.detach() for p in chosen))
+    indices = torch.as_tensor(range(len(zero)) if elements is None else elements, device=zero.device)
     with _hessian(model, loss, batch, chosen) as multiply:
-        for index in indices.tolist():
-            unit = torch.zeros_like(like)
-            unit[index] = 1
-            rows.append(multiply(unit)[indices.to(like.device)])
-    return torch.stack(rows)
+        return torch.stack([multiply(zero.index_fill(0, index, 1))[indices] for index in indices])
 
 
 def top_eigenvalue(
-    model: nn.Module,
+    model: Module,
     loss: Loss,
     batch: Batch,
     *,
@@ -124,7 +112,6 @@ def top_eigenvalue(
     layout: WeightLayout | None = None,
     tolerance: float = 1e-3,
     max_iterations: int = 60,
-    seed: int = 0,
 ) -> Eigenvalue:
     """The eigenvalue of ∇²L, or of P∇²LP, of largest absolute value: the spectral norm, with a sign.
 
@@ -132,11 +119,10 @@ def top_eigenvalue(
     eigenvalues. P centers the parameters in the layout and leaves the others unchanged.
 
     Args:
-        model, loss, batch: as in `hessian_vector_product`, with the same errors.
-        parameters: the parameters to differentiate by; by default all that require a gradient.
+        model, loss, batch, parameters: as in `hessian_matrix`, with the same errors.
         layout: project with this layout (P∇²LP); by default no projection (∇²L).
-        tolerance, max_iterations: as in `lanczos`; memory grows to ``max_iterations`` copies of the parameters.
-        seed: the seed of the random starting vector; the global generators are not used.
+        tolerance: stop when the residual is at most ``tolerance·|λ|``.
+        max_iterations: the maximum number of products; memory grows to this many copies of the parameters.
 
     Examples:
         >>> import gradcentral
@@ -147,30 +133,19 @@ def top_eigenvalue(
         >>> round(top_eigenvalue(model, squares, batch, layout=gradcentral.weight_layout(model)).value, 4)
         1.0
     """
-    chosen = _checked(model, parameters)
+    chosen = [*_checked(model, parameters)]
     P = _projection(chosen, layout)
     with _hessian(model, loss, batch, chosen) as multiply:
-        return lanczos(lambda v: P(multiply(P(v))), P(_start(chosen, seed)), tolerance, max_iterations)
+        return lanczos(lambda v: P(multiply(P(v))), P(_start(chosen)), tolerance, max_iterations)
 
 
 def projected_norm(
-    model: nn.Module,
-    loss: Loss,
-    batch: Batch,
-    layout: WeightLayout,
-    *,
-    tolerance: float = 1e-3,
-    max_iterations: int = 60,
-    seed: int = 0,
+    model: Module, loss: Loss, batch: Batch, layout: WeightLayout, *, tolerance: float = 1e-3, max_iterations: int = 60
 ) -> Eigenvalue:
     """‖P∇²L‖, the spectral norm of the centered gradient's derivative.
 
-    Differentiates by all parameters that require a gradient. P∇²L is not symmetric; its norm is the square root of the
-    top eigenvalue of (P∇²L)ᵀ(P∇²L) = ∇²L P ∇²L.
-
-    Args:
-        model, loss, batch, layout, tolerance, max_iterations, seed: as in `top_eigenvalue`; the tolerance
-            is that of the norm, and each iteration takes two products with ∇²L.
+    P∇²L is not symmetric; its norm is the square root of the top eigenvalue of (P∇²L)ᵀ(P∇²L) = ∇²L P ∇²L. The
+    arguments are those of `top_eigenvalue`; each iteration takes two products with ∇²L.
 
     Source: ‖∇Φ(∇L)‖ of theorem 4.2, Yong et al. 2020.
 
@@ -183,31 +158,20 @@ def projected_norm(
         >>> round(projected_norm(model, squares, batch, gradcentral.weight_layout(model)).value, 4)
         3.1623
     """
-    chosen = _checked(model, None)
+    chosen = [*_checked(model, None)]
     P = _projection(chosen, layout)
     with _hessian(model, loss, batch, chosen) as multiply:
         # The relative error of a square is twice that of the norm.
-        square = lanczos(lambda v: multiply(P(multiply(v))), _start(chosen, seed), 2 * tolerance, max_iterations)
+        square = lanczos(lambda v: multiply(P(multiply(v))), _start(chosen), 2 * tolerance, max_iterations)
     norm = math.sqrt(max(0.0, square.value))
     return square._replace(value=norm, residual=square.residual / norm if norm > 0 else square.residual)
 
 
 def lanczos(multiply: _Multiply, start: Tensor, tolerance: float, max_iterations: int) -> Eigenvalue:
-    """The eigenvalue of largest absolute value of a symmetric matrix A, from products Av.
+    """The eigenvalue of largest absolute value of a symmetric matrix, from products ``multiply``: v -> Av.
 
-    Args:
-        multiply: v -> Av, for vectors of the shape of ``start``.
-        start: a vector with a component along every eigenvector, such as a random one.
-        tolerance: stop when the residual is at most ``tolerance·|λ|``.
-        max_iterations: the maximum number of products.
-
-    Source: Lanczos iteration with full reorthogonalization. The textbook version follows one end of the spectrum; this
-        one continues until the other end cannot overtake it.
-
-    Examples:
-        >>> A = torch.diag(torch.tensor([2.0, -5.0, 1.0]))
-        >>> round(lanczos(A.mv, torch.ones(3), tolerance=1e-6, max_iterations=10).value, 4)
-        -5.0
+    Lanczos iteration with full reorthogonalization. The textbook version follows one end of the spectrum; this one
+    continues until the other end cannot overtake it.
     """
     if not tolerance > 0:
         raise ValueError(f"tolerance must be positive, not {tolerance}")
@@ -216,9 +180,7 @@ def lanczos(multiply: _Multiply, start: Tensor, tolerance: float, max_iterations
     length = float(start.norm())
     if length == 0:
         return Eigenvalue(0.0, 0.0, 0, converged=True)
-    basis = [start / length]
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
+    basis, diagonal, off_diagonal = [start / length], [], []
     while True:
         image = multiply(basis[-1])
         diagonal.append(float(basis[-1] @ image))
@@ -226,31 +188,27 @@ def lanczos(multiply: _Multiply, start: Tensor, tolerance: float, max_iterations
             for earlier in basis:
                 image = image - (earlier @ image) * earlier
         off_diagonal.append(float(image.norm()))
+        if not math.isfinite(diagonal[-1] + off_diagonal[-1]):
+            return Eigenvalue(math.nan, math.nan, len(basis), converged=False)
         top, other = _spectrum_ends(diagonal, off_diagonal, tolerance)
         # If both ends of the spectrum are about as far from zero, the smaller one may converge first.
-        settled = other.converged or abs(other.value) + other.residual <= abs(top.value)
-        if (top.converged and settled) or not math.isfinite(top.residual) or len(basis) in (max_iterations, len(start)):
-            return top._replace(converged=top.converged and settled)
+        converged = top.converged and (other.converged or abs(other.value) + other.residual <= abs(top.value))
+        if converged or len(basis) in (max_iterations, len(start)):
+            return top._replace(converged=converged)
         basis.append(image / off_diagonal[-1])
 
 
 def _spectrum_ends(diagonal: list[float], off_diagonal: list[float], tolerance: float) -> list[Eigenvalue]:
     """Estimates of both ends of the spectrum, the one of larger absolute value first."""
-    n = len(diagonal)
-    if not all(map(math.isfinite, (*diagonal, *off_diagonal))):
-        return [Eigenvalue(math.nan, math.nan, n, converged=False)] * 2
-    beside = torch.tensor(off_diagonal[:-1], dtype=torch.float64)
-    T = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(beside, 1) + torch.diag(beside, -1)
-    values, vectors = torch.linalg.eigh(T)
-    ends = []
-    for end in (-1, 0):
-        value, residual = float(values[end]), off_diagonal[-1] * abs(float(vectors[-1, end]))
-        ends.append(Eigenvalue(value, residual, n, residual <= tolerance * abs(value)))
-    return sorted(ends, key=lambda found: -abs(found.value))
+    main, beside = (torch.tensor(numbers, dtype=torch.float64) for numbers in (diagonal, off_diagonal[:-1]))
+    values, vectors = torch.linalg.eigh(torch.diag(main) + torch.diag(beside, -1))  # which reads the lower triangle
+    ends = [(float(values[end]), off_diagonal[-1] * abs(float(vectors[-1, end]))) for end in (-1, 0)]
+    found = [Eigenvalue(value, residual, len(main), residual <= tolerance * abs(value)) for value, residual in ends]
+    return sorted(found, key=lambda end: -abs(end.value))
 
 
 @contextmanager
-def _hessian(model: nn.Module, loss: Loss, batch: Batch, parameters: Sequence[Tensor]) -> Iterator[_Multiply]:
+def _hessian(model: Module, loss: Loss, batch: Batch, parameters: Sequence[Tensor]) -> Iterator[_Multiply]:
     """v -> ∇²L v on flat vectors. The graph of the gradient is built once and traversed for each product."""
     # The fused attention kernels cannot be differentiated twice.
     with preserve_state(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -262,10 +220,9 @@ def _hessian(model: nn.Module, loss: Loss, batch: Batch, parameters: Sequence[Te
         def multiply(vector: Tensor) -> Tensor:
             if not curved:
                 return torch.zeros_like(vector)
-            parts = _split(vector, parameters)
+            parts, graph = _split(vector, parameters), {"retain_graph": True, "materialize_grads": True}
             along = [parts[index].to(g.dtype) for index, g in curved.items()]
-            options = {"retain_graph": True, "materialize_grads": True}
-            return _flat(torch.autograd.grad([*curved.values()], parameters, along, **options)).to(vector.dtype)
+            return _flat(torch.autograd.grad([*curved.values()], parameters, along, **graph)).to(vector.dtype)
 
         yield multiply
 
@@ -284,11 +241,10 @@ def _projection(parameters: Sequence[Tensor], layout: WeightLayout | None) -> _M
     return project
 
 
-def _checked(model: nn.Module, parameters: Iterable[Tensor] | None) -> list[Tensor]:
-    """The parameters to differentiate by; by default all of the model's that require a gradient."""
-    if parameters is None:
-        parameters = (p for p in model.parameters() if p.requires_grad)
-    chosen, names = list(parameters), _names(model)
+def _checked(model: Module, parameters: Iterable[Tensor] | None) -> dict[Tensor, str]:
+    """The parameters to differentiate by, by default all that require a gradient, with their names."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    chosen = [p for p in names if p.requires_grad] if parameters is None else [*parameters]
     if not chosen:
         raise ValueError("parameters: there are none to differentiate by")
     for p in chosen:
@@ -298,18 +254,14 @@ def _checked(model: nn.Module, parameters: Iterable[Tensor] | None) -> list[Tens
             raise ValueError(f"parameters: {names[p]} requires no gradient; exclude it, or call requires_grad_() on it")
         if p.is_complex():
             raise TypeError(f"parameters: {names[p]} is complex; the Hessian is implemented for real parameters only")
-    return chosen
+    return {p: names[p] for p in chosen}
 
 
-def _names(model: nn.Module) -> dict[Tensor, str]:
-    return {p: name for name, p in model.named_parameters()}
-
-
-def _start(parameters: Sequence[Tensor], seed: int) -> Tensor:
+def _start(parameters: Sequence[Tensor]) -> Tensor:
+    """A random vector, the same on every device: sampled on the CPU, without the global generators."""
     like = _flat(p.detach() for p in parameters)
-    # Sampled on the CPU, so that every device starts from the same vector, and never in half precision, in which the
-    # basis would not stay orthogonal.
-    sample = torch.randn(like.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    sample = torch.randn(like.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # Never in half precision, in which the basis would not stay orthogonal.
     return sample.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 

@@ -12,19 +12,11 @@ from torch import Tensor, nn
 
 from gradcentral.initialization import center_weights_
 from gradcentral.layout import WeightLayout
-from gradcentral.paper.gradients import centered_layout
-from gradcentral.paper.measurement import CENTERING, Measurement, NotMeasurableError, measure_equation
-from gradcentral.paper.rows import along_e, double_rows, relative
+from gradcentral.paper.gradients import along_e, centered_layout, double_rows
+from gradcentral.paper.measurement import CENTERING, Measurement, NotMeasurableError, measure_largest, relative
 from gradcentral.paper.theorem_4_1 import plain_layers
 
-__all__ = [
-    "SCHEMES",
-    "SECTION_4_1",
-    "centered_initialization",
-    "initial_means",
-    "initial_means_near_zero",
-    "sampled_means",
-]
+__all__ = ["SCHEMES", "centered_initialization", "initial_means", "initial_means_near_zero", "sampled_means"]
 
 SECTION_4_1 = "the means of initial weight vectors are near zero"
 SCHEMES = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
@@ -32,22 +24,17 @@ SCHEMES = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal
 
 
 class InitialMeans(NamedTuple):
-    """The means of a layer's initial weight vectors.
+    """The means of a layer's initial weight vectors."""
 
-    Attributes:
-        absolute: |mean(w⁰)| of each weight vector, shape ``[count]``.
-        expected: the theoretical standard deviation of these means, σ/√M for weights of standard deviation σ.
-    """
-
-    absolute: Tensor
-    expected: float
+    absolute: Tensor  # |mean(w⁰)| of each weight vector, shape [count]
+    expected: float  # the theoretical standard deviation of these means, σ/√M for weights of standard deviation σ
 
 
 def initial_means(shape: Sequence[int], scheme: str, *, seed: int = 0) -> InitialMeans:
     """|mean(w⁰)| of the weight vectors of one layer under an initialization, sampled and in theory.
 
-    The weights are independent with mean zero, so the mean of M of them has standard deviation σ/√M, where
-    σ² = 2/(fan-in + fan-out) under Xavier and 2/fan-in under Kaiming initialization.
+    The mean of M independent weights has standard deviation σ/√M, where σ² = 2/(fan-in + fan-out) under Xavier and
+    2/fan-in under Kaiming initialization.
 
     Args:
         shape: the shape of a Linear or convolution weight, ``[out, in, …]``.
@@ -83,16 +70,14 @@ def sampled_means(shapes: Iterable[Sequence[int]], scheme: str, seed: int) -> di
     return {"absolute": absolute, "relative": torch.cat([means.absolute / means.expected for means in samples])}
 
 
-def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None, seed: int = 0) -> list[Measurement]:
+def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None) -> list[Measurement]:
     """mean(w⁰) ≈ 0 under Xavier and Kaiming initialization, for layers of the model's shapes.
+
+    Measures for each of `SCHEMES` how far the root mean square of mean(w⁰), over all weight vectors, is from σ/√M.
 
     Args:
         model: its centered Linear and convolution layers give the shapes; its weights are not used.
         layout: the layers to measure, by their weights; by default ``weight_layout(model)``.
-        seed: the seed of the samples.
-
-    Returns:
-        For each of `SCHEMES`, the deviation of the root mean square of mean(w⁰) from σ/√M, over all weight vectors.
 
     Raises:
         NotMeasurableError: the model has no such layer.
@@ -103,13 +88,13 @@ def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None
         >>> all(m.holds for m in initial_means_near_zero(nn.Linear(50, 20)))
         True
     """
-    layers = plain_layers(model, centered_layout(model, layout))
-    shapes = [layer.get_parameter("weight").shape for _, layer in layers]
+    layers = plain_layers(model, centered_layout(model, layout)).values()
+    shapes = [layer.get_parameter("weight").shape for layer in layers]
     if not shapes:
         raise NotMeasurableError("model: it has no centered Linear or convolution to initialize")
     found = []
     for scheme in SCHEMES:
-        means = sampled_means(shapes, scheme, seed)
+        means = sampled_means(shapes, scheme, seed=0)
         count = len(means["relative"])
         value = abs(float(means["relative"].square().mean().sqrt()) - 1)
         bound, allowance = 5 / math.sqrt(2 * count), f"5 standard errors of {count} means"
@@ -137,7 +122,7 @@ def centered_initialization(model: nn.Module, layout: WeightLayout | None = None
     center_weights_(copied, layout)
     sums = {layout.names[w]: relative(along_e(double_rows(w, vectors)), lengths[w]) for w, vectors in layout.items()}
     statement = "center_weights_ sets 1ᵀw⁰ to zero"
-    return measure_equation("section 4.1", statement, "|eᵀΦ(w⁰)| / ‖w⁰‖", sums, CENTERING, layout)
+    return measure_largest("section 4.1", statement, "|eᵀΦ(w⁰)| / ‖w⁰‖", sums, CENTERING, layout)
 
 
 def check_copyable(model: nn.Module) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["CENTERING", "Measurement", "NotMeasurableError", "coarsest_eps", "largest", "measure_equation"]
+__all__ = ["CENTERING", "Measurement", "NotMeasurableError", "coarsest_eps", "measure_largest", "relative"]
 
+_PerUnit: TypeAlias = dict[str, Tensor]  # one number per output unit, by the name of the parameter
 CENTERING = 4
 """Rounding of Φ, in eps of ‖g‖: a mean, accurate to a few bits more than eps, and one rounding of the difference."""
 
@@ -26,10 +27,8 @@ class Measurement(NamedTuple):
 
     Attributes:
         source: the equation, theorem or section of Yong et al. 2020.
-        statement: the statement in words.
-        formula: the formula of ``value``, in the paper's symbols.
-        value: the largest number found.
-        bound: the largest number for which the statement holds.
+        statement, formula: the statement in words, and the formula of ``value`` in the paper's symbols.
+        value, bound: the largest number found, and the largest for which the statement holds.
         allowance: how the bound is computed, rounding included.
         where: the weight vector of the largest number, or how the number was computed.
         without: the same number after the same training without GC, if the statement is about training.
@@ -50,19 +49,22 @@ class Measurement(NamedTuple):
         return self.value <= self.bound
 
 
-def largest(values: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest of all numbers, one per output unit, and the name of its unit; NaN counts as the largest.
+def measure_largest(
+    source: str, statement: str, formula: str, values: _PerUnit, factor: int, like: Iterable[Tensor], limit: int = 0
+) -> Measurement:
+    """The largest value, which rounding in the coarsest dtype of ``like`` may bring ``factor`` eps over the limit."""
+    value, where = largest(values)
+    eps, dtype = coarsest_eps(like)
+    allowance = f"{limit} + " * (limit != 0) + f"{factor} eps({dtype})"
+    return Measurement(source, statement, formula, value, limit + factor * eps, allowance, where)
 
-    Examples:
-        >>> largest({"a": torch.tensor([1.0, 4.0]), "b": torch.tensor([2.0])})
-        (4.0, 'a, unit 1')
-    """
+
+def largest(values: _PerUnit) -> tuple[float, str]:
+    """The largest value and the name of its unit; NaN counts as the largest."""
     found = {}
     for name, numbers in values.items():
         unit = int(numbers.argmax())  # the position of a NaN, if there is one
         found[f"{name}, unit {unit}"] = float(numbers[unit])
-    if not found:
-        raise ValueError("there is nothing to measure")
     where = max(found, key=lambda unit: (math.isnan(found[unit]), found[unit]))
     return found[where], where
 
@@ -73,10 +75,6 @@ def coarsest_eps(parameters: Iterable[Tensor]) -> tuple[float, str]:
     return torch.finfo(dtype).eps, str(dtype).removeprefix("torch.")
 
 
-def measure_equation(
-    source: str, statement: str, formula: str, values: Mapping[str, Tensor], factor: int, parameters: Iterable[Tensor]
-) -> Measurement:
-    """The largest deviation from an equation that holds up to rounding: ``factor`` times the eps of the parameters."""
-    value, where = largest(values)
-    eps, dtype = coarsest_eps(parameters)
-    return Measurement(source, statement, formula, value, factor * eps, f"{factor} eps({dtype})", where)
+def relative(lengths: Tensor, scale: Tensor) -> Tensor:
+    """Divide lengths by a scale; where the scale is 0 (a dead unit), return the length itself."""
+    return lengths / torch.where(scale > 0, scale, 1)

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from gradcentral.attach import centralize
+from gradcentral.diagnostics.batches import loss_of
 from gradcentral.diagnostics.preserve import preserve_state
-from gradcentral.paper.gradients import Batch, Loss, backpropagate
-from gradcentral.paper.initial_weights import (
-    SECTION_4_1,
-    centered_initialization,
-    check_copyable,
-    initial_means_near_zero,
-)
+from gradcentral.paper import initial_weights, theorem_4_1, theorem_4_2
+from gradcentral.paper.gradients import Batch, Loss
 from gradcentral.paper.measurement import Measurement, NotMeasurableError
-from gradcentral.paper.projection_properties import projection_identities
-from gradcentral.paper.theorem_4_1 import THEOREM_4_1, hyperplane, intensity_shift
-from gradcentral.paper.theorem_4_2 import THEOREM_4_2, gradient_lipschitzness, loss_lipschitzness
 
-__all__ = ["Measurements", "SkippedStatement", "measure_all"]
+__all__ = ["Measurements", "measure_all"]
 
 
 class SkippedStatement(NamedTuple):
@@ -37,9 +32,16 @@ class SkippedStatement(NamedTuple):
 class Measurements(list[Measurement]):
     """The statements that were measured; ``skipped`` has those that could not be."""
 
-    def __init__(self, measured: Iterable[Measurement] = (), skipped: Sequence[SkippedStatement] = ()) -> None:
+    def __init__(self, measured: Iterable[Measurement] = ()) -> None:
         super().__init__(measured)
-        self.skipped = tuple(skipped)
+        self.skipped: list[SkippedStatement] = []
+
+    def add(self, source: str, statement: str, measure: Callable[[], list[Measurement]]) -> None:
+        """Measure a statement, unless the network has no layer that it is about."""
+        try:
+            self += measure()
+        except (NotMeasurableError, NotImplementedError) as error:
+            self.skipped.append(SkippedStatement(source, statement, str(error)))
 
 
 def measure_all(
@@ -61,76 +63,59 @@ def measure_all(
         model: freshly initialized; left unchanged. The copies train in training mode; modules that are in evaluation
             mode while the model is in training mode (frozen BatchNorm) stay in it.
         loss: ``loss(output, target)`` -> scalar.
-        batches: pairs ``(input, target)``, or mappings, used as ``model(**batch)`` and ``loss(output, batch)``;
-            iterated over once, while the copies train.
+        batches: pairs ``(input, target)``, or mappings for ``model(**batch)`` and ``loss(output, batch)``; read once.
         optimizer: ``factory(parameters)`` -> a plain ``torch.optim.Optimizer``, without GC.
         gamma: the constant added to the inputs of a layer for theorem 4.1.
         tolerance: the tolerance of the Hessian's largest eigenvalue.
 
     Returns:
-        A list of `Measurement`. Its ``skipped`` has the statements for which the network lacks a layer, such as
-        theorem 4.1 without a Linear or convolution.
+        A list of `Measurement`; its ``skipped`` has the statements about layers that the network does not have.
 
     Raises:
         ValueError: there is no batch; nothing is centered; the model cannot be copied.
         TypeError: a batch is neither a pair nor a mapping; a parameter is complex.
 
     Examples:
-        >>> import torch
-        >>> from functools import partial
         >>> batches = [(torch.randn(8, 5), torch.randn(8, 2)) for _ in range(3)]
         >>> sgd = partial(torch.optim.SGD, lr=0.1, weight_decay=0.01)
         >>> found = measure_all(torch.nn.Linear(5, 2), torch.nn.functional.mse_loss, batches, sgd)
         >>> len(found), all(measured.holds for measured in found), found.skipped
-        (15, True, ())
+        (15, True, [])
     """
-    check_copyable(model)
-    with_gc, without_gc = copy.deepcopy(model), copy.deepcopy(model)
-    gc_optimizer, plain_optimizer = _training(with_gc, optimizer), _training(without_gc, optimizer)
+    initial_weights.check_copyable(model)
+    with_gc = copy.deepcopy(model)
+    if not model.training:  # modules that are frozen in a training model stay in evaluation mode
+        with_gc.train()
+    without_gc = copy.deepcopy(with_gc)
+    trained = [[p for p in copied.parameters() if p.requires_grad] for copied in (with_gc, without_gc)]
+    gc_optimizer, plain_optimizer = map(optimizer, trained)
     centralize(gc_optimizer, with_gc, "update")
     first, steps = None, 0
     with preserve_state():
         for batch in batches:
             first, steps = batch if first is None else first, steps + 1
             with preserve_state():
-                backpropagate(with_gc, gc_optimizer, loss, batch)
-                gc_optimizer.step()
-            backpropagate(without_gc, plain_optimizer, loss, batch)
-            plain_optimizer.step()
+                _step(with_gc, gc_optimizer, loss, batch)
+            _step(without_gc, plain_optimizer, loss, batch)
     if first is None:
         raise ValueError("batches: give at least one (input, target)")
-    skipped: list[SkippedStatement] = []
+    shift = partial(theorem_4_1.intensity_shift, before=model, batch=first, steps=steps, gamma=gamma)
+    curvature = partial(theorem_4_2.gradient_lipschitzness, with_gc, loss, first, tolerance=tolerance)
 
-    def compared(measure: Callable[[nn.Module], Measurement]) -> Measurement:
-        return measure(with_gc)._replace(without=measure(without_gc).value)
+    def compared(measure: Callable[[nn.Module], Measurement]) -> list[Measurement]:
+        return [measure(with_gc)._replace(without=measure(without_gc).value)]
 
-    def if_possible(source: str, statement: str, measure: Callable[[], list[Measurement]]) -> list[Measurement]:
-        try:
-            return measure()
-        except (NotMeasurableError, NotImplementedError) as error:
-            skipped.append(SkippedStatement(source, statement, str(error)))
-            return []
-
-    def shift() -> list[Measurement]:
-        return [compared(lambda copied: intensity_shift(copied, model, first, steps, gamma))]
-
-    def curvature() -> list[Measurement]:
-        return gradient_lipschitzness(with_gc, loss, first, tolerance=tolerance)
-
-    found = [
-        *projection_identities(with_gc, loss, first),
-        compared(lambda copied: hyperplane(copied, model, steps)),
-        *if_possible("theorem 4.1", THEOREM_4_1, shift),
-        *if_possible("section 4.1", SECTION_4_1, lambda: initial_means_near_zero(model)),
-        centered_initialization(model),
-        *loss_lipschitzness(with_gc, loss, first),
-        *if_possible("theorem 4.2", THEOREM_4_2, curvature),
-    ]
-    return Measurements(found, skipped)
+    found = Measurements(theorem_4_2.projection_identities(with_gc, loss, first))
+    found += compared(partial(theorem_4_1.hyperplane, before=model, steps=steps))
+    found.add("theorem 4.1", theorem_4_1.THEOREM_4_1, lambda: compared(shift))
+    found.add("section 4.1", initial_weights.SECTION_4_1, lambda: initial_weights.initial_means_near_zero(model))
+    found.append(initial_weights.centered_initialization(model))
+    found += theorem_4_2.loss_lipschitzness(with_gc, loss, first)
+    found.add("theorem 4.2", theorem_4_2.THEOREM_4_2, curvature)
+    return found
 
 
-def _training(model: nn.Module, factory: Callable[[list[nn.Parameter]], Optimizer]) -> Optimizer:
-    """Make the optimizer of a model in training mode; modules frozen in a training model stay in evaluation mode."""
-    if not model.training:
-        model.train()
-    return factory([p for p in model.parameters() if p.requires_grad])
+def _step(model: nn.Module, optimizer: Optimizer, loss: Loss, batch: Batch) -> None:
+    optimizer.zero_grad()
+    torch.autograd.backward(loss_of(model, loss, batch))
+    optimizer.step()

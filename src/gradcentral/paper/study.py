@@ -1,10 +1,11 @@
-"""Training runs of a task that the figures inspect at every step."""
+"""What all figures share: the training runs of a task, which they inspect at every step, and a figure with its data."""
 
 from __future__ import annotations
 
+import csv
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from gradcentral.attach import centralize
-from gradcentral.diagnostics.batches import to_device
+from gradcentral.diagnostics.batches import loss_of, to_device
 from gradcentral.diagnostics.preserve import preserve_state
+from gradcentral.experiment import training
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.determinism import derive, seed_everything
 from gradcentral.experiment.task import Task
-from gradcentral.experiment.training import fresh_model, fresh_optimizer, fresh_schedule, loader_of, orders_of, pair_of
 from gradcentral.layout import Entry, WeightLayout, weight_layout
-from gradcentral.paper.gradients import backpropagate
+from gradcentral.plotting import LIGHT, new_figure, style, to_png, to_svg
 
-__all__ = ["Study", "TrainingStep", "gradient_of", "layer_label"]
+__all__ = ["Figure", "Study", "TrainingStep", "drawing", "gradient_of", "layer_label", "put_legend", "write_csv"]
 
 
 class TrainingStep(NamedTuple):
@@ -32,36 +33,24 @@ class TrainingStep(NamedTuple):
     number: int
     model: nn.Module
     layout: WeightLayout
-    batch: tuple[Any, Any]
+    batch: Any
     loss: float
 
 
 @dataclass(frozen=True)
 class Study:
-    """A task and the settings of the runs that the figures show.
-
-    Attributes:
-        source: the task as it was given, for worker processes.
-        optimizer: the name of one of the task's optimizers.
-        seeds: the seeds of figures with intervals; figures of a single run use the first.
-        runs: the folder for the runs of a comparison.
-        track: ``track(iterable, total)`` returns the iterable with its progress shown.
-    """
+    """A task and the settings of the runs that the figures show."""
 
     task: Task
-    source: Task | str | Path
-    optimizer: str
-    seeds: tuple[int, ...]
+    source: Task | str | Path  # the task as it was given, for worker processes
+    optimizer: str  # the name of one of the task's optimizers
+    seeds: tuple[int, ...]  # of figures with intervals; figures of a single run use the first
     epochs: int
     device: str = "cpu"
-    runs: Path = Path("runs")
+    runs: Path = Path("runs")  # of a comparison
     progress: bool = False
+    # Returns the iterable with its progress shown.
     track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda iterable, total: iterable
-
-    @property
-    def seed(self) -> int:
-        """The first seed."""
-        return self.seeds[0]
 
     @property
     def seed_label(self) -> str:
@@ -71,38 +60,36 @@ class Study:
     @property
     def steps(self) -> int:
         """The number of steps per run."""
-        train: Any = self.task.train
-        return self.epochs * math.ceil(len(train) / self.task.batch_size)
+        return training.steps_of(self.task, self.epochs)
 
     def fresh_model(self) -> nn.Module:
         """The initial model of a run of the first seed; the global generators are left unchanged."""
         with preserve_state():
-            return fresh_model(self.task, self.seed).to(self.device)
+            return training.fresh_model(self.task, self.seeds[0]).to(self.device)
 
-    def batches(self, seed: int) -> Iterator[tuple[Any, Any]]:
+    def batches(self, seed: int) -> Iterator[Any]:
         """All batches of a run in order, the same as in a comparison."""
-        for order in itertools.islice(orders_of(self.task, seed), self.epochs):
-            for batch in loader_of(self.task, order):
-                yield to_device(pair_of(batch), self.device)
+        for order in itertools.islice(training.orders_of(self.task, seed), self.epochs):
+            for batch in training.loader_of(self.task, order):
+                yield to_device(batch if isinstance(batch, Mapping) else training.pair_of(batch), self.device)
 
     def train(self, arm: str, seed: int, steps: int | None = None) -> Iterable[TrainingStep]:
-        """Train an arm, for all epochs or some steps: yield after each backward pass, then let the optimizer step.
-
-        Runs of one seed start from the same weights and get the same batches, as in a comparison.
-        """
+        """Train an arm as a comparison does, for all epochs or some steps: yield after each backward pass."""
         steps = self.steps if steps is None else steps
         return self.track(itertools.islice(self._train(arm, seed), steps), steps)
 
     def _train(self, arm: str, seed: int) -> Iterator[TrainingStep]:
         with preserve_state():
-            model = fresh_model(self.task, seed).to(self.device)
-            optimizer = fresh_optimizer(self.task, self.optimizer, model)
-            schedule = fresh_schedule(self.task, optimizer, self.steps)
+            model = training.fresh_model(self.task, seed).to(self.device)
+            optimizer = training.fresh_optimizer(self.task, self.optimizer, model)
+            schedule = training.fresh_schedule(self.task, optimizer, self.steps)
             layout = weight_layout(model) if arm == NONE else centralize(optimizer, model, arm).layout
             seed_everything(derive(seed, "training"))
             for index, batch in enumerate(self.batches(seed)):
-                loss = backpropagate(model, optimizer, self.task.loss, batch)
-                yield TrainingStep(index, model, layout, batch, float(loss))
+                optimizer.zero_grad()
+                loss = loss_of(model, self.task.loss, batch)
+                torch.autograd.backward(loss)
+                yield TrainingStep(index, model, layout, batch, float(loss.detach()))
                 optimizer.step()
                 if schedule is not None:
                     schedule.step()
@@ -126,3 +113,37 @@ def layer_label(entry: Entry) -> str:
 def gradient_of(parameter: Tensor) -> Tensor:
     """A parameter's gradient, dense; zero where the loss does not depend on it."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().to_dense()
+
+
+class Figure(NamedTuple):
+    """A matplotlib figure with its title, and the plotted numbers as a table."""
+
+    title: str
+    image: Any
+    header: tuple[str, ...]
+    rows: Sequence[Sequence[Any]]
+
+    def write(self, folder: Path, name: str) -> None:
+        """Write ``name.png``, ``name.svg`` and ``name.csv`` into a folder."""
+        (folder / f"{name}.png").write_bytes(to_png(self.image, self.title))
+        (folder / f"{name}.svg").write_bytes(to_svg(self.image))
+        write_csv(folder / f"{name}.csv", self.header, self.rows)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write a table; None becomes an empty cell."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+@contextmanager
+def drawing(height: float) -> Iterator[Any]:
+    """A new figure of the width of a page, to be drawn in the block."""
+    with style(LIGHT):
+        yield new_figure(9.8, height)
+
+
+def put_legend(figure: Any, axis: Any) -> None:
+    """Put the legend of an axis next to the figure's title."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(handles), frameon=False)

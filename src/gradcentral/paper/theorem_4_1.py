@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +13,10 @@ from torch.func import functional_call
 
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.layout import WeightLayout
-from gradcentral.paper.gradients import Batch, centered_layout
-from gradcentral.paper.measurement import Measurement, NotMeasurableError, coarsest_eps, largest, measure_equation
-from gradcentral.paper.rows import along_e, double_rows, relative
+from gradcentral.paper.gradients import Batch, along_e, centered_layout, double_rows
+from gradcentral.paper.measurement import Measurement, NotMeasurableError, measure_largest, relative
 
-__all__ = ["THEOREM_4_1", "Response", "hyperplane", "intensity_responses", "intensity_shift", "plain_layers"]
+__all__ = ["THEOREM_4_1", "hyperplane", "intensity_responses", "intensity_shift", "plain_layers"]
 
 THEOREM_4_1 = "x → x + γ1 changes an output by γ1ᵀw⁰ alone"
 
@@ -24,23 +25,14 @@ _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Response(NamedTuple):
-    """The change of one layer's outputs under x → x + γ1; tensors have one number per unit, in double precision.
+    """The change of one layer's outputs under x → x + γ1; tensors have one number per unit, in double precision."""
 
-    Attributes:
-        name: the name of the layer's weight.
-        predicted: γ·1ᵀw⁰, from the initial weights w⁰.
-        measured: the change of the output, averaged over the batch and over positions.
-        error: the largest |change − predicted| over the batch and over positions.
-        scale: |γ|·√M·max(‖w⁰‖, ‖w‖), the largest change that weights of this length could cause.
-        intensity: the largest |x| of the layer's inputs.
-    """
-
-    name: str
-    predicted: Tensor
-    measured: Tensor
-    error: Tensor
-    scale: Tensor
-    intensity: float
+    name: str  # of the layer's weight
+    predicted: Tensor  # γ·1ᵀw⁰, from the initial weights w⁰
+    measured: Tensor  # the change of the output, averaged over the batch and over positions
+    error: Tensor  # the largest |change − predicted| over the batch and over positions
+    scale: Tensor  # |γ|·√M·max(‖w⁰‖, ‖w‖), the largest change that weights of this length could cause
+    intensity: float  # the largest |x| of the layer's inputs
 
 
 def hyperplane(model: nn.Module, before: nn.Module, steps: int, layout: WeightLayout | None = None) -> Measurement:
@@ -69,30 +61,21 @@ def hyperplane(model: nn.Module, before: nn.Module, steps: int, layout: WeightLa
         >>> hyperplane(model, before, steps=1).holds
         True
     """
-    layout = centered_layout(model, layout)
-    _check_steps(steps)
-    drifts = {}
+    layout, drifts = centered_layout(model, layout), {}
     for w, vectors in layout.items():
         name = layout.names[w]
         now, start = double_rows(w, vectors), double_rows(_initial_weight(before, name, w), vectors)
         drifts[name] = relative(along_e(now - start), torch.maximum(now.norm(dim=1), start.norm(dim=1)))
     statement = "training stays on the hyperplane through w⁰ that is orthogonal to e"
-    measured = measure_equation("eq. 4", statement, "|eᵀ(w − w⁰)| / ‖w‖", drifts, steps, layout)
-    return measured._replace(allowance=f"{measured.allowance}: one rounding of w per step")
+    return _after_training("eq. 4", statement, "|eᵀ(w − w⁰)| / ‖w‖", drifts, steps, layout)
 
 
 def intensity_shift(
-    model: nn.Module,
-    before: nn.Module,
-    batch: Batch,
-    steps: int,
-    gamma: float = 1.0,
-    layout: WeightLayout | None = None,
+    model: nn.Module, before: nn.Module, batch: Batch, steps: int, gamma: float = 1, layout: WeightLayout | None = None
 ) -> Measurement:
     """Theorem 4.1: adding γ to all inputs of a unit changes its output by γ·1ᵀw⁰, however long it was trained.
 
-    The arguments and errors are those of `hyperplane` and of `intensity_responses`, which returns the numbers unit by
-    unit.
+    The arguments and errors are those of `hyperplane` and of `intensity_responses`, which has the numbers per unit.
 
     Source: Yong et al. 2020, theorem 4.1, eq. 5.
 
@@ -103,20 +86,17 @@ def intensity_shift(
         True
     """
     layout = centered_layout(model, layout)
-    _check_steps(steps)
     responses = intensity_responses(model, before, batch, gamma, layout=layout)
-    value, where = largest({response.name: relative(response.error, response.scale) for response in responses})
-    eps, dtype = coarsest_eps(layout)
+    errors = {response.name: relative(response.error, response.scale) for response in responses}
+    statement, formula = f"{THEOREM_4_1} (γ = {gamma:g})", "|wᵀ(x+γ1) − wᵀx − γ1ᵀw⁰| / γ√M‖w‖"
+    measured = _after_training("theorem 4.1", statement, formula, errors, steps, layout)
     # The two outputs that are subtracted are rounded, in double precision, in proportion to x.
     outputs = 8 * (1 + max(response.intensity for response in responses) / abs(gamma))
-    bound = steps * eps + outputs * torch.finfo(torch.float64).eps
-    allowance = f"{steps} eps({dtype}): one rounding of w per step"
-    statement, formula = f"{THEOREM_4_1} (γ = {gamma:g})", "|wᵀ(x+γ1) − wᵀx − γ1ᵀw⁰| / γ√M‖w‖"
-    return Measurement("theorem 4.1", statement, formula, value, bound, allowance, where)
+    return measured._replace(bound=measured.bound + outputs * torch.finfo(torch.float64).eps)
 
 
 def intensity_responses(
-    model: nn.Module, before: nn.Module, batch: Batch, gamma: float = 1.0, *, layout: WeightLayout | None = None
+    model: nn.Module, before: nn.Module, batch: Batch, gamma: float = 1, *, layout: WeightLayout | None = None
 ) -> list[Response]:
     """Add γ to all inputs of each layer, one layer at a time, and compare the change of its outputs with γ·1ᵀw⁰.
 
@@ -147,14 +127,19 @@ def intensity_responses(
     """
     if gamma == 0:
         raise ValueError("gamma must not be 0: adding 0 changes nothing")
-    layers = dict(plain_layers(model, centered_layout(model, layout)))
-    responses = []
+    layers, responses = plain_layers(model, centered_layout(model, layout)), []
     with torch.no_grad():
         for name, x in _inputs(model, layers, batch).items():
-            weight = f"{name}.weight".lstrip(".")
-            initial = _initial_weight(before, weight, layers[name].get_parameter("weight"))
-            if (response := _response(weight, layers[name], initial, x, gamma)) is not None:
-                responses.append(response)
+            w = layers[name].get_parameter("weight").double()
+            w0, output = _initial_weight(before, name, w).double(), partial(_output, layers[name])
+            # With weights and inputs of ones, an output that padding touches is less than M.
+            fan_in = w[0].numel()
+            inside = (output(torch.ones_like(w), torch.ones_like(x)).round() == fan_in).all(1)
+            if inside.any():
+                change, predicted = (output(w, x + gamma) - output(w, x))[inside], gamma * w0.flatten(1).sum(1)
+                length = torch.maximum(w.flatten(1).norm(dim=1), w0.flatten(1).norm(dim=1))
+                error, scale = (change - predicted).abs().amax(0), abs(gamma) * fan_in**0.5 * length
+                responses.append(Response(name, predicted, change.mean(0), error, scale, float(x.abs().max())))
     if not responses:
         raise NotMeasurableError(
             "model: no centered Linear or convolution ran at a position that no padding touches (subclasses and "
@@ -163,18 +148,17 @@ def intensity_responses(
     return responses
 
 
-def plain_layers(model: nn.Module, layout: WeightLayout) -> Iterator[tuple[str, nn.Module]]:
-    """The names and modules of the Linear and convolution layers whose weight the layout centers."""
-    for name, module in model.named_modules():
-        if type(module) in _PLAIN and module._parameters.get("weight") in layout:
-            yield name, module
+def plain_layers(model: nn.Module, layout: WeightLayout) -> dict[str, nn.Module]:
+    """The Linear and convolution layers whose weight the layout centers, by the name of the weight."""
+    return {
+        f"{name}.weight".lstrip("."): module
+        for name, module in model.named_modules()
+        if type(module) in _PLAIN and module._parameters.get("weight") in layout
+    }
 
 
 def _initial_weight(before: nn.Module, name: str, weight: Tensor) -> Tensor:
-    try:
-        initial = before.get_parameter(name)
-    except AttributeError:
-        initial = None
+    initial = dict(before.named_parameters(remove_duplicate=False)).get(name)
     if initial is None or initial.shape != weight.shape:
         raise ValueError(
             f"before: it has no {name} of shape {tuple(weight.shape)}; give copy.deepcopy(model), made before training"
@@ -184,44 +168,31 @@ def _initial_weight(before: nn.Module, name: str, weight: Tensor) -> Tensor:
 
 def _inputs(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
     """The input of each layer's first call."""
-    names = {layer: name for name, layer in layers.items()}
     inputs: dict[str, Tensor] = {}
 
-    def record(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def record(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if args:
-            inputs.setdefault(names[layer], args[0].detach().double())
+            inputs.setdefault(name, args[0].detach().double())
 
-    hooks = [layer.register_forward_pre_hook(record) for layer in layers.values()]
-    try:
-        with preserve_state(model):
-            model(**batch) if isinstance(batch, Mapping) else model(batch[0])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with preserve_state(model), ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(record, name)))
+        model(**batch) if isinstance(batch, Mapping) else model(batch[0])
     return inputs
 
 
-def _response(name: str, layer: nn.Module, initial: Tensor, x: Tensor, gamma: float) -> Response | None:
-    w, w0 = layer.get_parameter("weight").double(), initial.double()
-    units, fan_in = w.shape[0], w[0].numel()
-
-    def output(weight: Tensor, x: Tensor) -> Tensor:
-        """[positions, units], without the bias, which cancels in a difference of outputs."""
-        bias = {"bias": w.new_zeros(units)} if layer._parameters.get("bias") is not None else {}
-        y: Tensor = functional_call(layer, {"weight": weight, **bias}, (x,))
-        return y.movedim(1 - w.ndim, -1).reshape(-1, units)
-
-    # With weights and inputs of ones, an output that padding touches is less than M.
-    inside = (output(torch.ones_like(w), torch.ones_like(x)).round() == fan_in).all(1)
-    if not inside.any():
-        return None
-    change = (output(w, x + gamma) - output(w, x))[inside]
-    predicted = gamma * w0.flatten(1).sum(1)
-    length = torch.maximum(w.flatten(1).norm(dim=1), w0.flatten(1).norm(dim=1))
-    error, scale = (change - predicted).abs().amax(0), abs(gamma) * fan_in**0.5 * length
-    return Response(name, predicted, change.mean(0), error, scale, float(x.abs().max()))
+def _output(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """[positions, units], without the bias, which cancels in a difference of outputs."""
+    bias = {"bias": weight.new_zeros(len(weight))} if layer._parameters.get("bias") is not None else {}
+    y: Tensor = functional_call(layer, {"weight": weight, **bias}, (x,))
+    return y.movedim(1 - weight.ndim, -1).reshape(-1, len(weight))
 
 
-def _check_steps(steps: int) -> None:
+def _after_training(
+    source: str, statement: str, formula: str, values: dict[str, Tensor], steps: int, layout: WeightLayout
+) -> Measurement:
+    """Measure an equation that holds up to one rounding of w per optimizer step."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    measured = measure_largest(source, statement, formula, values, steps, layout)
+    return measured._replace(allowance=f"{measured.allowance}: one rounding of w per step")

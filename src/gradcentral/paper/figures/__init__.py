@@ -1,1 +1,1 @@
-"""One module per figure, each with a function ``…_figure(study)`` that measures and returns a `Figure`."""
+"""The figures: each function measures what it shows in the runs of a `Study` and returns a `Figure`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 
-from gradcentral.paper.rows import as_rows
+from gradcentral.paper.gradients import as_rows
 from gradcentral.projection import center, unit_means
 from tests.strategies import Case, cases
 
