@@ -40,7 +40,7 @@ def style(theme: Theme) -> AbstractContextManager[None]:
         **dict.fromkeys(("ytick.major.size", "ytick.minor.size"), 0),
     }
     settings |= {"axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.6, "xtick.major.size": 3}
-    settings |= {"font.size": 10, "axes.titlesize": 11, "font.family": ["DejaVu Sans"], "svg.hashsalt": "gradcentral"}
+    settings |= {"font.size": 10, "axes.titlesize": 11, "font.family": ["DejaVu Sans"]}
     context: AbstractContextManager[None] = optional("matplotlib").rc_context(settings)
     return context
 
@@ -72,5 +72,6 @@ def recolor(svg: bytes, theme: Theme, other: Theme) -> bytes:
 
 def _save(figure: Any, **options: Any) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, facecolor=figure.get_facecolor(), **options)
+    with optional("matplotlib").rc_context({"svg.hashsalt": "gradcentral"}):  # else the identifiers in SVG are random
+        figure.savefig(file, facecolor=figure.get_facecolor(), **options)
     return file.getvalue()

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gradcentral.experiment.determinism import one_thread
+from gradcentral.diagnostics.preserve import preserve_state
+from gradcentral.experiment.determinism import derive, one_thread, seed_everything
 from gradcentral.experiment.errors import TaskError
 from gradcentral.experiment.loading import load_task
 from gradcentral.experiment.task import CustomTask, Task, check_count
@@ -143,7 +144,9 @@ def _statements(study: Study, folder: Path) -> Measurements:
     steps = min(study.steps, _STATEMENT_STEPS)
     batches = study.track(itertools.islice(study.batches(study.seeds[0]), steps), steps)
     try:
-        found = measure_all(study.fresh_model(), study.task.loss, batches, study.task.optimizers[study.optimizer])
+        with preserve_state():
+            seed_everything(derive(study.seeds[0], "training"))  # dropout draws random numbers
+            found = measure_all(study.fresh_model(), study.task.loss, batches, study.task.optimizers[study.optimizer])
     except ValueError as error:
         raise TaskError(f"{STATEMENTS}: {error}") from error
     header = ("source", "statement", "formula", "value", "bound", "allowance", "holds", "without", "where")
