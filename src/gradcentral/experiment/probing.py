@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.diagnostics.probe_report import ProbeReport
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES, probe
 from gradcentral.experiment.determinism import derive, seed_everything
-from gradcentral.experiment.errors import TaskError, line_of, one_line
+from gradcentral.experiment.errors import naming
 from gradcentral.experiment.task import Task
 from gradcentral.experiment.training import amp_dtype, fresh_model, loader_of, orders_of
 from gradcentral.weight_vectors import WeightVectors
@@ -43,13 +44,9 @@ def probe_task(
         seed_everything(derive(seed, "training"))
         loader = loader_of(task, next(orders_of(task, seed)))
         half = amp and amp_dtype(torch.device(device)) == torch.bfloat16
-        try:
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
-                return probe(model, task.loss, loader, max_batches=batches)
-        except TaskError:
-            raise
-        except Exception as error:
-            raise TaskError(f"the task cannot be probed: {one_line(error)} ({line_of(error)})") from error
+        autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half)
+        with naming("the task cannot be probed"), autocast:
+            return probe(model, task.loss, loader, max_batches=batches)
 
 
 def write_probe(report: ProbeReport, path: Path) -> None:
@@ -61,15 +58,16 @@ def read_probe(path: Path) -> ProbeReport | None:
     """Read a report that `write_probe` wrote; None if there is none, or another version wrote it."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        for part in (report, *report["layers"]):
-            for name in part.keys() & {"effects", "whole"}:
-                part[name] = tuple(Effect(*effect) for effect in part[name])
-        for layer in report["layers"]:
-            layer["vectors"] = layer["vectors"] and WeightVectors(
-                **{k: v and tuple(v) for k, v in layer["vectors"].items()}
-            )
-            layer["input"] = layer["input"] and InputMean(*layer["input"])
-        layers = tuple(LayerReport(**layer) for layer in report["layers"])
-        return ProbeReport(layers, report["whole"], tuple(report["losses"]))
+        layers = tuple(_layer(**layer) for layer in report["layers"])
+        return ProbeReport(layers, _effects(report["whole"]), tuple(report["losses"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _layer(vectors: Any, effects: Any, input: Any, **others: Any) -> LayerReport:
+    vectors = vectors and WeightVectors(**{name: value and tuple(value) for name, value in vectors.items()})
+    return LayerReport(vectors=vectors, effects=_effects(effects), input=input and InputMean(*input), **others)
+
+
+def _effects(numbers: Any) -> tuple[Effect, ...]:
+    return tuple(Effect(*effect) for effect in numbers)
