@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import pickle
 import sys
 import types
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gradcentral.experiment.determinism import digest
 from gradcentral.experiment.errors import TaskError, line_of, one_line
 from gradcentral.experiment.task import CustomTask, Task, name_of
 from gradcentral.extras import MissingExtraError, optional
@@ -25,12 +25,7 @@ _BUILT_IN_FOLDER = Path(__file__).parent / "tasks"
 
 
 class PackedTask(NamedTuple):
-    """A task on its way to a worker.
-
-    Attributes:
-        file: the Python file that defines the task; None for a task from memory.
-        content: the source of the file; for a task from memory its pickle, or the path of a file with the pickle.
-    """
+    """A task on its way to a worker: its file and source, or no file and its pickle or the path of the pickle."""
 
     file: Path | None
     content: bytes | Path
@@ -38,24 +33,14 @@ class PackedTask(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task with the Python file that defines it.
-
-    Attributes:
-        task: the task itself.
-        file: None for a task from memory.
-        source: the file's content when it was loaded. Workers run this even if the file changes meanwhile.
-    """
+    """A task with the Python file that defines it and the file's content, which workers run even if it changes."""
 
     task: AnyTask
     file: Path | None = None
     source: bytes = b""
 
     def pack(self, folder: Path | None) -> PackedTask:
-        """Pack the task so that `unpack` restores it in another process.
-
-        Args:
-            folder: visible to all workers; a task from memory is pickled there once, instead of once per run. None for
-                workers of other machines.
+        """Pack the task for `unpack`; a task from memory is pickled into the folder, if all workers can see one.
 
         Raises:
             TaskError: the task has no file and cannot be pickled.
@@ -129,10 +114,9 @@ def _run_file(path: Path, content: bytes) -> AnyTask:
     # As in `python my_task.py`, the file may import the modules beside it, now and later.
     if path.parent != _BUILT_IN_FOLDER.resolve() and str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
-    name = f"gradcentral_task_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    module = types.ModuleType(name)
+    module = types.ModuleType(f"gradcentral_task_{digest(str(path))}")
     module.__file__ = str(path)
-    sys.modules[name] = module  # dataclasses and pickle look up the module here
+    sys.modules[module.__name__] = module  # dataclasses and pickle look up the module here
     try:
         exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
     except MissingExtraError as error:

@@ -97,23 +97,23 @@ def compare(
         # The source of a file identifies the task. A task from memory may have no source, so look at its model, too.
         if settings is not None and (missing or loaded.file is None):
             store.extend_fingerprint(fingerprint_of_model(loaded, settings, optimizers))
-        if isinstance(task, Task) and missing and not (store.runs and (store.folder / PROBE).exists()):
+        probe = store.folder / PROBE
+        if isinstance(task, Task) and missing and not (store.runs and probe.exists()):
             # Before the runs, so that an error in the task is noticed early.
-            write_probe(probe_task(task, device=device, amp=amp), store.folder / PROBE)
-        pairs = _Pairs(before)
-        length = settings.epochs if settings else None
-        with (
-            TemporaryDirectory(prefix="gradcentral-") as folder,
-            Progress(keys, before, length, task.metric_name, Path(folder, EPOCHS), progress) as display,
+            write_probe(probe_task(task, device=device, amp=amp), probe)
+        first: dict[tuple[int, str], tuple[str, Run]] = {}
+        for run in before:
+            _check_paired(run, first)
+        with TemporaryDirectory(prefix="gradcentral-") as folder:
+            scratch = Path(folder)
+            runs = run_all(loaded, missing, settings, jobs=jobs, backend=backend, out=store.folder, scratch=scratch)
+            length = settings.epochs if settings else None
             # After an interruption, the workers end before their temporary folder is removed.
-            closing(
-                run_all(loaded, missing, settings, jobs=jobs, backend=backend, out=store.folder, scratch=Path(folder))
-            ) as runs,
-        ):
-            for run in runs:
-                pairs.check(run)
-                store.add(run)
-                display.finished(run)
+            with Progress(keys, before, length, task.metric_name, scratch / EPOCHS, progress) as display, closing(runs):
+                for run in runs:
+                    _check_paired(run, first)
+                    store.add(run)
+                    display.finished(run)
         comparison = Comparison(
             task=task.name,
             metric=task.metric_name,
@@ -126,32 +126,25 @@ def compare(
             out=store.folder,
             command=command,
             fingerprint=store.fingerprint,
-            probe=read_probe(store.folder / PROBE),
+            probe=read_probe(probe),
         )
         write_report(comparison)
     return comparison
 
 
-class _Pairs:
-    """Refuses runs of one seed that did not start from the same weights or did not train on the same batches."""
-
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self._first: dict[tuple[int, str], tuple[str, Run]] = {}
-        for run in runs:
-            self.check(run)
-
-    def check(self, run: Run) -> None:
-        found = {"initial weights": run.weights}
-        found |= {f"batches of epoch {epoch['epoch']}": epoch.get("data") for epoch in run.epochs}
-        for what, value in found.items():
-            if value is None:
-                continue
-            other, first = self._first.setdefault((run.seed, what), (value, run))
-            if other != value:
-                raise ArmError(
-                    f"runs of seed {run.seed} are not paired: ({run.key}) and ({first.key}) have different {what}; "
-                    "the task must draw its random numbers from torch, NumPy or random, without a seed of its own"
-                )
+def _check_paired(run: Run, first: dict[tuple[int, str], tuple[str, Run]]) -> None:
+    """Raise an `ArmError` unless runs of one seed start from the same weights and train on the same batches."""
+    found = {"initial weights": run.weights}
+    found |= {f"batches of epoch {epoch['epoch']}": epoch.get("data") for epoch in run.epochs}
+    for what, value in found.items():
+        if value is None:
+            continue
+        other, other_run = first.setdefault((run.seed, what), (value, run))
+        if other != value:
+            raise ArmError(
+                f"runs of seed {run.seed} are not paired: ({run.key}) and ({other_run.key}) have different {what}; "
+                "the task must draw its random numbers from torch, NumPy or random, without a seed of its own"
+            )
 
 
 def _arms(arms: Sequence[str]) -> tuple[str, ...]:
@@ -206,9 +199,7 @@ def _settings(task: AnyTask, epochs: int | None, device: str, amp: bool) -> Sett
 
 def _command(task: object, options: dict[str, Any]) -> str:
     """Format the Python call that repeats the comparison, with a file's name in place of its path."""
-    source = "task"
-    if isinstance(task, (str, Path)):
-        source = repr(Path(task).name)
+    source = repr(Path(task).name) if isinstance(task, (str, Path)) else "task"
     defaults = inspect.signature(compare).parameters
     given = [f"{k}={v!r}" for k, v in options.items() if k == "seeds" or v != defaults[k].default]
     return f"gradcentral.compare({', '.join([source, *given])})"

@@ -73,24 +73,23 @@ def paired(baseline: Sequence[float | None], arm: Sequence[float | None], *, arm
         raise ValueError(f"arms: must be at least 1, not {arms}")
     both = [(a, b) for a, b in zip(baseline, arm, strict=True) if a is not None and b is not None]
     differences = tuple(b - a for a, b in both)
+    mean, std = mean_std(differences) if both else (None, None)
     interval = p = detectable = None
-    n = len(differences)
-    spread = statistics.stdev(differences) if n > 1 else 0.0
     # Mathematically equal differences vary by rounding, which must not pass for a measured spread.
-    if spread > 1e-12 * max((abs(x) for pair in both for x in pair), default=0.0):
-        t = optional("scipy.stats").t
-        mean, error, alpha = statistics.fmean(differences), spread / math.sqrt(n), LEVEL / arms
-        critical = float(t.ppf(1 - alpha / 2, n - 1))
-        interval = (mean - critical * error, mean + critical * error)
-        p = min(1.0, arms * 2 * float(t.sf(abs(mean) / error, n - 1)))
-        detectable = (critical + float(t.ppf(POWER, n - 1))) * error
+    if std is not None and std > 1e-12 * max(abs(x) for pair in both for x in pair):
+        scipy = optional("scipy.stats")
+        test = scipy.ttest_1samp(differences, 0)
+        low, high = map(float, test.confidence_interval(1 - LEVEL / arms))
+        interval, p = (low, high), min(1.0, arms * float(test.pvalue))
+        error = std / math.sqrt(len(differences))
+        detectable = (high - low) / 2 + float(scipy.t.ppf(POWER, len(differences) - 1)) * error
     return Paired(
-        differences=differences,
-        mean=statistics.fmean(differences) if n else None,
-        interval=interval,
-        p=p,
-        detectable=detectable,
-        arms=arms,
+        differences,
+        mean,
+        interval,
+        p,
+        detectable,
+        arms,
         diverged=sum(x is None for x in arm),
         baseline_diverged=sum(x is None for x in baseline),
         pairs=len(arm),
@@ -109,9 +108,9 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 def interval_of_mean(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean and the ends of its 95% confidence interval; all three are equal for a single value."""
     mean, std = mean_std(values)
-    if std is None:
-        return mean, mean, mean
-    half = float(optional("scipy.stats").t.ppf(1 - LEVEL / 2, len(values) - 1)) * std / math.sqrt(len(values))
+    half = 0.0
+    if std is not None:
+        half = float(optional("scipy.stats").t.ppf(1 - LEVEL / 2, len(values) - 1)) * std / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 
