@@ -29,11 +29,11 @@ class Series(NamedTuple):
     label: str
     name: str
     scale: str = "all"
-    name_of_none: str | None = None
+    name_of_none: str = ""
 
     def values(self, run: Run) -> list[float | None]:
         """Return one value per epoch; None if the run does not have it."""
-        name = self.name if run.arm != NONE or self.name_of_none is None else self.name_of_none
+        name = (self.name_of_none if run.arm == NONE else "") or self.name
         return [epoch.get(name) for epoch in run.epochs]
 
 
@@ -65,14 +65,11 @@ def draw_series(
     """Draw one line per arm with its interval; return the means by epoch of each line, for `scale`."""
     drawn: list[Sequence[float]] = []
     for arm in comparison.arms:
-        points = _by_epoch(comparison.runs(optimizer, arm), series)
-        if not points:
-            continue
-        epochs, means, lows, highs = zip(*points, strict=True)
-        drawn.append(means)
-        color = theme.arms[arm]
-        axis.plot(epochs, means, STYLES[arm], color=color, lw=1.8, label=arm, marker="o", ms=2.5)
-        axis.fill_between(epochs, lows, highs, color=color, alpha=0.16, lw=0)
+        if points := _by_epoch(comparison.runs(optimizer, arm), series):
+            epochs, means, lows, highs = zip(*points, strict=True)
+            axis.plot(epochs, means, STYLES[arm], color=theme.arms[arm], lw=1.8, label=arm, marker="o", ms=2.5)
+            axis.fill_between(epochs, lows, highs, color=theme.arms[arm], alpha=0.16, lw=0)
+            drawn.append(means)
     axis.set_xlabel("epoch")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.margins(x=0.02)
@@ -81,7 +78,6 @@ def draw_series(
 
 def scale(axis: Any, series: Series, drawn: Sequence[Sequence[float]]) -> None:
     """Scale and cut the vertical axis so that the lines can be distinguished."""
-    late = [mean for means in drawn for mean in means[len(means) // 3 :]]
     every = [mean for means in drawn for mean in means]
     if not every:
         return
@@ -94,6 +90,7 @@ def scale(axis: Any, series: Series, drawn: Sequence[Sequence[float]]) -> None:
     elif series.scale == "all" and min(every) >= 0:
         axis.set_ylim(-0.05 * max(every), min(high, 2 * max(every)))
     else:
+        late = [mean for means in drawn for mean in means[len(means) // 3 :]]
         # The steep first epochs, or the wide intervals of few runs, would flatten the part to compare.
         reach = (max(late) - min(late)) or abs(late[0]) or 1.0
         axis.set_ylim(max(low, min(late) - 0.3 * reach), min(high, max(late) + 0.3 * reach))
@@ -101,27 +98,25 @@ def scale(axis: Any, series: Series, drawn: Sequence[Sequence[float]]) -> None:
 
 def differences(comparison: Comparison, theme: Theme) -> Any:
     """Draw paired differences arm − none of the final test metric: one dot per seed, the mean and its interval."""
-    rows = [(v.optimizer, v.arm, v.evidence) for v in comparison.verdicts]
+    verdicts = comparison.verdicts
     with style(theme):
-        figure = new_figure(9.8, 1.3 + 0.52 * len(rows))
+        figure = new_figure(9.8, 1.3 + 0.52 * len(verdicts))
         axis = figure.subplots()
         axis.axvline(0, color=theme.text, lw=1, zorder=1)
-        for at, (_, arm, evidence) in enumerate(rows):
-            y, color, n = -at, theme.arms[arm], len(evidence.differences)
-            offsets = [0.26 * (i / (n - 1) - 0.5) if n > 1 else 0.0 for i in range(n)]
-            axis.plot(
-                evidence.differences, [y - 0.17 + o / 2 for o in offsets], "o", color=color, ms=4, alpha=0.55, mew=0
-            )
+        for y, verdict in enumerate(verdicts):
+            evidence, color = verdict.evidence, theme.arms[verdict.arm]
+            # The dots of a row are spread a little, so that equal ones can be told apart.
+            n = len(evidence.differences)
+            heights = [y + 0.17 + (0.13 * (i / (n - 1) - 0.5) if n > 1 else 0.0) for i in range(n)]
+            axis.plot(evidence.differences, heights, "o", color=color, ms=4, alpha=0.55, mew=0)
             if evidence.interval is not None:
-                axis.plot(evidence.interval, [y + 0.14] * 2, color=color, lw=2.6, solid_capstyle="butt")
+                axis.plot(evidence.interval, [y - 0.14] * 2, color=color, lw=2.6, solid_capstyle="butt")
             if evidence.mean is not None:
-                axis.plot(evidence.mean, y + 0.14, "D", color=color, ms=6.5, mec=theme.background, mew=1)
+                axis.plot(evidence.mean, y - 0.14, "D", color=color, ms=6.5, mec=theme.background, mew=1)
             else:
                 axis.text(0, y, "  no pair finished", va="center", color=theme.text)
-        axis.set_yticks(
-            [-at for at in range(len(rows))], [f"{optimizer}, {arm}" for optimizer, arm, _ in rows], fontsize=10
-        )
-        axis.set_ylim(0.55 - len(rows), 0.5)
+        axis.set_yticks(range(len(verdicts)), [f"{v.optimizer}, {v.arm}" for v in verdicts], fontsize=10)
+        axis.set_ylim(len(verdicts) - 0.55, -0.5)
         axis.grid(visible=False, axis="y")
         axis.tick_params(axis="y", length=0)
         better = "→ better" if comparison.higher_is_better else "← better"
