@@ -30,11 +30,7 @@ ROUNDING = 8
 class CheckedArm:
     """Attaches GC to a plain optimizer as the arm requires, and checks the gradients and weights of real steps.
 
-    Call `watch` before the optimizer's step and `verify` after it.
-
-    Raises:
-        ArmError: the optimizer already centers gradients.
-        ValueError: the model has nothing to center (from `gradcentral.centralize`).
+    Call `watch` before the optimizer's step and `verify` after it, which raises an `ArmError` if the check fails.
     """
 
     def __init__(self, arm: str, model: nn.Module, optimizer: Optimizer) -> None:
@@ -50,31 +46,23 @@ class CheckedArm:
         self.handle = None if arm == NONE else centralize(optimizer, model, placement=arm)
         self._layout = weight_layout(model) if self.handle is None else self.handle.layout
         optimizer.register_step_pre_hook(self._keep_received)
-        self._drift = Drift(self._layout.items())
+        self.drift = Drift(self._layout.items())
 
-    def watch(self) -> None:
-        """Keep copies of the raw gradients and the weights before a step."""
+    def watch(self) -> Effect:
+        """Keep copies of the raw gradients and the weights; return what centering does, or would do, to the gradients.
+
+        The `Effect` is that on the gradients of all parameters taken as one vector.
+        """
         parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._raw = _copies(parameters, gradients=True)
         self._weights = _copies(parameters)
         self._received: dict[Tensor, Tensor] = {}
         self._after_plain_step: dict[Tensor, Tensor] = {}
         self._watching = True
-
-    def effect(self) -> Effect:
-        """Return what centering does, or would do, to the raw gradients of all parameters as one vector."""
         return combine_effects(effects([(raw, self._layout.get(p)) for p, raw in self._raw.items()]))
 
-    def drift(self) -> float:
-        """Return ‖eᵀ(w − w⁰)‖ over all weight vectors since the start of the run."""
-        return self._drift.total()
-
     def verify(self) -> None:
-        """Check the watched step. If it was skipped (AMP does so on overflow) or overflowed, there is nothing to check.
-
-        Raises:
-            ArmError: naming the arm, the parameter and what was found.
-        """
+        """Check the watched step, unless it overflowed or was skipped, as AMP does on overflow."""
         self._watching = False
         handles = attached(self._optimizer)
         if handles != ([] if self.handle is None else [self.handle]):

@@ -115,13 +115,7 @@ class Comparison:
     def verdicts(self) -> tuple[Verdict, ...]:
         """One per optimizer and arm other than ``none``, on the final test metric."""
         return tuple(
-            judge(
-                self.evidence(optimizer, arm),
-                optimizer=optimizer,
-                arm=arm,
-                metric=self.metric,
-                higher_is_better=self.higher_is_better,
-            )
+            judge(self.evidence(optimizer, arm), optimizer, arm, self.metric, self.higher_is_better)
             for optimizer in self.optimizers
             for arm in self.arms
             if arm != NONE
@@ -139,8 +133,8 @@ class Comparison:
             arm,
             runs=len(runs),
             diverged=len(runs) - len(finished),
-            test_metric=_present(run.final("test_metric") for run in finished),
-            train_loss=_present(run.final("train_loss") for run in finished),
+            test_metric=[run.epochs[-1]["test_metric"] for run in finished],
+            train_loss=[run.epochs[-1]["train_loss"] for run in finished],
             epochs_to_baseline=[
                 epochs_to_reach([epoch["train_loss"] for epoch in run.epochs], target)
                 for run in finished

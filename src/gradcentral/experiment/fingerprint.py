@@ -30,11 +30,7 @@ SAMPLED_EXAMPLES = 64
 
 
 def fingerprint_of_task(loaded: LoadedTask, settings: Settings | None) -> dict[str, str]:
-    """Describe the task's source, settings and data by name, without a model; this seeds the global generators.
-
-    Raises:
-        TaskError: a dataset raises an exception.
-    """
+    """Describe the task's source, settings and data by name, without a model; this seeds the global generators."""
     task = loaded.task
     parts = {"task": task.name, "higher_is_better": str(task.higher_is_better)}
     if loaded.file is not None:
@@ -52,15 +48,10 @@ def fingerprint_of_task(loaded: LoadedTask, settings: Settings | None) -> dict[s
 
 
 def fingerprint_of_model(loaded: LoadedTask, settings: Settings, optimizers: tuple[str, ...]) -> dict[str, str]:
-    """Describe the model and the optimizers; this seeds the global generators.
-
-    Builds everything that a run builds, so that an error in the task is noticed before any worker starts.
-
-    Raises:
-        TaskError: a part of the task raises an exception or returns the wrong type; the message names the part.
-    """
+    """Describe the model and the optimizers, by building all that a run does; this seeds the global generators."""
     task = loaded.task
     assert isinstance(task, Task)
+    # Everything is built here to notice errors in the task before any worker starts.
     with naming("model", loaded.file):
         model, again = (fresh_model(task, seed=0) for _ in range(2))
     weights = digest(model.state_dict())

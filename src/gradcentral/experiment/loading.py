@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 from gradcentral.experiment.determinism import digest
 from gradcentral.experiment.errors import TaskError, line_of, one_line
 from gradcentral.experiment.task import CustomTask, Task, name_of
-from gradcentral.extras import MissingExtraError, optional
+from gradcentral.extras import optional
 
 __all__ = ["BUILT_IN", "AnyTask", "LoadedTask", "PackedTask", "find_task", "load_task", "unpack"]
 
 AnyTask = Task | CustomTask
 
-BUILT_IN = ("digits", "digits-batchnorm", "digits-vit")
-_BUILT_IN_FOLDER = Path(__file__).parent / "tasks"
+_FILES = sorted(Path(__file__).resolve().with_name("tasks").glob("[!_]*.py"))
+BUILT_IN = {file.stem.replace("_", "-"): file for file in _FILES}
 
 
 class PackedTask(NamedTuple):
@@ -40,11 +40,7 @@ class LoadedTask:
     source: bytes = b""
 
     def pack(self, folder: Path | None) -> PackedTask:
-        """Pack the task for `unpack`; a task from memory is pickled into the folder, if all workers can see one.
-
-        Raises:
-            TaskError: the task has no file and cannot be pickled.
-        """
+        """Pack the task for `unpack`; a task from memory is pickled into the folder, if all workers can see one."""
         if self.file is not None:
             return PackedTask(self.file, self.source)
         try:
@@ -95,10 +91,8 @@ def find_task(source: AnyTask | Callable[..., Any] | str | Path) -> LoadedTask:
         return LoadedTask(CustomTask(name=name_of(source).strip("<>"), run=source))
     if not isinstance(source, (str, Path)):
         raise TaskError(f"task: give a Task, the path of a Python file or one of {', '.join(BUILT_IN)}, not {source!r}")
-    path = Path(source).expanduser()
-    if str(source) in BUILT_IN:
-        path = _BUILT_IN_FOLDER / f"{str(source).replace('-', '_')}.py"
-    elif path.suffix != ".py" and not path.exists():
+    path = BUILT_IN.get(str(source)) or Path(source).expanduser()
+    if path.suffix != ".py" and not path.exists():
         raise TaskError(f"unknown task {str(source)!r}; choose from {', '.join(BUILT_IN)}, or give a Python file")
     path = path.resolve()
     try:
@@ -112,15 +106,13 @@ def find_task(source: AnyTask | Callable[..., Any] | str | Path) -> LoadedTask:
 
 def _run_file(path: Path, content: bytes) -> AnyTask:
     # As in `python my_task.py`, the file may import the modules beside it, now and later.
-    if path.parent != _BUILT_IN_FOLDER.resolve() and str(path.parent) not in sys.path:
+    if path not in _FILES and str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     module = types.ModuleType(f"gradcentral_task_{digest(str(path))}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses and pickle look up the module here
     try:
         exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
-    except MissingExtraError as error:
-        raise TaskError(f"{path.name}: {error}") from error
     except SyntaxError as error:
         raise TaskError(f"{error.filename or path}, line {error.lineno}: {error.msg}") from error
     except Exception as error:

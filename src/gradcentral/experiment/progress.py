@@ -19,13 +19,7 @@ __all__ = ["Progress"]
 class Progress:
     """Displays a comparison; use it in a ``with`` block and call `finished` for every run.
 
-    Args:
-        keys: all requested runs.
-        before: the runs that were finished earlier.
-        epochs: per run; None if unknown, so that the bars count runs.
-        metric: its name.
-        epochs_file: the file to which runs append a line per epoch.
-        show: whether to display anything.
+    The bars also follow ``epochs_file``, to which runs append a line per epoch, if the ``epochs`` per run are known.
     """
 
     def __init__(

@@ -71,10 +71,8 @@ class Run:
 
     def final(self, name: str) -> float | None:
         """Return a number of the last epoch; None if the run diverged or does not have it."""
-        if self.diverged_at is not None:
-            return None
-        value = self.epochs[-1].get(name)
-        return None if value is None else float(value)
+        last: dict[str, float | None] = self.epochs[-1] if self.diverged_at is None else {}
+        return last.get(name)
 
     def to_line(self) -> str:
         """Format the run as one line of JSON."""
@@ -89,15 +87,8 @@ class Run:
 class Store:
     """A results folder: finished runs in ``results.jsonl``, and the fingerprint of their task in ``task.json``.
 
-    Use it in a ``with`` block, which locks the folder against a second comparison, then call `begin`.
-
-    Attributes:
-        folder: its path.
-        runs: the finished runs.
-        fingerprint: of their task.
-
-    Raises:
-        ResultsError: the folder is in use, holds runs of another task, or has a line that cannot be parsed.
+    Use it in a ``with`` block, which locks the folder against a second comparison, then call `begin`. A `ResultsError`
+    is raised if the folder is in use, holds runs of another task, or has a line that cannot be parsed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,11 +134,7 @@ class Store:
         self.extend_fingerprint(fingerprint)
 
     def extend_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
-        """Add parts to the stored fingerprint.
-
-        Raises:
-            ResultsError: a part that is already stored differs.
-        """
+        """Add parts to the stored fingerprint, after checking that none that is already stored differs."""
         changed = [
             f"{name} (was {self.fingerprint[name]}, is {now})"
             for name, now in fingerprint.items()

@@ -41,8 +41,6 @@ __all__ = [
     "train",
 ]
 
-Listener = Callable[[dict[str, Any]], None]
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -53,17 +51,13 @@ class Settings:
     amp: bool = False
 
 
-def train(task: Task | CustomTask, key: Key, settings: Settings | None, on_epoch: Listener) -> Run:
-    """Train once and record every epoch, whose numbers are also passed to ``on_epoch``.
+def train(task: Task | CustomTask, key: Key, settings: Settings | None, on_epoch: Callable[[int], None]) -> Run:
+    """Train once and record every epoch; call ``on_epoch`` with the number of each.
 
     Two runs of one seed have the same initial weights and the same batches in the same order, whatever their arm and
     optimizer. At the first and the last step of every epoch the arm is checked (see `CheckedArm`). With a `CustomTask`,
     which has no ``settings``, both are up to the user. A loss or metric that is not finite ends the run early;
     divergence is a result, not an error.
-
-    Raises:
-        ArmError: the run did not train as its arm requires.
-        TaskError: a `CustomTask` reports no epoch, or something else than numbers.
     """
     started = time.perf_counter()
     seed_everything(key.seed)
@@ -77,7 +71,7 @@ def train(task: Task | CustomTask, key: Key, settings: Settings | None, on_epoch
     diverged = False
     for epoch, numbers in enumerate(reports, start=1):
         epochs.append({"epoch": epoch, **numbers})
-        on_epoch(epochs[-1])
+        on_epoch(epoch)
         if diverged := not _is_finite(numbers):
             break
     if not epochs:
@@ -109,12 +103,12 @@ def orders_of(task: Task, seed: int) -> Iterator[list[int]]:
     """Yield the order of the training examples in each epoch of a run, without end."""
     generator = torch.Generator().manual_seed(derive(seed, "order"))
     while True:
-        yield torch.randperm(_length(task.train), generator=generator).tolist()
+        yield torch.randperm(len(task.train), generator=generator).tolist()  # type: ignore[arg-type]
 
 
 def steps_of(task: Task, epochs: int) -> int:
     """Return the number of steps in a run."""
-    return epochs * math.ceil(_length(task.train) / task.batch_size)
+    return epochs * math.ceil(len(task.train) / task.batch_size)  # type: ignore[arg-type]
 
 
 def loader_of(task: Task, order: Sequence[int]) -> DataLoader[Any]:
@@ -182,10 +176,11 @@ class _Trainer:
             numbers |= {f"test_{name}": value for name, value in self._evaluate(self.task.test).items()}
             if epoch == self.settings.epochs and _is_finite(numbers):
                 # As many training as test examples; the first ones could be of a single class.
+                train, test = self.task.train, self.task.test
                 generator = torch.Generator().manual_seed(derive(self.seed, "gap"))
-                shuffled = torch.randperm(_length(self.task.train), generator=generator)
-                chosen = sorted(shuffled[: _length(self.task.test)].tolist())
-                numbers["train_metric"] = self._evaluate(self.task.train, chosen)["metric"]
+                shuffled = torch.randperm(len(train), generator=generator)  # type: ignore[arg-type]
+                chosen = sorted(shuffled[: len(test)].tolist())  # type: ignore[arg-type]
+                numbers["train_metric"] = self._evaluate(train, chosen)["metric"]
             yield numbers
 
     def _train_on(self, order: list[int]) -> dict[str, Any]:
@@ -197,15 +192,10 @@ class _Trainer:
             if step == 1:
                 data = digest([order, batch])
             losses.append(self._step(to_device(batch, self.device), effects if step in (1, len(batches)) else None))
+        loss = sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses)
         share, norm, centered_norm, *_ = map(fmean, zip(*effects, strict=True)) if effects else [None] * 3
-        return {
-            "train_loss": sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses),
-            "share": share,
-            "gradient_norm": norm,
-            "centered_norm": centered_norm,
-            "drift": self.arm.drift(),
-            "data": data,
-        }
+        numbers = {"train_loss": loss, "share": share, "gradient_norm": norm, "centered_norm": centered_norm}
+        return numbers | {"drift": self.arm.drift.total(), "data": data}
 
     def _evaluate(self, dataset: Any, indices: Sequence[int] | None = None) -> dict[str, float]:
         """Return the mean loss and metric per example in eval mode; the metric is NaN if a loss is not finite."""
@@ -229,8 +219,7 @@ class _Trainer:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         if effects is not None:
-            self.arm.watch()
-            effect = self.arm.effect()
+            effect = self.arm.watch()
             if math.isfinite(effect.norm):
                 effects.append(effect)
         self.scaler.step(self.optimizer)
@@ -292,10 +281,6 @@ def _count(target: Any) -> int:
     parts = [*target.values()] if isinstance(target, Mapping) else target
     nested = not isinstance(parts, Tensor) and isinstance(parts[0], (Tensor, list, tuple, Mapping))
     return _count(parts[0]) if nested else len(parts)
-
-
-def _length(dataset: Any) -> int:
-    return len(dataset)
 
 
 def _environment(settings: Settings | None) -> dict[str, str]:

@@ -35,7 +35,7 @@ class Verdict:
         return f"{self.optimizer}, {self.arm}: {self.sentence}"
 
 
-def judge(evidence: Paired, *, optimizer: str, arm: str, metric: str, higher_is_better: bool) -> Verdict:
+def judge(evidence: Paired, optimizer: str, arm: str, metric: str, higher_is_better: bool) -> Verdict:
     """Put the evidence into words.
 
     Examples:

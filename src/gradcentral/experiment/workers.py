@@ -8,7 +8,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ import torch
 
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.determinism import one_thread
-from gradcentral.experiment.errors import ArmError, ExperimentError, RunError, TaskError, line_of, one_line
+from gradcentral.experiment.errors import ExperimentError, RunError, TaskError, line_of, one_line
 from gradcentral.experiment.loading import LoadedTask, PackedTask, unpack
 from gradcentral.experiment.store import Key, Run
 from gradcentral.experiment.training import Settings, train
 from gradcentral.extras import optional
 
-__all__ = ["BACKENDS", "EPOCHS", "check_backend", "default_jobs", "run_all"]
+__all__ = ["EPOCHS", "check_backend", "default_jobs", "run_all"]
 
-BACKENDS = ("loky", "ray", "dask")
+# Backend -> its package and the extra that installs it.
+BACKENDS = {"loky": ("joblib", "experiments"), "ray": ("ray", "ray"), "dask": ("distributed", "dask")}
 EPOCHS = "epochs.jsonl"
 
 Result = Run | ExperimentError
@@ -35,8 +36,7 @@ def check_backend(backend: str) -> None:
     """Raise a `TaskError` if a backend is unknown, or a `MissingExtraError` if its package is missing."""
     if backend not in BACKENDS:
         raise TaskError(f"backend: unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
-    if backend != "loky":
-        optional("distributed" if backend == "dask" else backend, extra=backend)
+    optional(*BACKENDS[backend])
 
 
 def default_jobs(device: str, runs: int) -> int:
@@ -59,20 +59,9 @@ def run_all(
 ) -> Generator[Run, None, None]:
     """Run them all and yield each when it finishes, in no particular order; on Ray in rounds of ``jobs``.
 
-    Runs in this process change the global random number generators.
-
-    Args:
-        loaded: the task.
-        keys: which runs.
-        settings: how to train; None for a `CustomTask`.
-        jobs, backend: see `compare`.
-        out: the folder for ``error.txt``, the traceback of a run that raised an exception.
-        scratch: a temporary folder. Workers of this machine read the task from it, append a line per epoch to its
-            `EPOCHS`, and end with an error once it is removed.
-
-    Raises:
-        RunError: the task's code raised an exception in a run.
-        ArmError: a run did not train as its arm requires.
+    Runs in this process change the global random number generators. Workers of this machine read the task from the
+    temporary folder ``scratch``, append a line per epoch to its `EPOCHS`, and end with an error once it is removed.
+    The traceback of a run that raised an exception is written to ``error.txt`` in ``out``.
     """
     if not keys:
         return
@@ -101,14 +90,13 @@ def run_all(
 def _outcomes(calls: Iterator[Any], backend: str, jobs: int | None, device: str) -> Iterator[Iterator[Any]]:
     """Yield the results of joblib's delayed calls as they are made; leaving the block ends the workers."""
     joblib = optional("joblib")
-    with ExitStack() as stack:
-        if backend != "loky":
-            stack.enter_context(_ray(jobs) if backend == "ray" else _dask(jobs))
-        stack.enter_context(joblib.parallel_config(backend=backend, **_options(backend, device)))
+    clusters: dict[str, Any] = {"loky": nullcontext, "ray": _ray, "dask": _dask}
+    with clusters[backend](jobs), joblib.parallel_config(backend=backend, **_options(backend, device)):
         count = joblib.effective_n_jobs(-1) if jobs is None else jobs
         if backend == "ray":
             # joblib's Ray backend returns all results at once. In rounds, those of finished rounds can be stored.
-            yield _in_rounds(stack.enter_context(joblib.Parallel(n_jobs=count, batch_size=1)), calls, count)
+            with joblib.Parallel(n_jobs=count, batch_size=1) as parallel:
+                yield _in_rounds(parallel, calls, count)
             return
         outcomes = joblib.Parallel(n_jobs=count, return_as="generator_unordered", batch_size=1)(calls)
         try:
@@ -172,11 +160,11 @@ def _run_in_worker(task: PackedTask, key: Key, settings: Settings | None, epochs
 def _run(task: LoadedTask | PackedTask, key: Key, settings: Settings | None, epochs_file: Path | None) -> Result:
     """Train and return the run, or an exception as one that can be unpickled without the task's code."""
 
-    def on_epoch(epoch: dict[str, Any]) -> None:
+    def on_epoch(epoch: int) -> None:
         if epochs_file is not None:
             # Open without creating: if the file is gone, the comparison was cancelled and this run should fail.
             with open(epochs_file, "a", opener=lambda path, flags: os.open(path, flags & ~os.O_CREAT)) as file:
-                file.write(json.dumps([*key, epoch["epoch"]]) + "\n")
+                file.write(json.dumps([*key, epoch]) + "\n")
 
     try:
         loaded = unpack(task) if isinstance(task, PackedTask) else task
@@ -194,6 +182,4 @@ def _run_or_raise(outcome: Result, folder: Path) -> Run:
         return outcome
     path = folder / "error.txt"
     path.write_text(outcome.trace, encoding="utf-8")
-    if isinstance(outcome, ArmError):
-        raise outcome
     raise type(outcome)(f"{outcome}; the traceback is in {path}")

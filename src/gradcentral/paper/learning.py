@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gradcentral.experiment.comparison import Comparison
-from gradcentral.experiment.plots import Series, draw_series, scale
+from gradcentral.experiment.report import Series, draw_series, scale
 from gradcentral.experiment.run_comparison import compare
 from gradcentral.paper.figure import Figure
 from gradcentral.paper.study import Study
