@@ -31,8 +31,7 @@ class Row:
 
     Attributes:
         optimizer, arm: identify it.
-        runs: number of runs.
-        diverged: how many of them diverged.
+        runs, diverged: number of runs, and how many of them diverged.
         test_metric: final value, one per run.
         train_loss: running mean over the last epoch.
         epochs_to_baseline: the first epoch whose training loss is at most the final one of the baseline's run of the
@@ -68,9 +67,7 @@ class Comparison:
     """The result of `gradcentral.compare`; ``print`` it for the tables and verdicts.
 
     Attributes:
-        task: the task's name.
-        metric: the metric's name.
-        higher_is_better: whether a larger metric is better.
+        task, metric, higher_is_better: the names of the task and its metric, and whether a larger metric is better.
         arms, optimizers, seeds: what was requested.
         all_runs: the requested runs, including those finished in earlier calls.
         checked: whether every run was checked to train as its arm requires; False for a `CustomTask`.

@@ -63,7 +63,7 @@ def unpack(packed: PackedTask) -> LoadedTask:
     file, content = packed
     if isinstance(content, Path):
         content = content.read_bytes()
-    return LoadedTask(pickle.loads(content)) if file is None else LoadedTask(_run_file(file, content), file, content)
+    return LoadedTask(pickle.loads(content)) if file is None else _run_file(file, content)
 
 
 def load_task(source: AnyTask | Callable[..., Any] | str | Path) -> AnyTask:
@@ -101,10 +101,10 @@ def find_task(source: AnyTask | Callable[..., Any] | str | Path) -> LoadedTask:
         raise TaskError(f"{path}: the file does not exist") from None
     except OSError as error:
         raise TaskError(f"{path}: cannot be read ({error.strerror})") from error
-    return LoadedTask(_run_file(path, content), path, content)
+    return _run_file(path, content)
 
 
-def _run_file(path: Path, content: bytes) -> AnyTask:
+def _run_file(path: Path, content: bytes) -> LoadedTask:
     # As in `python my_task.py`, the file may import the modules beside it, now and later.
     if path not in _FILES and str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
@@ -121,7 +121,7 @@ def _run_file(path: Path, content: bytes) -> AnyTask:
     if task is None:
         raise TaskError(f"{path}: does not define `task`; end it with task = Task(...)")
     if callable(task) and not isinstance(task, type):
-        return CustomTask(name=path.stem, run=task)
+        task = CustomTask(name=path.stem, run=task)
     if not isinstance(task, (Task, CustomTask)):
         raise TaskError(f"{path}: `task` is of type {type(task).__name__}; make it a gradcentral.experiment.Task")
-    return task
+    return LoadedTask(task, path, content)

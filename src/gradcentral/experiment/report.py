@@ -139,8 +139,7 @@ def _differences(comparison: Comparison, theme: Theme) -> Any:
         for y, verdict in enumerate(verdicts):
             evidence, color = verdict.evidence, theme.arms[verdict.arm]
             # The dots of a row are spread a little, so that equal ones can be told apart.
-            n = len(evidence.differences)
-            heights = [y + 0.17 + (0.13 * (i / (n - 1) - 0.5) if n > 1 else 0.0) for i in range(n)]
+            heights = optional("numpy").linspace(y + 0.1, y + 0.24, len(evidence.differences))
             axis.plot(evidence.differences, heights, "o", color=color, ms=4, alpha=0.55, mew=0)
             if evidence.interval is not None:
                 axis.plot(evidence.interval, [y - 0.14] * 2, color=color, lw=2.6, solid_capstyle="butt")
@@ -154,14 +153,11 @@ def _differences(comparison: Comparison, theme: Theme) -> Any:
         axis.tick_params(axis="y", length=0)
         better = "→ better" if comparison.higher_is_better else "← better"
         axis.set_xlabel(f"difference in test {comparison.metric}, arm − none    {better}")
-        low, high = axis.get_xlim()
-        reach = max(abs(low), abs(high))
-        if low > 0 or high < 0 or reach > 8 * min(abs(low), abs(high)):
-            axis.set_xlim(min(low, -0.12 * reach), max(high, 0.12 * reach))
+        axis.margins(x=0.12)
         return figure
 
 
-def _by_epoch(runs: Sequence[Run], series: Series) -> list[tuple[int, float, float, float]]:
+def _by_epoch(runs: Sequence[Run], series: Series) -> list[tuple[float, ...]]:
     """Return (epoch, mean, low, high) over the runs that did not diverge; on a log axis, all three are geometric."""
     columns = itertools.zip_longest(*(series.values(run) for run in runs if run.diverged_at is None))
     points = []
@@ -169,11 +165,8 @@ def _by_epoch(runs: Sequence[Run], series: Series) -> list[tuple[int, float, flo
         values = [float(value) for value in column if value is not None]
         if not values:
             continue
-        if series.scale == "log" and min(values) > 0:
-            # Losses vary by factors, so an interval around the arithmetic mean could extend below zero.
-            logs = interval_of_mean([math.log(value) for value in values])
-            mean, low, high = (math.exp(min(x, 700)) for x in logs)
-        else:
-            mean, low, high = interval_of_mean(values)
-        points.append((epoch, mean, low, high))
+        # Losses vary by factors, so an interval around the arithmetic mean could extend below zero.
+        log = series.scale == "log" and min(values) > 0
+        numbers = interval_of_mean([math.log(value) if log else value for value in values])
+        points.append((epoch, *(math.exp(min(number, 700)) if log else number for number in numbers)))
     return points

@@ -60,8 +60,7 @@ def compare(
         optimizers: names of the task's optimizers to use; all of them by default.
         jobs: number of worker processes, each with one torch thread. 1 runs in this process, with the current number of
             torch threads. Default: one per core on the CPU, 1 on an accelerator, all workers of a cluster.
-        backend: where the workers are: ``"loky"``, processes of this machine; ``"ray"`` or ``"dask"``, those of a
-            cluster (see docs/scaling.md).
+        backend: ``"loky"`` for worker processes of this machine; ``"ray"`` or ``"dask"`` for those of a cluster.
         device: where to train, as a torch device.
         amp: train in mixed precision: bfloat16 if the device supports it, else float16 with loss scaling.
         out: output folder; by default ``runs/`` and the task's name.

@@ -22,14 +22,12 @@ class Paired:
     Attributes:
         differences: one per pair in which neither run diverged.
         mean: of the differences; None if there are none.
-        interval: 95% confidence interval of the mean, simultaneous for all arms; None if the spread of the
-            differences cannot be estimated (there are fewer than two, or all are equal).
-        p: two-sided p-value, corrected for the number of arms; None if the interval is. It is below 0.05 exactly when
-            the interval excludes zero.
+        interval: 95% confidence interval of the mean, simultaneous for all arms; None, as are ``p`` and
+            ``detectable``, if the spread cannot be estimated (there are fewer than two differences, or all are equal).
+        p: two-sided p-value, corrected for the number of arms, below 0.05 exactly when the interval excludes zero.
         detectable: the smallest true difference that this many pairs with this spread would detect with 80% power.
         arms: how many arms are compared with the baseline.
-        diverged: how many runs of the arm diverged.
-        baseline_diverged: how many runs of the baseline diverged.
+        diverged, baseline_diverged: how many runs of the arm and of the baseline diverged.
         pairs: number of seeds, including those with a diverged run.
     """
 
@@ -50,9 +48,7 @@ class Paired:
 
 
 def paired(baseline: Sequence[float | None], arm: Sequence[float | None], *, arms: int = 1) -> Paired:
-    """Compare the runs of an arm with those of the baseline, pair by pair.
-
-    The interval is that of the paired t-test, with Bonferroni correction for ``arms`` arms.
+    """Compare the runs of an arm with those of the baseline by a paired t-test, Bonferroni-corrected for the arms.
 
     Args:
         baseline: one number per seed; None for a run that diverged.

@@ -147,10 +147,9 @@ class Store:
                 "Give another --out to keep both, or --no-resume to move them aside"
             )
         self.fingerprint |= fingerprint
-        path = self.folder / FINGERPRINT
-        new = path.with_suffix(".new")
+        new = self.folder / f"{FINGERPRINT}.new"
         new.write_text(json.dumps(self.fingerprint, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        new.replace(path)
+        new.replace(self.folder / FINGERPRINT)
 
     def add(self, run: Run) -> None:
         """Store a finished run; it is on disk when this returns."""

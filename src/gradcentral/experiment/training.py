@@ -6,7 +6,7 @@ import inspect
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import count, islice
@@ -93,7 +93,7 @@ def fresh_model(task: Task, seed: int) -> nn.Module:
     model = task.model()
     if not isinstance(model, nn.Module):
         raise TaskError(f"model: the factory must return an nn.Module, not {type(model).__name__}")
-    if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
+    if any(map(nn.parameter.is_lazy, model.parameters())):
         with torch.no_grad():
             _predict(model.eval(), next(iter(DataLoader(task.train, task.batch_size))))
     return model.train()
@@ -185,14 +185,14 @@ class _Trainer:
 
     def _train_on(self, order: list[int]) -> dict[str, Any]:
         self.model.train()
-        losses: list[tuple[Tensor, int]] = []
+        losses: list[Tensor] = []
         effects: list[Effect] = []
         batches = loader_of(self.task, order)
         for step, batch in enumerate(batches, start=1):
             if step == 1:
                 data = digest([order, batch])
             losses.append(self._step(to_device(batch, self.device), effects if step in (1, len(batches)) else None))
-        loss = sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses)
+        loss = _mean(map(float, losses), len(order), self.task.batch_size)
         share, norm, centered_norm, *_ = map(fmean, zip(*effects, strict=True)) if effects else [None] * 3
         numbers = {"train_loss": loss, "share": share, "gradient_norm": norm, "centered_norm": centered_norm}
         return numbers | {"drift": self.arm.drift.total(), "data": data}
@@ -200,35 +200,33 @@ class _Trainer:
     def _evaluate(self, dataset: Any, indices: Sequence[int] | None = None) -> dict[str, float]:
         """Return the mean loss and metric per example in eval mode; the metric is NaN if a loss is not finite."""
         self.model.eval()
-        losses = metrics = examples = 0.0
+        size = 4 * self.task.batch_size
+        losses, metrics = [], []
         with torch.inference_mode():
-            for batch in DataLoader(dataset, 4 * self.task.batch_size, sampler=indices, generator=torch.Generator()):
+            for batch in DataLoader(dataset, size, sampler=indices, generator=torch.Generator()):
                 loss, output, target = self._forward(to_device(batch, self.device))
                 if not math.isfinite(loss):
                     return {"loss": float(loss), "metric": math.nan}
-                n = _count(target)
-                losses += float(loss) * n
-                metrics += float(self.task.metric(output, target)) * n
-                examples += n
-        return {"loss": losses / examples, "metric": metrics / examples}
+                losses.append(float(loss))
+                metrics.append(float(self.task.metric(output, target)))
+        count = len(dataset if indices is None else indices)
+        return {"loss": _mean(losses, count, size), "metric": _mean(metrics, count, size)}
 
-    def _step(self, batch: Any, effects: list[Effect] | None) -> tuple[Tensor, int]:
-        """Train on one batch, and check the arm if there are ``effects`` to add to; return the loss and the size."""
-        loss, _, target = self._forward(batch)
+    def _step(self, batch: Any, effects: list[Effect] | None) -> Tensor:
+        """Train on one batch, and check the arm if there are ``effects`` to add to; return the loss."""
+        loss, *_ = self._forward(batch)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
-        if effects is not None:
-            effect = self.arm.watch()
-            if math.isfinite(effect.norm):
-                effects.append(effect)
+        if effects is not None and math.isfinite((effect := self.arm.watch()).norm):
+            effects.append(effect)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if effects is not None:
             self.arm.verify()
         if self.schedule is not None:
             self.schedule.step()
-        return loss.detach(), _count(target)
+        return loss.detach()
 
     def _forward(self, batch: Any) -> tuple[Tensor, Any, Any]:
         """Return the loss, the model's output and the target."""
@@ -263,9 +261,8 @@ def _predict(model: nn.Module, batch: Any) -> tuple[Any, Any]:
 def _checked(reported: Any, epoch: int) -> dict[str, float]:
     if not isinstance(reported, Mapping):
         raise TaskError(f"run: epoch {epoch} is of type {type(reported).__name__}; report a mapping such as a dict")
-    for name in ("train_loss", "test_metric"):
-        if name not in reported:
-            raise TaskError(f"run: epoch {epoch} lacks {name!r}; it has {', '.join(map(repr, reported)) or 'nothing'}")
+    for name in {"train_loss", "test_metric"} - reported.keys():
+        raise TaskError(f"run: epoch {epoch} lacks {name!r}; it has {', '.join(map(repr, reported)) or 'nothing'}")
     try:
         return {str(name): float(value) for name, value in reported.items()}
     except (TypeError, ValueError) as error:
@@ -276,11 +273,10 @@ def _is_finite(numbers: Mapping[str, Any]) -> bool:
     return all(math.isfinite(numbers[name]) for name in ("train_loss", "test_loss", "test_metric") if name in numbers)
 
 
-def _count(target: Any) -> int:
-    """Return the number of examples in a batch."""
-    parts = [*target.values()] if isinstance(target, Mapping) else target
-    nested = not isinstance(parts, Tensor) and isinstance(parts[0], (Tensor, list, tuple, Mapping))
-    return _count(parts[0]) if nested else len(parts)
+def _mean(values: Iterable[float], examples: int, batch_size: int) -> float:
+    """Return the mean over the examples of values that are means over batches; the last batch may be smaller."""
+    starts = range(0, examples, batch_size)
+    return sum(x * min(batch_size, examples - start) for x, start in zip(values, starts, strict=True)) / examples
 
 
 def _environment(settings: Settings | None) -> dict[str, str]:

@@ -15,14 +15,7 @@ Outcome = Literal["better", "worse", "no clear change", "no change", "diverges m
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one arm under one optimizer helped.
-
-    Attributes:
-        optimizer, arm, metric: what was compared.
-        outcome: in one to three words.
-        sentence: the outcome with its evidence.
-        evidence: the numbers.
-    """
+    """Whether one arm under one optimizer helped: the outcome in words, and a sentence that adds the evidence."""
 
     optimizer: str
     arm: str
@@ -93,18 +86,10 @@ def _claim(evidence: Paired, outcome: Outcome, metric: str) -> str:
 
 
 def _places(size: float) -> int:
-    """Return the decimals that give a number of this size two digits.
-
-    >>> _places(0.013), _places(3.0), _places(250.0)
-    (3, 1, 0)
-    """
+    """Return the decimals that give a number of this size two digits."""
     return min(12, max(0, 1 - math.floor(math.log10(size)))) if size > 0 else 0
 
 
 def _signed(value: float, places: int) -> str:
-    """Format a number with its sign, without a minus before zero.
-
-    >>> _signed(0.012, 2), _signed(-0.001, 2)
-    ('+0.01', '+0.00')
-    """
+    """Format a number with its sign, without a minus before zero."""
     return f"{round(value, places) + 0.0:+.{places}f}"
