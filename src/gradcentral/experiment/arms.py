@@ -49,10 +49,7 @@ class CheckedArm:
         self.drift = Drift(self._layout.items())
 
     def watch(self) -> Effect:
-        """Keep copies of the raw gradients and the weights; return what centering does, or would do, to the gradients.
-
-        The `Effect` is that on the gradients of all parameters taken as one vector.
-        """
+        """Keep copies of weights and raw gradients; return the effect of Φ on all gradients taken as one vector."""
         parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._raw = _copies(parameters, gradients=True)
         self._weights = _copies(parameters)
@@ -74,7 +71,7 @@ class CheckedArm:
             centered = parameter in self._layout
             if self.arm == "gradient" and centered:
                 self._check_gradient_centered(parameter)
-            elif not torch.equal(_dense(raw), _dense(self._received[parameter])):
+            elif not torch.equal(_wide(raw), _wide(self._received[parameter])):
                 self._fail(parameter, "its gradient was changed before the optimizer received it")
             if self.arm == "update" and centered:
                 self._check_mean_unchanged(parameter)
@@ -121,17 +118,14 @@ def _copies(parameters: Iterable[Tensor], *, gradients: bool = False) -> dict[Te
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Convert to double precision, on the CPU if the device lacks it."""
+    """Convert to a dense tensor in double precision, on the CPU if the device lacks it."""
     tensor = tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()
-    return _dense(tensor).to(torch.complex128 if tensor.is_complex() else torch.float64)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+    dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    return dense.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(_dense(tensor)).all())
+    return bool(torch.isfinite(_wide(tensor)).all())
 
 
 def _rms(tensor: Tensor, vectors: WeightVectors) -> Tensor:

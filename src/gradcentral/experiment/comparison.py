@@ -15,7 +15,7 @@ from typing import Any
 from gradcentral.diagnostics.probe_report import ProbeReport
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.statistics import Paired, epochs_to_reach, mean_std, paired
-from gradcentral.experiment.store import Key, Run
+from gradcentral.experiment.store import Run
 from gradcentral.experiment.verdict import Verdict, judge
 from gradcentral.extras import optional
 from gradcentral.tables import csv_text
@@ -69,7 +69,7 @@ class Comparison:
     Attributes:
         task, metric, higher_is_better: the names of the task and its metric, and whether a larger metric is better.
         arms, optimizers, seeds: what was requested.
-        all_runs: the requested runs, including those finished in earlier calls.
+        all_runs: the requested runs in the order of the seeds, including those finished in earlier calls.
         checked: whether every run was checked to train as its arm requires; False for a `CustomTask`.
         out: the folder with ``results.jsonl``, ``summary.csv``, the plots and ``report.html``.
         command: the Python call that repeats the comparison.
@@ -95,13 +95,9 @@ class Comparison:
         """The report's file."""
         return self.out / "report.html"
 
-    @cached_property
-    def _by_key(self) -> dict[Key, Run]:
-        return {run.key: run for run in self.all_runs}
-
     def runs(self, optimizer: str, arm: str) -> list[Run]:
         """Return the runs of one arm under one optimizer, in the order of the seeds."""
-        return [self._by_key[Key(optimizer, arm, seed)] for seed in self.seeds]
+        return [run for run in self.all_runs if (run.optimizer, run.arm) == (optimizer, arm)]
 
     def evidence(self, optimizer: str, arm: str, name: str = "test_metric") -> Paired:
         """Compare final numbers of an arm with those of ``none``: ``test_metric``, ``train_loss`` or ``test_loss``."""

@@ -91,10 +91,9 @@ def find_task(source: AnyTask | Callable[..., Any] | str | Path) -> LoadedTask:
         return LoadedTask(CustomTask(name=name_of(source).strip("<>"), run=source))
     if not isinstance(source, (str, Path)):
         raise TaskError(f"task: give a Task, the path of a Python file or one of {', '.join(BUILT_IN)}, not {source!r}")
-    path = BUILT_IN.get(str(source)) or Path(source).expanduser()
+    path = (BUILT_IN.get(str(source)) or Path(source).expanduser()).resolve()
     if path.suffix != ".py" and not path.exists():
         raise TaskError(f"unknown task {str(source)!r}; choose from {', '.join(BUILT_IN)}, or give a Python file")
-    path = path.resolve()
     try:
         content = path.read_bytes()
     except FileNotFoundError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,9 +29,7 @@ def probe_task(
     """Measure what GC would do to the task's fresh model, on the first batches of a run of this seed.
 
     ``amp`` uses bfloat16 if the device supports it. float16 would need loss scaling, so full precision is used instead.
-
-    Raises:
-        TaskError: the task's code raises an exception; the message names the line.
+    A `TaskError` names the line of the task's code that raised an exception.
 
     Examples:
         >>> from gradcentral.experiment import load_task
@@ -58,16 +55,14 @@ def read_probe(path: Path) -> ProbeReport | None:
     """Read a report that `write_probe` wrote; None if there is none, or another version wrote it."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        layers = tuple(_layer(**layer) for layer in report["layers"])
-        return ProbeReport(layers, _effects(report["whole"]), tuple(report["losses"]))
+        for part in (report, *report["layers"]):
+            for name in part.keys() & {"effects", "whole"}:
+                part[name] = tuple(Effect(*effect) for effect in part[name])
+        for layer in report["layers"]:
+            vectors = layer["vectors"] or {}
+            layer["vectors"] = WeightVectors(**{k: v and tuple(v) for k, v in vectors.items()}) if vectors else None
+            layer["input"] = layer["input"] and InputMean(*layer["input"])
+        layers = tuple(LayerReport(**layer) for layer in report["layers"])
+        return ProbeReport(layers, report["whole"], tuple(report["losses"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def _layer(vectors: Any, effects: Any, input: Any, **others: Any) -> LayerReport:
-    vectors = vectors and WeightVectors(**{name: value and tuple(value) for name, value in vectors.items()})
-    return LayerReport(vectors=vectors, effects=_effects(effects), input=input and InputMean(*input), **others)
-
-
-def _effects(numbers: Any) -> tuple[Effect, ...]:
-    return tuple(Effect(*effect) for effect in numbers)

@@ -77,7 +77,7 @@ def _curves(comparison: Comparison, series: Series, theme: Theme) -> Any:
     with style(theme):
         figure = new_figure(1 + 4.4 * columns, 0.5 + 3 * rows)
         axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
-        means: list[Sequence[float]] = []
+        means: list[Any] = []
         for unused in axes.flat[panels:]:
             unused.set_axis_off()
         for axis, optimizer in zip(axes.flat, comparison.optimizers, strict=False):
@@ -92,11 +92,9 @@ def _curves(comparison: Comparison, series: Series, theme: Theme) -> Any:
         return figure
 
 
-def draw_series(
-    axis: Any, comparison: Comparison, optimizer: str, series: Series, theme: Theme
-) -> list[Sequence[float]]:
+def draw_series(axis: Any, comparison: Comparison, optimizer: str, series: Series, theme: Theme) -> list[Any]:
     """Draw one line per arm with its interval; return the means by epoch of each line, for `scale`."""
-    drawn: list[Sequence[float]] = []
+    drawn = []
     for arm in comparison.arms:
         if points := _by_epoch(comparison.runs(optimizer, arm), series):
             epochs, means, lows, highs = zip(*points, strict=True)
@@ -160,13 +158,11 @@ def _differences(comparison: Comparison, theme: Theme) -> Any:
 def _by_epoch(runs: Sequence[Run], series: Series) -> list[tuple[float, ...]]:
     """Return (epoch, mean, low, high) over the runs that did not diverge; on a log axis, all three are geometric."""
     columns = itertools.zip_longest(*(series.values(run) for run in runs if run.diverged_at is None))
-    points = []
+    points: list[tuple[float, ...]] = []
     for epoch, column in enumerate(columns, start=1):
-        values = [float(value) for value in column if value is not None]
-        if not values:
-            continue
-        # Losses vary by factors, so an interval around the arithmetic mean could extend below zero.
-        log = series.scale == "log" and min(values) > 0
-        numbers = interval_of_mean([math.log(value) if log else value for value in values])
-        points.append((epoch, *(math.exp(min(number, 700)) if log else number for number in numbers)))
+        if values := [value for value in column if value is not None]:
+            # Losses vary by factors, so an interval around the arithmetic mean could extend below zero.
+            log = series.scale == "log" and min(values) > 0
+            numbers = interval_of_mean([math.log(value) if log else value for value in values])
+            points.append((epoch, *(math.exp(min(number, 700)) if log else number for number in numbers)))
     return points

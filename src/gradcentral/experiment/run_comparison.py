@@ -25,8 +25,6 @@ from gradcentral.experiment.workers import EPOCHS, check_backend, run_all
 
 __all__ = ["compare"]
 
-PROBE = "probe.json"
-
 
 @preserve_state()
 def compare(
@@ -67,6 +65,9 @@ def compare(
         resume: use the finished runs in ``out``; False moves them aside.
         progress: display the progress: bars on a terminal, elsewhere one line per run.
 
+    Returns:
+        The `Comparison`.
+
     Raises:
         TaskError: the task or an option is not usable.
         ResultsError: ``out`` holds runs of another task, or is in use.
@@ -92,7 +93,7 @@ def compare(
         # The source of a file identifies the task. A task from memory may have no source, so look at its model, too.
         if settings is not None and (missing or loaded.file is None):
             store.extend_fingerprint(fingerprint_of_model(loaded, settings, optimizers))
-        probe = store.folder / PROBE
+        probe = store.folder / "probe.json"
         if isinstance(task, Task) and missing and not (store.runs and probe.exists()):
             # Before the runs, so that an error in the task is noticed early.
             write_probe(probe_task(task, device=device, amp=amp), probe)

@@ -79,17 +79,8 @@ def paired(baseline: Sequence[float | None], arm: Sequence[float | None], *, arm
         interval, p = (low, high), min(1.0, arms * float(test.pvalue))
         error = std / math.sqrt(len(differences))
         detectable = (high - low) / 2 + float(scipy.t.ppf(POWER, len(differences) - 1)) * error
-    return Paired(
-        differences,
-        mean,
-        interval,
-        p,
-        detectable,
-        arms,
-        diverged=sum(x is None for x in arm),
-        baseline_diverged=sum(x is None for x in baseline),
-        pairs=len(arm),
-    )
+    diverged, baseline_diverged = arm.count(None), baseline.count(None)
+    return Paired(differences, mean, interval, p, detectable, arms, diverged, baseline_diverged, pairs=len(arm))
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
@@ -104,16 +95,11 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 def interval_of_mean(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean and the ends of its 95% confidence interval; all three are equal for a single value."""
     mean, std = mean_std(values)
-    half = 0.0
-    if std is not None:
-        half = float(optional("scipy.stats").t.ppf(1 - LEVEL / 2, len(values) - 1)) * std / math.sqrt(len(values))
+    critical = float(optional("scipy.stats").t.ppf(1 - LEVEL / 2, max(1, len(values) - 1)))
+    half = critical * (std or 0.0) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 
 def epochs_to_reach(losses: Sequence[float | None], target: float) -> int | None:
-    """Return the first epoch, counted from 1, with a loss of at most ``target``; None if there is none.
-
-    >>> epochs_to_reach([0.9, 0.5, 0.2], 0.5), epochs_to_reach([0.9], 0.5)
-    (2, None)
-    """
+    """Return the first epoch, counted from 1, with a loss of at most ``target``; None if there is none."""
     return next((epoch for epoch, loss in enumerate(losses, 1) if loss is not None and loss <= target), None)

@@ -43,9 +43,7 @@ class Run:
             number that was not finite is None; runs of earlier versions lack some.
         train_metric: at the end, in eval mode, on as many training examples as there are test examples.
         diverged_at: the epoch, counted from 1, in which the loss or metric was no longer finite.
-        seconds: duration.
-        weights: hash of the initial weights.
-        environment: versions and device.
+        seconds, weights, environment: duration, hash of the initial weights, versions and device.
     """
 
     optimizer: str
@@ -74,13 +72,9 @@ class Run:
         last: dict[str, float | None] = self.epochs[-1] if self.diverged_at is None else {}
         return last.get(name)
 
-    def to_line(self) -> str:
-        """Format the run as one line of JSON."""
-        return json.dumps(asdict(self), allow_nan=False)
-
     @classmethod
     def from_line(cls, line: str) -> Run:
-        """Parse a line that `to_line` wrote."""
+        """Parse a line of ``results.jsonl``."""
         return cls(**json.loads(line))
 
 
@@ -135,11 +129,8 @@ class Store:
 
     def extend_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
         """Add parts to the stored fingerprint, after checking that none that is already stored differs."""
-        changed = [
-            f"{name} (was {self.fingerprint[name]}, is {now})"
-            for name, now in fingerprint.items()
-            if self.fingerprint.get(name, now) != now
-        ]
+        stored = self.fingerprint
+        changed = [f"{k} (was {stored[k]}, is {now})" for k, now in fingerprint.items() if stored.get(k, now) != now]
         if changed:
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ResultsError(
@@ -153,7 +144,7 @@ class Store:
 
     def add(self, run: Run) -> None:
         """Store a finished run; it is on disk when this returns."""
-        append(self.folder / RESULTS, run.to_line() + "\n", sync=True)
+        append(self.folder / RESULTS, json.dumps(asdict(run), allow_nan=False) + "\n", sync=True)
         self.runs[run.key] = run
 
     def _move_aside(self) -> None:

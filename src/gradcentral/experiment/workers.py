@@ -119,32 +119,24 @@ def _in_rounds(parallel: Any, calls: Iterator[Any], count: int) -> Iterator[Any]
         yield from parallel(some)
 
 
-@contextmanager
-def _ray(jobs: int | None) -> Iterator[None]:
+def _ray(jobs: int | None) -> Any:
     """Use Ray as it is initialized, else the cluster at ``RAY_ADDRESS``, else start it here until the block ends."""
     ray = optional("ray", extra="ray")
     optional("ray.util.joblib", extra="ray").register_ray()
-    if ray.is_initialized():
-        yield
-        return
     # Ray does not accept a number of CPUs for an existing cluster.
     local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": jobs, "include_dashboard": False}
-    with ray.init(log_to_driver=False, **local):
-        yield
+    return nullcontext() if ray.is_initialized() else ray.init(log_to_driver=False, **local)
 
 
-@contextmanager
-def _dask(jobs: int | None) -> Iterator[None]:
+def _dask(jobs: int | None) -> Any:
     """Use the current Dask client, else one of ``DASK_SCHEDULER_ADDRESS``, else start workers here."""
     distributed = optional("distributed", extra="dask")
     try:
-        client = nullcontext(distributed.default_client())
+        return nullcontext(distributed.default_client())
     except ValueError:
         address = optional("dask", extra="dask").config.get("scheduler-address", None)
         local = {} if address else {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
-        client = distributed.Client(**local)
-    with client:
-        yield
+        return distributed.Client(**local)
 
 
 # A Dask worker may have several threads, but torch has one generator of random numbers for all of them. It may also be

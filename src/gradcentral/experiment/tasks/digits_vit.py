@@ -28,7 +28,6 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits."""
         # Normalize pixels to [-1, 1], as is usual for transformers.
         patches = nn.functional.unfold((images - 0.5) / 0.5, PATCH, stride=PATCH).mT
         x = self.blocks(self.patch(patches) + self.position.weight)
