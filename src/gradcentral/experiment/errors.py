@@ -13,7 +13,7 @@ __all__ = ["ArmError", "ExperimentError", "ResultsError", "RunError", "TaskError
 class ExperimentError(Exception):
     """An experiment cannot continue; the command line prints the message and exits with code 2."""
 
-    trace = ""  # that of the exception in a run, if the error reports one
+    trace = ""  # the traceback of the exception in a run, if the error reports one
 
 
 class TaskError(ExperimentError, ValueError):

@@ -261,7 +261,7 @@ def _predict(model: nn.Module, batch: Any) -> tuple[Any, Any]:
 def _checked(reported: Any, epoch: int) -> dict[str, float]:
     if not isinstance(reported, Mapping):
         raise TaskError(f"run: epoch {epoch} is of type {type(reported).__name__}; report a mapping such as a dict")
-    for name in {"train_loss", "test_metric"} - reported.keys():
+    for name in sorted({"train_loss", "test_metric"} - reported.keys()):
         raise TaskError(f"run: epoch {epoch} lacks {name!r}; it has {', '.join(map(repr, reported)) or 'nothing'}")
     try:
         return {str(name): float(value) for name, value in reported.items()}
