@@ -161,5 +161,4 @@ def test_share_is_that_of_the_raw_gradient_of_all_parameters() -> None:
     # One row that is all mean, one with zero mean, and a skipped bias: 4 of 4 + 4 + 8.
     model.weight.grad = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1]])
     model.bias.grad = torch.tensor([2.0, 2.0])
-    checked.watch()
-    assert checked.effect().share == pytest.approx(0.25)
+    assert checked.watch().share == pytest.approx(0.25)

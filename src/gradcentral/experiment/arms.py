@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from gradcentral.experiment.errors import ArmError
 from gradcentral.layout import weight_layout
 from gradcentral.projection import center, unit_means
 from gradcentral.targets import PLACEMENTS
+from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["ARMS", "NONE", "CheckedArm"]
 
@@ -26,26 +28,14 @@ ROUNDING = 8
 
 
 class CheckedArm:
-    """Attaches GC to an optimizer as the arm requires, and checks the gradients and weights of real steps.
+    """Attaches GC to a plain optimizer as the arm requires, and checks the gradients and weights of real steps.
 
-    Call `watch` before the optimizer's step and `verify` after it.
-
-    Args:
-        arm: ``"none"``, ``"gradient"`` or ``"update"``.
-        model: the model being trained.
-        optimizer: an optimizer without GC.
-
-    Raises:
-        ArmError: the optimizer already centers gradients.
-        ValueError: the model has nothing to center (from `gradcentral.centralize`).
+    Call `watch` before the optimizer's step and `verify` after it, which raises an `ArmError` if the check fails.
     """
 
     def __init__(self, arm: str, model: nn.Module, optimizer: Optimizer) -> None:
         if centering_of(optimizer):
-            raise ArmError(
-                "the task's optimizer already centers gradients: use a plain one, such as torch.optim's; "
-                "the arms attach GC"
-            )
+            raise ArmError("the task's optimizer already centers gradients: use a plain one; the arms attach GC")
         self.arm = arm
         self._optimizer = optimizer
         self._names = {parameter: name for name, parameter in model.named_parameters()}
@@ -56,62 +46,46 @@ class CheckedArm:
         self.handle = None if arm == NONE else centralize(optimizer, model, placement=arm)
         self._layout = weight_layout(model) if self.handle is None else self.handle.layout
         optimizer.register_step_pre_hook(self._keep_received)
-        self._drift = Drift(self._layout.items())
+        self.drift = Drift(self._layout.items())
 
-    def watch(self) -> None:
-        """Keep copies of the raw gradients and the weights before a step."""
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        self._raw: dict[Tensor, Tensor] = {p: p.grad.detach().clone() for p in parameters if p.grad is not None}
-        self._weights = {p: p.detach().clone() for p in self._raw}
+    def watch(self) -> Effect:
+        """Keep copies of weights and raw gradients; return the effect of Φ on all gradients taken as one vector."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._raw = _copies(parameters, gradients=True)
+        self._weights = _copies(parameters)
         self._received: dict[Tensor, Tensor] = {}
         self._after_plain_step: dict[Tensor, Tensor] = {}
         self._watching = True
-
-    def effect(self) -> Effect:
-        """Return what centering does, or would do, to the raw gradients of all parameters as one vector."""
         return combine_effects(effects([(raw, self._layout.get(p)) for p, raw in self._raw.items()]))
 
-    def drift(self) -> float:
-        """Return ‖eᵀ(w − w⁰)‖ over all weight vectors since the start of the run."""
-        return self._drift.total()
-
     def verify(self) -> None:
-        """Check the watched step. If it was skipped (AMP does so on overflow) or overflowed, there is nothing to check.
-
-        Raises:
-            ArmError: naming the arm, the parameter and what was found.
-        """
+        """Check the watched step, unless it overflowed or was skipped, as AMP does on overflow."""
         self._watching = False
-        self._check_handles()
+        handles = attached(self._optimizer)
+        if handles != ([] if self.handle is None else [self.handle]):
+            found = ", ".join(map(repr, handles)) or "nothing"
+            raise ArmError(f"arm {self.arm!r} was tampered with: attached to the optimizer is {found}")
         if not self._received or not all(_is_finite(gradient) for gradient in self._raw.values()):
             return
         for parameter, raw in self._raw.items():
             centered = parameter in self._layout
             if self.arm == "gradient" and centered:
-                self._check_gradient_centered(parameter, raw)
-            elif not torch.equal(_dense(raw), _dense(self._received[parameter])):
+                self._check_gradient_centered(parameter)
+            elif not torch.equal(_wide(raw), _wide(self._received[parameter])):
                 self._fail(parameter, "its gradient was changed before the optimizer received it")
             if self.arm == "update" and centered:
                 self._check_mean_unchanged(parameter)
 
-    def _check_handles(self) -> None:
-        handles = attached(self._optimizer)
-        expected = [] if self.handle is None else [self.handle]
-        if handles != expected:
-            found = ", ".join(map(repr, handles)) or "nothing"
-            raise ArmError(f"arm {self.arm!r} was tampered with: attached to the optimizer is {found}")
-
-    def _check_gradient_centered(self, parameter: Tensor, raw: Tensor) -> None:
-        received, vectors = _wide(self._received[parameter]), self._layout[parameter]
-        rms = unit_means(_wide(raw).abs().square(), vectors).sqrt()
-        allowed = _tolerance(raw.dtype) * rms + _smallest(raw.dtype)
-        mean = unit_means(received, vectors).abs()
+    def _check_gradient_centered(self, parameter: Tensor) -> None:
+        vectors, dtype = self._layout[parameter], self._raw[parameter].dtype
+        raw, received = _wide(self._raw[parameter]), _wide(self._received[parameter])
+        rms, mean = _rms(raw, vectors), unit_means(received, vectors).abs()
+        allowed = _allowed(rms, dtype)
         if bool((mean > allowed).any()):
-            worst = float((mean / rms.clamp_min(_smallest(raw.dtype))).max())
+            worst = float((mean / rms).nan_to_num().max())
             self._fail(parameter, f"a weight vector's gradient has a mean of {worst:.1e} of its rms instead of zero")
         # Compare root mean squares: relative to the rms, a single element may be as large as √M.
-        error = unit_means((received - center(_wide(raw), vectors)).abs().square(), vectors).sqrt()
-        if bool((error > allowed).any()):
+        if bool((_rms(received - center(raw, vectors), vectors) > allowed).any()):
             self._fail(parameter, "its centered gradient is not Φ of the raw one")
 
     def _check_mean_unchanged(self, parameter: Tensor) -> None:
@@ -120,45 +94,45 @@ class CheckedArm:
         if not all(_is_finite(w) for w in (before, plain, after)):
             return
         # The plain step may have been much larger than both, and its rounding remains.
-        size = torch.stack([unit_means(w.abs().square(), vectors).sqrt() for w in (before, plain, after)]).amax(0)
+        size = torch.stack([_rms(w, vectors) for w in (before, plain, after)]).amax(0)
         drift = (unit_means(after, vectors) - unit_means(before, vectors)).abs()
-        if bool((drift > _tolerance(parameter.dtype) * size + _smallest(parameter.dtype)).any()):
+        if bool((drift > _allowed(size, parameter.dtype)).any()):
             self._fail(parameter, f"the step moved the mean of a weight vector by {float(drift.max()):.1e}")
 
     def _fail(self, parameter: Tensor, found: str) -> None:
         name = self._names.get(parameter, "a parameter outside the model")  # type: ignore[call-overload]
         raise ArmError(f"the run did not train as arm {self.arm!r} requires: {name}: {found}")
 
-    def _keep_received(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _keep_received(self, *_: Any) -> None:
         if self._watching:
-            self._received = {p: p.grad.detach().clone() for p in self._raw if p.grad is not None}
+            self._received = _copies(self._raw, gradients=True)
 
-    def _keep_plain_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _keep_plain_step(self, *_: Any) -> None:
         if self._watching and self.arm == "update":
-            self._after_plain_step = {p: p.detach().clone() for p in self._raw}
+            self._after_plain_step = _copies(self._raw)
+
+
+def _copies(parameters: Iterable[Tensor], *, gradients: bool = False) -> dict[Tensor, Tensor]:
+    sources = ((p, p.grad if gradients else p) for p in parameters)
+    return {p: source.detach().clone() for p, source in sources if source is not None}
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Convert to double precision, on the CPU if the device lacks it."""
-    tensor = tensor.detach()
-    if tensor.device.type == "mps":
-        tensor = tensor.cpu()
-    return _dense(tensor).to(torch.complex128 if tensor.is_complex() else torch.float64)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+    """Convert to a dense tensor in double precision, on the CPU if the device lacks it."""
+    tensor = tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()
+    dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    return dense.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(_dense(tensor)).all())
+    return bool(torch.isfinite(_wide(tensor)).all())
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    return ROUNDING * torch.finfo(dtype).eps
+def _rms(tensor: Tensor, vectors: WeightVectors) -> Tensor:
+    return unit_means(tensor.abs().square(), vectors).sqrt()
 
 
-def _smallest(dtype: torch.dtype) -> float:
-    """Return the spacing of subnormal numbers, which a relative tolerance does not cover."""
+def _allowed(rms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rounding error to allow; tiny, for the spacing of subnormal numbers, which eps does not cover."""
     info = torch.finfo(dtype)
-    return float(info.tiny * info.eps) * ROUNDING
+    return ROUNDING * info.eps * (rms + info.tiny)

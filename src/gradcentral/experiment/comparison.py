@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from gradcentral.diagnostics.probe_report import ProbeReport
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.statistics import Paired, epochs_to_reach, mean_std, paired
-from gradcentral.experiment.store import Key, Run
+from gradcentral.experiment.store import Run
 from gradcentral.experiment.verdict import Verdict, judge
 from gradcentral.extras import optional
 from gradcentral.tables import csv_text
@@ -30,8 +31,7 @@ class Row:
 
     Attributes:
         optimizer, arm: identify it.
-        runs: number of runs.
-        diverged: how many of them diverged.
+        runs, diverged: number of runs, and how many of them diverged.
         test_metric: final value, one per run.
         train_loss: running mean over the last epoch.
         epochs_to_baseline: the first epoch whose training loss is at most the final one of the baseline's run of the
@@ -52,39 +52,6 @@ class Row:
     share: list[float]
     seconds: list[float]
 
-    @classmethod
-    def of(cls, runs: Sequence[Run], baseline: Sequence[Run], *, higher_is_better: bool) -> Row:
-        """Summarize the runs of one arm.
-
-        Args:
-            runs: of one optimizer and arm, one per seed.
-            baseline: those without GC, of the same seeds.
-            higher_is_better: whether a larger metric is better.
-        """
-        finished = [(run, other) for run, other in zip(runs, baseline, strict=True) if run.diverged_at is None]
-        sign = 1 if higher_is_better else -1
-        shares = [_present(epoch.get("share") for epoch in run.epochs) for run, _ in finished]
-        return cls(
-            runs[0].optimizer,
-            runs[0].arm,
-            runs=len(runs),
-            diverged=len(runs) - len(finished),
-            test_metric=_present(run.final("test_metric") for run, _ in finished),
-            train_loss=_present(run.final("train_loss") for run, _ in finished),
-            epochs_to_baseline=[
-                epochs_to_reach([epoch["train_loss"] for epoch in run.epochs], target)
-                for run, other in finished
-                if (target := other.final("train_loss")) is not None
-            ],
-            gap=[
-                sign * (run.train_metric - (run.final("test_metric") or 0.0))
-                for run, _ in finished
-                if run.train_metric is not None
-            ],
-            share=[sum(values) / len(values) for values in shares if values],
-            seconds=[run.seconds for run in runs],
-        )
-
 
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "test {metric}": lambda row: spread(row.test_metric),
@@ -100,11 +67,9 @@ class Comparison:
     """The result of `gradcentral.compare`; ``print`` it for the tables and verdicts.
 
     Attributes:
-        task: the task's name.
-        metric: the metric's name.
-        higher_is_better: whether a larger metric is better.
+        task, metric, higher_is_better: the names of the task and its metric, and whether a larger metric is better.
         arms, optimizers, seeds: what was requested.
-        all_runs: the requested runs, including those finished in earlier calls.
+        all_runs: the requested runs in the order of the seeds, including those finished in earlier calls.
         checked: whether every run was checked to train as its arm requires; False for a `CustomTask`.
         out: the folder with ``results.jsonl``, ``summary.csv``, the plots and ``report.html``.
         command: the Python call that repeats the comparison.
@@ -130,13 +95,9 @@ class Comparison:
         """The report's file."""
         return self.out / "report.html"
 
-    @cached_property
-    def _by_key(self) -> dict[Key, Run]:
-        return {run.key: run for run in self.all_runs}
-
     def runs(self, optimizer: str, arm: str) -> list[Run]:
         """Return the runs of one arm under one optimizer, in the order of the seeds."""
-        return [self._by_key[Key(optimizer, arm, seed)] for seed in self.seeds]
+        return [run for run in self.all_runs if (run.optimizer, run.arm) == (optimizer, arm)]
 
     def evidence(self, optimizer: str, arm: str, name: str = "test_metric") -> Paired:
         """Compare final numbers of an arm with those of ``none``: ``test_metric``, ``train_loss`` or ``test_loss``."""
@@ -147,14 +108,7 @@ class Comparison:
     def verdicts(self) -> tuple[Verdict, ...]:
         """One per optimizer and arm other than ``none``, on the final test metric."""
         return tuple(
-            judge(
-                self.evidence(optimizer, arm),
-                optimizer=optimizer,
-                arm=arm,
-                metric=self.metric,
-                higher_is_better=self.higher_is_better,
-                baseline=NONE,
-            )
+            judge(self.evidence(optimizer, arm), optimizer, arm, self.metric, self.higher_is_better)
             for optimizer in self.optimizers
             for arm in self.arms
             if arm != NONE
@@ -162,8 +116,31 @@ class Comparison:
 
     def row(self, optimizer: str, arm: str) -> Row:
         """Summarize one arm under one optimizer."""
-        baseline = self.runs(optimizer, NONE)
-        return Row.of(self.runs(optimizer, arm), baseline, higher_is_better=self.higher_is_better)
+        runs = self.runs(optimizer, arm)
+        finished = [run for run in runs if run.diverged_at is None]
+        sign = 1 if self.higher_is_better else -1
+        shares = [_present(epoch.get("share") for epoch in run.epochs) for run in finished]
+        targets = {run.seed: run.final("train_loss") for run in self.runs(optimizer, NONE)}
+        return Row(
+            optimizer,
+            arm,
+            runs=len(runs),
+            diverged=len(runs) - len(finished),
+            test_metric=[run.epochs[-1]["test_metric"] for run in finished],
+            train_loss=[run.epochs[-1]["train_loss"] for run in finished],
+            epochs_to_baseline=[
+                epochs_to_reach([epoch["train_loss"] for epoch in run.epochs], target)
+                for run in finished
+                if (target := targets[run.seed]) is not None
+            ],
+            gap=[
+                sign * (run.train_metric - run.epochs[-1]["test_metric"])
+                for run in finished
+                if run.train_metric is not None
+            ],
+            share=[fmean(values) for values in shares if values],
+            seconds=[run.seconds for run in runs],
+        )
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -178,46 +155,41 @@ class Comparison:
 
     def to_csv(self) -> str:
         """Format one line per optimizer and arm, with full precision; cells without a number are empty."""
-        numbers = ("test_metric", "train_loss", "epochs_to_baseline", "gap", "share", "seconds")
-        header = ["optimizer", "arm", "runs", "diverged"]
-        header += [f"{name}_{what}" for name in numbers for what in ("mean", "std")]
-        header += ["never_reached_baseline", "difference", "low", "high", "p_corrected", "outcome"]
-        lines: list[list[Any]] = [header]
         verdicts = {(verdict.optimizer, verdict.arm): verdict for verdict in self.verdicts}
+        lines: list[dict[str, Any]] = []
         for row in self.rows:
-            cells: dict[str, Any] = {name: getattr(row, name) for name in header[:4]}
-            for name in numbers:
-                if values := _present(getattr(row, name)):
-                    cells[f"{name}_mean"], cells[f"{name}_std"] = mean_std(values)
-            cells["never_reached_baseline"] = row.epochs_to_baseline.count(None)
-            if (verdict := verdicts.get((row.optimizer, row.arm))) is not None:
-                evidence = verdict.evidence
-                cells["low"], cells["high"] = evidence.interval or (None, None)
-                cells |= {"difference": evidence.mean, "p_corrected": evidence.p, "outcome": verdict.outcome}
-            lines.append([cells.get(name) for name in header])
-        return csv_text(lines)
+            line: dict[str, Any] = {name: getattr(row, name) for name in ("optimizer", "arm", "runs", "diverged")}
+            for name in ("test_metric", "train_loss", "epochs_to_baseline", "gap", "share", "seconds"):
+                values = _present(getattr(row, name))
+                line[f"{name}_mean"], line[f"{name}_std"] = mean_std(values) if values else (None, None)
+            line["never_reached_baseline"] = row.epochs_to_baseline.count(None)
+            verdict = verdicts.get((row.optimizer, row.arm))
+            line["difference"] = verdict and verdict.evidence.mean
+            line["low"], line["high"] = (verdict and verdict.evidence.interval) or (None, None)
+            line["p_corrected"] = verdict and verdict.evidence.p
+            line["outcome"] = verdict and verdict.outcome
+            lines.append(line)
+        return csv_text([[*lines[0]], *([*line.values()] for line in lines)])
 
     def __rich__(self) -> Any:
         """Render the tables and verdicts on a rich console."""
-        console, table_of, text = optional("rich.console"), optional("rich.table"), optional("rich.text")
+        rich_table, rich_text = optional("rich.table"), optional("rich.text")
         parts: list[Any] = []
         for optimizer in self.optimizers:
             title = f"{self.task}, {optimizer}: mean ± std of {len(self.seeds)} runs"
-            table = table_of.Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None)
-            table.add_column("arm")
+            styles = {"title_justify": "left", "title_style": "bold", "header_style": "dim", "box": None}
+            table = rich_table.Table("arm", title=title, **styles)
             for title in self.columns:
                 table.add_column(textwrap.fill(title, 12, break_long_words=False), justify="right")
-            for row in self.rows:
-                if row.optimizer == optimizer:
-                    label = row.arm if not row.diverged else f"{row.arm}, {row.diverged} of {row.runs} diverged"
-                    table.add_row(label, *(cell(row) for cell in self.columns.values()))
+            for row in (row for row in self.rows if row.optimizer == optimizer):
+                label = row.arm if not row.diverged else f"{row.arm}, {row.diverged} of {row.runs} diverged"
+                table.add_row(label, *(cell(row) for cell in self.columns.values()))
             parts.append(table)
-            for verdict in self.verdicts:
-                if verdict.optimizer == optimizer:
-                    line = text.Text.assemble((f"{verdict.arm}: ", "bold"), verdict.sentence)
-                    parts.append(optional("rich.padding").Padding(line, (0, 0, 0, 2)))
+            for verdict in (verdict for verdict in self.verdicts if verdict.optimizer == optimizer):
+                line = rich_text.Text.assemble((f"{verdict.arm}: ", "bold"), verdict.sentence)
+                parts.append(optional("rich.padding").Padding(line, (0, 0, 0, 2)))
             parts.append("")
-        return console.Group(*parts[:-1])
+        return optional("rich.console").Group(*parts[:-1])
 
     def __str__(self) -> str:
         console = optional("rich.console").Console(file=io.StringIO(), width=118, color_system=None)
@@ -247,12 +219,10 @@ def spread(values: Sequence[float]) -> str:
 
 def _epochs(values: Sequence[int | None]) -> str:
     reached = _present(values)
-    if not values:
-        return NOTHING
     if not reached:
-        return "never"
-    never = len(values) - len(reached)
+        return "never" if values else NOTHING
     mean, std = mean_std(reached)
+    never = len(values) - len(reached)
     return f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}") + (f", {never} never" if never else "")
 
 

@@ -18,9 +18,8 @@ __all__ = ["derive", "digest", "one_thread", "seed_everything"]
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch on every device."""
-    np = optional("numpy")
     random.seed(seed)
-    np.random.seed(seed)
+    optional("numpy").random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -51,21 +50,21 @@ def digest(value: Any) -> str:
     True
     """
     sha = hashlib.sha256()
-    _update(sha, value)
+    for part in _parts(value):
+        sha.update(part)
     return sha.hexdigest()[:12]
 
 
-def _update(sha: Any, value: Any) -> None:
+def _parts(value: Any) -> Iterator[bytes]:
     if isinstance(value, torch.Tensor):
         value = value.detach().to_dense() if value.layout != torch.strided else value.detach()
-        sha.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
-        sha.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        yield f"tensor {value.dtype} {tuple(value.shape)}".encode()
+        yield value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     elif value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        sha.update(f"{value!r};".encode())
+        yield f"{value!r};".encode()
     elif isinstance(value, (Mapping, Sequence)):
-        items = [*value.items()] if isinstance(value, Mapping) else value
-        sha.update(f"{len(items)} items".encode())
-        for item in items:
-            _update(sha, item)
+        yield f"{len(value)} items".encode()
+        for item in value.items() if isinstance(value, Mapping) else value:
+            yield from _parts(item)
     else:
-        sha.update(pickle.dumps(value))
+        yield pickle.dumps(value)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["ArmError", "ExperimentError", "ResultsError", "RunError", "TaskError", "line_of", "one_line"]
+__all__ = ["ArmError", "ExperimentError", "ResultsError", "RunError", "TaskError", "line_of", "naming", "one_line"]
 
 
 class ExperimentError(Exception):
     """An experiment cannot continue; the command line prints the message and exits with code 2."""
+
+    trace = ""  # the traceback of the exception in a run, if the error reports one
 
 
 class TaskError(ExperimentError, ValueError):
@@ -31,17 +35,24 @@ class ResultsError(ExperimentError):
 def one_line(error: BaseException) -> str:
     """Format an exception on one line, without the type's name for an `ExperimentError`."""
     message = " ".join(str(error).split())
-    if isinstance(error, ExperimentError):
-        return message
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return message if isinstance(error, ExperimentError) else f"{type(error).__name__}: {message}".removesuffix(": ")
 
 
-def line_of(error: BaseException, file: Path | None = None) -> str:
+def line_of(error: BaseException, file: Path | None) -> str:
     """Locate the line that failed: the last one in the user's file, else the last one outside torch and gradcentral."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames:
-        return str(file)
-    own = [frame for frame in frames if file is not None and Path(frame.filename) == file]
+    frames = list(traceback.extract_tb(error.__traceback__))
+    own = [frame for frame in frames if Path(frame.filename) == file]
     foreign = [frame for frame in frames if not {"torch", "gradcentral"} & set(Path(frame.filename).parts)]
-    frame = (own or foreign or list(frames))[-1]
+    frame = (own or foreign or frames)[-1]
     return f"{frame.filename}, line {frame.lineno}"
+
+
+@contextmanager
+def naming(part: str, file: Path | None = None) -> Iterator[None]:
+    """Name the part of the task in the message of any exception that its code raises inside the block."""
+    try:
+        yield
+    except ExperimentError:
+        raise
+    except Exception as error:
+        raise TaskError(f"{part}: {one_line(error)} ({line_of(error, file)})") from error

@@ -10,8 +10,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradcentral.experiment.determinism import digest, seed_everything
-from gradcentral.experiment.errors import ExperimentError, TaskError, line_of, one_line
+from gradcentral.experiment.errors import TaskError, naming
 from gradcentral.experiment.loading import LoadedTask
 from gradcentral.experiment.task import CustomTask, Task, name_of
 from gradcentral.experiment.training import Settings, fresh_model, fresh_optimizer, fresh_schedule, pair_of, steps_of
@@ -31,48 +30,29 @@ SAMPLED_EXAMPLES = 64
 
 
 def fingerprint_of_task(loaded: LoadedTask, settings: Settings | None) -> dict[str, str]:
-    """Describe the task's source, settings and data, without building a model; it seeds the global generators.
-
-    Returns:
-        name of a part -> its description, ending in a hash where words do not suffice.
-
-    Raises:
-        TaskError: a dataset raises an exception.
-    """
+    """Describe the task's source, settings and data by name, without a model; this seeds the global generators."""
     task = loaded.task
-    parts = {"task": task.name}
+    parts = {"task": task.name, "higher_is_better": str(task.higher_is_better)}
     if loaded.file is not None:
         parts["source of the task's file (without comments)"] = _digest_of_source(loaded.source)
     if isinstance(task, CustomTask):
-        parts |= {"run": _of_function(task.run), "metric_name": task.metric_name}
-        return parts | {"higher_is_better": str(task.higher_is_better)}
+        return parts | {"run": _of_function(task.run), "metric_name": task.metric_name}
     assert settings is not None
-    parts |= {name: str(value) for name, value in asdict(settings).items()}
-    parts |= {
-        "batch_size": str(task.batch_size),
-        "loss": _of_function(task.loss),
-        "metric": _of_function(task.metric),
-        "higher_is_better": str(task.higher_is_better),
-        "schedule": "none" if task.schedule is None else _of_function(task.schedule),
-    }
+    parts |= {name: str(value) for name, value in asdict(settings).items()} | {"batch_size": str(task.batch_size)}
+    parts |= {name: _of_function(getattr(task, name)) for name in ("loss", "metric")}
+    parts["schedule"] = "none" if task.schedule is None else _of_function(task.schedule)
     for part in ("train", "test"):
-        with _naming(part, loaded):
+        with naming(part, loaded.file):
             parts[part] = _of_dataset(getattr(task, part))
     return parts
 
 
 def fingerprint_of_model(loaded: LoadedTask, settings: Settings, optimizers: tuple[str, ...]) -> dict[str, str]:
-    """Describe the model and the optimizers.
-
-    Builds everything that a run builds, so that an error in the task is noticed before any worker starts. It seeds the
-    global generators.
-
-    Raises:
-        TaskError: a part of the task raises an exception or returns the wrong type; the message names the part.
-    """
+    """Describe the model and the optimizers, by building all that a run does; this seeds the global generators."""
     task = loaded.task
     assert isinstance(task, Task)
-    with _naming("model", loaded):
+    # Everything is built here to notice errors in the task before any worker starts.
+    with naming("model", loaded.file):
         model, again = (fresh_model(task, seed=0) for _ in range(2))
     weights = digest(model.state_dict())
     if digest(again.state_dict()) != weights:
@@ -82,23 +62,12 @@ def fingerprint_of_model(loaded: LoadedTask, settings: Settings, optimizers: tup
         )
     parts = {"model": _of_model(model, weights)}
     for name in optimizers:
-        with _naming(f"optimizers[{name!r}]", loaded):
+        with naming(f"optimizers[{name!r}]", loaded.file):
             optimizer = fresh_optimizer(task, name, model)
             parts[f"optimizers[{name!r}]"] = _of_optimizer(optimizer)
-        with _naming("schedule", loaded):
+        with naming("schedule", loaded.file):
             fresh_schedule(task, optimizer, steps_of(task, settings.epochs))
     return parts
-
-
-@contextmanager
-def _naming(part: str, loaded: LoadedTask) -> Iterator[None]:
-    """Name the part of the task in the message of any exception raised inside the block."""
-    try:
-        yield
-    except ExperimentError:
-        raise
-    except Exception as error:
-        raise TaskError(f"{part}: {one_line(error)} ({line_of(error, loaded.file)})") from error
 
 
 def _of_model(model: nn.Module, weights: str) -> str:
@@ -111,8 +80,7 @@ def _of_model(model: nn.Module, weights: str) -> str:
 
 def _of_dataset(dataset: Any) -> str:
     seed_everything(0)  # augmentation draws random numbers
-    step = max(1, len(dataset) // SAMPLED_EXAMPLES)
-    sample = [dataset[index] for index in range(0, len(dataset), step)]
+    sample = [dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // SAMPLED_EXAMPLES))]
     if not isinstance(sample[0], Mapping):
         pair_of(sample[0])
     return f"{len(dataset)} examples, content {digest(sample)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import pickle
 import sys
 import types
@@ -12,25 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gradcentral.experiment.determinism import digest
 from gradcentral.experiment.errors import TaskError, line_of, one_line
 from gradcentral.experiment.task import CustomTask, Task, name_of
-from gradcentral.extras import MissingExtraError, optional
+from gradcentral.extras import optional
 
 __all__ = ["BUILT_IN", "AnyTask", "LoadedTask", "PackedTask", "find_task", "load_task", "unpack"]
 
 AnyTask = Task | CustomTask
 
-BUILT_IN = ("digits", "digits-batchnorm", "digits-vit")
-_BUILT_IN_FOLDER = Path(__file__).parent / "tasks"
+_FILES = sorted(Path(__file__).resolve().with_name("tasks").glob("[!_]*.py"))
+BUILT_IN = {file.stem.replace("_", "-"): file for file in _FILES}
 
 
 class PackedTask(NamedTuple):
-    """A task on its way to a worker.
-
-    Attributes:
-        file: the Python file that defines the task; None for a task from memory.
-        content: the source of the file; for a task from memory its pickle, or the path of a file with the pickle.
-    """
+    """A task on its way to a worker: its file and source, or no file and its pickle or the path of the pickle."""
 
     file: Path | None
     content: bytes | Path
@@ -38,28 +33,14 @@ class PackedTask(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task with the Python file that defines it.
-
-    Attributes:
-        task: the task itself.
-        file: None for a task from memory.
-        source: the file's content when it was loaded. Workers run this even if the file changes meanwhile.
-    """
+    """A task with the Python file that defines it and the file's content, which workers run even if it changes."""
 
     task: AnyTask
     file: Path | None = None
     source: bytes = b""
 
     def pack(self, folder: Path | None) -> PackedTask:
-        """Pack the task so that `unpack` restores it in another process.
-
-        Args:
-            folder: visible to all workers; a task from memory is pickled there once, instead of once per run. None for
-                workers of other machines.
-
-        Raises:
-            TaskError: the task has no file and cannot be pickled.
-        """
+        """Pack the task for `unpack`; a task from memory is pickled into the folder, if all workers can see one."""
         if self.file is not None:
             return PackedTask(self.file, self.source)
         try:
@@ -82,7 +63,7 @@ def unpack(packed: PackedTask) -> LoadedTask:
     file, content = packed
     if isinstance(content, Path):
         content = content.read_bytes()
-    return LoadedTask(pickle.loads(content)) if file is None else LoadedTask(_run_file(file, content), file, content)
+    return LoadedTask(pickle.loads(content)) if file is None else _run_file(file, content)
 
 
 def load_task(source: AnyTask | Callable[..., Any] | str | Path) -> AnyTask:
@@ -110,33 +91,27 @@ def find_task(source: AnyTask | Callable[..., Any] | str | Path) -> LoadedTask:
         return LoadedTask(CustomTask(name=name_of(source).strip("<>"), run=source))
     if not isinstance(source, (str, Path)):
         raise TaskError(f"task: give a Task, the path of a Python file or one of {', '.join(BUILT_IN)}, not {source!r}")
-    path = Path(source).expanduser()
-    if str(source) in BUILT_IN:
-        path = _BUILT_IN_FOLDER / f"{str(source).replace('-', '_')}.py"
-    elif path.suffix != ".py" and not path.exists():
+    path = (BUILT_IN.get(str(source)) or Path(source).expanduser()).resolve()
+    if path.suffix != ".py" and not path.exists():
         raise TaskError(f"unknown task {str(source)!r}; choose from {', '.join(BUILT_IN)}, or give a Python file")
-    path = path.resolve()
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         raise TaskError(f"{path}: the file does not exist") from None
     except OSError as error:
         raise TaskError(f"{path}: cannot be read ({error.strerror})") from error
-    return LoadedTask(_run_file(path, content), path, content)
+    return _run_file(path, content)
 
 
-def _run_file(path: Path, content: bytes) -> AnyTask:
+def _run_file(path: Path, content: bytes) -> LoadedTask:
     # As in `python my_task.py`, the file may import the modules beside it, now and later.
-    if path.parent != _BUILT_IN_FOLDER.resolve() and str(path.parent) not in sys.path:
+    if path not in _FILES and str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
-    name = f"gradcentral_task_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    module = types.ModuleType(name)
+    module = types.ModuleType(f"gradcentral_task_{digest(str(path))}")
     module.__file__ = str(path)
-    sys.modules[name] = module  # dataclasses and pickle look up the module here
+    sys.modules[module.__name__] = module  # dataclasses and pickle look up the module here
     try:
         exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
-    except MissingExtraError as error:
-        raise TaskError(f"{path.name}: {error}") from error
     except SyntaxError as error:
         raise TaskError(f"{error.filename or path}, line {error.lineno}: {error.msg}") from error
     except Exception as error:
@@ -145,7 +120,7 @@ def _run_file(path: Path, content: bytes) -> AnyTask:
     if task is None:
         raise TaskError(f"{path}: does not define `task`; end it with task = Task(...)")
     if callable(task) and not isinstance(task, type):
-        return CustomTask(name=path.stem, run=task)
+        task = CustomTask(name=path.stem, run=task)
     if not isinstance(task, (Task, CustomTask)):
         raise TaskError(f"{path}: `task` is of type {type(task).__name__}; make it a gradcentral.experiment.Task")
-    return task
+    return LoadedTask(task, path, content)

@@ -14,7 +14,7 @@ from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.diagnostics.probe_report import LayerReport, ProbeReport
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES, probe
 from gradcentral.experiment.determinism import derive, seed_everything
-from gradcentral.experiment.errors import TaskError, line_of, one_line
+from gradcentral.experiment.errors import naming
 from gradcentral.experiment.task import Task
 from gradcentral.experiment.training import amp_dtype, fresh_model, loader_of, orders_of
 from gradcentral.weight_vectors import WeightVectors
@@ -28,9 +28,7 @@ def probe_task(
     """Measure what GC would do to the task's fresh model, on the first batches of a run of this seed.
 
     ``amp`` uses bfloat16 if the device supports it. float16 would need loss scaling, so full precision is used instead.
-
-    Raises:
-        TaskError: the task's code raises an exception; the message names the line.
+    A `TaskError` names the line of the task's code that raised an exception.
 
     Examples:
         >>> from gradcentral.experiment import load_task
@@ -42,13 +40,9 @@ def probe_task(
         seed_everything(derive(seed, "training"))
         loader = loader_of(task, next(orders_of(task, seed)))
         half = amp and amp_dtype(torch.device(device)) == torch.bfloat16
-        try:
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
-                return probe(model, task.loss, loader, max_batches=batches)
-        except TaskError:
-            raise
-        except Exception as error:
-            raise TaskError(f"the task cannot be probed: {one_line(error)} ({line_of(error)})") from error
+        autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half)
+        with naming("the task cannot be probed"), autocast:
+            return probe(model, task.loss, loader, max_batches=batches)
 
 
 def write_probe(report: ProbeReport, path: Path) -> None:
@@ -64,9 +58,8 @@ def read_probe(path: Path) -> ProbeReport | None:
             for name in part.keys() & {"effects", "whole"}:
                 part[name] = tuple(Effect(*effect) for effect in part[name])
         for layer in report["layers"]:
-            layer["vectors"] = layer["vectors"] and WeightVectors(
-                **{k: v and tuple(v) for k, v in layer["vectors"].items()}
-            )
+            vectors = layer["vectors"] or {}
+            layer["vectors"] = WeightVectors(**{k: v and tuple(v) for k, v in vectors.items()}) if vectors else None
             layer["input"] = layer["input"] and InputMean(*layer["input"])
         layers = tuple(LayerReport(**layer) for layer in report["layers"])
         return ProbeReport(layers, report["whole"], tuple(report["losses"]))

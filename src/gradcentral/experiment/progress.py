@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,7 @@ __all__ = ["Progress"]
 class Progress:
     """Displays a comparison; use it in a ``with`` block and call `finished` for every run.
 
-    Args:
-        keys: all requested runs.
-        before: the runs that were finished earlier.
-        epochs: per run; None if unknown, so that the bars count runs.
-        metric: its name.
-        epochs_file: the file to which runs append a line per epoch.
-        show: whether to display anything.
+    The bars also follow ``epochs_file``, to which runs append a line per epoch, if the ``epochs`` per run are known.
     """
 
     def __init__(
@@ -33,30 +28,26 @@ class Progress:
         self._keys, self._epochs, self._metric, self._epochs_file = keys, epochs, metric, epochs_file
         self._done = {run.key: run for run in before}
         self._console = optional("rich.console").Console(highlight=False, quiet=not show)
-        self._live = self._bars() if self._console.is_terminal and show else None
+        self._live = self._bars() if self._console.is_terminal and show else nullcontext()
 
     def __enter__(self) -> Progress:
         if self._done:
             self._console.print(f"{len(self._done)} of {len(self._keys)} runs were finished before")
-        if self._live is not None:
-            self._live.start()
+        self._live.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+    def __exit__(self, *error: Any) -> None:
+        self._live.__exit__(*error)
 
     def finished(self, run: Run) -> None:
         """Display a finished run."""
         self._done[run.key] = run
-        if self._live is not None:
+        if self._console.is_terminal:
             return
+        result = f"diverged in epoch {run.diverged_at}"
+        if run.diverged_at is None:
+            result = f"{self._metric} {run.final('test_metric'):.4g}, training loss {run.final('train_loss'):.4g}"
         width = len(str(len(self._keys)))
-        result = (
-            f"diverged in epoch {run.diverged_at}"
-            if run.diverged_at is not None
-            else f"{self._metric} {run.final('test_metric'):.4g}, training loss {run.final('train_loss'):.4g}"
-        )
         self._console.print(f"{len(self._done):{width}}/{len(self._keys)}  {run.key}: {result}  ({run.seconds:.1f} s)")
 
     def _bars(self) -> Any:
@@ -70,22 +61,15 @@ class Progress:
             rows[bars.add_task(", ".join(prefix) or "all runs", total=len(keys), text="")] = keys
 
         def render() -> Any:
-            epochs = self._epochs_so_far()
+            lines = read_complete(self._epochs_file).splitlines() if self._epochs_file.exists() else []
+            epochs = {tuple(key): epoch for *key, epoch in map(json.loads, lines)}
             for bar, keys in rows.items():
-                bars.update(bar, completed=self._completed(keys, epochs), text=self._text(keys))
+                parts = (1.0 if key in self._done else epochs.get(key, 0) / (self._epochs or 1e9) for key in keys)
+                bars.update(bar, completed=sum(parts), text=self._text(keys))
             return bars.get_renderable()
 
         live = optional("rich.live").Live
         return live(console=self._console, get_renderable=render, refresh_per_second=4, transient=True)
-
-    def _epochs_so_far(self) -> dict[Key, int]:
-        if not self._epochs_file.exists():
-            return {}
-        lines = map(json.loads, read_complete(self._epochs_file).splitlines())
-        return {Key(optimizer, arm, seed): epoch for optimizer, arm, seed, epoch in lines}
-
-    def _completed(self, keys: Sequence[Key], epochs: dict[Key, int]) -> float:
-        return sum(1.0 if key in self._done else epochs.get(key, 0) / (self._epochs or 1e9) for key in keys)
 
     def _text(self, keys: Sequence[Key]) -> str:
         done = [self._done[key] for key in keys if key in self._done]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,16 +25,12 @@ from gradcentral.experiment.workers import EPOCHS, check_backend, run_all
 
 __all__ = ["compare"]
 
-DEFAULT_SEEDS = 5
-CUSTOM_OPTIMIZER = "custom"
-PROBE = "probe.json"
-
 
 @preserve_state()
 def compare(
     task: Task | CustomTask | Callable[..., Any] | str | Path,
     *,
-    seeds: int | Sequence[int] = DEFAULT_SEEDS,
+    seeds: int | Sequence[int] = 5,
     epochs: int | None = None,
     arms: Sequence[str] = ARMS,
     optimizers: Sequence[str] | None = None,
@@ -62,8 +58,7 @@ def compare(
         optimizers: names of the task's optimizers to use; all of them by default.
         jobs: number of worker processes, each with one torch thread. 1 runs in this process, with the current number of
             torch threads. Default: one per core on the CPU, 1 on an accelerator, all workers of a cluster.
-        backend: where the workers are: ``"loky"``, processes of this machine; ``"ray"`` or ``"dask"``, those of a
-            cluster (see docs/scaling.md).
+        backend: ``"loky"`` for worker processes of this machine; ``"ray"`` or ``"dask"`` for those of a cluster.
         device: where to train, as a torch device.
         amp: train in mixed precision: bfloat16 if the device supports it, else float16 with loss scaling.
         out: output folder; by default ``runs/`` and the task's name.
@@ -83,37 +78,35 @@ def compare(
     command = _command(task, options)
     loaded = find_task(task)
     task = loaded.task
-    arms, optimizers, seeds = _arms(arms), _optimizers(task, optimizers), _seeds(seeds)
+    settings, arms, seeds = _settings(task, options), _arms(arms), _seeds(seeds)
+    known = ("custom",) if isinstance(task, CustomTask) else tuple(task.optimizers)
+    optimizers = known if optimizers is None else _names("optimizers", optimizers, known)
     if jobs is not None:
         check_count("jobs", jobs)
     check_backend(backend)
-    settings = _settings(task, epochs, device, amp)
     fingerprint = fingerprint_of_task(loaded, settings)
     keys = [Key(optimizer, arm, seed) for seed in seeds for optimizer in optimizers for arm in arms]
-    with Store(Path(out) if out is not None else Path("runs") / task.name) as store:
+    with Store(Path("runs", task.name) if out is None else Path(out)) as store:
         store.begin(fingerprint, resume=resume)
         before = [store.runs[key] for key in keys if key in store.runs]
         missing = [key for key in keys if key not in store.runs]
         # The source of a file identifies the task. A task from memory may have no source, so look at its model, too.
         if settings is not None and (missing or loaded.file is None):
             store.extend_fingerprint(fingerprint_of_model(loaded, settings, optimizers))
-        if isinstance(task, Task) and missing and not (store.runs and (store.folder / PROBE).exists()):
+        probe = store.folder / "probe.json"
+        if isinstance(task, Task) and missing and not (store.runs and probe.exists()):
             # Before the runs, so that an error in the task is noticed early.
-            write_probe(probe_task(task, device=device, amp=amp), store.folder / PROBE)
-        pairs = _Pairs(before)
-        length = settings.epochs if settings else None
-        with (
-            TemporaryDirectory(prefix="gradcentral-") as folder,
-            Progress(keys, before, length, task.metric_name, Path(folder, EPOCHS), progress) as display,
+            write_probe(probe_task(task, device=device, amp=amp), probe)
+        with TemporaryDirectory(prefix="gradcentral-") as folder:
+            scratch = Path(folder)
+            runs = run_all(loaded, missing, settings, jobs=jobs, backend=backend, out=store.folder, scratch=scratch)
+            length = settings.epochs if settings else None
             # After an interruption, the workers end before their temporary folder is removed.
-            closing(
-                run_all(loaded, missing, settings, jobs=jobs, backend=backend, out=store.folder, scratch=Path(folder))
-            ) as runs,
-        ):
-            for run in runs:
-                pairs.check(run)
-                store.add(run)
-                display.finished(run)
+            with Progress(keys, before, length, task.metric_name, scratch / EPOCHS, progress) as display, closing(runs):
+                for run in runs:
+                    _check_paired(run, store.runs.values())
+                    store.add(run)
+                    display.finished(run)
         comparison = Comparison(
             task=task.name,
             metric=task.metric_name,
@@ -126,30 +119,22 @@ def compare(
             out=store.folder,
             command=command,
             fingerprint=store.fingerprint,
-            probe=read_probe(store.folder / PROBE),
+            probe=read_probe(probe),
         )
         write_report(comparison)
     return comparison
 
 
-class _Pairs:
-    """Refuses runs of one seed that did not start from the same weights or did not train on the same batches."""
-
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self._first: dict[tuple[int, str], tuple[str, Run]] = {}
-        for run in runs:
-            self.check(run)
-
-    def check(self, run: Run) -> None:
-        found = {"initial weights": run.weights}
-        found |= {f"batches of epoch {epoch['epoch']}": epoch.get("data") for epoch in run.epochs}
-        for what, value in found.items():
-            if value is None:
-                continue
-            other, first = self._first.setdefault((run.seed, what), (value, run))
-            if other != value:
+def _check_paired(run: Run, others: Iterable[Run]) -> None:
+    """Raise an `ArmError` unless the runs of its seed started from the same weights and trained on the same batches."""
+    for other in (other for other in others if other.seed == run.seed):
+        starts = {"initial weights": (run.weights, other.weights)}
+        for one, two in zip(run.epochs, other.epochs, strict=False):
+            starts[f"batches of epoch {one['epoch']}"] = (one.get("data"), two.get("data"))
+        for what, pair in starts.items():
+            if None not in pair and pair[0] != pair[1]:
                 raise ArmError(
-                    f"runs of seed {run.seed} are not paired: ({run.key}) and ({first.key}) have different {what}; "
+                    f"runs of seed {run.seed} are not paired: ({run.key}) and ({other.key}) have different {what}; "
                     "the task must draw its random numbers from torch, NumPy or random, without a seed of its own"
                 )
 
@@ -161,14 +146,6 @@ def _arms(arms: Sequence[str]) -> tuple[str, ...]:
     if len(chosen) == 1:
         raise TaskError(f"arms: {NONE!r} alone leaves nothing to compare; add {' or '.join(map(repr, ARMS[1:]))}")
     return tuple(arm for arm in ARMS if arm in chosen)
-
-
-def _optimizers(task: AnyTask, optimizers: Sequence[str] | None) -> tuple[str, ...]:
-    if isinstance(task, CustomTask):
-        if optimizers is not None:
-            raise TaskError("optimizers: a CustomTask has its own trainer; leave them out")
-        return (CUSTOM_OPTIMIZER,)
-    return tuple(task.optimizers) if optimizers is None else _names("optimizers", optimizers, tuple(task.optimizers))
 
 
 def _names(field: str, chosen: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
@@ -192,23 +169,21 @@ def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _settings(task: AnyTask, epochs: int | None, device: str, amp: bool) -> Settings | None:
+def _settings(task: AnyTask, options: dict[str, Any]) -> Settings | None:
     if isinstance(task, CustomTask):
-        for name, given in (("epochs", epochs is not None), ("device", device != "cpu"), ("amp", amp)):
-            if given:
+        for name in ("epochs", "optimizers", "device", "amp"):
+            if options[name] != inspect.signature(compare).parameters[name].default:
                 raise TaskError(f"{name}: a CustomTask has its own trainer; set it there")
         return None
-    if epochs is not None:
-        check_count("epochs", epochs)
-    check_device(device, amp)
-    return Settings(task.epochs if epochs is None else epochs, device, amp)
+    epochs = task.epochs if options["epochs"] is None else options["epochs"]
+    check_count("epochs", epochs)
+    check_device(options["device"], options["amp"])
+    return Settings(epochs, options["device"], options["amp"])
 
 
 def _command(task: object, options: dict[str, Any]) -> str:
     """Format the Python call that repeats the comparison, with a file's name in place of its path."""
-    source = "task"
-    if isinstance(task, (str, Path)):
-        source = repr(Path(task).name)
+    source = repr(Path(task).name) if isinstance(task, (str, Path)) else "task"
     defaults = inspect.signature(compare).parameters
     given = [f"{k}={v!r}" for k, v in options.items() if k == "seeds" or v != defaults[k].default]
     return f"gradcentral.compare({', '.join([source, *given])})"

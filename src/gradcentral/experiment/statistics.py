@@ -22,14 +22,12 @@ class Paired:
     Attributes:
         differences: one per pair in which neither run diverged.
         mean: of the differences; None if there are none.
-        interval: 95% confidence interval of the mean, simultaneous for all arms; None if the spread of the
-            differences cannot be estimated (there are fewer than two, or all are equal).
-        p: two-sided p-value, corrected for the number of arms; None if the interval is. It is below 0.05 exactly when
-            the interval excludes zero.
+        interval: 95% confidence interval of the mean, simultaneous for all arms; None, as are ``p`` and
+            ``detectable``, if the spread cannot be estimated (there are fewer than two differences, or all are equal).
+        p: two-sided p-value, corrected for the number of arms, below 0.05 exactly when the interval excludes zero.
         detectable: the smallest true difference that this many pairs with this spread would detect with 80% power.
         arms: how many arms are compared with the baseline.
-        diverged: how many runs of the arm diverged.
-        baseline_diverged: how many runs of the baseline diverged.
+        diverged, baseline_diverged: how many runs of the arm and of the baseline diverged.
         pairs: number of seeds, including those with a diverged run.
     """
 
@@ -50,9 +48,7 @@ class Paired:
 
 
 def paired(baseline: Sequence[float | None], arm: Sequence[float | None], *, arms: int = 1) -> Paired:
-    """Compare the runs of an arm with those of the baseline, pair by pair.
-
-    The interval is that of the paired t-test, with Bonferroni correction for ``arms`` arms.
+    """Compare the runs of an arm with those of the baseline by a paired t-test, Bonferroni-corrected for the arms.
 
     Args:
         baseline: one number per seed; None for a run that diverged.
@@ -73,28 +69,18 @@ def paired(baseline: Sequence[float | None], arm: Sequence[float | None], *, arm
         raise ValueError(f"arms: must be at least 1, not {arms}")
     both = [(a, b) for a, b in zip(baseline, arm, strict=True) if a is not None and b is not None]
     differences = tuple(b - a for a, b in both)
+    mean, std = mean_std(differences) if both else (None, None)
     interval = p = detectable = None
-    n = len(differences)
-    spread = statistics.stdev(differences) if n > 1 else 0.0
     # Mathematically equal differences vary by rounding, which must not pass for a measured spread.
-    if spread > 1e-12 * max((abs(x) for pair in both for x in pair), default=0.0):
-        t = optional("scipy.stats").t
-        mean, error, alpha = statistics.fmean(differences), spread / math.sqrt(n), LEVEL / arms
-        critical = float(t.ppf(1 - alpha / 2, n - 1))
-        interval = (mean - critical * error, mean + critical * error)
-        p = min(1.0, arms * 2 * float(t.sf(abs(mean) / error, n - 1)))
-        detectable = (critical + float(t.ppf(POWER, n - 1))) * error
-    return Paired(
-        differences=differences,
-        mean=statistics.fmean(differences) if n else None,
-        interval=interval,
-        p=p,
-        detectable=detectable,
-        arms=arms,
-        diverged=sum(x is None for x in arm),
-        baseline_diverged=sum(x is None for x in baseline),
-        pairs=len(arm),
-    )
+    if std is not None and std > 1e-12 * max(abs(x) for pair in both for x in pair):
+        scipy = optional("scipy.stats")
+        test = scipy.ttest_1samp(differences, 0)
+        low, high = map(float, test.confidence_interval(1 - LEVEL / arms))
+        interval, p = (low, high), min(1.0, arms * float(test.pvalue))
+        error = std / math.sqrt(len(differences))
+        detectable = (high - low) / 2 + float(scipy.t.ppf(POWER, len(differences) - 1)) * error
+    diverged, baseline_diverged = arm.count(None), baseline.count(None)
+    return Paired(differences, mean, interval, p, detectable, arms, diverged, baseline_diverged, pairs=len(arm))
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
@@ -109,16 +95,11 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 def interval_of_mean(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean and the ends of its 95% confidence interval; all three are equal for a single value."""
     mean, std = mean_std(values)
-    if std is None:
-        return mean, mean, mean
-    half = float(optional("scipy.stats").t.ppf(1 - LEVEL / 2, len(values) - 1)) * std / math.sqrt(len(values))
+    critical = float(optional("scipy.stats").t.ppf(1 - LEVEL / 2, max(1, len(values) - 1)))
+    half = critical * (std or 0.0) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 
 def epochs_to_reach(losses: Sequence[float | None], target: float) -> int | None:
-    """Return the first epoch, counted from 1, with a loss of at most ``target``; None if there is none.
-
-    >>> epochs_to_reach([0.9, 0.5, 0.2], 0.5), epochs_to_reach([0.9], 0.5)
-    (2, None)
-    """
+    """Return the first epoch, counted from 1, with a loss of at most ``target``; None if there is none."""
     return next((epoch for epoch, loss in enumerate(losses, 1) if loss is not None and loss <= target), None)

@@ -70,16 +70,12 @@ class Task:
     higher_is_better: bool = True
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        _check_name_and_direction(self)
         _require(
             not isinstance(self.model, nn.Module),
             "model: give a function that builds a fresh model, not a model (every run needs a new one), "
             f"for example model=lambda: {type(self.model).__name__}(...)",
         )
-        for field in ("model", "loss", "metric"):
-            _check_callable(field, getattr(self, field))
-        for field in ("train", "test"):
-            _check_dataset(field, getattr(self, field))
         _require(
             isinstance(self.optimizers, Mapping) and bool(self.optimizers),
             "optimizers: give at least one, as {'sgd': lambda params: torch.optim.SGD(params, lr=0.1)}",
@@ -87,18 +83,26 @@ class Task:
         for name, factory in self.optimizers.items():
             # On the command line, names are separated by commas.
             valid = isinstance(name, str) and re.fullmatch(r"[^\s,]+", name)
-            _require(bool(valid), f"optimizers: {name!r} is not a name; use a string without spaces and commas")
+            _require(valid, f"optimizers: {name!r} is not a name; use a string without spaces and commas")
             _require(
                 not isinstance(factory, Optimizer),
                 f"optimizers[{name!r}]: give a function of the parameters, not an optimizer, "
                 f"for example lambda params: torch.optim.{type(factory).__name__}(params, ...)",
             )
-            _check_callable(f"optimizers[{name!r}]", factory)
+        functions = {name: getattr(self, name) for name in ("model", "loss", "metric", "schedule")}
+        functions |= {f"optimizers[{name!r}]": factory for name, factory in self.optimizers.items()}
+        for name, function in functions.items():
+            optional = name == "schedule" and function is None
+            _require(optional or callable(function), f"{name}: give a function, not {function!r}")
+        for name, dataset in (("train", self.train), ("test", self.test)):
+            _require(
+                hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"),
+                f"{name}: a {type(dataset).__name__} has no length and index; give a map-style Dataset "
+                "of (input, target) pairs, such as TensorDataset(inputs, targets)",
+            )
+            _require(len(dataset) > 0, f"{name}: the dataset is empty")  # type: ignore[arg-type]
         check_count("batch_size", self.batch_size)
         check_count("epochs", self.epochs)
-        if self.schedule is not None:
-            _check_callable("schedule", self.schedule)
-        _check_flag("higher_is_better", self.higher_is_better)
 
     @property
     def metric_name(self) -> str:
@@ -137,11 +141,10 @@ class CustomTask:
     higher_is_better: bool = True
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
-        _check_callable("run", self.run)
-        valid = isinstance(self.metric_name, str) and bool(self.metric_name)
+        _check_name_and_direction(self)
+        _require(callable(self.run), f"run: give a function, not {self.run!r}")
+        valid = isinstance(self.metric_name, str) and self.metric_name
         _require(valid, f"metric_name: give a string, not {self.metric_name!r}")
-        _check_flag("higher_is_better", self.higher_is_better)
 
 
 def name_of(function: object) -> str:
@@ -157,28 +160,13 @@ def check_count(field: str, value: object) -> None:
     _require(valid, f"{field}: give a whole number of at least 1, not {value!r}")
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: object, message: str) -> None:
     if not condition:
         raise TaskError(message)
 
 
-def _check_name(name: object) -> None:
-    valid = isinstance(name, str) and re.fullmatch(r"\w[\w .+-]*", name)
-    _require(bool(valid), f"name: {name!r} cannot name a folder; use letters, digits, '-', '_', '.', '+' and spaces")
-
-
-def _check_callable(field: str, value: object) -> None:
-    _require(callable(value), f"{field}: give a function, not {value!r}")
-
-
-def _check_flag(field: str, value: object) -> None:
-    _require(isinstance(value, bool), f"{field}: give True or False, not {value!r}")
-
-
-def _check_dataset(field: str, value: Any) -> None:
-    _require(
-        hasattr(value, "__len__") and hasattr(value, "__getitem__"),
-        f"{field}: a {type(value).__name__} has no length and index; give a map-style Dataset "
-        "of (input, target) pairs, such as TensorDataset(inputs, targets)",
-    )
-    _require(len(value) > 0, f"{field}: the dataset is empty")
+def _check_name_and_direction(task: Task | CustomTask) -> None:
+    valid = isinstance(task.name, str) and re.fullmatch(r"\w[\w .+-]*", task.name)
+    _require(valid, f"name: {task.name!r} cannot name a folder; use letters, digits, '-', '_', '.', '+' and spaces")
+    direction = task.higher_is_better
+    _require(isinstance(direction, bool), f"higher_is_better: give True or False, not {direction!r}")

@@ -7,10 +7,10 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import count, islice
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -41,69 +41,46 @@ __all__ = [
     "train",
 ]
 
-Listener = Callable[[dict[str, Any]], None]
-
 
 @dataclass(frozen=True)
 class Settings:
-    """How every run of a comparison is trained.
-
-    Attributes:
-        epochs: passes over the training examples.
-        device: a torch device.
-        amp: whether to use mixed precision: bfloat16 if the device supports it, else float16 with loss scaling.
-    """
+    """How every run of a comparison is trained; see `compare`."""
 
     epochs: int
     device: str = "cpu"
     amp: bool = False
 
 
-def train(task: Task | CustomTask, key: Key, settings: Settings | None, on_epoch: Listener) -> Run:
-    """Train once and record every epoch.
+def train(task: Task | CustomTask, key: Key, settings: Settings | None, on_epoch: Callable[[int], None]) -> Run:
+    """Train once and record every epoch; call ``on_epoch`` with the number of each.
 
     Two runs of one seed have the same initial weights and the same batches in the same order, whatever their arm and
-    optimizer. At the first and the last step of every epoch the arm is checked (see `CheckedArm`). With a `CustomTask`
-    both are up to the user.
-
-    Args:
-        task: what to train.
-        key: which optimizer, arm and seed.
-        settings: how to train; None for a `CustomTask`.
-        on_epoch: called with the numbers of each epoch.
-
-    Returns:
-        The `Run`. A loss or metric that is not finite ends it early; divergence is a result, not an error.
-
-    Raises:
-        ArmError: the run did not train as its arm requires.
-        TaskError: a `CustomTask` reports no epoch, or something else than numbers.
+    optimizer. At the first and the last step of every epoch the arm is checked (see `CheckedArm`). With a `CustomTask`,
+    which has no ``settings``, both are up to the user. A loss or metric that is not finite ends the run early;
+    divergence is a result, not an error.
     """
     started = time.perf_counter()
     seed_everything(key.seed)
-    weights: str | None = None
-    reports: Iterable[dict[str, Any]]
-    if isinstance(task, CustomTask):
-        reports = map(_checked, task.run(key.seed, key.arm), count(1))
-    else:
+    if isinstance(task, Task):
         assert settings is not None
         trainer = _Trainer(task, settings, key)
         weights, reports = digest(trainer.model.state_dict()), trainer.epochs()
+    else:
+        weights, reports = None, map(_checked, task.run(key.seed, key.arm), count(1))
     epochs: list[dict[str, Any]] = []
-    diverged_at = None
+    diverged = False
     for epoch, numbers in enumerate(reports, start=1):
         epochs.append({"epoch": epoch, **numbers})
-        on_epoch(epochs[-1])
-        if not _is_finite(numbers):
-            diverged_at = epoch
+        on_epoch(epoch)
+        if diverged := not _is_finite(numbers):
             break
     if not epochs:
         raise TaskError("run: reported no epoch; return or yield one mapping per epoch")
     return Run(
         *key,
         epochs=epochs,
-        train_metric=None if diverged_at else epochs[-1].get("train_metric"),
-        diverged_at=diverged_at,
+        train_metric=None if diverged else epochs[-1].get("train_metric"),
+        diverged_at=len(epochs) if diverged else None,
         seconds=time.perf_counter() - started,
         weights=weights,
         environment=_environment(settings),
@@ -116,7 +93,7 @@ def fresh_model(task: Task, seed: int) -> nn.Module:
     model = task.model()
     if not isinstance(model, nn.Module):
         raise TaskError(f"model: the factory must return an nn.Module, not {type(model).__name__}")
-    if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
+    if any(map(nn.parameter.is_lazy, model.parameters())):
         with torch.no_grad():
             _predict(model.eval(), next(iter(DataLoader(task.train, task.batch_size))))
     return model.train()
@@ -126,12 +103,12 @@ def orders_of(task: Task, seed: int) -> Iterator[list[int]]:
     """Yield the order of the training examples in each epoch of a run, without end."""
     generator = torch.Generator().manual_seed(derive(seed, "order"))
     while True:
-        yield torch.randperm(_length(task.train), generator=generator).tolist()
+        yield torch.randperm(len(task.train), generator=generator).tolist()  # type: ignore[arg-type]
 
 
 def steps_of(task: Task, epochs: int) -> int:
     """Return the number of steps in a run."""
-    return epochs * math.ceil(_length(task.train) / task.batch_size)
+    return epochs * math.ceil(len(task.train) / task.batch_size)  # type: ignore[arg-type]
 
 
 def loader_of(task: Task, order: Sequence[int]) -> DataLoader[Any]:
@@ -142,15 +119,14 @@ def loader_of(task: Task, order: Sequence[int]) -> DataLoader[Any]:
 def fresh_optimizer(task: Task, name: str, model: nn.Module) -> Optimizer:
     """Build the optimizer of that name for the model's trainable parameters."""
     optimizer = task.optimizers[name]([p for p in model.parameters() if p.requires_grad])
+    kind = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
-        raise TaskError(
-            f"optimizers[{name!r}]: the factory must return a torch.optim.Optimizer, not {type(optimizer).__name__}"
-        )
+        raise TaskError(f"optimizers[{name!r}]: the factory must return a torch.optim.Optimizer, not {kind}")
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TaskError(
-            f"optimizers[{name!r}]: the step of {type(optimizer).__name__} requires a closure, which a Task does not "
-            "support; write the training loop yourself as a CustomTask"
+            f"optimizers[{name!r}]: the step of {kind} requires a closure, which a Task does not support; "
+            "write the training loop yourself as a CustomTask"
         )
     return optimizer
 
@@ -166,18 +142,13 @@ def fresh_schedule(task: Task, optimizer: Optimizer, steps: int) -> LRScheduler 
 
 
 def check_device(device: str, amp: bool) -> None:
-    """Check that a device is available and supports mixed precision if that is asked for.
-
-    Raises:
-        TaskError: naming the parameter and the available devices.
-    """
+    """Raise a `TaskError` unless the device is available and, if asked for, supports mixed precision."""
     try:
         torch.empty(1, device=device).add_(1)
     except Exception as error:
-        available = ["cpu"]
-        if (accelerator := torch.accelerator.current_accelerator()) is not None and torch.accelerator.is_available():
-            available.append(accelerator.type)
-        raise TaskError(f"device: {device!r} is not available; choose from {', '.join(available)}") from error
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        available = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
+        raise TaskError(f"device: {device!r} is not available; choose from {available}") from error
     if amp and not torch.amp.autocast_mode.is_autocast_available(torch.device(device).type):
         raise TaskError(f"amp: torch does not support mixed precision on {device!r}; leave it out")
 
@@ -201,82 +172,67 @@ class _Trainer:
         # Dropout must not depend on how many random numbers the initialization of the model drew.
         seed_everything(derive(self.seed, "training"))
         for epoch, order in enumerate(islice(orders_of(self.task, self.seed), self.settings.epochs), start=1):
-            numbers = self._train_on(order) | self._test()
+            numbers = self._train_on(order)
+            numbers |= {f"test_{name}": value for name, value in self._evaluate(self.task.test).items()}
             if epoch == self.settings.epochs and _is_finite(numbers):
-                numbers["train_metric"] = self._evaluate(self.task.train, self._indices_for_gap())["metric"]
+                # As many training as test examples; the first ones could be of a single class.
+                train, test = self.task.train, self.task.test
+                generator = torch.Generator().manual_seed(derive(self.seed, "gap"))
+                shuffled = torch.randperm(len(train), generator=generator)  # type: ignore[arg-type]
+                chosen = sorted(shuffled[: len(test)].tolist())  # type: ignore[arg-type]
+                numbers["train_metric"] = self._evaluate(train, chosen)["metric"]
             yield numbers
 
     def _train_on(self, order: list[int]) -> dict[str, Any]:
         self.model.train()
-        losses: list[tuple[Tensor, int]] = []
+        losses: list[Tensor] = []
         effects: list[Effect] = []
         batches = loader_of(self.task, order)
         for step, batch in enumerate(batches, start=1):
             if step == 1:
                 data = digest([order, batch])
             losses.append(self._step(to_device(batch, self.device), effects if step in (1, len(batches)) else None))
-        return {
-            "train_loss": sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses),
-            "share": _mean(effect.share for effect in effects),
-            "gradient_norm": _mean(effect.norm for effect in effects),
-            "centered_norm": _mean(effect.centered_norm for effect in effects),
-            "drift": self.arm.drift(),
-            "data": data,
-        }
-
-    def _test(self) -> dict[str, float]:
-        return {f"test_{name}": value for name, value in self._evaluate(self.task.test).items()}
-
-    def _indices_for_gap(self) -> list[int]:
-        """Choose as many training examples as there are test examples; the first ones could be of a single class."""
-        generator = torch.Generator().manual_seed(derive(self.seed, "gap"))
-        chosen = torch.randperm(_length(self.task.train), generator=generator)
-        return sorted(chosen[: _length(self.task.test)].tolist())
+        loss = _mean(map(float, losses), len(order), self.task.batch_size)
+        share, norm, centered_norm, *_ = map(fmean, zip(*effects, strict=True)) if effects else [None] * 3
+        numbers = {"train_loss": loss, "share": share, "gradient_norm": norm, "centered_norm": centered_norm}
+        return numbers | {"drift": self.arm.drift.total(), "data": data}
 
     def _evaluate(self, dataset: Any, indices: Sequence[int] | None = None) -> dict[str, float]:
         """Return the mean loss and metric per example in eval mode; the metric is NaN if a loss is not finite."""
         self.model.eval()
-        losses = metrics = examples = 0.0
+        size = 4 * self.task.batch_size
+        losses, metrics = [], []
         with torch.inference_mode():
-            for batch in DataLoader(dataset, 4 * self.task.batch_size, sampler=indices, generator=torch.Generator()):
+            for batch in DataLoader(dataset, size, sampler=indices, generator=torch.Generator()):
                 loss, output, target = self._forward(to_device(batch, self.device))
                 if not math.isfinite(loss):
                     return {"loss": float(loss), "metric": math.nan}
-                n = _count(target)
-                losses += float(loss) * n
-                metrics += float(self.task.metric(output, target)) * n
-                examples += n
-        return {"loss": losses / examples, "metric": metrics / examples}
+                losses.append(float(loss))
+                metrics.append(float(self.task.metric(output, target)))
+        count = len(dataset if indices is None else indices)
+        return {"loss": _mean(losses, count, size), "metric": _mean(metrics, count, size)}
 
-    def _step(self, batch: Any, effects: list[Effect] | None) -> tuple[Tensor, int]:
-        """Train on one batch, and check the arm if there are ``effects`` to add to; return the loss and the size."""
-        loss, _, target = self._forward(batch)
+    def _step(self, batch: Any, effects: list[Effect] | None) -> Tensor:
+        """Train on one batch, and check the arm if there are ``effects`` to add to; return the loss."""
+        loss, *_ = self._forward(batch)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
-        if effects is not None:
-            self.arm.watch()
-            effect = self.arm.effect()
-            if math.isfinite(effect.norm):
-                effects.append(effect)
+        if effects is not None and math.isfinite((effect := self.arm.watch()).norm):
+            effects.append(effect)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if effects is not None:
             self.arm.verify()
         if self.schedule is not None:
             self.schedule.step()
-        return loss.detach(), _count(target)
+        return loss.detach()
 
     def _forward(self, batch: Any) -> tuple[Tensor, Any, Any]:
         """Return the loss, the model's output and the target."""
-        autocast = nullcontext() if self.amp_dtype is None else torch.autocast(self.device.type, self.amp_dtype)
-        with autocast:
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             output, target = _predict(self.model, batch)
-            loss = self.task.loss(output, target)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TaskError(f"loss: must return a scalar tensor, the mean over the batch, not {found}")
-        return loss, output, target
+            return self.task.loss(output, target), output, target
 
 
 def amp_dtype(device: torch.device) -> torch.dtype:
@@ -287,11 +243,7 @@ def amp_dtype(device: torch.device) -> torch.dtype:
 
 
 def pair_of(batch: Any) -> tuple[Any, Any]:
-    """Split a batch into input and target.
-
-    Raises:
-        TaskError: the batch is not a pair.
-    """
+    """Split a batch into input and target; raise a `TaskError` if it is not a pair."""
     if not isinstance(batch, (list, tuple)) or len(batch) != 2:
         found = f"{len(batch)} values" if isinstance(batch, (list, tuple)) else f"a {type(batch).__name__}"
         raise TaskError(f"train and test: an example must be a pair (input, target) or a mapping, not {found}")
@@ -309,9 +261,8 @@ def _predict(model: nn.Module, batch: Any) -> tuple[Any, Any]:
 def _checked(reported: Any, epoch: int) -> dict[str, float]:
     if not isinstance(reported, Mapping):
         raise TaskError(f"run: epoch {epoch} is of type {type(reported).__name__}; report a mapping such as a dict")
-    for name in ("train_loss", "test_metric"):
-        if name not in reported:
-            raise TaskError(f"run: epoch {epoch} lacks {name!r}; it has {', '.join(map(repr, reported)) or 'nothing'}")
+    for name in sorted({"train_loss", "test_metric"} - reported.keys()):
+        raise TaskError(f"run: epoch {epoch} lacks {name!r}; it has {', '.join(map(repr, reported)) or 'nothing'}")
     try:
         return {str(name): float(value) for name, value in reported.items()}
     except (TypeError, ValueError) as error:
@@ -322,26 +273,16 @@ def _is_finite(numbers: Mapping[str, Any]) -> bool:
     return all(math.isfinite(numbers[name]) for name in ("train_loss", "test_loss", "test_metric") if name in numbers)
 
 
-def _count(target: Any) -> int:
-    """Return the number of examples in a batch."""
-    parts = [*target.values()] if isinstance(target, Mapping) else target
-    nested = not isinstance(parts, Tensor) and isinstance(parts[0], (Tensor, list, tuple, Mapping))
-    return _count(parts[0]) if nested else len(parts)
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    numbers = list(values)
-    return math.fsum(numbers) / len(numbers) if numbers else None
-
-
-def _length(dataset: Any) -> int:
-    return len(dataset)
+def _mean(values: Iterable[float], examples: int, batch_size: int) -> float:
+    """Return the mean over the examples of values that are means over batches; the last batch may be smaller."""
+    starts = range(0, examples, batch_size)
+    return sum(x * min(batch_size, examples - start) for x, start in zip(values, starts, strict=True)) / examples
 
 
 def _environment(settings: Settings | None) -> dict[str, str]:
-    found = {"gradcentral": metadata.version("gradcentral"), "torch": torch.__version__}
-    found["python"] = platform.python_version()
-    if settings is not None:
-        device = torch.device(settings.device)
-        found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else settings.device
-    return found
+    versions = {"gradcentral": metadata.version("gradcentral"), "torch": torch.__version__}
+    versions["python"] = platform.python_version()
+    if settings is None:
+        return versions
+    device = torch.device(settings.device)
+    return versions | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else settings.device}

@@ -15,14 +15,7 @@ Outcome = Literal["better", "worse", "no clear change", "no change", "diverges m
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one arm under one optimizer helped.
-
-    Attributes:
-        optimizer, arm, metric: what was compared.
-        outcome: in one to three words.
-        sentence: the outcome with its evidence.
-        evidence: the numbers.
-    """
+    """Whether one arm under one optimizer helped: the outcome in words, and a sentence that adds the evidence."""
 
     optimizer: str
     arm: str
@@ -35,9 +28,7 @@ class Verdict:
         return f"{self.optimizer}, {self.arm}: {self.sentence}"
 
 
-def judge(
-    evidence: Paired, *, optimizer: str, arm: str, metric: str, higher_is_better: bool, baseline: str = "none"
-) -> Verdict:
+def judge(evidence: Paired, optimizer: str, arm: str, metric: str, higher_is_better: bool) -> Verdict:
     """Put the evidence into words.
 
     Examples:
@@ -49,72 +40,56 @@ def judge(
     outcome = _outcome(evidence, higher_is_better)
     sentence = _claim(evidence, outcome, metric)
     if evidence.diverged or evidence.baseline_diverged:
-        count = f"{evidence.diverged} of {evidence.pairs} runs diverged ({baseline}: {evidence.baseline_diverged})"
+        count = f"{evidence.diverged} of {evidence.pairs} runs diverged (none: {evidence.baseline_diverged})"
         rest = f"; of the pairs that finished, {sentence}" if evidence.differences else ", no pair finished."
         sentence = f"diverges more often: {count}{rest}" if outcome == "diverges more often" else count + rest
     return Verdict(optimizer, arm, metric, outcome, sentence, evidence)
 
 
 def _outcome(evidence: Paired, higher_is_better: bool) -> Outcome:
-    better = None
-    if evidence.significant and evidence.mean is not None:
-        better = (evidence.mean > 0) == higher_is_better
-    if better is False:
+    improved = evidence.mean is not None and (evidence.mean > 0) == higher_is_better
+    if evidence.significant and not improved:
         return "worse"
     if evidence.diverged > evidence.baseline_diverged:
         return "diverges more often"
-    if better:
-        return "better"
     if evidence.interval is not None:
-        return "no clear change"
+        return "better" if evidence.significant else "no clear change"
     return "no change" if len(evidence.differences) > 1 and not any(evidence.differences) else "inconclusive"
 
 
 def _claim(evidence: Paired, outcome: Outcome, metric: str) -> str:
-    n = len(evidence.differences)
-    pairs = f"{n} pair{'s' if n != 1 else ''}"
-    if evidence.mean is None:
+    n, mean = len(evidence.differences), evidence.mean
+    if mean is None:
         return "no pair finished."
-    if evidence.interval is None:
-        places = _places(abs(evidence.mean) / 10)
+    if evidence.interval is None or evidence.p is None or evidence.detectable is None:
+        change = _signed(mean, _places(abs(mean) / 10))
         if n == 1:
-            return f"inconclusive: 1 pair has no spread ({metric} {_signed(evidence.mean, places)}); use more seeds."
+            return f"inconclusive: 1 pair has no spread ({metric} {change}); use more seeds."
         if not any(evidence.differences):
-            return f"no change: {metric} is identical in all {pairs}."
+            return f"no change: {metric} is identical in all {n} pairs."
         return (
-            f"inconclusive: {metric} differs by the same {_signed(evidence.mean, places)} in all {pairs}, "
+            f"inconclusive: {metric} differs by the same {change} in all {n} pairs, "
             "so the spread cannot be estimated; use more seeds."
         )
-    assert evidence.p is not None
-    assert evidence.detectable is not None
     low, high = evidence.interval
     places = _places((high - low) / 2)
     simultaneous = f" (simultaneous for {evidence.arms} arms)" if evidence.arms > 1 else ""
     p = f"{evidence.p:.2g}" if evidence.p >= 0.0001 else f"{evidence.p:.0e}"
-    interval = f"95% interval {_signed(low, places)} to {_signed(high, places)}{simultaneous}, p = {p}, {pairs}"
+    interval = f"95% interval {_signed(low, places)} to {_signed(high, places)}{simultaneous}, p = {p}, {n} pairs"
     if not evidence.significant:
         return (
-            f"no clear change: {metric} {_signed(evidence.mean, places)}, {interval}; "
+            f"no clear change: {metric} {_signed(mean, places)}, {interval}; "
             f"a true difference of {evidence.detectable:.{places}f} would probably have been detected (80% power)."
         )
-    direction = "higher" if evidence.mean > 0 else "lower"
-    claim = f"{metric} {direction} by {abs(evidence.mean):.{places}f}, {interval}."
+    claim = f"{metric} {'higher' if mean > 0 else 'lower'} by {abs(mean):.{places}f}, {interval}."
     return claim if outcome == "diverges more often" else f"{outcome}: {claim}"
 
 
 def _places(size: float) -> int:
-    """Return the decimals that give a number of this size two digits.
-
-    >>> _places(0.013), _places(3.0), _places(250.0)
-    (3, 1, 0)
-    """
+    """Return the decimals that give a number of this size two digits."""
     return min(12, max(0, 1 - math.floor(math.log10(size)))) if size > 0 else 0
 
 
 def _signed(value: float, places: int) -> str:
-    """Format a number with its sign, without a minus before zero.
-
-    >>> _signed(0.012, 2), _signed(-0.001, 2)
-    ('+0.01', '+0.00')
-    """
+    """Format a number with its sign, without a minus before zero."""
     return f"{round(value, places) + 0.0:+.{places}f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +15,6 @@ __all__ = ["task"]
 WIDTH, HEADS, DEPTH, PATCH, PATCHES = 32, 4, 2, 2, 16
 
 
-class Block(nn.Module):
-    """A pre-LayerNorm block: attention and an MLP, each with a residual connection; ``[n, 16, 32]`` to the same."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(WIDTH)
-        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-        self.norm2 = nn.LayerNorm(WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply attention and the MLP."""
-        y = self.norm1(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
-
-
 class VisionTransformer(nn.Module):
     """Patches of 2×2 pixels, two blocks, the mean over patches: ``[n, 1, 8, 8]`` to ``[n, 10]``."""
 
@@ -39,12 +22,12 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patch = nn.Linear(PATCH * PATCH, WIDTH)
         self.position = nn.Embedding(PATCHES, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
+        block = partial(nn.TransformerEncoderLayer, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.Sequential(*(block(WIDTH, HEADS, 2 * WIDTH) for _ in range(DEPTH)))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits."""
         # Normalize pixels to [-1, 1], as is usual for transformers.
         patches = nn.functional.unfold((images - 0.5) / 0.5, PATCH, stride=PATCH).mT
         x = self.blocks(self.patch(patches) + self.position.weight)

@@ -13,7 +13,7 @@ from gradcentral.diagnostics.batches import loss_of
 from gradcentral.diagnostics.centering_effect import combine_effects, effects
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.arms import ARMS, NONE
-from gradcentral.experiment.plots import Series, draw_series, scale
+from gradcentral.experiment.report import Series, draw_series, scale
 from gradcentral.experiment.run_comparison import compare
 from gradcentral.layout import WeightLayout
 from gradcentral.paper.gradients import as_rows
