@@ -1,27 +1,20 @@
-/*
- * Means of weight vectors, and Φ in place: x ← x − (mean(x) − old), where old is 0 for CENTER
- * and, for RESTORE, the mean before the step. Restoring it makes the update w ← w + Φ(Δw):
- * placement "update". Included once per dtype.
- */
+/* Means of weight vectors, and Φ in place: x ← x − (mean(x) − old), where old is 0 for CENTER and, for RESTORE, the
+ * mean before the step. Restoring it makes the update w ← w + Φ(Δw): placement "update". Included once per dtype. */
 #define NAME(name) JOIN2(name, SUFFIX)
 
 #define EACH_STRETCH(from, count, n)                                    \
     for (int64_t from = 0, count = n < STRETCH ? n : STRETCH; from < n; \
          from += count, count = n - from < STRETCH ? n - from : STRETCH)
 
-/*
- * The position of column j's sum and mean. With bf16, a loop over words gives two columns per
- * iteration, and it vectorizes only if their sums are not interleaved: first those of the lower
- * halves, then those of the upper halves.
- */
+/* The position of column j's sum and mean. With bf16, a loop over words gives two columns per iteration, and it
+ * vectorizes only if their sums are not interleaved: first those of all lower halves, then those of the upper. */
 #define SLOT(j, width) ((j) < 2 * PAIRS(width) ? (j) / 2 + ((j) % 2) * PAIRS(width) : (j))
 
 INLINE PARTIAL NAME(sum_stretch)(const STORED *restrict x, int64_t n) {
     PARTIAL total = 0;
     const int64_t pairs = PAIRS(n);
 #pragma omp simd reduction(+ : total)
-    for (int64_t k = 0; k < pairs; k++)
-        total += lower(word_of(x + 2 * k)) + upper(word_of(x + 2 * k));
+    for (int64_t k = 0; k < pairs; k++) total += lower(word_of(x + 2 * k)) + upper(word_of(x + 2 * k));
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 2 * pairs; i < n; i++) total += LOAD(x[i]);
     return total;
@@ -29,17 +22,14 @@ INLINE PARTIAL NAME(sum_stretch)(const STORED *restrict x, int64_t n) {
 
 INLINE double NAME(sum)(const STORED *restrict x, int64_t n) {
     double total = 0;
-    EACH_STRETCH(from, count, n) total += NAME(sum_stretch)(x + from, count);
+    EACH_STRETCH(from, count, n)
+    total += NAME(sum_stretch)(x + from, count);
     return total;
 }
 
-/*
- * Add 4 rows to the column sums at once, so that the sums are read and written a quarter as
- * often.
- */
+/* Add 4 rows to the column sums at once, so that the sums are read and written a quarter as often. */
 INLINE void NAME(add_4_rows)(const STORED *restrict x, int64_t width, double *restrict sums) {
-    const STORED *restrict x0 = x, *restrict x1 = x + width, *restrict x2 = x + 2 * width,
-                           *restrict x3 = x + 3 * width;
+    const STORED *restrict x0 = x, *restrict x1 = x + width, *restrict x2 = x + 2 * width, *restrict x3 = x + 3 * width;
     const int64_t pairs = PAIRS(width);
 #pragma omp simd
     for (int64_t k = 0; k < pairs; k++) {
@@ -69,10 +59,8 @@ CLONES static void NAME(sum_block)(const Parameter *p, const STORED *x, int64_t 
     }
 }
 
-/*
- * The mean of each unit of a group, times a factor, from the column sums of the group's blocks;
- * written to every column of the unit.
- */
+/* The mean of each unit of a group, times a factor, from the column sums of the group's blocks; written to every column
+ * of the unit. */
 static void NAME(finish_means)(const Parameter *p, int64_t group, double factor) {
     const int64_t width = width_of(p);
     const double fan_in = (double)p->outer * (double)p->inner;
@@ -81,16 +69,13 @@ static void NAME(finish_means)(const Parameter *p, int64_t group, double factor)
     for (int64_t u = 0; u < p->units; u++) {
         double total = 0;
         for (int64_t block = 0; block < p->blocks; block++)
-            for (int64_t k = 0; k < p->inner; k++)
-                total += sums[block * width + SLOT(u * p->inner + k, width)];
-        for (int64_t k = 0; k < p->inner; k++)
-            means[SLOT(u * p->inner + k, width)] = (REAL)(factor * (total / fan_in));
+            for (int64_t k = 0; k < p->inner; k++) total += sums[block * width + SLOT(u * p->inner + k, width)];
+        for (int64_t k = 0; k < p->inner; k++) means[SLOT(u * p->inner + k, width)] = (REAL)(factor * (total / fan_in));
     }
 }
 
 /* Subtract from n elements a shift each (`many`, in the order of SLOT) or the same shift. */
-INLINE void NAME(subtract)(STORED *restrict x, int64_t n, const REAL *restrict shifts, REAL shift,
-                           const int many) {
+INLINE void NAME(subtract)(STORED *restrict x, int64_t n, const REAL *restrict shifts, REAL shift, const int many) {
     const int64_t pairs = PAIRS(n);
 #pragma omp simd
     for (int64_t k = 0; k < pairs; k++) {
@@ -102,8 +87,7 @@ INLINE void NAME(subtract)(STORED *restrict x, int64_t n, const REAL *restrict s
     for (int64_t i = 2 * pairs; i < n; i++) x[i] = STORE(LOAD(x[i]) - (many ? shifts[i] : shift));
 }
 
-CLONES static void NAME(center_rows)(const Parameter *p, int64_t begin, int64_t end,
-                                     const double *old) {
+CLONES static void NAME(center_rows)(const Parameter *p, int64_t begin, int64_t end, const double *old) {
     const int64_t n = p->outer;
     for (int64_t r = begin; r < end; r++) {
         STORED *restrict row = (STORED *)p->w + r * n;
@@ -115,14 +99,10 @@ CLONES static void NAME(center_rows)(const Parameter *p, int64_t begin, int64_t 
 CLONES static void NAME(center_columns)(const Parameter *p, int64_t begin, int64_t end) {
     const int64_t width = width_of(p);
     for (int64_t row = begin; row < end; row++)
-        NAME(subtract)((STORED *)p->w + row * width, width,
-                       (const REAL *)p->means + row / p->outer * width, 0, 1);
+        NAME(subtract)((STORED *)p->w + row * width, width, (const REAL *)p->means + row / p->outer * width, 0, 1);
 }
 
-/*
- * Finish a group's means and store them in p->kept (MEANS), or turn them into shifts that restore
- * p->kept (RESTORE).
- */
+/* Finish a group's means and store them in p->kept (MEANS), or turn them into shifts that restore p->kept (RESTORE). */
 static void NAME(use_means)(const Parameter *p, int64_t group, int operation) {
     const int64_t width = width_of(p);
     REAL *own = (REAL *)p->means + group * width;
@@ -132,13 +112,11 @@ static void NAME(use_means)(const Parameter *p, int64_t group, int operation) {
         if (operation == MEANS)
             *mean = own[SLOT(u * p->inner, width)];
         else
-            for (int64_t k = 0; k < p->inner; k++)
-                own[SLOT(u * p->inner + k, width)] -= (REAL)*mean;
+            for (int64_t k = 0; k < p->inner; k++) own[SLOT(u * p->inner + k, width)] -= (REAL)*mean;
     }
 }
 
-static void NAME(center_piece)(Parameter *p, const WorkPiece *piece, int operation,
-                               const Coefficients *unused) {
+static void NAME(center_piece)(Parameter *p, const WorkPiece *piece, int operation, const Coefficients *unused) {
     (void)unused;
     const STORED *x = (const STORED *)p->w;
     switch (piece->kind) {
@@ -153,16 +131,13 @@ static void NAME(center_piece)(Parameter *p, const WorkPiece *piece, int operati
         for (int64_t group = piece->begin; group < piece->end; group++) {
             NAME(sum_block)(p, x, group);
             NAME(use_means)(p, group, operation);
-            if (operation != MEANS)
-                NAME(center_columns)(p, group * p->outer, (group + 1) * p->outer);
+            if (operation != MEANS) NAME(center_columns)(p, group * p->outer, (group + 1) * p->outer);
         }
         break;
     case SUM_BLOCKS:
-        for (int64_t index = piece->begin; index < piece->end; index++)
-            NAME(sum_block)(p, x, index);
+        for (int64_t index = piece->begin; index < piece->end; index++) NAME(sum_block)(p, x, index);
         if (all_summed(p, piece))
-            for (int64_t group = 0; group < p->groups; group++)
-                NAME(use_means)(p, group, operation);
+            for (int64_t group = 0; group < p->groups; group++) NAME(use_means)(p, group, operation);
         break;
     default:
         if (operation != MEANS) NAME(center_columns)(p, piece->begin, piece->end);
