@@ -25,14 +25,33 @@
 #include "dtype.h"
 #undef DTYPE
 
-/* One piece of a step or of a centering operation, which is told the operation and no coefficients. */
-typedef void (*PieceFunction)(Parameter *, const WorkPiece *, int, const Coefficients *);
+#define KERNELS_OF(dtype)                                                   \
+    {&sgd_##dtype,    &momentum_##dtype, &adam_##dtype,   &amsgrad_##dtype, \
+     &center_##dtype, &means_##dtype,    &restore_##dtype}
+/* By dtype, then by UpdateRule or Operation. */
+static const Kernels *const KERNELS[3][7] = {KERNELS_OF(f32), KERNELS_OF(f64), KERNELS_OF(bf16)};
 
-static const PieceFunction PIECE_FUNCTIONS[3][5] = {
-    {step_piece_sgd_f32, step_piece_momentum_f32, step_piece_adam_f32, step_piece_amsgrad_f32, center_piece_f32},
-    {step_piece_sgd_f64, step_piece_momentum_f64, step_piece_adam_f64, step_piece_amsgrad_f64, center_piece_f64},
-    {step_piece_sgd_bf16, step_piece_momentum_bf16, step_piece_adam_bf16, step_piece_amsgrad_bf16, center_piece_bf16},
-};
+static void run_piece(const Kernels *kernels, Parameter *p, const WorkPiece *piece, const Coefficients *coefficients) {
+    const int64_t begin = piece->begin, end = piece->end;
+    switch (piece->kind) {
+    case ELEMENTS: kernels->elements(p, begin, end, coefficients); break;
+    case ROWS: kernels->rows(p, begin, end, coefficients); break;
+    case GROUPS:
+        for (int64_t group = begin; group < end; group++) {
+            kernels->sum_block(p, group, coefficients);
+            kernels->finish_means(p, group, coefficients);
+            if (kernels->columns) kernels->columns(p, group * p->outer, (group + 1) * p->outer, coefficients);
+        }
+        break;
+    case SUM_BLOCKS:
+        for (int64_t index = begin; index < end; index++) kernels->sum_block(p, index, coefficients);
+        if (all_summed(p, piece))
+            for (int64_t group = 0; group < p->groups; group++) kernels->finish_means(p, group, coefficients);
+        break;
+    case STEP_ROWS:
+        if (kernels->columns) kernels->columns(p, begin, end, coefficients);
+    }
+}
 
 /* pointers: all w, then all g, m, v, x, and Adam's step counters. */
 static void set_up(Parameter *parameters, int64_t n, void *const *pointers, char *scratch, double *means) {
@@ -81,7 +100,6 @@ static void count_steps(Parameter *parameters, int64_t n, void *const *pointers,
 EXPORT void gradcentral_run(Parameter *parameters, int64_t n, void *const *pointers, const WorkList *list,
                             int32_t dtype, int32_t rule, const Coefficients *coefficients, double *means,
                             int32_t threads) {
-    const PieceFunction run_piece = PIECE_FUNCTIONS[dtype][rule < CENTER ? rule : CENTER];
     set_up(parameters, n, pointers, list->scratch, means);
     if (rule == ADAM || rule == AMSGRAD) count_steps(parameters, n, pointers, coefficients);
     (void)threads;
@@ -89,10 +107,8 @@ EXPORT void gradcentral_run(Parameter *parameters, int64_t n, void *const *point
     for (int64_t wave = 0; wave < list->n_waves; wave++) {
         EACH
         for (int64_t k = list->waves[wave]; k < list->waves[wave + 1]; k++)
-            for (int64_t j = list->batches[k]; j < list->batches[k + 1]; j++) {
-                const WorkPiece *piece = &list->pieces[j];
-                run_piece(&parameters[piece->parameter], piece, rule, coefficients);
-            }
+            for (int64_t j = list->batches[k]; j < list->batches[k + 1]; j++)
+                run_piece(KERNELS[dtype][rule], &parameters[list->pieces[j].parameter], &list->pieces[j], coefficients);
     }
 }
 

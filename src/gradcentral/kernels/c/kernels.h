@@ -106,4 +106,14 @@ typedef struct {
     double scale; /* of the gradient: −1 to maximize, 1/grad_scale to unscale */
 } Coefficients;
 
+/* The functions of one update rule or Operation for one dtype: each for a range of the work, a block or a group. */
+typedef void RangeFunction(const Parameter *, int64_t begin, int64_t end, const Coefficients *);
+typedef void IndexFunction(const Parameter *, int64_t index, const Coefficients *);
+
+typedef struct {
+    RangeFunction *elements, *rows;
+    IndexFunction *sum_block, *finish_means;
+    RangeFunction *columns; /* NULL if columns are only to be averaged */
+} Kernels;
+
 #endif

@@ -79,10 +79,14 @@ CLONES static void NAME(update_rows)(const Parameter *p, int64_t begin, int64_t 
     }
 }
 
+static void NAME(rows)(const Parameter *p, int64_t begin, int64_t end, const Coefficients *coefficients) {
+    (p->placement == GRADIENT ? NAME(gradient_rows) : NAME(update_rows))(p, begin, end, coefficients);
+}
+
 /* The first pass over a block of columns: the column sums of the gradient, or of Δw. */
 CLONES static void NAME(sum_block)(const Parameter *p, int64_t index, const Coefficients *coefficients) {
     if (p->placement == GRADIENT) {
-        JOIN2(sum_block, SUFFIX)(p, (const STORED *)p->g, index);
+        JOIN2(sum_block, SUFFIX)(p, index, coefficients);
         return;
     }
     const NAME(Scalars) c = NAME(scalars)(p, coefficients);
@@ -118,29 +122,5 @@ CLONES static void NAME(step_columns)(const Parameter *p, int64_t begin, int64_t
     }
 }
 
-static void NAME(step_piece)(Parameter *p, const WorkPiece *piece, int rule, const Coefficients *coefficients) {
-    (void)rule;
-    const double factor = p->placement == GRADIENT ? coefficients->scale : 1;
-    switch (piece->kind) {
-    case ELEMENTS:
-        NAME(plain_elements)(p, piece->begin, piece->end, coefficients);
-        break;
-    case ROWS:
-        (p->placement == GRADIENT ? NAME(gradient_rows) : NAME(update_rows))(p, piece->begin, piece->end, coefficients);
-        break;
-    case GROUPS:
-        for (int64_t group = piece->begin; group < piece->end; group++) {
-            NAME(sum_block)(p, group, coefficients);
-            JOIN2(finish_means, SUFFIX)(p, group, factor);
-            NAME(step_columns)(p, group * p->outer, (group + 1) * p->outer, coefficients);
-        }
-        break;
-    case SUM_BLOCKS:
-        for (int64_t index = piece->begin; index < piece->end; index++) NAME(sum_block)(p, index, coefficients);
-        if (all_summed(p, piece))
-            for (int64_t group = 0; group < p->groups; group++) JOIN2(finish_means, SUFFIX)(p, group, factor);
-        break;
-    default:
-        NAME(step_columns)(p, piece->begin, piece->end, coefficients);
-    }
-}
+static const Kernels JOIN2(RULE_NAME, SUFFIX) = {NAME(plain_elements), NAME(rows), NAME(sum_block),
+                                                 JOIN2(finish_means, SUFFIX), NAME(step_columns)};
