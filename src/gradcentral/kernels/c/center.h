@@ -8,7 +8,7 @@
 
 /* The position of column j's sum and mean. With bf16, a loop over words gives two columns per iteration, and it
  * vectorizes only if their sums are not interleaved: first those of all lower halves, then those of the upper. */
-#define SLOT(j, width) ((j) < 2 * PAIRS(width) ? (j) / 2 + ((j) % 2) * PAIRS(width) : (j))
+#define SLOT(j, width) ((j) < 2 * PAIRS(width) ? (j) / 2 + ((j) % 2 ? PAIRS(width) : 0) : (j))
 
 INLINE PARTIAL NAME(sum_stretch)(const STORED *restrict x, int64_t n) {
     PARTIAL total = 0;
