@@ -28,9 +28,10 @@ __all__ = [
     "Placement",
     "States",
     "UpdateRule",
+    "all_match",
+    "is_counter",
     "is_plain",
     "same_objects",
-    "same_strides",
 ]
 
 
@@ -105,16 +106,26 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_neg()
 
 
-def same_strides(parameter: Tensor, tensor: Tensor) -> bool:
-    """Whether a plain tensor has the parameter's device, shape and strides, so that one loop serves both."""
-    return (
+def all_match(parameter: Tensor, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether one loop serves a parameter and these tensors: plain, with its device, shape and strides."""
+
+    def strides(tensor: Tensor) -> list[int]:
+        return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
+
+    return all(
         is_plain(tensor)
+        and tensor.dtype in dtypes
         and tensor.device == parameter.device
         and tensor.shape == parameter.shape
-        and all(
-            size == 1 or one == other
-            for size, one, other in zip(tensor.shape, tensor.stride(), parameter.stride(), strict=True)
-        )
+        and strides(tensor) == strides(parameter)
+        for tensor in tensors
+    )
+
+
+def is_counter(tensor: object, device: torch.device, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether this is a step counter as torch makes them, one number of one of some dtypes on the device, or None."""
+    return tensor is None or (
+        type(tensor) is Tensor and tensor.numel() == 1 and tensor.device == device and tensor.dtype in dtypes
     )
 
 

@@ -22,21 +22,17 @@ from gradcentral.kernels.forms import (
     Operation,
     Placement,
     UpdateRule,
-    is_plain,
-    same_strides,
+    all_match,
+    is_counter,
 )
-from gradcentral.kernels.loops import Loop, loop_over
-from gradcentral.weight_vectors import WeightVectors
+from gradcentral.kernels.loops import Loop
 
 __all__ = [
     "CenteringPlan",
     "StepPlan",
     "WorkList",
-    "accepts_counter",
-    "accepts_gradient",
-    "accepts_state",
+    "accepts",
     "has_openmp",
-    "loop_of",
     "serves",
     "stream",
     "unavailable_reason",
@@ -114,35 +110,13 @@ def serves(tensor: Tensor) -> bool:
     return tensor.is_cpu and not _unavailable
 
 
-def loop_of(tensor: Tensor, vectors: WeightVectors | None) -> Loop | None:
-    """The loop over a tensor, or None unless it is a plain dense CPU tensor of f32, f64 or bf16.
+def accepts(parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor], counter: Tensor | None) -> bool:
+    """Whether these kernels update a parameter with such a gradient and state: all of one dtype.
 
-    Args:
-        tensor: the tensor.
-        vectors: its weight vectors; None if it is not centered.
+    A step counter, if there is one, is f32 or f64.
     """
-    if not is_plain(tensor) or tensor.dtype not in DTYPES or not tensor.is_cpu:
-        return None
-    return loop_over(vectors, tensor.shape, tensor.stride())
-
-
-def accepts_gradient(parameter: Tensor, gradient: Tensor) -> bool:
-    """Whether a gradient has the strides and the dtype of its parameter."""
-    return same_strides(parameter, gradient) and gradient.dtype == parameter.dtype
-
-
-def accepts_state(parameter: Tensor, state: Tensor) -> bool:
-    """Whether a state tensor has the strides and the dtype of its parameter."""
-    return accepts_gradient(parameter, state)
-
-
-def accepts_counter(tensor: object, device: torch.device) -> bool:
-    """Whether this is a step counter as torch makes them: one f32 or f64 number on the device."""
-    return (
-        type(tensor) is Tensor
-        and tensor.numel() == 1
-        and tensor.device == device
-        and tensor.dtype in (torch.float32, torch.float64)
+    return all_match(parameter, [gradient, *buffers], (parameter.dtype,)) and is_counter(
+        counter, parameter.device, (torch.float32, torch.float64)
     )
 
 

@@ -114,13 +114,9 @@ class GroupPlan(NamedTuple):
             shard, grad = shards[position], grads[position]
             states = _states_of(rule, [optimizer._create_state(group, params[position])]).map(local)
             buffers = [column[0] for column in states[:3] if column is not None]
-            accepted = (
-                kernels.accepts_gradient(shard, grad)
-                and all(kernels.accepts_state(shard, buffer) for buffer in buffers)
-                and len({buffer.dtype for buffer in buffers}) <= 1
-                and (states.steps is None or kernels.accepts_counter(states.steps[0], shard.device))
-            )
-            return [grad, *buffers] if accepted else None
+            counter = None if states.steps is None else states.steps[0]
+            accepted = kernels.accepts(shard, grad, buffers, counter)
+            return [grad, *buffers] if accepted and len({buffer.dtype for buffer in buffers}) <= 1 else None
 
         calls = []
         with torch.no_grad():

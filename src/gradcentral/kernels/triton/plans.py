@@ -25,9 +25,9 @@ from gradcentral.kernels.forms import (
     UpdateRule,
 )
 from gradcentral.kernels.loops import Loop
+from gradcentral.kernels.triton import INTERPRETED, DeviceCoefficients
 from gradcentral.kernels.triton.division import TILE, columns_beside, divide
 from gradcentral.kernels.triton.step import run
-from gradcentral.kernels.triton.support import INTERPRETED, DeviceCoefficients
 
 __all__ = ["CenteringPlan", "StepPlan"]
 
