@@ -159,10 +159,7 @@ def test_means_are_at_least_as_exact_as_those_of_torch(fan_in: int, by: str) -> 
     if by == "columns":
         x = x.T.contiguous()
     span = (1,) if by == "rows" else (0,)
-    vectors = WeightVectors(span, shape=tuple(x.shape))
-    loop = loop_of(native, x, vectors)
-    assert loop is not None
-    means = native.CenteringPlan([x], [vectors], [loop]).means([x])
+    (means,) = Centering().means([(x, WeightVectors(span))]).planned
     ours = float((means - exact).abs().max()) / unit
     torchs = float((x.mean(span).double() - exact).abs().max()) / unit
     # Rounding a mean to f32 costs up to half a unit, so torch cannot be better than that.

@@ -471,7 +471,7 @@ def test_capturable_steps_use_the_kernel() -> None:
     model = model_of(torch.float32, NAMES)
     optimizer = make("adamw", model, NAMES, capturable=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradcentral.AdamW, "_torchs_step", lambda *_: pytest.fail("torch's own step ran"))
+        patch.setattr(gradcentral.AdamW, "_rest_by_torch", lambda *_: pytest.fail("torch's own step ran"))
         take(optimizer, model, gradients_of(model))
     assert float(optimizer.state[model[0]]["step"]) == 1
 

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from gradcentral.kernels.forms import (
     POINTERS,
-    BaseCenteringPlan,
-    BaseStepPlan,
+    BasePlan,
     Coefficients,
     Operation,
-    Placement,
+    PlacedLoops,
     UpdateRule,
     all_match,
     is_counter,
@@ -28,8 +27,7 @@ from gradcentral.kernels.forms import (
 from gradcentral.kernels.loops import Loop
 
 __all__ = [
-    "CenteringPlan",
-    "StepPlan",
+    "Plan",
     "WorkList",
     "accepts",
     "has_openmp",
@@ -167,20 +165,23 @@ class WorkList:
         )
 
 
-class NativeStepPlan(BaseStepPlan):
-    """One fused step of parameters that share their dtype and update rule, in one call."""
+class NativePlan(BasePlan):
+    """One call of the library. Means are in f64."""
 
     gradient_properties = (Tensor.size, Tensor.stride, attrgetter("dtype"), type, attrgetter("is_cpu"), Tensor.is_neg)
+    centering_properties = gradient_properties
     parameter_properties = (Tensor.size, Tensor.stride)
     lasting_properties = (Tensor.numel, attrgetter("dtype"))
+    means_dtype = torch.float64
 
-    def _prepare(self, grads: list[Tensor], loops: list[tuple[Loop, Placement]]) -> None:
-        self.work = WorkList(loops, DTYPES[self.params[0].dtype])
+    def _prepare(self, grads: list[Tensor], loops: PlacedLoops) -> None:
+        self.work = WorkList(loops, DTYPES[grads[0].dtype])
         for parameter, counter in zip(self.work.parameters, self.states.steps or (), strict=False):
             parameter.step_is_f64 = counter.dtype == torch.float64
 
     def run(self, grads: list[Tensor], coefficients: Coefficients, fresh: list[bool]) -> None:
-        """Take the step (see `BaseStepPlan.run`)."""
+        """Take the step (see `BasePlan.run`)."""
+        assert self.rule is not None, "a plan for centering takes no steps"
         for parameter, is_fresh in zip(self.work.parameters, fresh, strict=False):
             parameter.fresh = is_fresh
         self.work.run(self._pointers(grads), self.rule, coefficients)
@@ -188,22 +189,11 @@ class NativeStepPlan(BaseStepPlan):
             parameter.fresh = 0
         torch.autograd.graph.increment_version(self.params)
 
-
-class NativeCenteringPlan(BaseCenteringPlan):
-    """Φ, means (in f64) and their restoration for many tensors of one dtype, each in one call."""
-
-    properties = NativeStepPlan.gradient_properties
-    means_dtype = torch.float64
-
-    def _prepare(self, tensors: list[Tensor], loops: list[Loop]) -> None:
-        self.work = WorkList([(loop, Placement.GRADIENT) for loop in loops], DTYPES[tensors[0].dtype])
-
-    def _run(self, pointers: list[int], operation: Operation, means: Tensor | None) -> None:
-        self.work.run(pointers, operation, means=means)
+    def _center(self, tensors: list[Tensor], operation: Operation, means: Tensor | None) -> None:
+        self.work.run(self._pointers(tensors), operation, means=means)
 
 
-StepPlan = NativeStepPlan
-CenteringPlan = NativeCenteringPlan
+Plan = NativePlan
 
 
 def stream(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]]) -> None:

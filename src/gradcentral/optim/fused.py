@@ -68,7 +68,7 @@ class KernelCall(NamedTuple):
     """A plan with the gradients and coefficients of this step."""
 
     plan: Any
-    """A StepPlan, native or Triton."""
+    """A Plan, native or Triton."""
     owners: list[Tensor]
     """The parameters whose local shards the plan updates."""
     grads: list[Tensor]
@@ -128,7 +128,7 @@ class GroupPlan(NamedTuple):
                     (loop, centered if p in targets else Placement.PLAIN)
                     for p, loop in zip(owners, chosen.loops, strict=True)
                 ]
-                plan = chosen.kernels.StepPlan(
+                plan = chosen.kernels.Plan(
                     rule, [*chosen.select(shards)], [*chosen.select(grads)], _states_of(rule, states).map(local), loops
                 )
                 calls.append(_PlannedCall(plan, owners, states))
@@ -171,7 +171,7 @@ def _coefficients(
     """Return the coefficients as the plan's kernel takes them."""
     sign = -1.0 if group["maximize"] else 1.0
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    if isinstance(plan, native.StepPlan):
+    if isinstance(plan, native.Plan):
         coefficients = optimizer._coefficients(group, float(group["lr"]))
         coefficients.scale = sign / (1.0 if grad_scale is None else float(grad_scale))
         return coefficients

@@ -60,7 +60,7 @@ CLONES static void NAME(sum_block)(const Parameter *p, int64_t index, const Coef
 }
 
 /* The mean of each unit of a group, from the column sums of the group's blocks; written to every column of the unit.
- * For placement "gradient", the mean of the scaled gradient. */
+ * In a step with placement "gradient", of the scaled gradient; in centering, coefficients is NULL. */
 static void NAME(finish_means)(const Parameter *p, int64_t group, const Coefficients *coefficients) {
     const double factor = p->placement == GRADIENT && coefficients ? coefficients->scale : 1;
     const int64_t width = width_of(p);
@@ -120,7 +120,9 @@ static void NAME(restore_means)(const Parameter *p, int64_t group, const Coeffic
     NAME(finish_means)(p, group, unused);
     const int64_t width = width_of(p);
     REAL *means = (REAL *)p->means + group * width;
-    for (int64_t j = 0; j < width; j++) means[SLOT(j, width)] -= (REAL)p->kept[group * p->units + j / p->inner];
+    for (int64_t u = 0; u < p->units; u++)
+        for (int64_t k = 0; k < p->inner; k++)
+            means[SLOT(u * p->inner + k, width)] -= (REAL)p->kept[group * p->units + u];
 }
 
 static const Kernels NAME(center) = {NULL, NAME(center_rows), NAME(sum_block), NAME(finish_means),

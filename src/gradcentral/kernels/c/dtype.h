@@ -1,5 +1,5 @@
 /*
- * All kernels for one dtype: included once per dtype, with DTYPE defined.
+ * All kernels for one dtype: included once per dtype, with DTYPE defined, which is undefined at the end.
  *
  * Tensors hold STORED; arithmetic is in REAL; LOAD and STORE convert. Sums are accumulated in PARTIAL over at most
  * STRETCH elements, and in double beyond.
@@ -58,6 +58,7 @@
 #define RULE_NAME amsgrad
 #include "step.h"
 
+#undef DTYPE
 #undef STORED
 #undef REAL
 #undef SUFFIX

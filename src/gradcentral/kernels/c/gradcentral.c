@@ -17,13 +17,10 @@
 
 #define DTYPE F32
 #include "dtype.h"
-#undef DTYPE
 #define DTYPE F64
 #include "dtype.h"
-#undef DTYPE
 #define DTYPE BF16
 #include "dtype.h"
-#undef DTYPE
 
 #define KERNELS_OF(dtype)                                                   \
     {&sgd_##dtype,    &momentum_##dtype, &adam_##dtype,   &amsgrad_##dtype, \

@@ -10,26 +10,14 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradcentral.kernels.forms import Coefficients, all_match, is_counter
 
-if TYPE_CHECKING:
-    from gradcentral.kernels.triton.plans import CenteringPlan, StepPlan
-
-__all__ = [
-    "DTYPES",
-    "INTERPRETED",
-    "CenteringPlan",
-    "DeviceCoefficients",
-    "StepPlan",
-    "accepts",
-    "serves",
-    "serves_cpu",
-]
+__all__ = ["INTERPRETED", "DeviceCoefficients", "accepts", "serves", "serves_cpu", "unavailable_reason"]
 
 _OLDEST = (3, 4)
 
@@ -103,8 +91,8 @@ def accepts(parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor], coun
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("CenteringPlan", "StepPlan"):
-        from gradcentral.kernels.triton import plans
+    if name == "Plan":
+        from gradcentral.kernels.triton.plans import TritonPlan
 
-        return getattr(plans, name)
+        return TritonPlan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
