@@ -34,7 +34,7 @@ class _PlannedGroup(NamedTuple):
 
     def fits(self, pairs: Sequence[Pair]) -> bool:
         vectors = [vectors for _, vectors in self.group.select(pairs)]
-        return same_objects(vectors, self.vectors) and self.plan.fits(self.tensors(pairs), States())
+        return same_objects(vectors, self.vectors) and self.plan.fits(self.tensors(pairs))
 
 
 class Centering:

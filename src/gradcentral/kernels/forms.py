@@ -182,13 +182,15 @@ class BasePlan:
         """Divide the work, as a constructor's last step."""
         raise NotImplementedError
 
-    def fits(self, grads: list[Tensor], states: States) -> bool:
-        """Whether parameters, gradients and states still have the form that was planned for."""
-        if not states.same_as(self.states):
+    def fits(self, grads: list[Tensor], states: States | None = None) -> bool:
+        """Whether gradients, parameters and states (None for centering) still have the form that was planned for."""
+        if _form_of(grads, self._properties) != self._gradient_form:
             return False
+        if states is None:
+            return True
         form = self._form_of_lasting()
         self._lasting_pointers = form[0]
-        return form == self._lasting_form and _form_of(grads, self._properties) == self._gradient_form
+        return states.same_as(self.states) and form == self._lasting_form
 
     def _form_of_lasting(self) -> list[Any]:
         """Pointers and properties of parameters and states, which show whether the data of a tensor was replaced.
