@@ -91,10 +91,10 @@ class States(NamedTuple):
 
     def same_as(self, other: States) -> bool:
         """Whether both hold the same tensor objects."""
-        return all(
-            mine is others or (mine is not None and others is not None and same_objects(mine, others))
-            for mine, others in zip(self, other, strict=True)
-        )
+        for mine, others in zip(self, other, strict=True):
+            if mine is not others and (mine is None or others is None or not same_objects(mine, others)):
+                return False
+        return True
 
 
 def same_objects(one: Sequence[object], other: Sequence[object]) -> bool:
@@ -210,8 +210,8 @@ class BasePlan:
         Those to parameters and states are the ones that `fits` has just read. Tensors to be centered are both.
         """
         count, lasting = len(grads), iter(self._lasting_pointers)
-        pointers = [*map(Tensor.data_ptr, grads)]
-        pointers = [*islice(lasting, count), *pointers] if self.params else pointers * 2
+        gradients = [*map(Tensor.data_ptr, grads)]
+        pointers = [*(islice(lasting, count) if self.params else gradients), *gradients]
         for column in self.states:
             pointers += [0] * count if column is None else islice(lasting, count)
         return pointers
