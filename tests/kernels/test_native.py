@@ -22,6 +22,7 @@ import gradcentral
 from gradcentral import WeightLayout, WeightVectors, center
 from gradcentral.kernels import Centering, native, unavailable_reasons
 from gradcentral.kernels.loops import Loop, loop_of_vectors
+from gradcentral.kernels.planner import loop_of
 from tests.strategies import Case, cases
 
 SERVED = (torch.float64, torch.float32, torch.bfloat16)
@@ -158,10 +159,7 @@ def test_means_are_at_least_as_exact_as_those_of_torch(fan_in: int, by: str) -> 
     if by == "columns":
         x = x.T.contiguous()
     span = (1,) if by == "rows" else (0,)
-    vectors = WeightVectors(span, shape=tuple(x.shape))
-    loop = native.loop_of(x, vectors)
-    assert loop is not None
-    means = native.CenteringPlan([x], [vectors], [loop]).means([x])
+    (means,) = Centering().means([(x, WeightVectors(span))]).planned
     ours = float((means - exact).abs().max()) / unit
     torchs = float((x.mean(span).double() - exact).abs().max()) / unit
     # Rounding a mean to f32 costs up to half a unit, so torch cannot be better than that.
@@ -244,9 +242,9 @@ def test_memory_of_a_plan_is_at_most_one_number_per_weight_vector_of_gpt2() -> N
 
 def test_only_plain_dense_tensors_are_served() -> None:
     whole = torch.randn(4, 6)
-    assert native.loop_of(whole, ROWS) == Loop(4, 6, 1, 1)
-    assert native.loop_of(whole, None) == Loop(24, 1, 1, 1)
-    assert native.loop_of(torch.tensor(1.0), None) == Loop(1, 1, 1, 1)
+    assert loop_of(native, whole, ROWS) == Loop(4, 6, 1, 1)
+    assert loop_of(native, whole, None) == Loop(24, 1, 1, 1)
+    assert loop_of(native, torch.tensor(1.0), None) == Loop(1, 1, 1, 1)
     refused = (
         whole[:, 1:],
         whole.half(),
@@ -257,7 +255,7 @@ def test_only_plain_dense_tensors_are_served() -> None:
         whole.to(torch.complex64).conj().imag,
     )
     for tensor in refused:
-        assert native.loop_of(tensor, ROWS) is None
+        assert loop_of(native, tensor, ROWS) is None
 
 
 def test_state_with_other_strides_falls_back_to_torch() -> None:

@@ -22,6 +22,7 @@ import gradcentral
 from gradcentral import WeightVectors, center, weight_layout
 from gradcentral.kernels import Centering, native, triton
 from gradcentral.kernels.forms import Placement
+from gradcentral.kernels.planner import loop_of
 from gradcentral.kernels.triton import division
 from gradcentral.kernels.triton.division import TileShape
 from tests.strategies import Case, cases, shapes_and_vectors
@@ -102,7 +103,7 @@ def pairs_of(dtype: torch.dtype) -> list[tuple[Tensor, WeightVectors]]:
 
 def served(pairs: list[tuple[Tensor, WeightVectors]]) -> list[Any]:
     """The parameters as the kernel reads them."""
-    loops = [triton.loop_of(*pair) for pair in pairs]
+    loops = [loop_of(triton, *pair) for pair in pairs]
     assert None not in loops
     centered = [(loop, Placement.GRADIENT) for loop in loops if loop is not None]
     table = division.divide(centered, pairs[0][0].itemsize).parameters
@@ -470,7 +471,7 @@ def test_capturable_steps_use_the_kernel() -> None:
     model = model_of(torch.float32, NAMES)
     optimizer = make("adamw", model, NAMES, capturable=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradcentral.AdamW, "_torchs_step", lambda *_: pytest.fail("torch's own step ran"))
+        patch.setattr(gradcentral.AdamW, "_rest_by_torch", lambda *_: pytest.fail("torch's own step ran"))
         take(optimizer, model, gradients_of(model))
     assert float(optimizer.state[model[0]]["step"]) == 1
 
@@ -531,8 +532,8 @@ def test_attaching_to_a_torch_optimizer(placement: str) -> None:
 
 def test_only_plain_dense_tensors_are_served() -> None:
     whole = randn(4, 6)
-    assert triton.loop_of(whole, ROWS) == (4, 6, 1, 1)
-    assert triton.loop_of(whole, None) == (24, 1, 1, 1)
+    assert loop_of(triton, whole, ROWS) == (4, 6, 1, 1)
+    assert loop_of(triton, whole, None) == (24, 1, 1, 1)
     for refused in (
         whole[:, 1:],
         whole.double(),
@@ -542,7 +543,7 @@ def test_only_plain_dense_tensors_are_served() -> None:
         whole.to("meta"),
         whole.to(torch.complex64).conj().imag,
     ):
-        assert triton.loop_of(refused, ROWS) is None
+        assert loop_of(triton, refused, ROWS) is None
 
 
 def test_autograd_detects_in_place_steps() -> None:

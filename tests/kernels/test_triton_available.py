@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from gradcentral.kernels.triton import support
+from gradcentral.kernels import triton
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def reason_in(**environment: str) -> str:
     """The reason in a new process with these environment variables."""
-    code = "from gradcentral.kernels.triton import support; print(support._static_reason())"
+    code = "from gradcentral.kernels import triton; print(triton._static_reason())"
     clean = {
         name: value for name, value in os.environ.items() if name not in ("GRADCENTRAL_KERNELS", "TRITON_INTERPRET")
     }
@@ -42,11 +42,11 @@ def test_remedies_for_the_interpreter_without_the_choice_of_triton() -> None:
 
 def test_remedies_that_install_triton_are_what_the_extra_requires(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_choice", "INTERPRETED"):
-        monkeypatch.setattr(support, name, "")
+        monkeypatch.setattr(triton, name, "")
     specs: dict[str, Any] = {"found": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: specs["found"])
-    extra = re.findall(r"pip install gradcentral\[(\w+)\]", support._static_reason())[0]
+    extra = re.findall(r"pip install gradcentral\[(\w+)\]", triton._static_reason())[0]
     specs["found"] = "triton"
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.3.1")
-    requirement = re.findall(r"pip install '(.*?)'", support._static_reason())[0]
+    requirement = re.findall(r"pip install '(.*?)'", triton._static_reason())[0]
     assert f'\n{extra} = ["{requirement};' in PYPROJECT.read_text()

@@ -440,7 +440,7 @@ def test_autograd_detects_in_place_steps() -> None:
 def test_options_that_select_torchs_own_step_center_too(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native.StepPlan, "run", lambda *_: pytest.fail("the fused kernel ran"))
+    monkeypatch.setattr(native.Plan, "run", lambda *_: pytest.fail("the fused kernel ran"))
     weight = torch.randn(3, 4)
     # A differentiable step changes the parameter in place, so the parameter must not be a leaf.
     p: Tensor = weight.clone().requires_grad_().clone() if "differentiable" in options else nn.Parameter(weight.clone())

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gradcentral.kernels.forms import Placement, States, same_objects
 from gradcentral.kernels.planner import KernelGroup, group_by_kernels, kernels_for
 from gradcentral.projection import Pair, center_, restore_means_, unit_means
 from gradcentral.weight_vectors import WeightVectors
@@ -24,14 +25,16 @@ class Means(NamedTuple):
 
 class _PlannedGroup(NamedTuple):
     group: KernelGroup
+    vectors: list[WeightVectors]
     plan: Any
-    """A CenteringPlan, native or Triton."""
+    """A Plan, native or Triton."""
 
     def tensors(self, pairs: Sequence[Pair]) -> list[Tensor]:
         return [tensor for tensor, _ in self.group.select(pairs)]
 
-    def vectors(self, pairs: Sequence[Pair]) -> list[WeightVectors]:
-        return [vectors for _, vectors in self.group.select(pairs)]
+    def fits(self, pairs: Sequence[Pair]) -> bool:
+        vectors = [vectors for _, vectors in self.group.select(pairs)]
+        return same_objects(vectors, self.vectors) and self.plan.fits(self.tensors(pairs))
 
 
 class Centering:
@@ -85,7 +88,7 @@ class Centering:
         return (
             len(pairs) == self._count
             and (not pairs or kernels_for(pairs[0][0]) is not None)
-            and all(found.plan.fits(found.tensors(pairs), found.vectors(pairs)) for found in self._planned)
+            and all(found.fits(pairs) for found in self._planned)
         )
 
     def _plan(self, pairs: Sequence[Pair]) -> None:
@@ -95,6 +98,7 @@ class Centering:
         self._count = len(pairs)
         self._planned = []
         for group in groups:
-            planned = _PlannedGroup(group, None)
-            plan = group.kernels.CenteringPlan(planned.tensors(pairs), planned.vectors(pairs), group.loops)
-            self._planned.append(planned._replace(plan=plan))
+            tensors, of_tensors = map(list, zip(*group.select(pairs), strict=True))
+            loops = [(loop, Placement.GRADIENT) for loop in group.loops]
+            plan = group.kernels.Plan(None, [], tensors, States(), loops)
+            self._planned.append(_PlannedGroup(group, of_tensors, plan))

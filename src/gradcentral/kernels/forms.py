@@ -11,6 +11,7 @@ import ctypes
 import operator
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from itertools import islice
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,19 +19,19 @@ import torch
 from torch import Tensor
 
 from gradcentral.kernels.loops import Loop
-from gradcentral.weight_vectors import WeightVectors
 
 __all__ = [
-    "BaseCenteringPlan",
-    "BaseStepPlan",
+    "BasePlan",
     "Coefficients",
     "Operation",
+    "PlacedLoops",
     "Placement",
     "States",
     "UpdateRule",
+    "all_match",
+    "is_counter",
     "is_plain",
     "same_objects",
-    "same_strides",
 ]
 
 
@@ -44,6 +45,10 @@ class Placement(IntEnum):
     PLAIN = 0
     GRADIENT = 1
     UPDATE = 2
+
+
+PlacedLoops = Sequence[tuple[Loop, Placement]]
+"""For each parameter its loop and its placement."""
 
 
 class UpdateRule(IntEnum):
@@ -87,10 +92,7 @@ class States(NamedTuple):
     def same_as(self, other: States) -> bool:
         """Whether both hold the same tensor objects."""
         for mine, others in zip(self, other, strict=True):
-            if mine is None or others is None:
-                if mine is not others:
-                    return False
-            elif not same_objects(mine, others):
+            if mine is not others and (mine is None or others is None or not same_objects(mine, others)):
                 return False
         return True
 
@@ -105,16 +107,26 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_neg()
 
 
-def same_strides(parameter: Tensor, tensor: Tensor) -> bool:
-    """Whether a plain tensor has the parameter's device, shape and strides, so that one loop serves both."""
-    return (
+def all_match(parameter: Tensor, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether one loop serves a parameter and these tensors: plain, with its device, shape and strides."""
+
+    def strides(tensor: Tensor) -> list[int]:
+        return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
+
+    return all(
         is_plain(tensor)
+        and tensor.dtype in dtypes
         and tensor.device == parameter.device
         and tensor.shape == parameter.shape
-        and all(
-            size == 1 or one == other
-            for size, one, other in zip(tensor.shape, tensor.stride(), parameter.stride(), strict=True)
-        )
+        and strides(tensor) == strides(parameter)
+        for tensor in tensors
+    )
+
+
+def is_counter(tensor: object, device: torch.device, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether this is a step counter as torch makes them, one number of one of some dtypes on the device, or None."""
+    return tensor is None or (
+        type(tensor) is Tensor and tensor.numel() == 1 and tensor.device == device and tensor.dtype in dtypes
     )
 
 
@@ -132,50 +144,53 @@ def _form_of(tensors: Sequence[Tensor], properties: Sequence[Property]) -> list[
     return [[*map(get, tensors)] for get in properties]
 
 
-class BaseStepPlan:
-    """One fused step of parameters that share their device, dtypes and update rule.
+class BasePlan:
+    """One kernel call for tensors of one device and the same dtypes: a fused step, or centering alone.
 
     Args:
-        rule: the update rule.
-        params: the parameters; of a DTensor, the local shard.
-        grads: their gradients.
-        states: their states.
-        loops: for each parameter its loop and its placement.
+        rule: the update rule; None for centering.
+        params: the parameters; of a DTensor, the local shard. Empty for centering.
+        grads: their gradients, or the tensors to be centered.
+        states: the states of the parameters.
+        loops: for each parameter or tensor its loop and its placement.
     """
 
     gradient_properties: ClassVar[tuple[Property, ...]]
+    centering_properties: ClassVar[tuple[Property, ...]]
+    """Of the tensors to be centered."""
     parameter_properties: ClassVar[tuple[Property, ...]]
     lasting_properties: ClassVar[tuple[Property, ...]]
     """Of parameters and states, beside their pointers."""
+    means_dtype: ClassVar[torch.dtype]
 
     def __init__(
-        self,
-        rule: UpdateRule,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: States,
-        loops: list[tuple[Loop, Placement]],
+        self, rule: UpdateRule | None, params: list[Tensor], grads: list[Tensor], states: States, loops: PlacedLoops
     ) -> None:
         self.rule = rule
         self.params = params
         self.states = states
+        self.device = grads[0].device
         self._lasting = [*params, *(tensor for column in states if column is not None for tensor in column)]
         self._lasting_form = self._form_of_lasting()
         self._lasting_pointers = self._lasting_form[0]
-        self._gradient_form = _form_of(grads, self.gradient_properties)
+        self._properties = self.gradient_properties if params else self.centering_properties
+        self._gradient_form = _form_of(grads, self._properties)
+        self._units = sum(loop.groups * loop.units for loop, _ in loops)
         self._prepare(grads, loops)
 
-    def _prepare(self, grads: list[Tensor], loops: list[tuple[Loop, Placement]]) -> None:
+    def _prepare(self, grads: list[Tensor], loops: PlacedLoops) -> None:
         """Divide the work, as a constructor's last step."""
         raise NotImplementedError
 
-    def fits(self, grads: list[Tensor], states: States) -> bool:
-        """Whether parameters, gradients and states still have the form that was planned for."""
-        if not states.same_as(self.states):
+    def fits(self, grads: list[Tensor], states: States | None = None) -> bool:
+        """Whether gradients, parameters and states (None for centering) still have the form that was planned for."""
+        if _form_of(grads, self._properties) != self._gradient_form:
             return False
+        if states is None:
+            return True
         form = self._form_of_lasting()
         self._lasting_pointers = form[0]
-        return form == self._lasting_form and _form_of(grads, self.gradient_properties) == self._gradient_form
+        return states.same_as(self.states) and form == self._lasting_form
 
     def _form_of_lasting(self) -> list[Any]:
         """Pointers and properties of parameters and states, which show whether the data of a tensor was replaced.
@@ -192,17 +207,13 @@ class BaseStepPlan:
     def _pointers(self, grads: list[Tensor]) -> list[int]:
         """The pointers to parameters, gradients and each kind of state, one after another; 0 for a missing state.
 
-        Those to parameters and states are the ones that `fits` has just read.
+        Those to parameters and states are the ones that `fits` has just read. Tensors to be centered are both.
         """
-        count, lasting = len(grads), self._lasting_pointers
-        pointers = [*lasting[:count], *map(Tensor.data_ptr, grads)]
-        position = count
+        count, lasting = len(grads), iter(self._lasting_pointers)
+        gradients = [*map(Tensor.data_ptr, grads)]
+        pointers = [*(islice(lasting, count) if self.params else gradients), *gradients]
         for column in self.states:
-            if column is None:
-                pointers += [0] * count
-            else:
-                pointers += lasting[position : position + count]
-                position += count
+            pointers += [0] * count if column is None else islice(lasting, count)
         return pointers
 
     def run(self, grads: list[Tensor], coefficients: Any, fresh: list[bool]) -> None:
@@ -216,60 +227,26 @@ class BaseStepPlan:
         """
         raise NotImplementedError
 
-
-class BaseCenteringPlan:
-    """Φ, means and their restoration for many tensors of one device and dtype, each in one call.
-
-    Args:
-        tensors: the tensors, plain and dense.
-        vectors: the weight vectors of each.
-        loops: the loop over each.
-    """
-
-    properties: ClassVar[tuple[Property, ...]]
-    means_dtype: ClassVar[torch.dtype]
-
-    def __init__(self, tensors: list[Tensor], vectors: list[WeightVectors], loops: list[Loop]) -> None:
-        self._vectors = vectors
-        self._device = tensors[0].device
-        self._form = _form_of(tensors, self.properties)
-        self._count = sum(loop.groups * loop.units for loop in loops)
-        self._prepare(tensors, loops)
-
-    def _prepare(self, tensors: list[Tensor], loops: list[Loop]) -> None:
-        """Divide the work, as a constructor's last step."""
+    def _center(self, tensors: list[Tensor], operation: Operation, means: Tensor | None) -> None:
         raise NotImplementedError
-
-    def fits(self, tensors: list[Tensor], vectors: list[WeightVectors]) -> bool:
-        """Whether these tensors have the form that was planned for."""
-        return same_objects(vectors, self._vectors) and _form_of(tensors, self.properties) == self._form
 
     def center_(self, tensors: list[Tensor]) -> None:
         """Center each tensor in place."""
-        self._run(_pointers_to(tensors), Operation.CENTER, None)
+        self._center(tensors, Operation.CENTER, None)
         torch.autograd.graph.increment_version(tensors)
 
     def means(self, tensors: list[Tensor]) -> Tensor:
         """The mean of every weight vector of every tensor, one after another."""
-        means = torch.empty(self._count, dtype=self.means_dtype, device=self._device)
-        self._run(_pointers_to(tensors), Operation.MEANS, means)
+        means = torch.empty(self._units, dtype=self.means_dtype, device=self.device)
+        self._center(tensors, Operation.MEANS, means)
         return means
 
     def restore_(self, tensors: list[Tensor], means: Tensor) -> None:
         """Shift every weight vector so that its mean is again the one that `means` returned."""
-        if means.numel() != self._count:
+        if means.numel() != self._units:
             raise RuntimeError(
                 "parameters changed their shapes during the step, so their means cannot be restored: change shapes "
                 "between steps"
             )
-        self._run(_pointers_to(tensors), Operation.RESTORE, means)
+        self._center(tensors, Operation.RESTORE, means)
         torch.autograd.graph.increment_version(tensors)
-
-    def _run(self, pointers: list[int], operation: Operation, means: Tensor | None) -> None:
-        raise NotImplementedError
-
-
-def _pointers_to(tensors: list[Tensor]) -> list[int]:
-    """The pointers of a centering operation: the tensors are weights, and in Triton gradients too."""
-    pointers = [*map(Tensor.data_ptr, tensors)]
-    return pointers * 2 + [0] * ((POINTERS - 2) * len(tensors))

@@ -16,27 +16,21 @@ from torch import Tensor
 
 from gradcentral.kernels.forms import (
     POINTERS,
-    BaseCenteringPlan,
-    BaseStepPlan,
+    BasePlan,
     Coefficients,
     Operation,
-    Placement,
+    PlacedLoops,
     UpdateRule,
-    is_plain,
-    same_strides,
+    all_match,
+    is_counter,
 )
-from gradcentral.kernels.loops import Loop, loop_over
-from gradcentral.weight_vectors import WeightVectors
+from gradcentral.kernels.loops import Loop
 
 __all__ = [
-    "CenteringPlan",
-    "StepPlan",
+    "Plan",
     "WorkList",
-    "accepts_counter",
-    "accepts_gradient",
-    "accepts_state",
+    "accepts",
     "has_openmp",
-    "loop_of",
     "serves",
     "stream",
     "unavailable_reason",
@@ -114,35 +108,13 @@ def serves(tensor: Tensor) -> bool:
     return tensor.is_cpu and not _unavailable
 
 
-def loop_of(tensor: Tensor, vectors: WeightVectors | None) -> Loop | None:
-    """The loop over a tensor, or None unless it is a plain dense CPU tensor of f32, f64 or bf16.
+def accepts(parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor], counter: Tensor | None) -> bool:
+    """Whether these kernels update a parameter with such a gradient and state: all of one dtype.
 
-    Args:
-        tensor: the tensor.
-        vectors: its weight vectors; None if it is not centered.
+    A step counter, if there is one, is f32 or f64.
     """
-    if not is_plain(tensor) or tensor.dtype not in DTYPES or not tensor.is_cpu:
-        return None
-    return loop_over(vectors, tensor.shape, tensor.stride())
-
-
-def accepts_gradient(parameter: Tensor, gradient: Tensor) -> bool:
-    """Whether a gradient has the strides and the dtype of its parameter."""
-    return same_strides(parameter, gradient) and gradient.dtype == parameter.dtype
-
-
-def accepts_state(parameter: Tensor, state: Tensor) -> bool:
-    """Whether a state tensor has the strides and the dtype of its parameter."""
-    return accepts_gradient(parameter, state)
-
-
-def accepts_counter(tensor: object, device: torch.device) -> bool:
-    """Whether this is a step counter as torch makes them: one f32 or f64 number on the device."""
-    return (
-        type(tensor) is Tensor
-        and tensor.numel() == 1
-        and tensor.device == device
-        and tensor.dtype in (torch.float32, torch.float64)
+    return all_match(parameter, [gradient, *buffers], (parameter.dtype,)) and is_counter(
+        counter, parameter.device, (torch.float32, torch.float64)
     )
 
 
@@ -193,20 +165,23 @@ class WorkList:
         )
 
 
-class NativeStepPlan(BaseStepPlan):
-    """One fused step of parameters that share their dtype and update rule, in one call."""
+class NativePlan(BasePlan):
+    """One call of the library. Means are in f64."""
 
     gradient_properties = (Tensor.size, Tensor.stride, attrgetter("dtype"), type, attrgetter("is_cpu"), Tensor.is_neg)
+    centering_properties = gradient_properties
     parameter_properties = (Tensor.size, Tensor.stride)
     lasting_properties = (Tensor.numel, attrgetter("dtype"))
+    means_dtype = torch.float64
 
-    def _prepare(self, grads: list[Tensor], loops: list[tuple[Loop, Placement]]) -> None:
-        self.work = WorkList(loops, DTYPES[self.params[0].dtype])
+    def _prepare(self, grads: list[Tensor], loops: PlacedLoops) -> None:
+        self.work = WorkList(loops, DTYPES[grads[0].dtype])
         for parameter, counter in zip(self.work.parameters, self.states.steps or (), strict=False):
             parameter.step_is_f64 = counter.dtype == torch.float64
 
     def run(self, grads: list[Tensor], coefficients: Coefficients, fresh: list[bool]) -> None:
-        """Take the step (see `BaseStepPlan.run`)."""
+        """Take the step (see `BasePlan.run`)."""
+        assert self.rule is not None, "a plan for centering takes no steps"
         for parameter, is_fresh in zip(self.work.parameters, fresh, strict=False):
             parameter.fresh = is_fresh
         self.work.run(self._pointers(grads), self.rule, coefficients)
@@ -214,22 +189,11 @@ class NativeStepPlan(BaseStepPlan):
             parameter.fresh = 0
         torch.autograd.graph.increment_version(self.params)
 
-
-class NativeCenteringPlan(BaseCenteringPlan):
-    """Φ, means (in f64) and their restoration for many tensors of one dtype, each in one call."""
-
-    properties = NativeStepPlan.gradient_properties
-    means_dtype = torch.float64
-
-    def _prepare(self, tensors: list[Tensor], loops: list[Loop]) -> None:
-        self.work = WorkList([(loop, Placement.GRADIENT) for loop in loops], DTYPES[tensors[0].dtype])
-
-    def _run(self, pointers: list[int], operation: Operation, means: Tensor | None) -> None:
-        self.work.run(pointers, operation, means=means)
+    def _center(self, tensors: list[Tensor], operation: Operation, means: Tensor | None) -> None:
+        self.work.run(self._pointers(tensors), operation, means=means)
 
 
-StepPlan = NativeStepPlan
-CenteringPlan = NativeCenteringPlan
+Plan = NativePlan
 
 
 def stream(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]]) -> None:

@@ -10,10 +10,11 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from gradcentral.kernels import native, triton
-from gradcentral.kernels.loops import Loop
+from gradcentral.kernels.forms import is_plain
+from gradcentral.kernels.loops import Loop, loop_over
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["KernelGroup", "group_by_kernels", "kernels_for", "unavailable_reasons"]
+__all__ = ["KernelGroup", "group_by_kernels", "kernels_for", "loop_of", "unavailable_reasons"]
 
 _T = TypeVar("_T")
 
@@ -34,6 +35,18 @@ def unavailable_reasons() -> dict[str, str]:
 def kernels_for(tensor: Tensor) -> ModuleType | None:
     """Return the module whose kernels serve tensors on this device; None for the reference path."""
     return triton if triton.serves(tensor) else native if native.serves(tensor) else None
+
+
+def loop_of(kernels: ModuleType, tensor: Tensor, vectors: WeightVectors | None) -> Loop | None:
+    """Return the loop over a tensor, or None unless it is plain and dense and the kernels take its dtype.
+
+    Args:
+        kernels: a module of kernels that serve the tensor's device.
+        tensor: the tensor.
+        vectors: its weight vectors; None if it is not centered.
+    """
+    taken = kernels.serves(tensor) and is_plain(tensor) and tensor.dtype in kernels.DTYPES
+    return loop_over(vectors, tensor.shape, tensor.stride()) if taken else None
 
 
 def _check_choice() -> None:
@@ -80,7 +93,7 @@ def group_by_kernels(
     rest: list[int] = []
     for position, (tensor, of_tensor) in enumerate(zip(tensors, vectors, strict=True)):
         kernels = kernels_for(tensor)
-        loop = None if kernels is None else kernels.loop_of(tensor, of_tensor)
+        loop = None if kernels is None else loop_of(kernels, tensor, of_tensor)
         others = None if kernels is None or loop is None else companions(kernels, position)
         if kernels is None or loop is None or others is None:
             rest.append(position)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradcentral.kernels import triton
-from gradcentral.kernels.forms import Coefficients, UpdateRule
+from gradcentral.kernels.forms import Coefficients, UpdateRule, is_counter
 from gradcentral.optim.base import CentralizedOptimizer
 
 __all__ = ["Adam", "AdamW"]
@@ -38,7 +38,7 @@ class _CentralizedAdam(CentralizedOptimizer):
             state["step"] = torch.zeros((), dtype=_counter_dtype(p), device=p.device)
             for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        elif triton.serves(p) and not triton.accepts_counter(state["step"], p.device):
+        elif triton.serves(p) and not is_counter(state["step"], p.device, (torch.float32,)):
             state["step"] = state["step"].to(p.device, torch.float32)  # a checkpoint of torch's unfused optimizer
         return state
 

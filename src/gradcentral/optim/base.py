@@ -175,7 +175,7 @@ class CentralizedOptimizer(FusedOptimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
             return False
-        needs_host = self._fresh or any(isinstance(call.plan, native.StepPlan) for call in calls)
+        needs_host = self._fresh or any(isinstance(call.plan, native.Plan) for call in calls)
         return bool(needs_host) and bool(found_inf.item())
 
     def _any_sharded(self) -> bool:

@@ -68,7 +68,7 @@ class KernelCall(NamedTuple):
     """A plan with the gradients and coefficients of this step."""
 
     plan: Any
-    """A StepPlan, native or Triton."""
+    """A Plan, native or Triton."""
     owners: list[Tensor]
     """The parameters whose local shards the plan updates."""
     grads: list[Tensor]
@@ -114,13 +114,9 @@ class GroupPlan(NamedTuple):
             shard, grad = shards[position], grads[position]
             states = _states_of(rule, [optimizer._create_state(group, params[position])]).map(local)
             buffers = [column[0] for column in states[:3] if column is not None]
-            accepted = (
-                kernels.accepts_gradient(shard, grad)
-                and all(kernels.accepts_state(shard, buffer) for buffer in buffers)
-                and len({buffer.dtype for buffer in buffers}) <= 1
-                and (states.steps is None or kernels.accepts_counter(states.steps[0], shard.device))
-            )
-            return [grad, *buffers] if accepted else None
+            counter = None if states.steps is None else states.steps[0]
+            accepted = kernels.accepts(shard, grad, buffers, counter)
+            return [grad, *buffers] if accepted and len({buffer.dtype for buffer in buffers}) <= 1 else None
 
         calls = []
         with torch.no_grad():
@@ -132,7 +128,7 @@ class GroupPlan(NamedTuple):
                     (loop, centered if p in targets else Placement.PLAIN)
                     for p, loop in zip(owners, chosen.loops, strict=True)
                 ]
-                plan = chosen.kernels.StepPlan(
+                plan = chosen.kernels.Plan(
                     rule, [*chosen.select(shards)], [*chosen.select(grads)], _states_of(rule, states).map(local), loops
                 )
                 calls.append(_PlannedCall(plan, owners, states))
@@ -175,7 +171,7 @@ def _coefficients_for(
     """Return the coefficients as the plan's kernel takes them."""
     sign = -1.0 if group["maximize"] else 1.0
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    if isinstance(plan, native.StepPlan):
+    if isinstance(plan, native.Plan):
         coefficients = optimizer._coefficients(group, float(group["lr"]))
         coefficients.scale = sign / (1.0 if grad_scale is None else float(grad_scale))
         return coefficients

@@ -6,41 +6,93 @@ Same interface as the native kernels. Triton is imported when the first plan is 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from gradcentral.kernels.triton.support import (
-    INTERPRETED,
-    DeviceCoefficients,
-    accepts_counter,
-    accepts_gradient,
-    accepts_state,
-    loop_of,
-    serves,
-    serves_cpu,
-    unavailable_reason,
-)
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from gradcentral.kernels.triton.plans import CenteringPlan, StepPlan
+from gradcentral.kernels.forms import Coefficients, all_match, is_counter
 
-__all__ = [
-    "INTERPRETED",
-    "CenteringPlan",
-    "DeviceCoefficients",
-    "StepPlan",
-    "accepts_counter",
-    "accepts_gradient",
-    "accepts_state",
-    "loop_of",
-    "serves",
-    "serves_cpu",
-    "unavailable_reason",
-]
+__all__ = ["INTERPRETED", "DeviceCoefficients", "accepts", "serves", "serves_cpu", "unavailable_reason"]
+
+_OLDEST = (3, 4)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of the tensors that these kernels take."""
+
+_choice = os.environ.get("GRADCENTRAL_KERNELS", "")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+"""Whether Triton, which reads the same variable when it is imported, runs every kernel on the CPU in Python."""
+
+serves_cpu = INTERPRETED and _choice == "triton"
+"""Whether these kernels serve CPU tensors, by Triton's interpreter."""
+
+
+class DeviceCoefficients(NamedTuple):
+    """Coefficients of which some may be on the device, where the kernel reads them without synchronizing the host."""
+
+    coefficients: Coefficients
+    """For a learning rate of 1 and unscaled gradients."""
+    lr: float | Tensor
+    grad_scale: Tensor | None = None
+    """Set by a GradScaler on fused optimizers: the gradients are divided by it."""
+    found_inf: Tensor | None = None
+    """Set by a GradScaler on fused optimizers: if it is not 0, the step changes nothing."""
+
+
+def _static_reason() -> str:
+    if _choice == "reference":
+        return "GRADCENTRAL_KERNELS=reference"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install gradcentral[triton]"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # another build of Triton, under another name
+        version = ""
+    if version and tuple(map(int, version.split(".")[:2])) < _OLDEST:
+        return f"Triton {version} is too old: pip install 'triton>={'.'.join(map(str, _OLDEST))}' (torch 2.8 or later)"
+    if torch.version.hip is not None:
+        return "torch is built for ROCm, on which these kernels are not tested"
+    if INTERPRETED and not serves_cpu:
+        return "TRITON_INTERPRET is set: unset it, or set GRADCENTRAL_KERNELS=triton too"
+    return ""
+
+
+_unavailable = _static_reason()
+"""Why no tensor can be served, whatever its device; computed once because `serves` is called for every tensor."""
+
+
+def unavailable_reason() -> str:
+    """Why these kernels cannot be used on this machine; empty if they can."""
+    if _unavailable or serves_cpu or torch.cuda.is_available():
+        return _unavailable
+    return "no CUDA device"
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether these kernels are for tensors on this one's device."""
+    return not _unavailable and (tensor.device.type == "cpu" if serves_cpu else tensor.is_cuda)
+
+
+def accepts(parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor], counter: Tensor | None) -> bool:
+    """Whether these kernels update a parameter with such a gradient and state, whose dtypes may differ from its own.
+
+    State is f32 or bf16, because in f16 small squares underflow; a step counter is f32, as in torch's fused optimizers.
+    """
+    return (
+        all_match(parameter, [gradient], DTYPES)
+        and all_match(parameter, buffers, (torch.float32, torch.bfloat16))
+        and is_counter(counter, parameter.device, (torch.float32,))
+    )
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("CenteringPlan", "StepPlan"):
-        from gradcentral.kernels.triton import plans
+    if name == "Plan":
+        from gradcentral.kernels.triton.plans import TritonPlan
 
-        return getattr(plans, name)
+        return TritonPlan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ Pointers are read at every call and uploaded if one has changed, without synchro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from ctypes import c_float
 from operator import attrgetter
@@ -17,19 +17,18 @@ from torch import Tensor
 
 from gradcentral.kernels.forms import (
     POINTERS,
-    BaseCenteringPlan,
-    BaseStepPlan,
+    BasePlan,
     Coefficients,
     Operation,
+    PlacedLoops,
     Placement,
     UpdateRule,
 )
-from gradcentral.kernels.loops import Loop
+from gradcentral.kernels.triton import INTERPRETED, DeviceCoefficients
 from gradcentral.kernels.triton.division import TILE, columns_beside, divide
 from gradcentral.kernels.triton.step import run
-from gradcentral.kernels.triton.support import INTERPRETED, DeviceCoefficients
 
-__all__ = ["CenteringPlan", "StepPlan"]
+__all__ = ["TritonPlan"]
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -94,100 +93,6 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-class _Launch:
-    """The tables and buffers that all launches of a plan share."""
-
-    def __init__(self, loops: Sequence[tuple[Loop, Placement]], grad: torch.dtype, device: torch.device) -> None:
-        if _capturing(device):
-            raise RuntimeError(
-                "the tensors of this step have a different form than those of the step before, and no plan can be made "
-                "while a CUDA graph is captured: call optimizer.step() once with such tensors before the capture"
-            )
-        self.device = device
-        tables = divide(loops, grad.itemsize)
-        self.n_parameters, self.n_pieces, self.n_counters = len(loops), len(tables.pieces), tables.counters
-        self.parameters, self.pieces = tables.parameters.to(device), tables.pieces.to(device)
-        self.progress = torch.zeros(2 + tables.counters, dtype=torch.int32, device=device)
-        self.partials = torch.empty(max(1, tables.slots), dtype=torch.float32, device=device)
-        self.pointers = _PointerTable(device, POINTERS * len(loops))
-        self.beside = columns_beside(grad.itemsize)
-        self.options = {"num_warps": WARPS}
-        if device.type == "cuda":
-            self.options["maxnreg"] = REGISTERS
-        self.stream = None if device.type != "cuda" else torch.cuda.current_stream(device)
-
-    def __call__(
-        self,
-        pointers: list[int],
-        rule: UpdateRule | Operation,
-        placement: Placement,
-        types: tuple[torch.dtype, torch.dtype, torch.dtype],
-        coefficients: DeviceCoefficients = _NO_COEFFICIENTS,
-        fresh: Tensor | None = None,
-        means: Tensor | None = None,
-    ) -> None:
-        """Launch the kernel (see step.py).
-
-        Args:
-            pointers: `POINTERS` columns.
-            rule, placement: select the variant of the kernel.
-            types: of the weights, the gradients and the states.
-            coefficients: of the update rule.
-            fresh: with dampening, which momentum buffers are new.
-            means: written by MEANS, read by RESTORE.
-        """
-        if self.n_pieces == 0:
-            return
-        with self._on_device():
-            table, aligned = self.pointers.uploaded(pointers)
-            lr = coefficients.lr
-            on_device = isinstance(lr, Tensor) and lr.device == self.device
-            run[(self.n_pieces,)](
-                table,
-                self.parameters,
-                self.pieces,
-                self.progress,
-                self.partials,
-                self.partials if means is None else means,
-                fresh,
-                lr if on_device else None,
-                _on(self.device, coefficients.grad_scale),
-                _on(self.device, coefficients.found_inf),
-                self.n_parameters,
-                self.n_counters,
-                0.0 if on_device else float(lr),
-                _numbers(coefficients.coefficients),
-                _logarithms(coefficients.coefficients) if rule > UpdateRule.MOMENTUM else (0.0, 0.0, 0.0, 0.0),
-                RULE=int(rule),
-                PLACEMENT=int(placement),
-                DAMPENED=fresh is not None,
-                WAITS=self.n_counters > 0,
-                ALIGNED=aligned,
-                WEIGHT=_TYPES[types[0]],
-                GRAD=_TYPES[types[1]],
-                STATE=_TYPES[types[2]],
-                BESIDE=self.beside,
-                TILE=TILE,
-                **self.options,
-            )
-
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        if self.stream is None:
-            import numpy
-
-            with numpy.errstate(all="ignore"):  # the interpreter computes with NumPy, which warns of infinities
-                yield
-            return
-        current = torch.cuda.current_stream(self.device)
-        if current != self.stream and not torch.cuda.is_current_stream_capturing():
-            for tensor in (self.parameters, self.pieces, self.progress, self.partials):
-                tensor.record_stream(current)
-        elsewhere = torch.cuda.current_device() != self.device.index
-        with torch.cuda.device(self.device) if elsewhere else nullcontext():
-            yield
-
-
 def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
     return number if number is None or number.device == device else number.to(device, non_blocking=True)
 
@@ -211,47 +116,107 @@ def _logarithms(c: Coefficients) -> tuple[float, ...]:
     return tuple(parts)
 
 
-class TritonStepPlan(BaseStepPlan):
-    """One fused step of parameters that share their device, dtypes and update rule, in one launch."""
+class TritonPlan(BasePlan):
+    """One launch of the kernel, on the current stream and without synchronizing the host. Means are in f32."""
 
     # A step must not cost the host more time than the device, so only what can differ is compared: torch itself
     # ensures that a gradient has the shape and the device of its parameter.
     gradient_properties = (Tensor.numel, Tensor.stride, attrgetter("dtype"), type, Tensor.is_neg)
+    centering_properties = (Tensor.size, Tensor.get_device, *gradient_properties)
     parameter_properties = (Tensor.stride,)
     lasting_properties = ()
+    means_dtype = torch.float32
 
-    def _prepare(self, grads: list[Tensor], loops: list[tuple[Loop, Placement]]) -> None:
-        weight = self.params[0]
-        state = weight.dtype if self.states.momentum is None else self.states.momentum[0].dtype
-        self._types = (weight.dtype, grads[0].dtype, state)
-        self._placement = max((placement for _, placement in loops), default=Placement.PLAIN) or Placement.GRADIENT
-        self.launch = _Launch(loops, grads[0].dtype, weight.device)
-        self._fresh = torch.zeros(len(loops), dtype=torch.int32, device=weight.device)
+    def _prepare(self, grads: list[Tensor], loops: PlacedLoops) -> None:
+        device = self.device
+        if _capturing(device):
+            raise RuntimeError(
+                "the tensors of this step have a different form than those of the step before, and no plan can be made "
+                "while a CUDA graph is captured: call optimizer.step() once with such tensors before the capture"
+            )
+        gradient = grads[0].dtype
+        weight = self.params[0].dtype if self.params else gradient
+        state = weight if self.states.momentum is None else self.states.momentum[0].dtype
+        tables = divide(loops, gradient.itemsize)
+        self._parameters, self._pieces = tables.parameters.to(device), tables.pieces.to(device)
+        self._progress = torch.zeros(2 + tables.counters, dtype=torch.int32, device=device)
+        self._partials = torch.empty(max(1, tables.slots), dtype=torch.float32, device=device)
+        self._n_pieces, self._n_counters = len(tables.pieces), tables.counters
+        self._table = _PointerTable(device, POINTERS * len(loops))
+        self._fresh = torch.zeros(len(loops), dtype=torch.int32, device=device)
+        self._stream = None if device.type != "cuda" else torch.cuda.current_stream(device)
+        self._options = {
+            "PLACEMENT": int(max((placement for _, placement in loops), default=0)) or int(Placement.GRADIENT),
+            "WAITS": tables.counters > 0,
+            "WEIGHT": _TYPES[weight],
+            "GRAD": _TYPES[gradient],
+            "STATE": _TYPES[state],
+            "BESIDE": columns_beside(gradient.itemsize),
+            "TILE": TILE,
+            "num_warps": WARPS,
+            **({"maxnreg": REGISTERS} if device.type == "cuda" else {}),
+        }
 
     def run(self, grads: list[Tensor], coefficients: DeviceCoefficients, fresh: list[bool]) -> None:
-        """Take the step (see `BaseStepPlan.run`) on the current stream, without synchronizing the host."""
+        """Take the step (see `BasePlan.run`)."""
+        assert self.rule is not None, "a plan for centering takes no steps"
         dampened = self.rule == UpdateRule.MOMENTUM and coefficients.coefficients.keep != 1
         if dampened and any(fresh):
             self._fresh.copy_(torch.tensor(fresh))
-        flags = self._fresh if dampened else None
-        self.launch(self._pointers(grads), self.rule, self._placement, self._types, coefficients, flags)
+        self._launch(grads, self.rule, coefficients, self._fresh if dampened else None)
         torch.autograd.graph.increment_version(self.params)
 
+    def _center(self, tensors: list[Tensor], operation: Operation, means: Tensor | None) -> None:
+        self._launch(tensors, operation, _NO_COEFFICIENTS, None, means)
 
-class TritonCenteringPlan(BaseCenteringPlan):
-    """Φ, means (in f32) and their restoration for many tensors of one device and dtype, each in one launch."""
+    def _launch(
+        self,
+        grads: list[Tensor],
+        rule: UpdateRule | Operation,
+        coefficients: DeviceCoefficients,
+        fresh: Tensor | None,
+        means: Tensor | None = None,
+    ) -> None:
+        if self._n_pieces == 0:
+            return
+        with self._on_device():
+            table, aligned = self._table.uploaded(self._pointers(grads))
+            lr = coefficients.lr
+            on_device = isinstance(lr, Tensor) and lr.device == self.device
+            run[(self._n_pieces,)](
+                table,
+                self._parameters,
+                self._pieces,
+                self._progress,
+                self._partials,
+                self._partials if means is None else means,
+                fresh,
+                lr if on_device else None,
+                _on(self.device, coefficients.grad_scale),
+                _on(self.device, coefficients.found_inf),
+                len(grads),
+                self._n_counters,
+                0.0 if on_device else float(lr),
+                _numbers(coefficients.coefficients),
+                _logarithms(coefficients.coefficients) if rule > UpdateRule.MOMENTUM else (0.0, 0.0, 0.0, 0.0),
+                RULE=int(rule),
+                DAMPENED=fresh is not None,
+                ALIGNED=aligned,
+                **self._options,
+            )
 
-    properties = (Tensor.size, Tensor.stride, attrgetter("dtype"), Tensor.get_device, type, Tensor.is_neg)
-    means_dtype = torch.float32
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        if self._stream is None:
+            import numpy
 
-    def _prepare(self, tensors: list[Tensor], loops: list[Loop]) -> None:
-        dtype = tensors[0].dtype
-        self._types = (dtype, dtype, dtype)
-        self.launch = _Launch([(loop, Placement.GRADIENT) for loop in loops], dtype, self._device)
-
-    def _run(self, pointers: list[int], operation: Operation, means: Tensor | None) -> None:
-        self.launch(pointers, operation, Placement.GRADIENT, self._types, means=means)
-
-
-StepPlan = TritonStepPlan
-CenteringPlan = TritonCenteringPlan
+            with numpy.errstate(all="ignore"):  # the interpreter computes with NumPy, which warns of infinities
+                yield
+            return
+        current = torch.cuda.current_stream(self.device)
+        if current != self._stream and not torch.cuda.is_current_stream_capturing():
+            for tensor in (self._parameters, self._pieces, self._progress, self._partials):
+                tensor.record_stream(current)
+        elsewhere = torch.cuda.current_device() != self.device.index
+        with torch.cuda.device(self.device) if elsewhere else nullcontext():
+            yield
