@@ -285,7 +285,7 @@ def _center_gradients(layout: WeightLayout, shards: Shards, centering: Centering
             return
     with torch.no_grad():
         shards.place_gradients(p for p, _ in shards.targets)
-        _eager_or_traced(centering).center_(_writable_gradients(layout, shards.whole))
+        _eager_or_traced(centering).center_all_(_writable_gradients(layout, shards.whole))
         shards.center_split_gradients_()
 
 

@@ -46,7 +46,7 @@ def threads() -> Iterator[Any]:
 def test_centering_equals_the_reference(drawn: list[Case]) -> None:
     """With strides and dtypes mixed; the reference path centers what the kernels do not serve."""
     expected = [center(*case) for case in drawn]
-    Centering().center_([(case.tensor, case.vectors) for case in drawn])
+    Centering().center_all_([(case.tensor, case.vectors) for case in drawn])
     for case, reference in zip(drawn, expected, strict=True):
         rounding = torch.finfo(case.tensor.dtype).eps * float(case.tensor.abs().max() + 1)
         torch.testing.assert_close(case.tensor, reference, rtol=0, atol=4 * rounding)
@@ -94,7 +94,7 @@ LARGE = [
 def test_every_path_through_the_kernels_equals_the_reference(dtype: torch.dtype) -> None:
     tensors = [torch.randn(shape).add_(0.1).to(dtype) for shape, _ in LARGE]
     expected = [center(tensor.double(), vectors) for tensor, (_, vectors) in zip(tensors, LARGE, strict=True)]
-    Centering().center_([(tensor, vectors) for tensor, (_, vectors) in zip(tensors, LARGE, strict=True)])
+    Centering().center_all_([(tensor, vectors) for tensor, (_, vectors) in zip(tensors, LARGE, strict=True)])
     for tensor, reference in zip(tensors, expected, strict=True):
         torch.testing.assert_close(tensor.double(), reference, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
@@ -174,7 +174,7 @@ def test_nan_and_inf_stay_in_their_weight_vector(bad: float, dtype: torch.dtype)
         clean = center(tensor, vectors)
         axis = vectors.span[0]
         tensor.select(1 - axis, 3)[1] = bad
-        Centering().center_([(tensor, vectors)])
+        Centering().center_all_([(tensor, vectors)])
         assert not tensor.select(1 - axis, 3).isfinite().any()
         others = [i for i in range(tensor.shape[1 - axis]) if i != 3]
         index = torch.tensor(others)

@@ -122,7 +122,7 @@ def test_the_layouts_cover_every_tile_shape() -> None:
 def test_centering_equals_float64(dtype: torch.dtype) -> None:
     pairs = pairs_of(dtype)
     expected = [center(tensor.double(), vectors) for tensor, vectors in pairs]
-    Centering().center_(pairs)
+    Centering().center_all_(pairs)
     for (tensor, _), reference in zip(pairs, expected, strict=True):
         torch.testing.assert_close(tensor.double(), reference, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
@@ -134,7 +134,7 @@ def test_centering_in_parts_equals_float64(dtype: torch.dtype, in_parts: None) -
     expected = [center(tensor.double(), vectors) for tensor, vectors in pairs]
     centering = Centering()
     for _ in range(2):  # the second relies on the counters that the first has reset
-        centering.center_(pairs)
+        centering.center_all_(pairs)
     for (tensor, _), reference in zip(pairs, expected, strict=True):
         torch.testing.assert_close(tensor.double(), reference, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
@@ -165,7 +165,7 @@ def test_centering_equals_the_reference_on_random_layouts(drawn: list[Case]) -> 
     """With strides and dtypes mixed; the reference path centers what the kernels do not serve."""
     pairs = [(case.tensor.to(DEVICE), case.vectors) for case in drawn]
     expected = [center(*pair) for pair in pairs]
-    Centering().center_(pairs)
+    Centering().center_all_(pairs)
     for (tensor, _), reference in zip(pairs, expected, strict=True):
         rounding = torch.finfo(tensor.dtype).eps * float(tensor.abs().max() + 1)
         torch.testing.assert_close(tensor, reference, rtol=0, atol=4 * rounding)
@@ -179,7 +179,7 @@ def test_nan_and_inf_stay_in_their_weight_vector(name: str, bad: float) -> None:
     clean = center(tensor, vectors)
     unit = 1 - vectors.span[0]
     tensor.select(unit, 2)[1] = bad
-    Centering().center_([(tensor, vectors)])
+    Centering().center_all_([(tensor, vectors)])
     assert not tensor.select(unit, 2).isfinite().any()
     others = torch.tensor([i for i in range(shape[unit]) if i != 2], device=DEVICE)
     torch.testing.assert_close(tensor.index_select(unit, others), clean.index_select(unit, others), rtol=0, atol=1e-6)
@@ -644,6 +644,6 @@ def test_large_rows_and_columns_equal_float64() -> None:
     expected = [center(tensor.double(), vectors) for tensor, vectors in pairs]
     centering = Centering()
     for _ in range(3):
-        centering.center_(pairs)
+        centering.center_all_(pairs)
     for (tensor, _), reference in zip(pairs, expected, strict=True):
         torch.testing.assert_close(tensor.double(), reference, rtol=0, atol=2e-6)

@@ -58,7 +58,7 @@ class Centering:
         self._center_planned_(pairs)
         return True
 
-    def center_(self, pairs: Sequence[Pair]) -> None:
+    def center_all_(self, pairs: Sequence[Pair]) -> None:
         """Center every tensor in place."""
         self._plan(pairs)
         self._center_planned_(pairs)

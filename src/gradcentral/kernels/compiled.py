@@ -32,7 +32,7 @@ _library.define(
 class TracedCentering:
     """The interface of `Centering` while ``torch.compile`` traces: each method puts one operator into the graph."""
 
-    def center_(self, pairs: Sequence[Pair]) -> None:
+    def center_all_(self, pairs: Sequence[Pair]) -> None:
         """Center every tensor in place."""
         served, rest = _served_and_rest(pairs)
         if served:
@@ -120,7 +120,7 @@ def _restore_means_(tensors: list[Tensor], means: Tensor | None, vectors: list[i
     cached, pairs = _cached(tensors, vectors)
     if means is None:
         with cached.lock:
-            cached.centering.center_(pairs)
+            cached.centering.center_all_(pairs)
         return
     form = cached.form_of_means
     if form is None:

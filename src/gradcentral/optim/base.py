@@ -281,7 +281,7 @@ class CentralizedOptimizer(FusedOptimizer):
             return
         grads = [cast("Tensor", p.grad) for p, _ in targets]
         negated, centered = [-g for g in grads], [g.clone() for g in grads]
-        traced.center_([(g, vectors) for g, (_, vectors) in zip(centered, targets, strict=True)])
+        traced.center_all_([(g, vectors) for g, (_, vectors) in zip(centered, targets, strict=True)])
         for gradient, value in zip(grads, centered, strict=True):
             gradient.copy_(value)
         _unwrapped_step(self._torch_optimizer)(self)

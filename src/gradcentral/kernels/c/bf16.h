@@ -1,5 +1,6 @@
-/* bfloat16 is the upper half of a float. Kernels read and write two of them as one 32-bit word, whose halves become
- * floats by a shift and a mask; converting single ones takes shuffles into wider lanes instead. */
+/* bfloat16 is the upper half of a float. Kernels read and write two of them as one 32-bit word,
+ * whose halves become floats by a shift and a mask; converting single ones takes shuffles into
+ * wider lanes instead. */
 #ifndef GRADCENTRAL_BF16_H
 #define GRADCENTRAL_BF16_H
 #include "kernels.h"
@@ -12,8 +13,8 @@ INLINE float word_as_float(uint32_t word) {
 
 INLINE float bf16_to_float(uint16_t x) { return word_as_float((uint32_t)x << 16); }
 
-/* Rounded to nearest even, in the upper half. A NaN stays a NaN: it comes from a bf16, or from the processor as the
- * default NaN, so its lower half is zero and no carry reaches the upper half. */
+/* Rounded to nearest even, in the upper half. A NaN stays a NaN: it comes from a bf16, or from the
+ * processor as the default NaN, so its lower half is zero and no carry reaches the upper half. */
 INLINE uint32_t round_to_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);

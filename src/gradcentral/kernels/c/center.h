@@ -1,20 +1,23 @@
-/* Means of weight vectors, and Φ in place: x ← x − (mean(x) − kept), where kept is 0 for CENTER and, for RESTORE, the
- * mean before the step. Restoring it makes the update w ← w + Φ(Δw): placement "update". Included once per dtype. */
+/* Means of weight vectors, and Φ in place: x ← x − (mean(x) − kept), where kept is 0 for CENTER
+ * and, for RESTORE, the mean before the step. Restoring it makes the update w ← w + Φ(Δw):
+ * placement "update". Included once per dtype. */
 #define NAME(name) JOIN2(name, SUFFIX)
 
 #define EACH_STRETCH(from, count, n)                                    \
     for (int64_t from = 0, count = n < STRETCH ? n : STRETCH; from < n; \
          from += count, count = n - from < STRETCH ? n - from : STRETCH)
 
-/* The position of column j's sum and mean. With bf16, a loop over words gives two columns per iteration, and it
- * vectorizes only if their sums are not interleaved: first those of all lower halves, then those of the upper. */
+/* The position of column j's sum and mean. With bf16, a loop over words gives two columns per
+ * iteration, and it vectorizes only if their sums are not interleaved: first those of all lower
+ * halves, then those of the upper. */
 #define SLOT(j, width) ((j) < 2 * PAIRS(width) ? (j) / 2 + ((j) % 2 ? PAIRS(width) : 0) : (j))
 
 INLINE PARTIAL NAME(sum_stretch)(const STORED *restrict x, int64_t n) {
     PARTIAL total = 0;
     const int64_t pairs = PAIRS(n);
 #pragma omp simd reduction(+ : total)
-    for (int64_t k = 0; k < pairs; k++) total += lower(word_of(x + 2 * k)) + upper(word_of(x + 2 * k));
+    for (int64_t k = 0; k < pairs; k++)
+        total += lower(word_of(x + 2 * k)) + upper(word_of(x + 2 * k));
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 2 * pairs; i < n; i++) total += LOAD(x[i]);
     return total;
@@ -27,9 +30,11 @@ INLINE double NAME(sum)(const STORED *restrict x, int64_t n) {
     return total;
 }
 
-/* Add 4 rows to the column sums at once, so that the sums are read and written a quarter as often. */
+/* Add 4 rows to the column sums at once, so that the sums are read and written a quarter as often.
+ */
 INLINE void NAME(add_4_rows)(const STORED *restrict x, int64_t width, double *restrict sums) {
-    const STORED *restrict x0 = x, *restrict x1 = x + width, *restrict x2 = x + 2 * width, *restrict x3 = x + 3 * width;
+    const STORED *restrict x0 = x, *restrict x1 = x + width, *restrict x2 = x + 2 * width,
+                           *restrict x3 = x + 3 * width;
     const int64_t pairs = PAIRS(width);
 #pragma omp simd
     for (int64_t k = 0; k < pairs; k++) {
@@ -43,7 +48,8 @@ INLINE void NAME(add_4_rows)(const STORED *restrict x, int64_t width, double *re
         sums[i] += ((PARTIAL)LOAD(x0[i]) + LOAD(x1[i])) + ((PARTIAL)LOAD(x2[i]) + LOAD(x3[i]));
 }
 
-/* The column sums of one block of the gradient; of the tensor itself if it is only to be centered. */
+/* The column sums of one block of the gradient; of the tensor itself if it is only to be centered.
+ */
 CLONES static void NAME(sum_block)(const Parameter *p, int64_t index, const Coefficients *unused) {
     const Block block = block_of(p, index);
     const int64_t rows = block.rows, width = block.width;
@@ -59,9 +65,11 @@ CLONES static void NAME(sum_block)(const Parameter *p, int64_t index, const Coef
     }
 }
 
-/* The mean of each unit of a group, from the column sums of the group's blocks; written to every column of the unit.
- * In a step with placement "gradient", of the scaled gradient; in centering, coefficients is NULL. */
-static void NAME(finish_means)(const Parameter *p, int64_t group, const Coefficients *coefficients) {
+/* The mean of each unit of a group, from the column sums of the group's blocks; written to every
+ * column of the unit. In a step with placement "gradient", of the scaled gradient; in centering,
+ * coefficients is NULL. */
+static void NAME(finish_means)(const Parameter *p, int64_t group,
+                               const Coefficients *coefficients) {
     const double factor = p->placement == GRADIENT && coefficients ? coefficients->scale : 1;
     const int64_t width = width_of(p);
     const double fan_in = (double)p->outer * (double)p->inner;
@@ -70,13 +78,16 @@ static void NAME(finish_means)(const Parameter *p, int64_t group, const Coeffici
     for (int64_t u = 0; u < p->units; u++) {
         double total = 0;
         for (int64_t block = 0; block < p->blocks; block++)
-            for (int64_t k = 0; k < p->inner; k++) total += sums[block * width + SLOT(u * p->inner + k, width)];
-        for (int64_t k = 0; k < p->inner; k++) means[SLOT(u * p->inner + k, width)] = (REAL)(factor * (total / fan_in));
+            for (int64_t k = 0; k < p->inner; k++)
+                total += sums[block * width + SLOT(u * p->inner + k, width)];
+        for (int64_t k = 0; k < p->inner; k++)
+            means[SLOT(u * p->inner + k, width)] = (REAL)(factor * (total / fan_in));
     }
 }
 
 /* Subtract from n elements a shift each (`many`, in the order of SLOT) or the same shift. */
-INLINE void NAME(subtract)(STORED *restrict x, int64_t n, const REAL *restrict shifts, REAL shift, const int many) {
+INLINE void NAME(subtract)(STORED *restrict x, int64_t n, const REAL *restrict shifts, REAL shift,
+                           const int many) {
     const int64_t pairs = PAIRS(n);
 #pragma omp simd
     for (int64_t k = 0; k < pairs; k++) {
@@ -88,7 +99,8 @@ INLINE void NAME(subtract)(STORED *restrict x, int64_t n, const REAL *restrict s
     for (int64_t i = 2 * pairs; i < n; i++) x[i] = STORE(LOAD(x[i]) - (many ? shifts[i] : shift));
 }
 
-CLONES static void NAME(center_rows)(const Parameter *p, int64_t begin, int64_t end, const Coefficients *unused) {
+CLONES static void NAME(center_rows)(const Parameter *p, int64_t begin, int64_t end,
+                                     const Coefficients *unused) {
     const int64_t n = p->outer;
     for (int64_t r = begin; r < end; r++) {
         STORED *restrict row = (STORED *)p->w + r * n;
@@ -97,13 +109,16 @@ CLONES static void NAME(center_rows)(const Parameter *p, int64_t begin, int64_t 
 }
 
 /* Rows [begin, end) of columns, counted over all groups, from the finished means. */
-CLONES static void NAME(center_columns)(const Parameter *p, int64_t begin, int64_t end, const Coefficients *unused) {
+CLONES static void NAME(center_columns)(const Parameter *p, int64_t begin, int64_t end,
+                                        const Coefficients *unused) {
     const int64_t width = width_of(p);
     for (int64_t row = begin; row < end; row++)
-        NAME(subtract)((STORED *)p->w + row * width, width, (const REAL *)p->means + row / p->outer * width, 0, 1);
+        NAME(subtract)((STORED *)p->w + row * width, width,
+                       (const REAL *)p->means + row / p->outer * width, 0, 1);
 }
 
-static void NAME(keep_rows)(const Parameter *p, int64_t begin, int64_t end, const Coefficients *unused) {
+static void NAME(keep_rows)(const Parameter *p, int64_t begin, int64_t end,
+                            const Coefficients *unused) {
     for (int64_t r = begin; r < end; r++)
         p->kept[r] = NAME(sum)((const STORED *)p->w + r * p->outer, p->outer) / p->outer;
 }
@@ -112,7 +127,8 @@ static void NAME(keep_means)(const Parameter *p, int64_t group, const Coefficien
     NAME(finish_means)(p, group, unused);
     const int64_t width = width_of(p);
     const REAL *means = (const REAL *)p->means + group * width;
-    for (int64_t u = 0; u < p->units; u++) p->kept[group * p->units + u] = means[SLOT(u * p->inner, width)];
+    for (int64_t u = 0; u < p->units; u++)
+        p->kept[group * p->units + u] = means[SLOT(u * p->inner, width)];
 }
 
 /* Turn means into shifts that restore the kept ones. */

@@ -1,7 +1,9 @@
 /*
- * Gradient Centralization on the CPU: fused optimizer steps, and centering alone, for all parameters in one call.
+ * Gradient Centralization on the CPU: fused optimizer steps, and centering alone, for all
+ * parameters in one call.
  *
- * Plain C, called through ctypes: no Python and no torch headers, so one library serves every version of both.
+ * Plain C, called through ctypes: no Python and no torch headers, so one library serves every
+ * version of both.
  *
  *     step.h       the update rules and the steps     center.h     means and centering
  *     work_list.h  how the work is divided            kernels.h    the structures
@@ -28,7 +30,8 @@
 /* By dtype, then by UpdateRule or Operation. */
 static const Kernels *const KERNELS[3][7] = {KERNELS_OF(f32), KERNELS_OF(f64), KERNELS_OF(bf16)};
 
-static void run_piece(const Kernels *kernels, Parameter *p, const WorkPiece *piece, const Coefficients *coefficients) {
+static void run_piece(const Kernels *kernels, Parameter *p, const WorkPiece *piece,
+                      const Coefficients *coefficients) {
     const int64_t begin = piece->begin, end = piece->end;
     switch (piece->kind) {
     case ELEMENTS: kernels->elements(p, begin, end, coefficients); break;
@@ -37,13 +40,16 @@ static void run_piece(const Kernels *kernels, Parameter *p, const WorkPiece *pie
         for (int64_t group = begin; group < end; group++) {
             kernels->sum_block(p, group, coefficients);
             kernels->finish_means(p, group, coefficients);
-            if (kernels->columns) kernels->columns(p, group * p->outer, (group + 1) * p->outer, coefficients);
+            if (kernels->columns)
+                kernels->columns(p, group * p->outer, (group + 1) * p->outer, coefficients);
         }
         break;
     case SUM_BLOCKS:
-        for (int64_t index = begin; index < end; index++) kernels->sum_block(p, index, coefficients);
+        for (int64_t index = begin; index < end; index++)
+            kernels->sum_block(p, index, coefficients);
         if (all_summed(p, piece))
-            for (int64_t group = 0; group < p->groups; group++) kernels->finish_means(p, group, coefficients);
+            for (int64_t group = 0; group < p->groups; group++)
+                kernels->finish_means(p, group, coefficients);
         break;
     case STEP_ROWS:
         if (kernels->columns) kernels->columns(p, begin, end, coefficients);
@@ -51,7 +57,8 @@ static void run_piece(const Kernels *kernels, Parameter *p, const WorkPiece *pie
 }
 
 /* pointers: all w, then all g, m, v, x, and Adam's step counters. */
-static void set_up(Parameter *parameters, int64_t n, void *const *pointers, char *scratch, double *means) {
+static void set_up(Parameter *parameters, int64_t n, void *const *pointers, char *scratch,
+                   double *means) {
     for (int64_t i = 0; i < n; i++) {
         Parameter *p = &parameters[i];
         p->w = pointers[i];
@@ -69,7 +76,8 @@ static void set_up(Parameter *parameters, int64_t n, void *const *pointers, char
 }
 
 /* Count Adam's step and compute its bias corrections, for each parameter from its own counter. */
-static void count_steps(Parameter *parameters, int64_t n, void *const *pointers, const Coefficients *coefficients) {
+static void count_steps(Parameter *parameters, int64_t n, void *const *pointers,
+                        const Coefficients *coefficients) {
     double last = -1, step_size = 0, root_correction = 0;
     for (int64_t i = 0; i < n; i++) {
         void *step = pointers[i + n * 5];
@@ -85,18 +93,20 @@ static void count_steps(Parameter *parameters, int64_t n, void *const *pointers,
 }
 
 #if defined(_OPENMP)
-#define PARALLEL _Pragma("omp parallel num_threads(threads) if (threads > 1 && list->n_batches > 1)")
+#define PARALLEL \
+    _Pragma("omp parallel num_threads(threads) if (threads > 1 && list->n_batches > 1)")
 #define EACH _Pragma("omp for schedule(dynamic, 1)")
 #else
 #define PARALLEL
 #define EACH
 #endif
 
-/* Parameters of one dtype: an optimizer step (rule is an UpdateRule), or an Operation on each w: CENTER, or write the
- * mean of each weight vector to means (MEANS), or restore these means (RESTORE). */
-EXPORT void gradcentral_run(Parameter *parameters, int64_t n, void *const *pointers, const WorkList *list,
-                            int32_t dtype, int32_t rule, const Coefficients *coefficients, double *means,
-                            int32_t threads) {
+/* Parameters of one dtype: an optimizer step (rule is an UpdateRule), or an Operation on each w:
+ * CENTER, or write the mean of each weight vector to means (MEANS), or restore these means
+ * (RESTORE). */
+EXPORT void gradcentral_run(Parameter *parameters, int64_t n, void *const *pointers,
+                            const WorkList *list, int32_t dtype, int32_t rule,
+                            const Coefficients *coefficients, double *means, int32_t threads) {
     set_up(parameters, n, pointers, list->scratch, means);
     if (rule == ADAM || rule == AMSGRAD) count_steps(parameters, n, pointers, coefficients);
     (void)threads;
@@ -105,13 +115,15 @@ EXPORT void gradcentral_run(Parameter *parameters, int64_t n, void *const *point
         EACH
         for (int64_t k = list->waves[wave]; k < list->waves[wave + 1]; k++)
             for (int64_t j = list->batches[k]; j < list->batches[k + 1]; j++)
-                run_piece(KERNELS[dtype][rule], &parameters[list->pieces[j].parameter], &list->pieces[j], coefficients);
+                run_piece(KERNELS[dtype][rule], &parameters[list->pieces[j].parameter],
+                          &list->pieces[j], coefficients);
     }
 }
 
 /* For the caller to check that it agrees on the layout of the structures. */
 EXPORT int64_t gradcentral_struct_size(int32_t which) {
-    static const int64_t sizes[] = {sizeof(Parameter), sizeof(WorkPiece), sizeof(Coefficients), sizeof(WorkList)};
+    static const int64_t sizes[] = {sizeof(Parameter), sizeof(WorkPiece), sizeof(Coefficients),
+                                    sizeof(WorkList)};
     return sizes[which];
 }
 
@@ -123,10 +135,11 @@ EXPORT int32_t gradcentral_has_openmp(void) {
 #endif
 }
 
-/* Read and write the memory of a step without computing: the bound that memory bandwidth sets, for benchmarks. Values
- * do not change, because the argument `zero` is 0; it is an argument so that the compiler cannot drop the accesses. */
-EXPORT void gradcentral_stream(void *const *pointers, const int64_t *bytes, int64_t n, int32_t states, uint64_t zero,
-                               int32_t threads) {
+/* Read and write the memory of a step without computing: the bound that memory bandwidth sets, for
+ * benchmarks. Values do not change, because the argument `zero` is 0; it is an argument so that the
+ * compiler cannot drop the accesses. */
+EXPORT void gradcentral_stream(void *const *pointers, const int64_t *bytes, int64_t n,
+                               int32_t states, uint64_t zero, int32_t threads) {
     enum { CHUNK = 1 << 20 };
     (void)threads;
     for (int64_t i = 0; i < n; i++) {
@@ -136,12 +149,14 @@ EXPORT void gradcentral_stream(void *const *pointers, const int64_t *bytes, int6
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (chunks > 1)
 #endif
         for (int64_t k = 0; k < chunks; k++) {
-            const int64_t begin = k * (CHUNK / 8), end = begin + CHUNK / 8 < words ? begin + CHUNK / 8 : words;
+            const int64_t begin = k * (CHUNK / 8),
+                          end = begin + CHUNK / 8 < words ? begin + CHUNK / 8 : words;
             uint64_t *w = (uint64_t *)pointers[i], *m = (uint64_t *)pointers[i + 2 * n],
                      *v = (uint64_t *)pointers[i + 3 * n];
             if (states == 2)
 #pragma omp simd
-                for (int64_t j = begin; j < end; j++) w[j] |= g[j] & zero, m[j] |= g[j] & zero, v[j] |= g[j] & zero;
+                for (int64_t j = begin; j < end; j++)
+                    w[j] |= g[j] & zero, m[j] |= g[j] & zero, v[j] |= g[j] & zero;
             else if (states == 1)
 #pragma omp simd
                 for (int64_t j = begin; j < end; j++) w[j] |= g[j] & zero, m[j] |= g[j] & zero;

@@ -45,9 +45,10 @@ enum { CENTER = 4, MEANS = 5, RESTORE = 6 };  /* Operation */
 #define BF16 2
 
 /*
- * One parameter of a step (or one tensor to be centered: its w), as the loop of loops.py: element (g, i, u, j) of
- * groups × outer × units × inner lies at ((g·outer + i)·units + u)·inner + j. The output unit is (g, u), and its weight
- * vector runs over i and j. Two forms are told apart by width = units·inner:
+ * One parameter of a step (or one tensor to be centered: its w), as the loop of loops.py: element
+ * (g, i, u, j) of groups × outer × units × inner lies at ((g·outer + i)·units + u)·inner + j. The
+ * output unit is (g, u), and its weight vector runs over i and j. Two forms are told apart by width
+ * = units·inner:
  *
  *     rows     width = 1: a weight vector is contiguous; (n, fan-in, 1, 1)
  *     columns  width > 1: `outer` rows of `width` elements per group, each column belonging to one
@@ -58,8 +59,8 @@ typedef struct {
     int32_t placement;
     int32_t fresh;       /* MOMENTUM: the buffer is new and starts as the direction itself */
     int32_t step_is_f64; /* Adam: the step counter is f64, not f32 */
-    int32_t blocks;      /* columns: number of blocks of rows into which a group is cut for summing */
-    int64_t scratch;     /* columns: offset of its sums and means in the scratch memory, in bytes */
+    int32_t blocks;  /* columns: number of blocks of rows into which a group is cut for summing */
+    int64_t scratch; /* columns: offset of its sums and means in the scratch memory, in bytes */
     /* Set at each call. */
     void *w, *g, *m, *v, *x; /* weight, gradient, momentum, squares, largest squares */
     double step_size;        /* Adam: η / (1 − β₁ᵗ) */
@@ -89,8 +90,9 @@ typedef struct {
     int64_t kind;
 } WorkPiece;
 
-/* The work of one call: waves of batches of pieces. Waves run one after another; the batches of a wave run in parallel.
- * Batch k has the pieces batches[k] to batches[k + 1] − 1, and likewise for waves. */
+/* The work of one call: waves of batches of pieces. Waves run one after another; the batches of a
+ * wave run in parallel. Batch k has the pieces batches[k] to batches[k + 1] − 1, and likewise for
+ * waves. */
 typedef struct {
     const WorkPiece *pieces;
     const int64_t *batches, *waves;
@@ -106,7 +108,8 @@ typedef struct {
     double scale; /* of the gradient: −1 to maximize, 1/grad_scale to unscale */
 } Coefficients;
 
-/* The functions of one update rule or Operation for one dtype: each for a range of the work, a block or a group. */
+/* The functions of one update rule or Operation for one dtype: each for a range of the work, a
+ * block or a group. */
 typedef void RangeFunction(const Parameter *, int64_t begin, int64_t end, const Coefficients *);
 typedef void IndexFunction(const Parameter *, int64_t index, const Coefficients *);
 

@@ -1,5 +1,6 @@
 /*
- * One optimizer step with Gradient Centralization, element by element. Included once per dtype and update rule.
+ * One optimizer step with Gradient Centralization, element by element. Included once per dtype and
+ * update rule.
  *
  * Algorithms 1 and 2 of Yong et al. 2020 (SGD with momentum, Adam), with torch's options:
  *
@@ -11,15 +12,19 @@
  *
  * This differs from the paper and from torch in the following ways:
  *
- * 1. Momentum is torch's, m ← μm + (1 − dampening)d, where algorithm 1 has m ← βm + (1 − β)g. A new buffer starts as d.
- * 2. The centered gradient is never stored, and p.grad keeps its values: `direction` subtracts scale·mean(g).
- * 3. L2 weight decay is added after centering, as if the optimizer had received Φ(g). The authors' Adam_GC centers
- *    g + λw (§3.4).
- * 4. Nesterov momentum is one linear combination, Δw = of_d·d + of_m·m, instead of a second pass over d.
- * 5. Adam's moments are updated as m += (1 − β₁)(d − m), torch's lerp. Its bias corrections are computed once per
- *    parameter, in double, as step_size and root_correction; ε is added to the corrected root, as in torch.
- * 6. Decoupled weight decay is part of Δw, where torch's AdamW first scales w by 1 − ηλ: placement "update" centers the
- *    whole change. The difference is one rounding.
+ * 1. Momentum is torch's, m ← μm + (1 − dampening)d, where algorithm 1 has m ← βm + (1 − β)g. A new
+ * buffer starts as d.
+ * 2. The centered gradient is never stored, and p.grad keeps its values: `direction` subtracts
+ * scale·mean(g).
+ * 3. L2 weight decay is added after centering, as if the optimizer had received Φ(g). The authors'
+ * Adam_GC centers g + λw (§3.4).
+ * 4. Nesterov momentum is one linear combination, Δw = of_d·d + of_m·m, instead of a second pass
+ * over d.
+ * 5. Adam's moments are updated as m += (1 − β₁)(d − m), torch's lerp. Its bias corrections are
+ * computed once per parameter, in double, as step_size and root_correction; ε is added to the
+ * corrected root, as in torch.
+ * 6. Decoupled weight decay is part of Δw, where torch's AdamW first scales w by 1 − ηλ: placement
+ * "update" centers the whole change. The difference is one rounding.
  * 7. AMSGrad takes the maximum of the uncorrected squares, as torch does.
  */
 #define NAME(name) JOIN3(name, RULE_NAME, SUFFIX)
@@ -49,7 +54,8 @@ INLINE NAME(Scalars) NAME(scalars)(const Parameter *p, const Coefficients *coeff
         .momentum = (REAL)(p->fresh ? 0 : coefficients->momentum),
         .keep = (REAL)(p->fresh ? 1 : coefficients->keep),
         .of_d = (REAL)(-coefficients->lr * (RULE == SGD ? 1 : coefficients->nesterov)),
-        .of_m = (REAL)(-coefficients->lr * (coefficients->nesterov != 0 ? coefficients->momentum : 1)),
+        .of_m =
+            (REAL)(-coefficients->lr * (coefficients->nesterov != 0 ? coefficients->momentum : 1)),
         .one_minus_beta1 = (REAL)(1 - coefficients->beta1),
         .beta2 = (REAL)coefficients->beta2,
         .one_minus_beta2 = (REAL)(1 - coefficients->beta2),
@@ -60,8 +66,11 @@ INLINE NAME(Scalars) NAME(scalars)(const Parameter *p, const Coefficients *coeff
     return c;
 }
 
-/* shift is scale·mean(g) if the gradient is centered, else 0; so centering costs no multiplication per element. */
-INLINE REAL NAME(direction)(REAL g, REAL w, REAL shift, NAME(Scalars) c) { return c.scale * g + (c.l2 * w - shift); }
+/* shift is scale·mean(g) if the gradient is centered, else 0; so centering costs no multiplication
+ * per element. */
+INLINE REAL NAME(direction)(REAL g, REAL w, REAL shift, NAME(Scalars) c) {
+    return c.scale * g + (c.l2 * w - shift);
+}
 
 INLINE NAME(State) NAME(advance)(NAME(State) s, REAL d, NAME(Scalars) c) {
 #if RULE == MOMENTUM
@@ -82,7 +91,8 @@ INLINE REAL NAME(change)(NAME(State) s, REAL d, REAL w, NAME(Scalars) c) {
 #elif RULE == MOMENTUM
     return c.of_d * d + c.of_m * s.m;
 #else
-    return -(c.decay * w + c.step_size * s.m / (ROOT(HAS_X ? s.x : s.v) * c.root_correction + c.epsilon));
+    return -(c.decay * w +
+             c.step_size * s.m / (ROOT(HAS_X ? s.x : s.v) * c.root_correction + c.epsilon));
 #endif
 }
 
@@ -94,12 +104,14 @@ INLINE REAL NAME(step)(REAL w, REAL g, NAME(State) * s, REAL shift, NAME(Scalars
 }
 
 /*
- * Placement "update" takes two passes: the first advances the state and sums Δw, the second subtracts mean(Δw).
+ * Placement "update" takes two passes: the first advances the state and sums Δw, the second
+ * subtracts mean(Δw).
  *
- * In f32 and f64 the first pass stores w + Δw, and the second subtracts the mean from it. In bf16 that would round
- * twice, and a mean smaller than the rounding of w (8 bits) would be lost in every weight. So the first pass leaves w
- * alone, and the second computes the same Δw again, from the state as it was rounded on storing (which the first pass
- * uses too, for the sum), and rounds w + (Δw − mean(Δw)) once.
+ * In f32 and f64 the first pass stores w + Δw, and the second subtracts the mean from it. In bf16
+ * that would round twice, and a mean smaller than the rounding of w (8 bits) would be lost in every
+ * weight. So the first pass leaves w alone, and the second computes the same Δw again, from the
+ * state as it was rounded on storing (which the first pass uses too, for the sum), and rounds w +
+ * (Δw − mean(Δw)) once.
  */
 INLINE REAL NAME(first_pass)(REAL w, REAL g, NAME(State) * s, REAL *delta, NAME(Scalars) c) {
     const REAL d = NAME(direction)(g, w, 0, c);
@@ -175,8 +187,9 @@ INLINE void NAME(second_pass_at)(NAME(Tensors) t, int64_t j, REAL mean, NAME(Sca
 }
 
 /* The passes on the two bf16 elements of one word. */
-#define HALF(half, t, j) \
-    {HAS_M ? half(word_of(t.m + j)) : 0, HAS_V ? half(word_of(t.v + j)) : 0, HAS_X ? half(word_of(t.x + j)) : 0}
+#define HALF(half, t, j)                                                     \
+    {HAS_M ? half(word_of(t.m + j)) : 0, HAS_V ? half(word_of(t.v + j)) : 0, \
+     HAS_X ? half(word_of(t.x + j)) : 0}
 
 INLINE void NAME(store_states)(NAME(Tensors) t, int64_t j, NAME(State) low, NAME(State) high) {
     if (HAS_M) store_pair(t.m + j, low.m, high.m);
@@ -184,7 +197,8 @@ INLINE void NAME(store_states)(NAME(Tensors) t, int64_t j, NAME(State) low, NAME
     if (HAS_X) store_pair(t.x + j, low.x, high.x);
 }
 
-INLINE void NAME(step_at_pair)(NAME(Tensors) t, int64_t j, REAL low_shift, REAL high_shift, NAME(Scalars) c) {
+INLINE void NAME(step_at_pair)(NAME(Tensors) t, int64_t j, REAL low_shift, REAL high_shift,
+                               NAME(Scalars) c) {
     const uint32_t w = word_of(t.w + j), g = word_of(t.g + j);
     NAME(State) low = HALF(lower, t, j), high = HALF(upper, t, j);
     const REAL low_w = NAME(step)(lower(w), lower(g), &low, low_shift, c);
@@ -193,7 +207,8 @@ INLINE void NAME(step_at_pair)(NAME(Tensors) t, int64_t j, REAL low_shift, REAL 
     store_pair(t.w + j, low_w, high_w);
 }
 
-INLINE void NAME(first_pass_at_pair)(NAME(Tensors) t, int64_t j, REAL *low_delta, REAL *high_delta, NAME(Scalars) c) {
+INLINE void NAME(first_pass_at_pair)(NAME(Tensors) t, int64_t j, REAL *low_delta, REAL *high_delta,
+                                     NAME(Scalars) c) {
     const uint32_t w = word_of(t.w + j), g = word_of(t.g + j);
     NAME(State) low = HALF(lower, t, j), high = HALF(upper, t, j);
     NAME(first_pass)(lower(w), lower(g), &low, low_delta, c);
@@ -201,7 +216,8 @@ INLINE void NAME(first_pass_at_pair)(NAME(Tensors) t, int64_t j, REAL *low_delta
     NAME(store_states)(t, j, low, high);
 }
 
-INLINE void NAME(second_pass_at_pair)(NAME(Tensors) t, int64_t j, REAL low_mean, REAL high_mean, NAME(Scalars) c) {
+INLINE void NAME(second_pass_at_pair)(NAME(Tensors) t, int64_t j, REAL low_mean, REAL high_mean,
+                                      NAME(Scalars) c) {
     const uint32_t w = word_of(t.w + j), g = word_of(t.g + j);
     const NAME(State) low = HALF(lower, t, j), high = HALF(upper, t, j);
     store_pair(t.w + j, NAME(second_pass)(lower(w), lower(g), low, low_mean, c),

@@ -1,11 +1,12 @@
-/* The loops of one step over memory: elements, rows and columns, with the passes of step.h, which includes this file
- * once per dtype and update rule. Every INLINE function is compiled separately for each constant argument, so that no
- * loop contains a branch. */
+/* The loops of one step over memory: elements, rows and columns, with the passes of step.h, which
+ * includes this file once per dtype and update rule. Every INLINE function is compiled separately
+ * for each constant argument, so that no loop contains a branch. */
 
-/* Update n elements, with a shift each (`many`, in the order of SLOT) or the same shift. With `sum_next`, also return
- * the sum over `next`, the gradient of the row to come. */
-INLINE PARTIAL NAME(step_stretch)(NAME(Tensors) t, int64_t n, const REAL *restrict shifts, REAL shift, const int many,
-                                  const STORED *restrict next, const int sum_next, NAME(Scalars) c) {
+/* Update n elements, with a shift each (`many`, in the order of SLOT) or the same shift. With
+ * `sum_next`, also return the sum over `next`, the gradient of the row to come. */
+INLINE PARTIAL NAME(step_stretch)(NAME(Tensors) t, int64_t n, const REAL *restrict shifts,
+                                  REAL shift, const int many, const STORED *restrict next,
+                                  const int sum_next, NAME(Scalars) c) {
     PARTIAL total = 0;
     const int64_t pairs = PAIRS(n);
 #pragma omp simd reduction(+ : total)
@@ -37,22 +38,25 @@ INLINE PARTIAL NAME(first_stretch)(NAME(Tensors) t, int64_t n, NAME(Scalars) c) 
 }
 
 /* The second pass over n elements, with a mean each (`many`) or the same mean. */
-INLINE void NAME(second_stretch)(NAME(Tensors) t, int64_t n, const REAL *restrict means, REAL mean, const int many,
-                                 NAME(Scalars) c) {
+INLINE void NAME(second_stretch)(NAME(Tensors) t, int64_t n, const REAL *restrict means, REAL mean,
+                                 const int many, NAME(Scalars) c) {
     const int64_t pairs = PAIRS(n);
 #pragma omp simd
     for (int64_t k = 0; k < pairs; k++)
-        NAME(second_pass_at_pair)(t, 2 * k, many ? means[k] : mean, many ? means[pairs + k] : mean, c);
+        NAME(second_pass_at_pair)(t, 2 * k, many ? means[k] : mean, many ? means[pairs + k] : mean,
+                                  c);
 #pragma omp simd
     for (int64_t i = 2 * pairs; i < n; i++) NAME(second_pass_at)(t, i, many ? means[i] : mean, c);
 }
 
 CLONES static void NAME(plain_elements)(const Parameter *p, int64_t begin, int64_t end,
                                         const Coefficients *coefficients) {
-    NAME(step_stretch)(NAME(tensors)(p, begin), end - begin, NULL, 0, 0, NULL, 0, NAME(scalars)(p, coefficients));
+    NAME(step_stretch)(NAME(tensors)(p, begin), end - begin, NULL, 0, 0, NULL, 0,
+                       NAME(scalars)(p, coefficients));
 }
 
-/* While row r is updated, the gradient of row r + 1 is summed in the same loop, so no phase of a step only reads. */
+/* While row r is updated, the gradient of row r + 1 is summed in the same loop, so no phase of a
+ * step only reads. */
 CLONES static void NAME(gradient_rows)(const Parameter *p, int64_t begin, int64_t end,
                                        const Coefficients *coefficients) {
     const NAME(Scalars) c = NAME(scalars)(p, coefficients);
@@ -64,11 +68,13 @@ CLONES static void NAME(gradient_rows)(const Parameter *p, int64_t begin, int64_
         const REAL shift = (REAL)(coefficients->scale * (total / n));
         total = 0;
         EACH_STRETCH(from, count, n)
-        total += NAME(step_stretch)(NAME(tensors)(p, r * n + from), count, NULL, shift, 0, next + from, 1, c);
+        total += NAME(step_stretch)(NAME(tensors)(p, r * n + from), count, NULL, shift, 0,
+                                    next + from, 1, c);
     }
 }
 
-CLONES static void NAME(update_rows)(const Parameter *p, int64_t begin, int64_t end, const Coefficients *coefficients) {
+CLONES static void NAME(update_rows)(const Parameter *p, int64_t begin, int64_t end,
+                                     const Coefficients *coefficients) {
     const NAME(Scalars) c = NAME(scalars)(p, coefficients);
     const int64_t n = p->outer;
     for (int64_t r = begin; r < end; r++) {
@@ -79,12 +85,15 @@ CLONES static void NAME(update_rows)(const Parameter *p, int64_t begin, int64_t 
     }
 }
 
-static void NAME(rows)(const Parameter *p, int64_t begin, int64_t end, const Coefficients *coefficients) {
-    (p->placement == GRADIENT ? NAME(gradient_rows) : NAME(update_rows))(p, begin, end, coefficients);
+static void NAME(rows)(const Parameter *p, int64_t begin, int64_t end,
+                       const Coefficients *coefficients) {
+    (p->placement == GRADIENT ? NAME(gradient_rows) : NAME(update_rows))(p, begin, end,
+                                                                         coefficients);
 }
 
 /* The first pass over a block of columns: the column sums of the gradient, or of Δw. */
-CLONES static void NAME(sum_block)(const Parameter *p, int64_t index, const Coefficients *coefficients) {
+CLONES static void NAME(sum_block)(const Parameter *p, int64_t index,
+                                   const Coefficients *coefficients) {
     if (p->placement == GRADIENT) {
         JOIN2(sum_block, SUFFIX)(p, index, coefficients);
         return;
@@ -107,7 +116,8 @@ CLONES static void NAME(sum_block)(const Parameter *p, int64_t index, const Coef
     }
 }
 
-/* The second pass over rows [begin, end) of columns, counted over all groups, from the finished means. */
+/* The second pass over rows [begin, end) of columns, counted over all groups, from the finished
+ * means. */
 CLONES static void NAME(step_columns)(const Parameter *p, int64_t begin, int64_t end,
                                       const Coefficients *coefficients) {
     const NAME(Scalars) c = NAME(scalars)(p, coefficients);

@@ -1,6 +1,6 @@
 /*
- * How the work is divided: into pieces, batches and waves, the same for any number of threads, so that results never
- * depend on it.
+ * How the work is divided: into pieces, batches and waves, the same for any number of threads, so
+ * that results never depend on it.
  *
  *     wave 0   elements, rows   set 0: small groups, sums of large groups
  *     wave 1                    set 1: small groups, sums of large groups   set 0: steps
@@ -12,22 +12,25 @@
  *     block 1  ░░░░░░░░░░░░░  ▸ sums ┼▸ means, next  ┼▸ some rows  ░░░░░░░░░░░░░
  *     block 2  ░░░░░░░░░░░░░  ▸ sums ┘  wave         └▸ some rows  ░░░░░░░░░░░░░
  *
- * A row is summed and updated while it is in the cache of one core. Columns have to be read completely before the first
- * element can be updated. A group of columns that fits one piece is handled by one thread; a larger one is summed in up
- * to BLOCKS blocks of rows, by several threads, and updated in the next wave. Such groups come in sets of about WAVE
- * elements: large enough to keep all threads busy, small enough that the gradients summed in one wave are still in the
- * shared cache in the next.
+ * A row is summed and updated while it is in the cache of one core. Columns have to be read
+ * completely before the first element can be updated. A group of columns that fits one piece is
+ * handled by one thread; a larger one is summed in up to BLOCKS blocks of rows, by several threads,
+ * and updated in the next wave. Such groups come in sets of about WAVE elements: large enough to
+ * keep all threads busy, small enough that the gradients summed in one wave are still in the shared
+ * cache in the next.
  */
 #ifndef GRADCENTRAL_WORK_LIST_H
 #define GRADCENTRAL_WORK_LIST_H
 #include "kernels.h"
 
-/* In elements: the largest piece; the least size of a batch, which is what a thread takes at a time. */
+/* In elements: the largest piece; the least size of a batch, which is what a thread takes at a
+ * time. */
 enum { PIECE = 1 << 18, BATCH = 1 << 16, BLOCKS = 4, WAVE = 1 << 21 };
 
 static const int64_t REAL_SIZES[3] = {4, 8, 4};
 
-/* A block of a group: `rows` rows of `width` columns, beginning at `row`, counted over all groups. */
+/* A block of a group: `rows` rows of `width` columns, beginning at `row`, counted over all groups.
+ */
 typedef struct {
     int64_t row, rows, width;
 } Block;
@@ -38,7 +41,8 @@ INLINE Block block_of(const Parameter *p, int64_t index) {
     return (Block){group * p->outer + first, last - first, width_of(p)};
 }
 
-/* Count a piece's blocks as summed; true for exactly one caller, the one that completes the parameter. */
+/* Count a piece's blocks as summed; true for exactly one caller, the one that completes the
+ * parameter. */
 static int all_summed(Parameter *p, const WorkPiece *piece) {
     int64_t missing;
 #if defined(_OPENMP)
@@ -66,8 +70,10 @@ static void add_piece(WorkListBuilder *work, WorkPiece piece, int64_t elements) 
     work->in_batch += elements;
 }
 
-/* Add `count` rows, blocks or groups of `each` elements, in pieces of at most about PIECE elements. */
-static void add_pieces(WorkListBuilder *work, int64_t parameter, int64_t kind, int64_t count, int64_t each) {
+/* Add `count` rows, blocks or groups of `each` elements, in pieces of at most about PIECE elements.
+ */
+static void add_pieces(WorkListBuilder *work, int64_t parameter, int64_t kind, int64_t count,
+                       int64_t each) {
     const int64_t step = each < PIECE ? PIECE / each : 1;
     for (int64_t begin = 0; begin < count; begin += step) {
         const int64_t end = count - begin < step ? count : begin + step;
@@ -81,7 +87,8 @@ static void end_wave(WorkListBuilder *work) {
     work->in_batch = BATCH; /* no batch extends over two waves */
 }
 
-/* The end of the set of columns that begins at parameter `from`: where WAVE elements are reached. */
+/* The end of the set of columns that begins at parameter `from`: where WAVE elements are reached.
+ */
 static int64_t end_of_set(const Parameter *parameters, int64_t from, int64_t n_parameters) {
     int64_t elements = 0;
     for (; from < n_parameters && elements < WAVE; from++)
@@ -89,9 +96,10 @@ static int64_t end_of_set(const Parameter *parameters, int64_t from, int64_t n_p
     return from;
 }
 
-/* The first wave of a set: small groups completely, and the sums of large ones. Returns the end of its scratch. */
-static int64_t add_sums(WorkListBuilder *work, Parameter *parameters, int64_t from, int64_t to, int32_t dtype,
-                        int64_t scratch) {
+/* The first wave of a set: small groups completely, and the sums of large ones. Returns the end of
+ * its scratch. */
+static int64_t add_sums(WorkListBuilder *work, Parameter *parameters, int64_t from, int64_t to,
+                        int32_t dtype, int64_t scratch) {
     for (int64_t i = from; i < to; i++) {
         Parameter *p = &parameters[i];
         const int64_t width = width_of(p), in_group = p->outer * width;
@@ -111,18 +119,20 @@ static int64_t add_sums(WorkListBuilder *work, Parameter *parameters, int64_t fr
 }
 
 /* Its second wave: the rows of its large groups. */
-static void add_steps(WorkListBuilder *work, const Parameter *parameters, int64_t from, int64_t to) {
+static void add_steps(WorkListBuilder *work, const Parameter *parameters, int64_t from,
+                      int64_t to) {
     for (int64_t i = from; i < to; i++) {
         const Parameter *p = &parameters[i];
-        if (is_columns(p) && p->blocks > 1) add_pieces(work, i, STEP_ROWS, p->groups * p->outer, width_of(p));
+        if (is_columns(p) && p->blocks > 1)
+            add_pieces(work, i, STEP_ROWS, p->groups * p->outer, width_of(p));
     }
 }
 
-/* Divide the work: fills in blocks and scratch of the parameters, the pieces, the first piece of each batch and the
- * first batch of each wave (followed by the total), and counts: pieces, batches, waves, bytes of scratch. With NULL for
- * the three arrays, only counts. */
-EXPORT void gradcentral_plan(Parameter *parameters, int64_t n_parameters, int32_t dtype, WorkPiece *pieces,
-                             int64_t *batches, int64_t *waves, int64_t *counts) {
+/* Divide the work: fills in blocks and scratch of the parameters, the pieces, the first piece of
+ * each batch and the first batch of each wave (followed by the total), and counts: pieces, batches,
+ * waves, bytes of scratch. With NULL for the three arrays, only counts. */
+EXPORT void gradcentral_plan(Parameter *parameters, int64_t n_parameters, int32_t dtype,
+                             WorkPiece *pieces, int64_t *batches, int64_t *waves, int64_t *counts) {
     WorkListBuilder work = {pieces, batches, waves, 0, 0, 1, BATCH};
     if (waves) waves[0] = 0;
     for (int64_t i = 0; i < n_parameters; i++) {
@@ -134,8 +144,9 @@ EXPORT void gradcentral_plan(Parameter *parameters, int64_t n_parameters, int32_
         else
             add_pieces(&work, i, ROWS, p->groups, p->outer);
     }
-    /* Two sets are in progress at a time. They alternate between two halves of the scratch memory, the first of which
-     * is as large as the largest even-numbered set, which a first run through the sets finds out. */
+    /* Two sets are in progress at a time. They alternate between two halves of the scratch memory,
+     * the first of which is as large as the largest even-numbered set, which a first run through
+     * the sets finds out. */
     int64_t half = 0, scratch = 0, set = 0;
     for (int64_t from = 0, to; from < n_parameters; from = to, set++) {
         to = end_of_set(parameters, from, n_parameters);
@@ -153,6 +164,7 @@ EXPORT void gradcentral_plan(Parameter *parameters, int64_t n_parameters, int32_
         from = to;
     }
     if (batches) batches[work.n_batches] = work.n_pieces;
-    counts[0] = work.n_pieces, counts[1] = work.n_batches, counts[2] = work.n_waves - 1, counts[3] = scratch;
+    counts[0] = work.n_pieces, counts[1] = work.n_batches, counts[2] = work.n_waves - 1,
+    counts[3] = scratch;
 }
 #endif
