@@ -23,6 +23,7 @@ from gradcentral.kernels.loops import Loop
 __all__ = [
     "BasePlan",
     "Coefficients",
+    "DeviceCoefficients",
     "Operation",
     "PlacedLoops",
     "Placement",
@@ -75,6 +76,18 @@ class Coefficients(ctypes.Structure):
         (name, ctypes.c_double)
         for name in ("lr", "l2", "decay", "momentum", "keep", "nesterov", "beta1", "beta2", "epsilon", "scale")
     )
+
+
+class DeviceCoefficients(NamedTuple):
+    """For Triton: coefficients of which some may be on the device, where the kernel reads them without synchronizing the host."""
+
+    coefficients: Coefficients
+    """For a learning rate of 1 and unscaled gradients."""
+    lr: float | Tensor
+    grad_scale: Tensor | None = None
+    """Set by a GradScaler on fused optimizers: the gradients are divided by it."""
+    found_inf: Tensor | None = None
+    """Set by a GradScaler on fused optimizers: if it is not 0, the step changes nothing."""
 
 
 class States(NamedTuple):

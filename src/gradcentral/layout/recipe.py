@@ -48,9 +48,12 @@ class Recipe:
         places: dict[Tensor, list[Site]] = {}
         for site in sites(model):
             places.setdefault(site.tensor, []).append(site)
-        return [replace(self._entry(tied), aliases=tuple(site.name for site in tied[1:])) for tied in places.values()]
+        return [
+            replace(self._entry_of_tied(tied), aliases=tuple(site.name for site in tied[1:]))
+            for tied in places.values()
+        ]
 
-    def _entry(self, places: list[Site]) -> Entry:
+    def _entry_of_tied(self, places: list[Site]) -> Entry:
         first = places[0]
         if (reason := not_centerable(first.tensor)) is not None:
             return _entry(first, reason)

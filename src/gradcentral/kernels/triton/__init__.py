@@ -10,12 +10,13 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradcentral.kernels.forms import Coefficients, all_match, is_counter
+from gradcentral.kernels.forms import DeviceCoefficients, all_match, is_counter
+from gradcentral.kernels.triton.interpreter import INTERPRETED
 
 __all__ = ["INTERPRETED", "DeviceCoefficients", "accepts", "serves", "serves_cpu", "unavailable_reason"]
 
@@ -25,23 +26,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of the tensors that these kernels take."""
 
 _choice = os.environ.get("GRADCENTRAL_KERNELS", "")
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-"""Whether Triton, which reads the same variable when it is imported, runs every kernel on the CPU in Python."""
-
 serves_cpu = INTERPRETED and _choice == "triton"
 """Whether these kernels serve CPU tensors, by Triton's interpreter."""
-
-
-class DeviceCoefficients(NamedTuple):
-    """Coefficients of which some may be on the device, where the kernel reads them without synchronizing the host."""
-
-    coefficients: Coefficients
-    """For a learning rate of 1 and unscaled gradients."""
-    lr: float | Tensor
-    grad_scale: Tensor | None = None
-    """Set by a GradScaler on fused optimizers: the gradients are divided by it."""
-    found_inf: Tensor | None = None
-    """Set by a GradScaler on fused optimizers: if it is not 0, the step changes nothing."""
 
 
 def _static_reason() -> str:

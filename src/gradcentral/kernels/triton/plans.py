@@ -19,13 +19,14 @@ from gradcentral.kernels.forms import (
     POINTERS,
     BasePlan,
     Coefficients,
+    DeviceCoefficients,
     Operation,
     PlacedLoops,
     Placement,
     UpdateRule,
 )
-from gradcentral.kernels.triton import INTERPRETED, DeviceCoefficients
 from gradcentral.kernels.triton.division import TILE, columns_beside, divide
+from gradcentral.kernels.triton.interpreter import INTERPRETED
 from gradcentral.kernels.triton.step import run
 
 __all__ = ["TritonPlan"]

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from gradcentral.kernels.forms import Operation, Placement, UpdateRule
-from gradcentral.kernels.triton import INTERPRETED
+from gradcentral.kernels.triton.interpreter import INTERPRETED
 
 __all__ = ["first_pass", "second_pass", "step"]
 
