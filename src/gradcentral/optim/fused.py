@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from gradcentral.distributed import Shards
 from gradcentral.dtensor import any_sharded, local
-from gradcentral.kernels import native, triton
-from gradcentral.kernels.forms import Coefficients, Placement, States, UpdateRule, same_objects
+from gradcentral.kernels import native
+from gradcentral.kernels.forms import Coefficients, DeviceCoefficients, Placement, States, UpdateRule, same_objects
 from gradcentral.kernels.planner import group_by_kernels
 from gradcentral.targets import Targets
 
@@ -72,7 +72,7 @@ class KernelCall(NamedTuple):
     owners: list[Tensor]
     """The parameters whose local shards the plan updates."""
     grads: list[Tensor]
-    coefficients: Coefficients | triton.DeviceCoefficients
+    coefficients: Coefficients | DeviceCoefficients
 
 
 class _PlannedCall(NamedTuple):
@@ -165,9 +165,7 @@ def _states_of(rule: UpdateRule, states: Sequence[dict[str, Any]]) -> States:
     return States(*[None if key is None else [state[key] for state in states] for key in _STATE_KEYS[rule]])
 
 
-def _coefficients_for(
-    optimizer: FusedOptimizer, group: dict[str, Any], plan: Any
-) -> Coefficients | triton.DeviceCoefficients:
+def _coefficients_for(optimizer: FusedOptimizer, group: dict[str, Any], plan: Any) -> Coefficients | DeviceCoefficients:
     """Return the coefficients as the plan's kernel takes them."""
     sign = -1.0 if group["maximize"] else 1.0
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
@@ -178,4 +176,4 @@ def _coefficients_for(
     # The learning rate and the scaler's results stay on the device, where the kernel reads them without a wait.
     coefficients = optimizer._coefficients(group, 1.0)
     coefficients.scale = sign
-    return triton.DeviceCoefficients(coefficients, group["lr"], grad_scale, found_inf)
+    return DeviceCoefficients(coefficients, group["lr"], grad_scale, found_inf)

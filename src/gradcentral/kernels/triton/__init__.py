@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcentral.kernels.forms import DeviceCoefficients, all_match, is_counter
+from gradcentral.kernels.forms import all_match, is_counter
 from gradcentral.kernels.triton.interpreter import INTERPRETED
 
-__all__ = ["INTERPRETED", "DeviceCoefficients", "accepts", "serves", "serves_cpu", "unavailable_reason"]
+__all__ = ["INTERPRETED", "accepts", "serves", "serves_cpu", "unavailable_reason"]
 
 _OLDEST = (3, 4)
 
