@@ -79,7 +79,7 @@ class Coefficients(ctypes.Structure):
 
 
 class DeviceCoefficients(NamedTuple):
-    """For Triton: coefficients, some of them on the device, where the kernel reads them without a host synchronization."""
+    """For Triton: coefficients, some of them on the device, where the kernel reads them without synchronizing."""
 
     coefficients: Coefficients
     """For a learning rate of 1 and unscaled gradients."""
