@@ -26,7 +26,7 @@ ROOMS = (
     "attach",
     "targets",
     "distributed",
-    "dtensor",
+    "local_shard",
     "kernels",
     "layout",
     "projection",

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradcentral.distributed import Shards
-from gradcentral.dtensor import is_expanded, local
 from gradcentral.kernels import Centering, Means
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.layout import WeightLayout, weight_layout
+from gradcentral.local_shard import is_expanded, local
 from gradcentral.projection import Pair, center
 from gradcentral.targets import Targets, check_placement, layout_to_use, refuse_sparse, shards_in_layout
 
@@ -91,7 +91,7 @@ def centralize(
     check_placement(placement)
     handle = Handle(layout_to_use(model, layout), placement)
     shards = handle.targets.attach(optimizer)
-    if (existing := _same_as_attached(optimizer, handle, shards.targets)) is not None:
+    if (existing := _same_as_attached(optimizer, handle, shards.pairs)) is not None:
         return existing
     handle._attach(optimizer)
     return handle
@@ -284,7 +284,7 @@ def _center_gradients(layout: WeightLayout, shards: Shards, centering: Centering
         if centering.center_if_planned_(pairs):
             return
     with torch.no_grad():
-        shards.place_gradients(p for p, _ in shards.targets)
+        shards.place_gradients(p for p, _ in shards.pairs)
         _eager_or_traced(centering).center_all_(_writable_gradients(layout, shards.whole))
         shards.center_split_gradients_()
 
@@ -320,8 +320,8 @@ def _remembered_layout(model: nn.Module) -> WeightLayout:
 def _same_as_attached(optimizer: Optimizer, handle: Handle, targets: list[Pair]) -> Handle | None:
     """Return the attached handle that does exactly this; raise if one treats the same parameters differently."""
     wanted = dict(targets)
-    for other in attached(optimizer):
-        present = dict(other.targets.current(optimizer).targets)
+    for position, other in enumerate(attached(optimizer)):
+        present = dict(other.targets.current(optimizer).pairs)
         if wanted and wanted == present and other.placement == handle.placement:
             return other
         for parameter in wanted:
@@ -329,6 +329,6 @@ def _same_as_attached(optimizer: Optimizer, handle: Handle, targets: list[Pair])
                 raise ValueError(
                     f"{handle.layout.names[parameter]} is already centered in this optimizer (placement "
                     f"{other.placement!r}, {len(present)} parameters; requested: {handle.placement!r}, {len(wanted)}): "
-                    "remove that handle first: gradcentral.attached(optimizer)[0].remove()"
+                    f"remove that handle first: gradcentral.attached(optimizer)[{position}].remove()"
                 )
     return None

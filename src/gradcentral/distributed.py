@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcentral.dtensor import (
+from gradcentral.local_shard import (
     AxisRun,
     cuts_of,
     indices_of_shards,
@@ -93,7 +93,7 @@ class SplitParameter(NamedTuple):
 class Shards(NamedTuple):
     """Parameters to center, by whether this rank holds their weight vectors whole or shares them with other ranks."""
 
-    targets: list[Pair]
+    pairs: list[Pair]
     """All of them, as the layout has them."""
     whole: list[Pair]
     """Parameters, plain tensors among them, with the weight vectors of the local shard."""

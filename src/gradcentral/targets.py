@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradcentral.distributed import Shards, shards_of
-from gradcentral.dtensor import any_sharded
 from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout, weight_layout
+from gradcentral.local_shard import any_sharded
 from gradcentral.projection import Pair
 
 __all__ = ["PLACEMENTS", "Targets", "check_placement", "layout_to_use", "refuse_sparse", "shards_in_layout"]
@@ -81,7 +81,7 @@ class Targets:
             self.layout.revision == self._revision
             and same_objects(parameters, self._parameters)
             and not self.layout.pending
-            and (self._trained is None or self._trained == _trained(self._shards.targets))
+            and (self._trained is None or self._trained == _trained(self._shards.pairs))
         )
 
     def _find_new(self, parameters: list[Tensor], warn: bool) -> None:
@@ -111,10 +111,10 @@ class Targets:
         """
         shards, layout = self.current(optimizer, warn=False), self.layout
         names = layout.names
-        self._at_attach = [(names[p], p, vectors.shape) for p, vectors in shards.targets]
+        self._at_attach = [(names[p], p, vectors.shape) for p, vectors in shards.pairs]
         # Of several ranks, one may own biases only: ZeroRedundancyOptimizer, pipeline stages.
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if shards.targets or layout.pending:
+        if shards.pairs or layout.pending:
             return shards
         held = {names[p] for p in self._parameters if layout.in_model(p)}
         if not held and (self._parameters or not several):

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 import gradcentral
 from gradcentral import WeightVectors, weight_layout
-from gradcentral.dtensor import runs_of_axes
+from gradcentral.local_shard import runs_of_axes
 from tests.distributed.workers import Workers
 
 BOTH = pytest.mark.parametrize("placement", ["gradient", "update"])

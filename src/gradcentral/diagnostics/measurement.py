@@ -16,8 +16,8 @@ from gradcentral.attach import centering_of
 from gradcentral.diagnostics.centering_effect import Effect, combine_effects, effects, norms, to_numbers
 from gradcentral.diagnostics.drift import Drift, precise_means
 from gradcentral.diagnostics.record import NET, Reading, Record
-from gradcentral.dtensor import is_sharded
 from gradcentral.layout import WeightLayout
+from gradcentral.local_shard import is_sharded
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["Watched", "measure", "watched_parameters"]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradcentral.dtensor import any_sharded, local, with_local
 from gradcentral.kernels import native
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout
+from gradcentral.local_shard import any_sharded, local, with_local
 from gradcentral.optim.fused import FusedOptimizer, GroupPlan, KernelCall, LocalTensors
 from gradcentral.projection import center, restore_means_, unit_means
 from gradcentral.targets import Targets, check_placement, layout_to_use, refuse_sparse
@@ -225,7 +225,7 @@ class CentralizedOptimizer(FusedOptimizer):
 
     def _refuse_sparse(self) -> None:
         if self.placement == "gradient":
-            for p, _ in self.targets.current(self).targets:
+            for p, _ in self.targets.current(self).pairs:
                 if p.grad is not None:
                     refuse_sparse(p.grad, p, self.layout)
 

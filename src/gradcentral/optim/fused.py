@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradcentral.distributed import Shards
-from gradcentral.dtensor import any_sharded, local
 from gradcentral.kernels import native
 from gradcentral.kernels.forms import Coefficients, DeviceCoefficients, Placement, States, UpdateRule, same_objects
 from gradcentral.kernels.planner import group_by_kernels
+from gradcentral.local_shard import any_sharded, local
 from gradcentral.targets import Targets
 
 __all__ = ["FusedOptimizer", "GroupPlan", "KernelCall", "LocalTensors"]
