@@ -1,4 +1,4 @@
-"""Centering the initial weights of a model."""
+"""`center_weights_`: centering the initial weights of a model."""
 
 from __future__ import annotations
 

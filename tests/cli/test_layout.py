@@ -1,4 +1,4 @@
-"""The layout command: which models it builds, and its output."""
+"""The layout command: building models, and its output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_models_are_built_on_the_meta_device() -> None:
     assert model.weight.is_meta
 
 
-def test_models_that_need_values_are_built_without_the_meta_device(
+def test_models_that_read_tensor_values_are_built_without_the_meta_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_models.py").write_text(

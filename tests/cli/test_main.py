@@ -146,7 +146,7 @@ def test_probing_a_custom_task_suggests_a_call_that_works(
 
 def test_a_missing_library_is_reported_with_an_extra_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradcentral.cli.main", None)
-    with pytest.raises(ModuleNotFoundError):  # a defect of the installation, not a missing library
+    with pytest.raises(ModuleNotFoundError):  # a broken installation, not a missing library
         entry_point.main()
     monkeypatch.delitem(sys.modules, "gradcentral.cli.main")
     monkeypatch.setitem(sys.modules, "typer", None)
@@ -158,7 +158,7 @@ def test_a_missing_library_is_reported_with_an_extra_that_installs_it(monkeypatc
     assert any(line.startswith(found[1]) and f'extra == "{found[2]}"' in line for line in required)
 
 
-def test_errors_of_the_task_are_reported_with_their_place(
+def test_errors_of_the_task_are_reported_with_their_location(
     task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task.write_text("open('digits.csv')\n")

@@ -1,4 +1,4 @@
-"""The check that a run trains as its arm requires: it passes honest runs and detects every manipulation."""
+"""The check that a run trains as its arm requires: it accepts unmodified runs and detects every manipulation."""
 
 from __future__ import annotations
 

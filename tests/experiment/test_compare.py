@@ -336,7 +336,7 @@ def test_the_schedule_steps_once_per_batch(tiny: Callable[..., Task], tmp_path: 
 
     compare(tiny(schedule=schedule), seeds=1, jobs=1, out=tmp_path)
     tried, *runs = [(steps, scheduler.last_epoch) for steps, scheduler in seen]
-    assert tried == (6, 0)  # built once before any run, to notice errors early
+    assert tried == (6, 0)  # built once before any run, to find errors early
     assert runs == [(6, 6)] * 3  # 2 epochs of 3 batches
 
 
@@ -524,7 +524,7 @@ def test_a_finished_comparison_builds_no_model_and_keeps_its_probe(tmp_path: Pat
     assert again.probe is not None
     assert again.probe == first.probe
     compare(path, seeds=2, jobs=1, out=out)
-    assert lines(tmp_path / "log") == 6 + 2 + 3  # the stored probe is of the same task
+    assert lines(tmp_path / "log") == 6 + 2 + 3  # the stored probe belongs to the same task
     path.write_text(COUNTED.replace("lr=0.1", "lr=0.2"))
     with pytest.raises(ResultsError, match="source of the task's file"):
         compare(path, seeds=2, jobs=1, out=out)
@@ -545,7 +545,7 @@ def test_a_changed_model_in_memory_is_refused_even_if_no_run_is_missing(
 
 
 class Mappings(torch.utils.data.Dataset[dict[str, Any]]):
-    """Examples as a tokenizer makes them: mappings with the arguments of the model."""
+    """Examples as a tokenizer returns them: mappings with the arguments of the model."""
 
     def __len__(self) -> int:
         return 20

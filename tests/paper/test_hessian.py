@@ -1,4 +1,4 @@
-"""∇²L against closed forms, finite differences and torch.func; its largest eigenvalue against torch.linalg."""
+"""∇²L equals closed forms, finite differences and torch.func; its largest eigenvalue equals that of torch.linalg."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Quadratic(nn.Module):
-    """Its output is ½ wᵀAw for any input."""
+    """A model whose output is ½ wᵀAw for any input."""
 
     def __init__(self, A: Tensor) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def test_top_eigenvalue_and_norm_equal_those_of_the_exact_matrices(seed: int) ->
     for name, eigenvalue in found.items():
         assert eigenvalue.converged
         assert eigenvalue.value == pytest.approx(exact[name], rel=1e-6)
-    # Theorem 4.2. The inequality is strict here because the inputs have a nonzero mean.
+    # Theorem 4.2; the inequality is strict here because the inputs have a nonzero mean.
     assert abs(exact["PHP"]) <= exact["PH"] * (1 + 1e-12)
     assert exact["PH"] < abs(exact["H"])
 

@@ -1,4 +1,4 @@
-"""Theorem 4.1 and the hyperplane hold where the paper states it, and violations are detected elsewhere."""
+"""Theorem 4.1 and the hyperplane constraint hold under the paper's conditions, and violations are detected."""
 
 from __future__ import annotations
 
