@@ -165,7 +165,7 @@ CASES = {
     "replaced parameters": Case(
         "centralize(optimizer, model)\nmodel[1] = nn.Linear(6, 5)",
         "step()",
-        r"create the optimizer, and attach Gradient Centralization, after .* whatever else replaces parameters",
+        r"create the optimizer, and attach Gradient Centralization, after .* anything else that replaces them",
         "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\ncentralize(optimizer, model)",
     ),
     "a sparse gradient, skipped": Case(
