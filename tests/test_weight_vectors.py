@@ -136,7 +136,7 @@ def test_views_that_merge_axes_read_back_and_views_that_cut_across_axes_are_name
     [
         ("o i", (3, 4), {}, "pattern 'o i' for shape (3, 4): put brackets around the axes"),
         ("o [i", (3, 4), {}, "'[' is not closed"),
-        ("(g [i) o]", (8, 4), {}, "')' closes nothing"),
+        ("(g [i) o]", (8, 4), {}, "unmatched ')'"),
         ("o [[i]]", (3, 4), {}, "'[' inside '['"),
         ("o [i] ()", (3, 4), {}, "parentheses is empty"),
         ("o! [i]", (3, 4), {}, "'!' is not the name of an axis"),
