@@ -598,7 +598,7 @@ def test_a_plan_is_not_made_while_a_graph_is_captured() -> None:
     optimizer = make("adamw", model, NAMES)
     for p in model:
         p.grad = torch.zeros_like(p)
-    with pytest.raises(RuntimeError, match="no plan can be made"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with pytest.raises(RuntimeError, match="no plan can be created"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
 
 
