@@ -499,7 +499,7 @@ def test_the_state_of_another_model_raises() -> None:
     monitor.load_state_dict(Monitor(model, optimizer).state_dict())
     optimizer.step()
     monitor.load_state_dict(Monitor(other, SGD(other.parameters(), lr=0.1)).state_dict())
-    with pytest.raises(ValueError, match="state: weight has other weight vectors now .*; attach a new Monitor"):
+    with pytest.raises(ValueError, match="state: weight has different weight vectors .*; attach a new Monitor"):
         optimizer.step()
     monitor.remove()
     monitor = Monitor(model, optimizer)
@@ -626,7 +626,7 @@ def test_the_plot_shows_the_records(tmp_path: Any) -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor = Monitor(model, optimizer, every=2, to=tmp_path / "run.jsonl")
-    with pytest.raises(ValueError, match="records: there are none yet; the first one is made at the first step"):
+    with pytest.raises(ValueError, match="records: empty; the first record is created at the first step"):
         monitor.plot()
     _train(model, optimizer, 1)
     monitor.plot().savefig(tmp_path / "one.png")

@@ -321,7 +321,7 @@ def test_at_most_max_batches_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("model", "loss", "data", "options", "error", "message"),
     [
-        (nn.Linear(8, 4), mse, [], {}, ValueError, "batches: there are none"),
+        (nn.Linear(8, 4), mse, [], {}, ValueError, "batches: empty"),
         (nn.Linear(8, 4), mse, [torch.ones(2)], {}, TypeError, "a pair (input, target) or a mapping, not a Tensor"),
         (nn.Linear(8, 4), mse, [(1, 2, 3)], {}, TypeError, "not 3 elements"),
         (nn.Linear(8, 4), lambda o, t: o, batches(), {}, ValueError, "scalar tensor, not one of shape (32, 4)"),
