@@ -92,7 +92,7 @@ def test_figures_draws_and_writes_what_is_chosen(
         (["probe", "line.py", "--device", "toaster"], "device: 'toaster' is not available"),
         (["compare", "digit"], "unknown task 'digit'"),
         (["compare", "line.py", "--arms", "none,gc"], "arms: unknown arm 'gc'; choose from none, gradient, update"),
-        (["compare", "line.py", "--arms", "gradient"], "arms: 'none' must be among them"),
+        (["compare", "line.py", "--arms", "gradient"], "arms: 'none' must be one of them"),
         (["compare", "line.py", "--optimizers", "lion"], "optimizers: unknown optimizer 'lion'; choose from sgd"),
         (["compare", "line.py", "--seeds", "many"], "seeds: give a number such as 5, or a list such as 0,3,7"),
         (["compare", "line.py", "--seeds", "0"], "seeds: give a whole number of at least 1"),

@@ -234,7 +234,7 @@ def lines(path: Path) -> int:
 
 
 def test_a_second_comparison_in_the_same_folder_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
-    with Store(tmp_path), pytest.raises(ResultsError, match="another comparison is writing there"):
+    with Store(tmp_path), pytest.raises(ResultsError, match="another comparison is using this folder"):
         compare(tiny(), seeds=1, jobs=1, out=tmp_path)
     compare(tiny(), seeds=1, jobs=1, out=tmp_path)
 
@@ -399,7 +399,7 @@ def test_divergence_of_a_users_own_trainer_is_recorded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arms": ["gradient", "update"]}, "arms: 'none' must be among them"),
+        ({"arms": ["gradient", "update"]}, "arms: 'none' must be one of them"),
         ({"arms": ["none"]}, "arms: 'none' alone leaves nothing to compare"),
         ({"arms": ["none", "gc"]}, "arms: unknown arm 'gc'; choose from none, gradient, update"),
         ({"arms": "none"}, "arms: give a list of names"),
@@ -407,7 +407,7 @@ def test_divergence_of_a_users_own_trainer_is_recorded(tmp_path: Path) -> None:
         ({"optimizers": ["lion"]}, "optimizers: unknown optimizer 'lion'; choose from sgd"),
         ({"optimizers": []}, "optimizers: give at least one"),
         ({"seeds": 0}, "seeds: give a whole number of at least 1, not 0"),
-        ({"seeds": [1, 1]}, "seeds: give their number, or different whole numbers"),
+        ({"seeds": [1, 1]}, "seeds: give a number of seeds, or different integers"),
         ({"seeds": [-1]}, "seeds: give their number"),
         ({"epochs": 0}, "epochs: give a whole number"),
         ({"jobs": 0}, "jobs: give a whole number"),
@@ -438,7 +438,7 @@ def test_the_suggested_arms_and_lists_of_names_work(tiny: Callable[..., Task], t
 
 def test_a_folder_that_cannot_be_written_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ResultsError, match="cannot write there"):
+    with pytest.raises(ResultsError, match="cannot be written"):
         compare(tiny(), jobs=1, out=tmp_path / "file" / "out")
 
 
@@ -450,7 +450,7 @@ def test_without_a_terminal_progress_is_one_plain_line_per_run(
     assert "1/3  sgd, none, seed 0: mean_absolute_error 0." in shown
     assert "\x1b" not in shown
     compare_loudly(tiny(), seeds=1, jobs=1, out=tmp_path)
-    assert capsys.readouterr().out == "3 of 3 runs were finished before\n"
+    assert capsys.readouterr().out == "3 of 3 runs were finished earlier\n"
 
 
 def test_the_default_number_of_jobs_is_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -637,7 +637,7 @@ def test_on_a_terminal_progress_bars_follow_the_epochs(
     with Progress(keys, result.all_runs[:1], 2, "error", file, show=True) as progress:
         progress.finished(result.all_runs[2])
     shown = terminal.getvalue()
-    assert "1 of 6 runs were finished before" in shown
+    assert "1 of 6 runs were finished earlier" in shown
     assert re.search(r"sgd, none .*1/2  error 0\.", shown)
     assert re.search(r"sgd, gradient .*0/2", shown)
     assert re.search(r"all runs .*2/6", shown)
