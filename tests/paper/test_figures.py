@@ -199,8 +199,8 @@ def test_the_example_task(tmp_path: Path) -> None:
         ({"only": ["shapes"]}, "only: unknown figure 'shapes'; choose from operation, geometry"),
         ({"only": "shares"}, "only: give a list of names, such as only=['shares']"),
         ({"optimizer": "lion"}, "optimizer: unknown optimizer 'lion'; choose from sgd"),
-        ({"seeds": 0}, "seeds: give a whole number"),
-        ({"epochs": 0}, "epochs: give a whole number"),
+        ({"seeds": 0}, "seeds: give an integer"),
+        ({"epochs": 0}, "epochs: give an integer"),
         ({"device": "nowhere"}, "device: 'nowhere' is not available; choose from cpu"),
     ],
 )

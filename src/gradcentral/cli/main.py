@@ -159,7 +159,7 @@ def bench(
 ) -> None:
     """Measure optimizer steps with and without GC on this machine, as ratios of interleaved timings."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        _exit(f"--device {device}: no CUDA device is available; use --device cpu")
+        _exit(f"--device {device}: torch found no CUDA device; use --device cpu")
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = _names(models), _names(optimizers), _names(dtypes)

@@ -156,9 +156,9 @@ def name_of(function: object) -> str:
 
 
 def check_count(field: str, value: object) -> None:
-    """Raise a `TaskError` unless the value is a positive whole number."""
+    """Raise a `TaskError` unless the value is a positive integer."""
     valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    _require(valid, f"{field}: give a whole number of at least 1, not {value!r}")
+    _require(valid, f"{field}: give an integer of at least 1, not {value!r}")
 
 
 def _require(condition: object, message: str) -> None:

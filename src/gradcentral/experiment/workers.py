@@ -1,4 +1,4 @@
-"""Run many trainings in this process, or in worker processes of this machine or a cluster, through joblib."""
+"""Train many runs, in this process or in worker processes of this machine or a cluster, through joblib."""
 
 from __future__ import annotations
 
