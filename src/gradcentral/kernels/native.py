@@ -104,7 +104,7 @@ def has_openmp() -> bool:
 
 
 def serves(tensor: Tensor) -> bool:
-    """Return whether these kernels process tensors on this device."""
+    """Return whether these kernels process tensors on this tensor's device."""
     return tensor.is_cpu and not _unavailable
 
 

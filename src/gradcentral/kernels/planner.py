@@ -33,7 +33,7 @@ def unavailable_reasons() -> dict[str, str]:
 
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
-    """Return the module whose kernels process tensors on this device; None for the reference path."""
+    """Return the module whose kernels process tensors on this tensor's device; None for the reference path."""
     return triton if triton.serves(tensor) else native if native.serves(tensor) else None
 
 

@@ -61,7 +61,7 @@ def unavailable_reason() -> str:
 
 
 def serves(tensor: Tensor) -> bool:
-    """Return whether these kernels process tensors on this device."""
+    """Return whether these kernels process tensors on this tensor's device."""
     return not _unavailable and (tensor.device.type == "cpu" if serves_cpu else tensor.is_cuda)
 
 
