@@ -46,7 +46,7 @@ cluster: $(VENV)/cluster
 bench: $(VENV)/experiments
 	$(BIN)/gradcentral bench
 
-# Without a C compiler the package installs without the native kernels and takes the reference path.
+# Without a C compiler, the package installs without the native kernels and uses the reference path.
 KERNEL_TESTS := tests/kernels/test_native.py tests/optim tests/test_attach.py
 without-compiler: $(VENV)/dev
 	rm -rf build/without-compiler

@@ -1,4 +1,4 @@
-"""Build the C kernels if a compiler is found; without one the package installs and takes its reference path."""
+"""Build the C kernels if a compiler is found; without one, the package installs and uses its reference path."""
 
 import glob
 import os
@@ -12,7 +12,7 @@ C = "src/gradcentral/kernels/c"
 
 
 class BuildNative(build_ext):
-    """Build a plain shared library: one file for every Python and torch version, with the best flags that compile."""
+    """Build a plain shared library: one file for all Python and torch versions, with the best flags that compile."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + (".dll" if sys.platform == "win32" else ".so")
@@ -30,7 +30,7 @@ class BuildNative(build_ext):
         if self.compiler.compiler_type == "msvc":
             attempts, base = [["/openmp"], []], ["/O2"]
         else:
-            # A packed square root needs -fno-math-errno. No -ffast-math: NaN and Inf must stay in their row.
+            # Vectorized square roots need -fno-math-errno. -ffast-math is not used: NaN and Inf must stay in their row.
             base = ["-O2", "-g0", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden"]
         ext.extra_compile_args, ext.extra_link_args = [], []
         for position, flags in enumerate(attempts):

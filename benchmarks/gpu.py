@@ -1,12 +1,12 @@
-"""All measurements that need a CUDA device, in one call of less than ten minutes.
+"""Run all measurements that need a CUDA device, in less than ten minutes.
 
     python benchmarks/gpu.py --out DIR              needs a CUDA device, a CUDA build of torch, Triton and pytest
     python benchmarks/gpu.py --out DIR --dry-run    runs small models on the CPU, to test the script itself
 
-Runs the kernel tests on the device, then measures optimizer steps with and without GC like `gradcentral bench --device
-cuda` (with CUDA events, kernel launches, peak memory and steps replayed from CUDA graphs), a bf16 training iteration of
-ResNet-18, and the effect of the kernel's settings on its time. gpu.md, gpu.json, bench.md, bench.json and tests.txt are
-updated after every result. If one part fails, the failure is reported and the next part runs.
+The script runs the kernel tests on the device, then measures optimizer steps with and without GC like `gradcentral
+bench --device cuda` (with CUDA events, kernel launches, peak memory and steps replayed from CUDA graphs), a bf16
+training iteration of ResNet-18, and the effect of the kernel's settings on its time. It updates gpu.md, gpu.json,
+bench.md, bench.json and tests.txt after every result. If one part fails, it reports the failure and runs the next part.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ ROOT = Path(__file__).parents[1]
 
 # The most important models first, because the time limit cuts off the last ones.
 MODELS = ("ResNet-50", "GPT-2", "4096×11008", "ViT-S", "MobileNetV2", "tiny CNN", "DCGAN")
-# Settings of the kernel to try, one at a time and one pair.
+# Values to try for the kernel's settings: each alone, then one pair.
 VALUES = {"WARPS": (4,), "REGISTERS": (48, 96, 128), "PIECE": (4096, 16384), "LONGEST": (1 << 15, 1 << 17)}
 SETTINGS = [{}, *({name: value} for name in VALUES for value in VALUES[name]), {"TILE": 2048, "REGISTERS": 128}]
 
 
 class Run:
-    """The results so far and the time left."""
+    """The results so far and the remaining time."""
 
     def __init__(self, out: Path, minutes: float, dry: bool) -> None:
         self.out, self.dry = out, dry
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def left(self) -> float:
-        """Time left in seconds."""
+        """Remaining time in seconds."""
         return self.end - time.monotonic()
 
     def part(self, name: str, do: Callable[[Run], Any]) -> None:
@@ -124,7 +124,7 @@ def steps(run: Run) -> Any:
 
 
 def iteration(run: Run) -> Any:
-    """Measure a training iteration of ResNet-18 in bf16; in a dry run, of two images in f32."""
+    """Measure a training iteration of ResNet-18 in bf16; in a dry run, with two images in f32."""
     from gradcentral.bench import iteration as measure
 
     dry: dict[str, Any] = {"rounds": 2, "batch": 2}
@@ -137,7 +137,7 @@ def iteration(run: Run) -> Any:
 
 
 def settings(run: Run) -> Any:
-    """Measure the fused GC step over torch's fused step for several settings of the kernel."""
+    """Measure the time of the fused GC step relative to torch's fused step for several settings of the kernel."""
     from gradcentral.bench.benchmark import BENCH_DTYPES
     from gradcentral.bench.shapes import MODELS as SHAPES
     from gradcentral.bench.steps import BASELINE, OURS, optimizer_steps

@@ -18,7 +18,7 @@ from gradcentral.experiment.tasks import digits
 
 
 def accuracy(model: nn.Module, device: torch.device) -> float:
-    """Return the fraction of correct test images; called on one rank only, so the model must not be wrapped in DDP."""
+    """Return the fraction of correct test images; called on one rank only, so the model must be the unwrapped one."""
     images, targets = (tensor.to(device) for tensor in digits.test.tensors)
     with torch.no_grad():
         return float((model(images).argmax(1) == targets).float().mean())
@@ -38,7 +38,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = DistributedDataParallel(digits.cnn().to(device))
-    # As on one device: DDP gives every rank the same gradients, so centering them needs no communication.
+    # The same line as on one device: DDP gives every rank the same gradients, so centering needs no communication.
     optimizer = gradcentral.SGD(model, lr=0.05, momentum=0.9, weight_decay=5e-4)
     # For any other optimizer: gradcentral.centralize(optimizer, model)
 

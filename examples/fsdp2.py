@@ -49,7 +49,8 @@ def main() -> None:
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    # After fully_shard, which replaces the parameters. Each rank updates its own rows, without communication.
+    # Create the optimizer after fully_shard, which replaces the parameters. Each rank centers its own rows, so
+    # centering needs no communication.
     optimizer = gradcentral.AdamW(model, lr=3e-3, placement="update")
 
     sampler: DistributedSampler[Any] = DistributedSampler(digits.train, seed=0)

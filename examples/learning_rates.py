@@ -1,4 +1,4 @@
-"""Does GC help at every learning rate? The built-in digits with a low, the best and a high rate for each optimizer.
+"""Compare GC on the built-in digits at a low, the best and a high learning rate for each optimizer.
 
 gradcentral compare examples/learning_rates.py
 """

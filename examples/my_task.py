@@ -1,4 +1,4 @@
-"""A task of your own: classify wines by their chemistry with a small sigmoid network.
+"""A custom task: classify wines by their chemistry with a small sigmoid network.
 
 gradcentral compare examples/my_task.py --seeds 10
 """

@@ -1,4 +1,4 @@
-"""Settings and fixtures of all tests."""
+"""Settings and fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# In CI, examples are the same in every run. No deadline: a slow machine is not a failure.
+# In CI, Hypothesis draws the same examples in every run. No deadline: a slow machine is not a failure.
 settings.register_profile("gradcentral", deadline=None, derandomize=bool(os.environ.get("CI")), max_examples=60)
 settings.load_profile("gradcentral")
 

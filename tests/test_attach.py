@@ -88,7 +88,7 @@ def test_gradients_are_centered_in_place(placement: str) -> None:
     assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True))
 
 
-# Closures, which compute the gradients inside step().
+# Closures compute the gradients inside step().
 
 
 def _closure_steps(optimizer: Optimizer, model: nn.Module, how: str) -> None:
@@ -514,7 +514,7 @@ def test_an_object_that_is_not_an_optimizer_raises() -> None:
 
 
 def test_wrapped_optimizers_are_unwrapped() -> None:
-    """accelerate's AcceleratedOptimizer is an Optimizer without step hooks that wraps the one with hooks."""
+    """accelerate's AcceleratedOptimizer is an Optimizer without step hooks that wraps an optimizer with hooks."""
 
     class Accelerated(Optimizer):
         def __init__(self, optimizer: Optimizer) -> None:

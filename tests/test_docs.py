@@ -20,7 +20,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 
 
 def blocks(language: str) -> list[Any]:
-    """Every fenced block of a language, with an id such as ``README.md-0``."""
+    """Return every fenced block of a language, with an id such as ``README.md-0``."""
     return [
         pytest.param(page, code, id=f"{page.name}-{position}")
         for page in PAGES
@@ -33,7 +33,7 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
 
 
 class Mixture(nn.Module):
-    """A user's layer whose parameters no rule covers."""
+    """A custom layer whose parameters no rule covers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Mixture(nn.Module):
 
 
 def names_for(page: str) -> dict[str, Any]:
-    """What the examples of a page take for granted."""
+    """Return the variables that the examples of a page assume."""
     data = TensorDataset(torch.randn(16, 4), torch.arange(16) % 2)
     loader = DataLoader(data, batch_size=8)
     model: nn.Module = nn.Linear(4, 2)
@@ -54,7 +54,7 @@ def names_for(page: str) -> dict[str, Any]:
         extra = {"Mixture": Mixture, "weight": torch.randn(8, 3, 5, 5), "groups": 2}
     elif page == "results.md":
         extra = {"make_model": lambda: nn.Linear(4, 2), "train": data, "test": data, "accuracy": accuracy}
-    elif page == "scaling.md":  # a stand-in: tests/distributed runs the real one
+    elif page == "scaling.md":  # a stand-in; tests/distributed uses the real class
         extra = {"DistributedDataParallel": lambda net: net, "net": model}
     loss = nn.functional.cross_entropy
     loss(model(data[:][0]), data[:][1]).backward()
@@ -89,7 +89,7 @@ def test_every_command_and_option_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_link_has_a_target(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)]*)\)", page.read_text()):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page

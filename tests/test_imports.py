@@ -1,4 +1,4 @@
-"""The import graph of the package: imports go down only, and nothing imports itself in a circle."""
+"""The import graph of the package: imports go down only, and there are no cycles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import gradcentral
 
 PACKAGE = Path(gradcentral.__file__).parent
 
-# From the top down, as in docs/architecture.md. A module may import modules of its own room and of rooms further down.
+# From the top down, as in docs/architecture.md. A module may import modules of its own room and of lower rooms.
 ROOMS = (
     "__main__",
     "cli",
@@ -50,7 +50,7 @@ MODULES = _modules()
 
 
 def _imports(module: str) -> Iterator[str]:
-    """Every module of the package that this one imports anywhere in its code, also for type checking only."""
+    """Yield every module of the package that a module imports anywhere in its code, even for type checking only."""
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
@@ -82,7 +82,7 @@ def test_imports_go_down_only() -> None:
     assert not upward
 
 
-def test_no_module_imports_itself_in_a_circle() -> None:
+def test_there_are_no_import_cycles() -> None:
     finished: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -96,8 +96,8 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         visit(module, ())
 
 
-def test_no_module_bears_the_name_of_a_public_function() -> None:
-    """Otherwise the function would hide the module, as ``gradcentral.centralize`` once did."""
+def test_no_module_has_the_name_of_a_public_function() -> None:
+    """Otherwise the function would hide the module of the same name."""
     public = {name for name in gradcentral.__all__ if callable(getattr(gradcentral, name))}
     assert not {module.rpartition(".")[2] for module in MODULES} & public
 

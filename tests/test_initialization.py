@@ -1,4 +1,4 @@
-"""Centering the initial weights of a model."""
+"""`center_weights_`: centering the initial weights of a model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_centered_weights_and_gc_make_a_network_invariant_to_intensity() -> None
 def test_center_weights_raises_without_weights_to_center() -> None:
     with pytest.raises(ValueError, match="nothing to center"):
         center_weights_(nn.LayerNorm(4))
-    with pytest.raises(ValueError, match="weight is not the model's"):
+    with pytest.raises(ValueError, match="weight is not a parameter of the model"):
         center_weights_(nn.Linear(3, 2), weight_layout(nn.Linear(3, 2)))
     with pytest.raises(ValueError, match="run one forward"):
         center_weights_(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)))

@@ -1,4 +1,4 @@
-"""Line files: appending, reading, and the partial last line of a killed writer."""
+"""JSON Lines files: appending, reading, and the partial last line that a killed writer leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How figures are written to files."""
+"""Figures are written to files reproducibly and in two themes."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def test_equal_figures_give_equal_svg_files() -> None:
 
 
 def test_recoloring_equals_drawing_in_the_other_theme() -> None:
-    identifier = rb"m[0-9a-f]{10}"  # of a marker: a hash that includes its colors
+    identifier = rb"m[0-9a-f]{10}"  # the id of a marker is a hash that includes its colors
     assert re.sub(identifier, b"", recolor(_svg(LIGHT), LIGHT, DARK)) == re.sub(identifier, b"", _svg(DARK))

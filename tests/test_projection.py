@@ -116,7 +116,7 @@ def test_center_in_place_raises_where_elements_share_memory() -> None:
 
 @given(case=cases(DOUBLE + COMPLEX[:1], expanded=False))
 def test_restore_means_adds_the_centered_change(case: Case) -> None:
-    """restore_means_(w + Δw) = w + Φ(Δw): placement "update"."""
+    """Placement "update": restore_means_(w + Δw) = w + Φ(Δw)."""
     w, vectors = case
     change = torch.randn_like(w)
     updated = w + change
@@ -127,7 +127,7 @@ def test_restore_means_adds_the_centered_change(case: Case) -> None:
 
 @given(case=cases(DOUBLE + COMPLEX[:1], expanded=False), steps=st.integers(1, 5))
 def test_restore_means_keeps_the_constraint_over_steps(case: Case, steps: int) -> None:
-    """eᵀ(w − w⁰) = 0 (eq. 4)."""
+    """The constraint is eᵀ(w − w⁰) = 0 (eq. 4)."""
     start, vectors = case
     w = start.clone()
     for _ in range(steps):
@@ -187,7 +187,7 @@ def test_share_is_the_fraction_of_energy_that_centering_removes(case: Case) -> N
 
 @given(case=cases(DOUBLE))
 def test_centering_removes_the_energy_along_e(case: Case) -> None:
-    """‖Φ(g)‖² = ‖g‖² − ‖eᵀg‖² for each weight vector (theorem 4.2)."""
+    """For each weight vector, ‖Φ(g)‖² = ‖g‖² − (eᵀg)² (theorem 4.2)."""
     vectors = case.vectors.for_shape(case.tensor.shape)
     rows = case.tensor.reshape(vectors.dims)
     energy = rows.square().sum(vectors.span)

@@ -1,4 +1,4 @@
-"""What an error message or a warning suggests works: the suggestion is read from the message and executed.
+"""The remedy in every error message and warning works: the test extracts it from the message and executes it.
 
 Remedies that need several ranks are in tests/distributed/test_remedies.py.
 """
@@ -48,14 +48,14 @@ SPARSE = (
 
 
 class Case(NamedTuple):
-    """A mistake, the message it leads to, and code that follows the message."""
+    """A mistake, the message that it causes, and code that follows the message."""
 
     before: str
     """Code that runs."""
     mistake: str
     """Code that raises or warns."""
     message: str
-    """A pattern; its groups are what the message suggests."""
+    """A pattern whose groups match what the message suggests."""
     remedy: str
     """Code that runs, with the groups at {0} and {1}. Afterwards the optimizer centers."""
 
@@ -165,7 +165,7 @@ CASES = {
     "replaced parameters": Case(
         "centralize(optimizer, model)\nmodel[1] = nn.Linear(6, 5)",
         "step()",
-        r"create the optimizer, and attach Gradient Centralization, after .* whatever else replaces parameters",
+        r"create the optimizer, and attach Gradient Centralization, after .* anything else that replaces them",
         "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\ncentralize(optimizer, model)",
     ),
     "a sparse gradient, skipped": Case(
@@ -262,7 +262,7 @@ def test_the_choices_for_the_kernels_are_accepted(monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_extra_that_a_message_suggests_exists() -> None:
-    """The only step that is not executed is the installation itself."""
+    """The installation itself is not executed."""
     root = Path(__file__).parents[1]
     declared = re.search(r"\[project.optional-dependencies\](.+?)\n\[", (root / "pyproject.toml").read_text(), re.S)
     assert declared

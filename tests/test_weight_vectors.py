@@ -45,7 +45,7 @@ def test_invalid_arguments_are_refused(arguments: dict[str, Any], message: str) 
         WeightVectors(**arguments)
 
 
-def test_fan_in_needs_a_shape_which_any_of_the_named_remedies_gives() -> None:
+def test_fan_in_requires_a_shape_which_every_suggested_remedy_provides() -> None:
     with pytest.raises(ValueError, match=r"pass view= or shape=, or call for_shape\(tensor.shape\)"):
         _ = WeightVectors((1,)).fan_in
     remedies = (
@@ -71,7 +71,7 @@ def test_weight_vectors_can_be_pickled_and_hashed() -> None:
         (WeightVectors((1,), shape=(4, 6)), WeightVectors((2,), view=(4, 2, 3), shape=(4, 6)), False),
     ],
 )
-def test_agreement_is_about_elements_not_about_axes(one: WeightVectors, other: WeightVectors, agree: bool) -> None:
+def test_agreement_compares_elements_not_axes(one: WeightVectors, other: WeightVectors, agree: bool) -> None:
     assert one.agrees_with(other) is agree
     assert other.agrees_with(one) is agree
 
@@ -120,7 +120,7 @@ def test_a_printed_pattern_reads_back_as_the_same_weight_vectors(
 
 
 @given(st.permutations([1, 2, 2, 3]), st.permutations([4, 3, 1]), st.sets(st.integers(0, 2), min_size=1))
-def test_views_that_merge_axes_read_back_and_views_that_straddle_them_are_named(
+def test_views_that_merge_axes_read_back_and_views_that_cut_across_axes_are_named(
     shape: list[int], view: list[int], span: set[int]
 ) -> None:
     fitted = WeightVectors(tuple(span), tuple(view), tuple(shape))
@@ -136,7 +136,7 @@ def test_views_that_merge_axes_read_back_and_views_that_straddle_them_are_named(
     [
         ("o i", (3, 4), {}, "pattern 'o i' for shape (3, 4): put brackets around the axes"),
         ("o [i", (3, 4), {}, "'[' is not closed"),
-        ("(g [i) o]", (8, 4), {}, "')' closes nothing"),
+        ("(g [i) o]", (8, 4), {}, "unmatched ')'"),
         ("o [[i]]", (3, 4), {}, "'[' inside '['"),
         ("o [i] ()", (3, 4), {}, "parentheses is empty"),
         ("o! [i]", (3, 4), {}, "'!' is not the name of an axis"),
@@ -155,13 +155,13 @@ def test_patterns_that_do_not_fit_are_refused(
         WeightVectors.parse(pattern, shape, **sizes)
 
 
-def test_refused_patterns_are_mended_as_the_message_tells() -> None:
+def test_the_correction_that_a_refusal_suggests_is_accepted() -> None:
     for pattern in ("o i", "(g [i]) o"):
         with pytest.raises(ValueError, match="as in") as refused:
             as_vectors(pattern, (8, 4))
         (example,) = re.findall(r"as in '(.*)'", str(refused.value))
-        mended = pattern.replace("(g [i])", example) if "g" in pattern else example
-        assert as_vectors(mended, (8, 4)).fan_in == 4
+        corrected = pattern.replace("(g [i])", example) if "g" in pattern else example
+        assert as_vectors(corrected, (8, 4)).fan_in == 4
 
 
 def test_only_patterns_and_weight_vectors_are_weight_vectors() -> None:

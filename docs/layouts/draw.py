@@ -24,7 +24,7 @@ AT_TOP: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset poi
 
 
 class Weight(nn.Module):
-    """A layer of another library, as far as its layout is concerned."""
+    """A stand-in for a layer of another library: one weight with a declared pattern."""
 
     weight_vectors = {"weight": lambda module, tensor: module.pattern}  # noqa: RUF012
 

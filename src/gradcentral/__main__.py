@@ -1,10 +1,10 @@
-"""The command line as ``gradcentral`` and ``python -m gradcentral``."""
+"""Entry point of ``gradcentral`` and ``python -m gradcentral``."""
 
 import sys
 
 
 def main() -> None:
-    """Run the command line, or exit with the command that installs what it needs."""
+    """Run the command line, or exit with the command that installs a missing library."""
     try:
         from gradcentral.cli.main import run
     except ModuleNotFoundError as error:

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 HookedCall = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments and keyword arguments of a step, as a pre-hook may replace them."""
+"""Positional and keyword arguments of a step, which a pre-hook may replace."""
 
 
 def centralize(
@@ -44,7 +44,7 @@ def centralize(
 ) -> Handle:
     """Attach Gradient Centralization to an optimizer: one line, for any ``torch.optim.Optimizer``.
 
-    From now on every ``optimizer.step()`` centers. Clipping that runs before ``step()`` sees the gradients as autograd
+    Every subsequent ``optimizer.step()`` centers. Clipping that runs before ``step()`` sees the gradients as autograd
     left them, as in the authors' code. A closure (LBFGS; Lightning always passes one) is wrapped, so that the gradients
     it computes are centered too.
 
@@ -120,7 +120,7 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
 
 
 class _BeforeStep(NamedTuple):
-    """What placement "update" keeps while a step runs: the tensors, and the means of their weight vectors."""
+    """State that placement "update" keeps during a step: the tensors and the means of their weight vectors."""
 
     shards: Shards
     pairs: list[Pair]
@@ -129,12 +129,12 @@ class _BeforeStep(NamedTuple):
 
 
 class Handle:
-    """What `centralize` returns: the layout in use, and methods to pause and end centering.
+    """Handle of the centering that `centralize` attached: the layout in use, and methods to pause and remove it.
 
-    To change the settings, remove it and attach again.
+    To change the settings, remove the handle and attach again.
 
     Attributes:
-        targets: what is centered; see `Targets`.
+        targets: the parameters that are centered; see `Targets`.
     """
 
     def __init__(self, layout: WeightLayout, placement: str) -> None:
@@ -155,7 +155,7 @@ class Handle:
         return self.targets.placement
 
     def remove(self) -> None:
-        """End centering: the optimizer is plain again. Calling it twice is harmless."""
+        """Stop centering: the optimizer steps as it did before. Calling this twice is harmless."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -163,7 +163,7 @@ class Handle:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Make the steps inside the ``with`` block plain ones."""
+        """Return a context manager: steps inside the ``with`` block do not center."""
         self._pauses += 1
         self.targets.paused = True
         try:
@@ -238,7 +238,7 @@ def attached(optimizer: Optimizer) -> list[Handle]:
 def centering_of(optimizer: Optimizer) -> list[Targets]:
     """Return everything that centers in this optimizer's step: its own centering and what `centralize` has attached.
 
-    The one answer to "what does this optimizer center?"; empty for a plain optimizer.
+    The list is empty for a plain optimizer. All code that needs to find out what an optimizer centers calls this.
     """
     own = getattr(optimizer, "targets", None)
     of_handles = [handle.targets for handle in attached(optimizer)]
@@ -246,7 +246,7 @@ def centering_of(optimizer: Optimizer) -> list[Targets]:
 
 
 def hooked_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer whose step hooks fire: itself, or the one that a wrapper such as accelerate's steps.
+    """Return the optimizer whose step hooks fire: itself, or the one inside a wrapper such as accelerate's.
 
     Raises:
         TypeError: it is not a ``torch.optim.Optimizer`` with step hooks.
@@ -279,7 +279,7 @@ _TRACED = TracedCentering()
 def _center_gradients(layout: WeightLayout, shards: Shards, centering: Centering) -> None:
     traced = torch.compiler.is_compiling()
     if not shards.names and not traced:
-        # Nothing is sharded. What needs a check below does not fit a plan, so the usual step needs no other check.
+        # Nothing is sharded. Sparse and expanded gradients, which need the checks below, never fit a plan.
         pairs = [(p.grad, vectors) for p, vectors in shards.whole if p.grad is not None]
         if centering.center_if_planned_(pairs):
             return
@@ -318,7 +318,7 @@ def _remembered_layout(model: nn.Module) -> WeightLayout:
 
 
 def _same_as_attached(optimizer: Optimizer, handle: Handle, targets: list[Pair]) -> Handle | None:
-    """Return the attached handle that does exactly this; raise if one treats the same parameters differently."""
+    """Return an attached handle with the same parameters and settings; raise if one centers them differently."""
     wanted = dict(targets)
     for position, other in enumerate(attached(optimizer)):
         present = dict(other.targets.current(optimizer).pairs)

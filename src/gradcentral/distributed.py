@@ -1,7 +1,7 @@
-"""Sharded parameters (DTensors): what each rank centers locally, and the one collective that the rest needs.
+"""Sharded parameters (DTensors): local centering where possible, and one collective for the rest.
 
-Where every weight vector lies whole on some rank, that rank centers its shard like any tensor. Where weight vectors are
-split between ranks, each rank sums its part of them, one all-reduce per process group adds the sums of all split
+If each weight vector lies entirely on one rank, that rank centers its shard like any other tensor. If weight vectors
+are split between ranks, each rank sums its part of them, one all-reduce per process group adds the sums of all split
 parameters, and the means are subtracted from the shards.
 """
 
@@ -37,7 +37,7 @@ __all__ = ["Shards", "SplitParameter", "shards_of"]
 
 
 class _UnitLabels(NamedTuple):
-    """An axis of which a weight vector spans only some parts: the output unit that each local index belongs to."""
+    """The output unit of each local index, for an axis that a weight vector spans only in part."""
 
     axis: int
     units: Tensor
@@ -91,15 +91,15 @@ class SplitParameter(NamedTuple):
 
 
 class Shards(NamedTuple):
-    """Parameters to center, by whether this rank holds their weight vectors whole or shares them with other ranks."""
+    """Parameters to center: those whose weight vectors are whole on this rank, and those split between ranks."""
 
     pairs: list[Pair]
-    """All of them, as the layout has them."""
+    """All parameters, with the weight vectors of the layout."""
     whole: list[Pair]
-    """Parameters, plain tensors among them, with the weight vectors of the local shard."""
+    """Plain tensors, and DTensors whose weight vectors are whole, each with the weight vectors of its local shard."""
     split: list[SplitParameter]
     names: Mapping[Tensor, str]
-    """Of the layout's parameters; empty where nothing is sharded."""
+    """Names of the layout's parameters; empty if nothing is sharded."""
 
     def local_pairs(self) -> list[Pair]:
         """Return the local shards of the whole parameters with their weight vectors."""
@@ -108,7 +108,7 @@ class Shards(NamedTuple):
         return [(local(parameter), vectors) for parameter, vectors in self.whole]
 
     def place_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Redistribute the gradients of DTensors to their parameters' placements, in memory that can be written."""
+        """Redistribute the gradients of DTensors to their parameters' placements, in writable memory."""
         for parameter in parameters:
             if parameter.grad is None or not is_sharded(parameter):
                 continue
@@ -120,26 +120,26 @@ class Shards(NamedTuple):
                 parameter.grad = gradient
 
     def center_split_gradients_(self) -> None:
-        """Center the gradients of the split parameters in place. A collective."""
+        """Center the gradients of the split parameters in place. This is a collective."""
         gradients = self._split_gradients()
         for gradient, means in zip(gradients, self._gradient_means(gradients), strict=True):
             if gradient is not None:
                 gradient.sub_(means)
 
     def centered_split_gradients(self) -> dict[Tensor, Tensor]:
-        """Return the centered local gradient of each split parameter; ``p.grad`` is unchanged. A collective."""
+        """Return the centered local gradient of each split parameter; ``p.grad`` is unchanged. This is a collective."""
         gradients = self._split_gradients()
         found = zip(self.split, gradients, self._gradient_means(gradients), strict=True)
         return {split.parameter: (g - means).to(g.dtype) for split, g, means in found if g is not None}
 
     def split_sums(self) -> list[Tensor]:
-        """Return the local sums of the split weight vectors, for `restore_split_means_`. Not a collective."""
+        """Return the local sums of the split weight vectors, for `restore_split_means_`. This is not a collective."""
         return [split.sums(local(split.parameter)) for split in self.split]
 
     def restore_split_means_(self, old_sums: list[Tensor]) -> None:
-        """Placement "update" for the split parameters: `restore_means_` with the means of before. A collective.
+        """Apply `restore_means_` to the split parameters, given their sums before the step. This is a collective.
 
-        Means are linear, so the mean of the change follows from the change of the sums: one all-reduce, not two.
+        The mean is linear, so the mean of the change follows from the change of the sums: one all-reduce, not two.
         """
         if not self.split:
             return
@@ -152,7 +152,7 @@ class Shards(NamedTuple):
         return [None if gradient is None else local(gradient) for gradient in gradients]
 
     def _gradient_means(self, gradients: list[Tensor | None]) -> list[Tensor]:
-        # Every rank takes part, with zeros where it has no gradient: what is sent depends on the parameters alone.
+        # Every rank takes part, with zeros where it has no gradient: the message depends only on the parameters.
         return self._means([split.sums(gradient) for split, gradient in zip(self.split, gradients, strict=True)])
 
     def _means(self, sums: list[Tensor]) -> list[Tensor]:
@@ -181,8 +181,8 @@ def _add_over_ranks(sums: list[Tensor], groups: list[tuple[dist.ProcessGroup, ..
 def shards_of(targets: list[Pair], names: Mapping[Tensor, str]) -> Shards:
     """Separate the weight vectors that this rank holds whole from those that are split between ranks.
 
-    The answer depends on shapes and placements alone, so all ranks agree on which parameters are split. Frozen
-    parameters are left out, and so are empty shards that take part in no collective.
+    The result depends only on shapes and placements, so all ranks agree on which parameters are split. Frozen
+    parameters are omitted, and so are empty shards that take part in no collective.
 
     Raises:
         ValueError: a parameter is sharded in a way that cannot be centered (with its name and a remedy).
@@ -204,7 +204,7 @@ def shards_of(targets: list[Pair], names: Mapping[Tensor, str]) -> Shards:
 
 
 def _shard(parameter: DTensor, vectors: WeightVectors, name: str) -> WeightVectors | SplitParameter:
-    """Return the weight vectors of the local shard, or, where ranks share them, how to sum over all shards."""
+    """Return the weight vectors of the local shard, or a `SplitParameter` if they are split between ranks."""
     mesh, held = parameter.device_mesh, local(parameter)
     cuts = cuts_of(parameter, name)
     axes = runs_of_axes(vectors.for_shape(parameter.shape))

@@ -1,4 +1,4 @@
-"""Optional libraries: imported when they are needed, with the command that installs a missing one."""
+"""Optional libraries, imported when they are needed; the error for a missing one gives the command to install it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["MissingExtraError", "optional"]
 
 
 class MissingExtraError(ImportError):
-    """A library that is not installed is needed; the message says how to install it."""
+    """A required library is not installed; the message gives the command that installs it."""
 
 
 def optional(module: str, extra: str = "experiments") -> ModuleType:

@@ -1,4 +1,4 @@
-"""Centering a model's initial weights."""
+"""Center a model's initial weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def center_weights_(model: nn.Module, layout: WeightLayout | None = None) -> Wei
     """Make the mean of every weight vector zero, up to rounding: w ← Φ(w), in place.
 
     Under placement ``"update"`` the means then stay zero, and no unit's output changes when a constant is added to all
-    of its inputs (theorem 4.1 with 1ᵀw⁰ = 0). Apply it before training: a trained model would compute something else.
+    of its inputs (theorem 4.1 with 1ᵀw⁰ = 0). Apply it before training: it changes the function of a trained model.
 
     Args:
         model: freshly initialized.
@@ -44,7 +44,8 @@ def center_weights_(model: nn.Module, layout: WeightLayout | None = None) -> Wei
     own = {*model.parameters()}
     for parameter in layout:
         if parameter not in own:
-            raise ValueError(f"layout: {layout.names[parameter]} is not the model's: pass weight_layout(model)")
+            name = layout.names[parameter]
+            raise ValueError(f"layout: {name} is not a parameter of the model: pass weight_layout(model)")
     with torch.no_grad():
         for parameter, vectors in layout.items():
             center_(parameter, vectors)

@@ -32,7 +32,7 @@ def read_complete(path: Path) -> str:
 
 
 def read_lines(path: Path, parse: Callable[[str], T], kind: str) -> list[T]:
-    """Parse each complete line of a file; an error gives its number and ``kind``, what a line should hold."""
+    """Parse each complete line of a file; an error gives the line number and ``kind``, the expected content."""
     parsed = []
     for number, line in enumerate(read_complete(path).split("\n")[:-1], start=1):
         try:

@@ -34,13 +34,13 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
-    """Whether a tensor is a DTensor, of which this rank holds a shard or a replica."""
-    module = sys.modules.get("torch.distributed.tensor")  # nobody has created a DTensor before importing it
+    """Return whether a tensor is a DTensor, of which this rank holds a shard or a replica."""
+    module = sys.modules.get("torch.distributed.tensor")  # before this import no DTensor can exist
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether some of the tensors are DTensors."""
+    """Return whether some of the tensors are DTensors."""
     return any(kind not in _PLAIN and issubclass(kind, _dtensor_class()) for kind in set(map(type, tensors)))
 
 
@@ -50,12 +50,12 @@ def _dtensor_class() -> Any:
 
 
 def is_expanded(tensor: Tensor) -> bool:
-    """Whether several elements share memory, so that nothing can be written in place."""
+    """Return whether several elements share memory, so that nothing can be written in place."""
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the local shard of a DTensor, sharing its memory; a plain tensor itself."""
+    """Return the local shard of a DTensor, which shares its memory, or a plain tensor itself."""
     if not is_sharded(tensor):
         return tensor
     held = tensor._local_tensor
@@ -72,7 +72,7 @@ def with_local(tensor: Tensor, held: Tensor) -> Tensor:
 
 
 def placed_like(gradient: Tensor, parameter: DTensor, name: str) -> DTensor:
-    """Redistribute a gradient to its parameter's placements, where an optimizer needs it anyway.
+    """Redistribute a gradient to its parameter's placements, which an optimizer needs anyway.
 
     Tensor parallelism leaves Partial gradients, which are still to be summed over the ranks.
 
@@ -103,7 +103,7 @@ class AxisRun(NamedTuple):
 def runs_of_axes(vectors: WeightVectors) -> list[list[AxisRun]] | None:
     """Return each axis of the parameter as runs, slowest first; axes of size 1 have none.
 
-    None where the view cuts across axes, so that an index of the view depends on several axes of the parameter.
+    Return None if the view cuts across axes, so that an index of the view depends on several axes of the parameter.
 
     Examples:
         A transposed convolution with 2 groups: of the axis "in", a weight vector spans one group's part.
@@ -142,7 +142,7 @@ def cuts_of(parameter: DTensor, name: str) -> list[list[tuple[int, Any]]]:
         axis = getattr(placement, "dim", None)
         if axis is None or type(placement).__name__ not in ("Shard", "_StridedShard"):
             raise ValueError(
-                f"{name} is a DTensor with placements {parameter.placements}, of which only Shard and Replicate can be "
+                f"{name} is a DTensor with placements {parameter.placements}, but only Shard and Replicate can be "
                 f"centered: redistribute it, or skip it (exclude=[{name!r}])"
             )
         if parameter.device_mesh.size(dim) > 1:
@@ -176,7 +176,7 @@ def _chunks(indices: Tensor, count: int) -> list[Tensor]:
 
 
 def is_aligned(indices: Tensor, inner: int) -> bool:
-    """Whether the indices form whole consecutive blocks of size ``inner``."""
+    """Return whether the indices form whole consecutive blocks of size ``inner``."""
     if not len(indices):
         return True
     first, last = int(indices[0]), int(indices[-1])

@@ -72,6 +72,6 @@ def recolor(svg: bytes, theme: Theme, other: Theme) -> bytes:
 
 def _save(figure: Any, **options: Any) -> bytes:
     file = io.BytesIO()
-    with optional("matplotlib").rc_context({"svg.hashsalt": "gradcentral"}):  # else the identifiers in SVG are random
+    with optional("matplotlib").rc_context({"svg.hashsalt": "gradcentral"}):  # otherwise SVG identifiers are random
         figure.savefig(file, facecolor=figure.get_facecolor(), **options)
     return file.getvalue()

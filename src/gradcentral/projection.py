@@ -5,7 +5,7 @@
     placement "gradient":  the optimizer receives Φ(∂L/∂w)                           `center`
     placement "update":    w ← w + Φ(Δw), Δw the whole change of a step              `restore_means_`
 
-Everything faster (kernels, compiled graphs, sharded tensors) is tested equal to these functions.
+Every faster path (kernels, compiled graphs, sharded tensors) is tested to equal these functions.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def center_(tensor: Tensor, vectors: WeightVectors) -> Tensor:
 
 
 def restore_means_(weights: Tensor, means: Tensor, vectors: WeightVectors) -> Tensor:
-    """Placement "update": shift each weight vector in place so that its mean is ``means`` again.
+    """Shift each weight vector in place so that its mean is ``means`` again (placement "update").
 
         w ← w − (mean(w) − m),   m = mean(w_old)
 
@@ -153,7 +153,7 @@ def projection_matrix(
 
 
 def _at_least_32_bits(tensor: Tensor) -> Tensor:
-    # The mean of a thousand half-precision numbers would be lost in their sum; float32 holds it.
+    # A sum of a thousand half-precision numbers is too inaccurate for their mean, so accumulate in float32.
     if tensor.dtype == torch.complex32:
         return tensor.to(torch.complex64)
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor

@@ -1,4 +1,4 @@
-"""What an optimizer's step centers: layout, placement, sharding and the optimizer's own parameters, in one object.
+"""The targets of an optimizer's step: layout, placement, sharding and the optimizer's parameters, in one object.
 
 Hooks, gradcentral's optimizers, Monitor and the arms of a comparison all use `Targets`.
 """
@@ -34,9 +34,9 @@ def check_placement(placement: str) -> None:
 
 
 class Targets:
-    """What an optimizer's step centers: a layout, a placement, and the parameters as they are at each step.
+    """The parameters that an optimizer's step centers, with their layout and placement.
 
-    Follows changes during training: parameter groups added later, lazy parameters that have received their shape,
+    It follows changes during training: parameter groups added later, lazy parameters that have received their shape,
     layers added to the model, layers that are frozen or unfrozen.
 
     Attributes:
@@ -50,7 +50,7 @@ class Targets:
         self.layout = layout
         self.placement = placement
         self.paused = False
-        # The last answer of `current`, and what it was computed from. These change rarely.
+        # The last result of `current` and the inputs it was computed from, which rarely change.
         self._shards = Shards([], [], [], {})
         self._parameters: list[Tensor] = []
         self._revision = -1
@@ -85,7 +85,7 @@ class Targets:
         )
 
     def _find_new(self, parameters: list[Tensor], warn: bool) -> None:
-        """Look up parameters that the layout does not have yet in the model as it is now."""
+        """Look up parameters that are missing from the layout in the current model."""
         layout = self.layout
         new = [p for p in parameters if not layout.in_model(p) and p not in self._not_in_model]
         if not new and not layout.pending:
@@ -104,7 +104,7 @@ class Targets:
     def attach(self, optimizer: Optimizer) -> Shards:
         """Return `current` for an optimizer that centering is being attached to, and remember its parameters.
 
-        Parameters of other models are fine here; having nothing to center is not.
+        The optimizer may also hold parameters of other models, but something must be left to center.
 
         Raises:
             ValueError: none of the model's parameters is in the optimizer, or none of them is centered.
@@ -112,7 +112,7 @@ class Targets:
         shards, layout = self.current(optimizer, warn=False), self.layout
         names = layout.names
         self._at_attach = [(names[p], p, vectors.shape) for p, vectors in shards.pairs]
-        # Of several ranks, one may own biases only: ZeroRedundancyOptimizer, pipeline stages.
+        # With several ranks, one may hold only biases (ZeroRedundancyOptimizer, pipeline stages).
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if shards.pairs or layout.pending:
             return shards
@@ -122,7 +122,7 @@ class Targets:
             raise ValueError(
                 "none of the model's parameters is in the optimizer: pass the model whose parameters it was created "
                 "with (create the optimizer after moving, wrapping or sharding the model)"
-                + (f"; flat partitions, as of DeepSpeed's ZeRO, cannot be centered: {_KEEPS_SHAPES}" if flat else "")
+                + (f"; flat partitions, such as DeepSpeed's ZeRO, cannot be centered: {_KEEPS_SHAPES}" if flat else "")
             )
         if not several:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in layout.skipped.items() if name in held)
@@ -130,7 +130,7 @@ class Targets:
         return shards
 
     def check(self, optimizer: Optimizer) -> None:
-        """At the first step, check that the parameters present at attach time have not been replaced since.
+        """Check at the first step that the parameters present at attach time have not been replaced since.
 
         Raises:
             RuntimeError: sharding, flattening or rebuilding the model has left the optimizer with parameters that the
@@ -143,8 +143,8 @@ class Targets:
         held = {p for group in optimizer.param_groups for p in group["params"]}
         if not any(p in held for _, p, _ in self._at_attach):
             raise RuntimeError(
-                "the optimizer has lost all parameters that were to be centered: something (DeepSpeed's ZeRO does so) "
-                f"has replaced them since; {_KEEPS_SHAPES}"
+                "the optimizer no longer holds any of the parameters to center: they were replaced after Gradient "
+                f"Centralization was attached, as DeepSpeed's ZeRO does; {_KEEPS_SHAPES}"
             )
         for name, p, shape in self._at_attach:
             if p.shape != shape:
@@ -161,7 +161,7 @@ class Targets:
         replaced = [
             name
             for name, p, _ in self._at_attach
-            # Registered under another name it still trains; so does its replacement if the optimizer has received it.
+            # A parameter under another name is still trained, and so is a replacement that the optimizer holds.
             if p not in present and _is_replaced(p, in_model.get(name)) and in_model.get(name) not in held
         ]
         # A layer that was removed from the model without a replacement may stay in the optimizer.
@@ -169,7 +169,7 @@ class Targets:
             raise RuntimeError(
                 "the optimizer holds parameters that the model no longer uses, so this step would train nothing "
                 f"({', '.join(replaced[:3])}{', …' if len(replaced) > 3 else ''}): create the optimizer, and attach "
-                "Gradient Centralization, after fully_shard, parallelize_module and whatever else replaces parameters"
+                "Gradient Centralization, after fully_shard, parallelize_module or anything else that replaces them"
             )
 
 
@@ -200,7 +200,7 @@ def layout_to_use(model: nn.Module | None, layout: WeightLayout | None) -> Weigh
 
 
 def shards_in_layout(layout: WeightLayout, pairs: list[Pair]) -> Shards:
-    """Return what this rank holds of some of a layout's parameters; all of them, whole, where none is a DTensor."""
+    """Return the shards of some of a layout's parameters, all of which are whole if none is a DTensor."""
     if any_sharded(parameter for parameter, _ in pairs):
         return shards_of(pairs, layout.names)
     return Shards(pairs, pairs, [], {})
@@ -230,9 +230,9 @@ def _trained(pairs: list[Pair]) -> list[bool]:
 
 
 def _is_replaced(parameter: Tensor, now: Tensor | None) -> bool:
-    """Whether the model has another parameter in the place of this one.
+    """Return whether the model has another parameter in place of this one.
 
-    FSDP2 temporarily puts gathered parameters in the place of sharded ones: they have fewer mesh dimensions.
+    FSDP2 temporarily puts gathered parameters in place of sharded ones: they have fewer mesh dimensions.
     """
     return now is not parameter and (now is None or _mesh_dimensions(now) >= _mesh_dimensions(parameter))
 

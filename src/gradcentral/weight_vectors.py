@@ -108,7 +108,7 @@ class WeightVectors:
         return cls(span, None if len(view) == len(shape) else view, shape, tuple(axis.name for axis in axes))
 
     def for_shape(self, shape: Sequence[int]) -> WeightVectors:
-        """The same weight vectors, checked against a parameter's shape."""
+        """Return the same weight vectors, checked against a parameter's shape."""
         return self if self.shape == tuple(shape) else replace(self, shape=tuple(shape))
 
     @property
@@ -133,7 +133,7 @@ class WeightVectors:
     def pattern(self) -> str:
         """The weight vectors in the notation of `parse`, which reads it back for the same shape.
 
-        A view whose axes straddle those of the parameter has no pattern; then the view is named.
+        A view whose axes straddle those of the parameter has no pattern; the view is given instead.
 
         Examples:
             >>> WeightVectors(span=(1, 3, 4), view=(2, 4, 3, 5, 5), shape=(8, 3, 5, 5)).pattern
@@ -147,7 +147,7 @@ class WeightVectors:
         return text if factors else f"{text} of {'×'.join(map(str, self.dims))}"
 
     def _axis_text(self, factors: list[tuple[int, int]]) -> tuple[str, bool]:
-        """Text of one axis of the parameter, given its factors (size, axis of the view), and whether it is spanned."""
+        """Return the text of an axis, given its factors (size, axis of the view), and whether it is spanned."""
         if not factors:
             return "1", False
         spanned = [axis in self.span for _, axis in factors]
@@ -160,12 +160,12 @@ class WeightVectors:
         return f"({_bracketed(list(zip(texts, spanned, strict=True)))})", False
 
     def agrees_with(self, other: WeightVectors) -> bool:
-        """Whether both describe the same sets of elements of a parameter of the same shape."""
+        """Return whether both describe the same sets of elements of a parameter of the same shape."""
         return self == other or _runs(self) == _runs(other)
 
 
 def as_vectors(value: str | WeightVectors, shape: Sequence[int]) -> WeightVectors:
-    """The weight vectors of a parameter, given as a pattern or as `WeightVectors`, checked against its shape."""
+    """Return weight vectors, given as a pattern or as `WeightVectors`, checked against the parameter's shape."""
     if isinstance(value, str):
         return WeightVectors.parse(value, shape)
     if isinstance(value, WeightVectors):
@@ -190,7 +190,7 @@ class _Axis:
 
 
 def _read(pattern: str) -> list[list[_Axis]]:
-    """The axes of a pattern, as one list per axis of the parameter."""
+    """Read the axes of a pattern, as one list per axis of the parameter."""
     groups: list[list[_Axis]] = []
     opened: list[str] = []
     for token in re.findall(r"\w+(?:\.\.\.)?|\S", pattern):
@@ -202,7 +202,7 @@ def _read(pattern: str) -> list[list[_Axis]]:
                 groups.append([])
         elif token in (")", "]"):
             if not opened or opened.pop() + token not in ("()", "[]"):
-                raise ValueError(f"{token!r} closes nothing")
+                raise ValueError(f"unmatched {token!r}")
         elif (name := token.removesuffix("...")).isdecimal() or name.isidentifier():
             size = int(name) if name.isdecimal() else None
             if "(" not in opened:
@@ -224,7 +224,7 @@ def _read(pattern: str) -> list[list[_Axis]]:
 def _sized(
     pattern: list[list[_Axis]], shape: tuple[int, ...], sizes: dict[str, int | Sequence[int]]
 ) -> list[list[_Axis]]:
-    """The pattern with the size of every axis; unspanned factors of size 1 are dropped, since they split nothing."""
+    """Fill in the size of every axis of a pattern; drop unspanned factors of size 1, since they split nothing."""
     times = len(shape) - len(pattern) + 1
     groups = [list(map(replace, group)) for group in pattern for _ in range(times if group[0].repeats else 1)]
     if len(groups) != len(shape):
@@ -252,7 +252,7 @@ def _sized(
 
 
 def _factors(shape: tuple[int, ...] | None, view: tuple[int, ...]) -> list[list[tuple[int, int]]] | None:
-    """Factors (size, axis of the view) of each axis of the shape, outermost first; None if their axes straddle."""
+    """Return the factors (size, axis of the view) of each axis, outermost first; None if axes of the view straddle."""
     if not shape or 0 in shape:
         return None
     factors: list[list[tuple[int, int]]] = []
@@ -274,12 +274,12 @@ def _factors(shape: tuple[int, ...] | None, view: tuple[int, ...]) -> list[list[
 
 
 def _bracketed(axes: list[tuple[str, bool]]) -> str:
-    """The texts of axes, with brackets around runs of spanned ones."""
+    """Join the texts of axes, with brackets around runs of spanned ones."""
     runs = [(spanned, " ".join(text for text, _ in run)) for spanned, run in groupby(axes, key=lambda axis: axis[1])]
     return " ".join(f"[{run}]" if spanned else run for spanned, run in runs)
 
 
 def _runs(vectors: WeightVectors) -> list[tuple[int, bool]]:
-    """The view with neighboring axes of a kind merged, which is unique for a contiguous parameter."""
+    """Merge neighboring axes of the same kind, which gives a unique form for a contiguous parameter."""
     axes = [(size, axis in vectors.span) for axis, size in enumerate(vectors.dims) if size != 1]
     return [(math.prod(size for size, _ in run), spanned) for spanned, run in groupby(axes, key=lambda axis: axis[1])]

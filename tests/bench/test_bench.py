@@ -1,4 +1,4 @@
-"""The benchmark: alternatives on the same tensors, paired rounds, real parameter shapes. No test depends on a time."""
+"""The benchmark: alternatives on the same tensors, paired rounds, real parameter shapes. No test depends on timing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_resnet18_is_the_variant_for_small_images() -> None:
 
 
 def test_ratios_are_paired_by_round() -> None:
-    """A machine that slows down halfway slows down both measurements of a round."""
+    """If the machine slows down halfway, both measurements of a round slow down."""
     found = ratio([2.0, 20.0, 2.0, 2.0], [1.0, 10.0, 1.0, 1.0])
     assert (found.low, found.median, found.high) == (2.0, 2.0, 2.0)
 
@@ -66,7 +66,7 @@ def test_interleaving_rotates_the_order_of_the_alternatives() -> None:
     times = interleave({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=4, warm_up=0)  # type: ignore[misc]
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 4, "b": 4}
     turns = [name for name, before in zip(calls, ["", *calls], strict=False) if name != before]
-    # Once a and b to choose the number of calls; then a b, b a, a b, b a.
+    # One call each of a and b chooses the number of calls; the rounds are a b, b a, a b, b a.
     assert "".join(turns) == "abababa"
 
 

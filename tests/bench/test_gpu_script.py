@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py where there is no GPU."""
+"""benchmarks/gpu.py on a machine without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout command: which models it builds, and its output."""
+"""The layout command: building models, and its output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_models_are_built_on_the_meta_device() -> None:
     assert model.weight.is_meta
 
 
-def test_models_that_need_values_are_built_without_the_meta_device(
+def test_models_that_read_tensor_values_are_built_without_the_meta_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_models.py").write_text(
@@ -40,7 +40,7 @@ def test_models_that_need_values_are_built_without_the_meta_device(
         ("no_such_module:Net", "cannot import no_such_module"),
         ("torch.nn:NoSuchLayer", "NameError"),
         ("torch.nn:Linear", "if it needs arguments, write them, as in"),
-        ("torch:tensor([1.0])", "is a Tensor, neither a torch.nn.Module nor"),
+        ("torch:tensor([1.0])", "is a Tensor, not a torch.nn.Module or"),
         ("no_such_task.py", "no_such_task.py"),
     ],
 )

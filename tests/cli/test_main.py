@@ -92,12 +92,12 @@ def test_figures_draws_and_writes_what_is_chosen(
         (["probe", "line.py", "--device", "toaster"], "device: 'toaster' is not available"),
         (["compare", "digit"], "unknown task 'digit'"),
         (["compare", "line.py", "--arms", "none,gc"], "arms: unknown arm 'gc'; choose from none, gradient, update"),
-        (["compare", "line.py", "--arms", "gradient"], "arms: 'none' must be among them"),
+        (["compare", "line.py", "--arms", "gradient"], "arms: 'none' must be one of them"),
         (["compare", "line.py", "--optimizers", "lion"], "optimizers: unknown optimizer 'lion'; choose from sgd"),
         (["compare", "line.py", "--seeds", "many"], "seeds: give a number such as 5, or a list such as 0,3,7"),
-        (["compare", "line.py", "--seeds", "0"], "seeds: give a whole number of at least 1"),
+        (["compare", "line.py", "--seeds", "0"], "seeds: give an integer of at least 1"),
         (["compare", "line.py", "--device", "nowhere"], "device: 'nowhere' is not available"),
-        (["compare", "line.py", "--jobs", "0"], "jobs: give a whole number of at least 1"),
+        (["compare", "line.py", "--jobs", "0"], "jobs: give an integer of at least 1"),
         (["compare", "line.py", "--epochs", "x"], "epochs"),
         (["compare", "line.py", "--epoch", "3"], "No such option"),
         (["compare", "line.py", "extra"], "unexpected extra argument"),
@@ -146,7 +146,7 @@ def test_probing_a_custom_task_suggests_a_call_that_works(
 
 def test_a_missing_library_is_reported_with_an_extra_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradcentral.cli.main", None)
-    with pytest.raises(ModuleNotFoundError):  # a defect of the installation, not a missing library
+    with pytest.raises(ModuleNotFoundError):  # a broken installation, not a missing library
         entry_point.main()
     monkeypatch.delitem(sys.modules, "gradcentral.cli.main")
     monkeypatch.setitem(sys.modules, "typer", None)
@@ -158,7 +158,7 @@ def test_a_missing_library_is_reported_with_an_extra_that_installs_it(monkeypatc
     assert any(line.startswith(found[1]) and f'extra == "{found[2]}"' in line for line in required)
 
 
-def test_errors_of_the_task_are_reported_with_their_place(
+def test_errors_of_the_task_are_reported_with_their_location(
     task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task.write_text("open('digits.csv')\n")

@@ -1,4 +1,4 @@
-"""Fixtures of the diagnostics tests."""
+"""Fixtures for the diagnostics tests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from gradcentral.experiment import determinism
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Use one thread, since the networks are tiny and a second one only waits on a busy machine."""
+    """Use one thread, since the networks are tiny and more threads only wait for each other on a busy machine."""
     with determinism.one_thread():
         yield

@@ -1,4 +1,4 @@
-"""Monitor: its readings, the gradient they belong to, and that training is unchanged."""
+"""Monitor: its readings, the gradient that it records, and its absence of side effects on training."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def test_readings_match_hand_computed_values() -> None:
         optimizer.step()
     first, second = monitor.records
     layer, net = second.layers["weight"], second.net
-    # Φ(g) = [[2, −2], [1.5, −1.5]]: 8 + 4.5 of 25 is left.
+    # Φ(g) = [[2, −2], [1.5, −1.5]]: 8 + 4.5 of 25 remain.
     assert layer.share == pytest.approx(0.5, abs=1e-15)
     assert (layer.norm, layer.largest, layer.centered_largest) == (5.0, 4.0, 2.0)
     assert layer.centered_norm == pytest.approx(math.sqrt(12.5), abs=1e-15)
-    # With the bias's 12², the net has 169, of which 12.5 is removed.
+    # With the bias's 12², the net has energy 169, of which 12.5 is removed.
     assert net.norm == pytest.approx(13.0)
     assert net.centered_norm == pytest.approx(math.sqrt(169 - 12.5))
     assert net.share == pytest.approx(12.5 / 169)
@@ -499,7 +499,7 @@ def test_the_state_of_another_model_raises() -> None:
     monitor.load_state_dict(Monitor(model, optimizer).state_dict())
     optimizer.step()
     monitor.load_state_dict(Monitor(other, SGD(other.parameters(), lr=0.1)).state_dict())
-    with pytest.raises(ValueError, match="state: weight has other weight vectors now .*; attach a new Monitor"):
+    with pytest.raises(ValueError, match="state: weight has different weight vectors .*; attach a new Monitor"):
         optimizer.step()
     monitor.remove()
     monitor = Monitor(model, optimizer)
@@ -626,7 +626,7 @@ def test_the_plot_shows_the_records(tmp_path: Any) -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     monitor = Monitor(model, optimizer, every=2, to=tmp_path / "run.jsonl")
-    with pytest.raises(ValueError, match="records: there are none yet; the first one is made at the first step"):
+    with pytest.raises(ValueError, match="records: empty; the first record is created at the first step"):
         monitor.plot()
     _train(model, optimizer, 1)
     monitor.plot().savefig(tmp_path / "one.png")

@@ -11,7 +11,7 @@ from gradcentral.diagnostics.preserve import preserve_state
 
 
 class Replacing(nn.Module):
-    """Replaces its buffer by a new tensor in every forward pass, as some modules do."""
+    """A module that replaces its buffer with a new tensor in every forward pass."""
 
     count: Tensor
 
@@ -89,7 +89,7 @@ def test_without_modules_only_random_numbers_are_restored() -> None:
 
 
 class Caching(nn.Module):
-    """Fills a buffer that was None, and registers another one."""
+    """A module that fills a buffer that was None, and registers another one."""
 
     cache: Tensor | None
 

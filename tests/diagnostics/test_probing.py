@@ -53,7 +53,7 @@ def test_after_layer_norm_the_share_is_zero_to_rounding() -> None:
 
 
 def test_after_a_sigmoid_the_share_is_near_one() -> None:
-    # All errors have one sign, as at the start of training with positive targets.
+    # All errors have the same sign, as at the start of training with positive targets.
     data = [(x, y.abs() + 1) for x, y in batches()]
     found = layers(probe(feeding(nn.Sigmoid()), mse, data))
     assert found["2.weight"].share > 0.9
@@ -96,7 +96,7 @@ def test_the_whole_gradient_includes_skipped_parameters() -> None:
 
 
 class Traced(nn.Module):
-    """Contains everything that a training pass can change."""
+    """A model that contains everything that a training pass can change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,7 +265,7 @@ def test_a_loss_module_and_the_generator_of_a_loader_are_restored() -> None:
     assert loss.norm.weight.grad is None
 
 
-def test_a_cause_is_given_only_if_it_was_observed() -> None:
+def test_a_cause_is_reported_only_if_it_was_observed() -> None:
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     layout = weight_layout(attention)
     x = torch.randn(2, 5, 8)
@@ -321,7 +321,7 @@ def test_at_most_max_batches_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("model", "loss", "data", "options", "error", "message"),
     [
-        (nn.Linear(8, 4), mse, [], {}, ValueError, "batches: there are none"),
+        (nn.Linear(8, 4), mse, [], {}, ValueError, "batches: empty"),
         (nn.Linear(8, 4), mse, [torch.ones(2)], {}, TypeError, "a pair (input, target) or a mapping, not a Tensor"),
         (nn.Linear(8, 4), mse, [(1, 2, 3)], {}, TypeError, "not 3 elements"),
         (nn.Linear(8, 4), lambda o, t: o, batches(), {}, ValueError, "scalar tensor, not one of shape (32, 4)"),
@@ -429,7 +429,7 @@ def test_inputs_of_bilinear_layers_are_not_observed() -> None:
 
 
 def test_the_removed_part_is_what_the_input_mean_contributes() -> None:
-    """Per unit, eᵀg is √M Σ δ·mean(x): the cause that the findings give."""
+    """Per unit, eᵀg = √M Σ δ·mean(x): the cause that the findings report."""
     model = nn.Linear(8, 4).double()
     x, y = torch.rand(32, 8).double(), torch.rand(32, 4).double()
     output = model(x)

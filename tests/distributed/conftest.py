@@ -1,4 +1,4 @@
-"""Process groups to run cases on, shared by all tests."""
+"""Process groups that run cases, shared by all tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.distributed.workers import Workers
 
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Workers]:
-    """A process group of two ranks."""
+    """Return a process group of two ranks."""
     workers = Workers(2)
     yield workers
     workers.stop()
@@ -19,7 +19,7 @@ def two_ranks() -> Iterator[Workers]:
 
 @pytest.fixture(scope="session")
 def four_ranks() -> Iterator[Workers]:
-    """A process group of four ranks."""
+    """Return a process group of four ranks."""
     workers = Workers(4)
     yield workers
     workers.stop()
@@ -27,6 +27,6 @@ def four_ranks() -> Iterator[Workers]:
 
 @pytest.fixture
 def ranks(request: pytest.FixtureRequest) -> Workers:
-    """A process group with as many ranks as the test's parameter ``ranks``."""
+    """Return a process group with as many ranks as the test's parameter ``ranks``."""
     workers: Workers = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[request.param])
     return workers

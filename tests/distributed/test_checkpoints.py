@@ -1,4 +1,4 @@
-"""A distributed checkpoint of four ranks resumes on two: loading it reshards parameters and state."""
+"""A distributed checkpoint from four ranks resumes on two: loading it reshards parameters and state."""
 
 from __future__ import annotations
 

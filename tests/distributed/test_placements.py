@@ -37,7 +37,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], WeightVectors]] = {
     "joined axes": ((4, 3, 5), WeightVectors((0,), view=(12, 5))),
 }
 
-# The shape of a mesh, and the parameter's placement per mesh dimension.
+# The shape of a mesh, and the parameter's DTensor placement per mesh dimension.
 MESHES: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
     "rows on 2": ((2,), (Shard(0),)),
     "columns on 2": ((2,), (Shard(1),)),
@@ -73,7 +73,7 @@ Kind = Callable[[Weights, str], Optimizer]
 
 
 def _sgd(model: Weights, placement: str) -> Optimizer:
-    # Plain SGD: torch's arithmetic on DTensors is slow, and not what is tested.
+    # Plain SGD: torch's arithmetic on DTensors is slow and not under test.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     gradcentral.centralize(optimizer, layout=model.layout(), placement=placement)
     return optimizer
@@ -97,7 +97,7 @@ KINDS: tuple[Kind, ...] = (_sgd, _fused_sgd, _fused_adamw, _reference_sgd)
 
 
 class Outcome(NamedTuple):
-    """How a sharded parameter compares with the whole one, on one rank."""
+    """The comparison of a sharded parameter with the whole one, on one rank."""
 
     kind: str
     name: str
@@ -136,7 +136,7 @@ def compare_sharded_with_whole(mesh_name: str, placement: str) -> list[Outcome]:
         layout = sharded.layout()
         split = {split.parameter for split in shards_of([*layout.items()], layout.names).split}
         start = Weights(torch.clone)
-        # How torch's own steps round depends on an element's position in memory: compare the gradients they receive.
+        # The rounding of torch's steps depends on an element's position in memory: compare the gradients they receive.
         ours = isinstance(optimizer, CentralizedOptimizer)
         for name, expected in whole.weights.items():
             parameter: Any = sharded.weights[name]

@@ -1,4 +1,4 @@
-"""What an error message about sharded parameters suggests works: it is read from the message and executed on ranks."""
+"""The remedy in every message about sharded parameters works: it is read from the message and executed on all ranks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _whole(tensor: Any) -> Any:
 
 
 def _suggested(mistake: Callable[[], object], pattern: str) -> str:
-    """Return what the message of a mistake suggests: the pattern's group."""
+    """Return the suggestion in the message that a mistake causes: the group of the pattern."""
     with pytest.raises((ValueError, RuntimeError, TypeError)) as raised:
         mistake()
     found = re.search(pattern, str(raised.value))
@@ -119,7 +119,7 @@ def redistribute_a_partial_parameter() -> None:
 
 
 def distribute_an_uneven_parameter() -> None:
-    """One rank holds more rows than `Shard` gives it."""
+    """Distribute a parameter of which one rank holds more rows than `Shard` assigns to it."""
     model = _placed_model(Shard(0))
     overrides = {"0.weight": WeightVectors((1, 2), view=(3, 2, 4))}
     held = 4 if dist.get_rank() == 0 else 2

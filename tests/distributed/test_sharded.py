@@ -168,7 +168,7 @@ def test_partial_gradients_are_summed_first(dim: int | None, placement: str, fus
 
 
 def center_expanded_gradients(dim: int) -> float:
-    """Center the gradients of a sum, which are one number, expanded."""
+    """Center the gradients of a sum, which are a single number, expanded."""
     model = Rows(Shard(dim))
     for weight in model.parameters():
         torch.autograd.backward(weight.sum())
@@ -244,7 +244,7 @@ def test_a_differentiable_step_raises(two_ranks: Workers) -> None:
 
 
 def resume_from_state(placement: str) -> bool:
-    """Step an optimizer and one that has loaded its state."""
+    """Step an optimizer and another one that has loaded its state."""
     one, other = Rows(Shard(1)), Rows(Shard(1))
     optimizers = [gradcentral.AdamW(model, lr=0.1, placement=placement) for model in (one, other)]
     for step in range(3):
@@ -303,7 +303,7 @@ def test_the_optimizers_leave_gradients_unchanged(two_ranks: Workers) -> None:
 
 
 def count_collectives_with_a_frozen_parameter() -> Sent:
-    """Center the gradients of a model of which one parameter is frozen."""
+    """Center the gradients of a model with one frozen parameter."""
     model = Rows(Shard(1))
     next(model.parameters()).requires_grad_(False)
     with CommDebugMode() as counted:

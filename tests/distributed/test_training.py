@@ -30,7 +30,7 @@ STEPS, BATCH = 20, 16
 
 
 class Net(nn.Module):
-    """A convolution, a grouped transposed convolution and linear layers, of odd sizes, so that shards are uneven."""
+    """A convolution, a grouped transposed convolution and linear layers of odd sizes, so that shards are uneven."""
 
     def __init__(self, checkpointed: bool = False) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Net(nn.Module):
 
 
 class Recipe(NamedTuple):
-    """The settings of a training."""
+    """The settings of a training run."""
 
     kind: str
     placement: str = "gradient"
@@ -213,13 +213,13 @@ def _clip(model: nn.Module) -> None:
 
 
 class Outcome(NamedTuple):
-    """How the parameters of a training on several ranks compare with those of a training on one."""
+    """The comparison of parameters trained on several ranks with those trained on one."""
 
     difference: float
     change: float
     equal: bool
     all_reduces: int
-    """Those of centering, over all steps."""
+    """The all-reduces of centering, over all steps."""
 
 
 @contextlib.contextmanager
@@ -264,7 +264,7 @@ def _check(workers: Workers, scheme: str, recipe: Recipe) -> list[Outcome]:
 
 
 def _all_reduces(scheme: str, workers: Workers) -> int:
-    """Return how many one step needs: four ranks cut the groups of ``up``, and TP splits the rows of ``narrow``."""
+    """Return the number in one step: four ranks cut the groups of ``up``, and TP splits the rows of ``narrow``."""
     return int(scheme in ("TP", "FSDP2 x TP") or (scheme == "FSDP2" and workers.ranks == 4))
 
 
@@ -300,7 +300,7 @@ def test_variants_of_a_training_loop_on_a_two_dimensional_mesh(variant: str, fou
 @pytest.mark.parametrize("kind", ["gradcentral.SGD", "gradcentral.Adam", "gradcentral.AdamW"])
 @pytest.mark.parametrize("placement", ["gradient", "update"])
 @pytest.mark.parametrize("scheme", ["DDP", "ZeRO", "FSDP2"])
-def test_trainings_without_a_collective_are_bit_identical(
+def test_training_without_a_collective_is_bit_identical(
     scheme: str, placement: str, kind: str, two_ranks: Workers
 ) -> None:
     # The mean of two equal gradients is exact.

@@ -1,4 +1,4 @@
-"""A case that fails or hangs fails its own test and no other."""
+"""A case that fails or hangs fails only its own test."""
 
 from __future__ import annotations
 

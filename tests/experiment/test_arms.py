@@ -1,4 +1,4 @@
-"""The check that a run trains as its arm requires: it passes honest runs and detects every manipulation."""
+"""The check that a run trains as its arm requires: it accepts unmodified runs and detects every manipulation."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_removed_handle_is_detected(arm: str) -> None:
     step(checked, model, optimizer)
     assert checked.handle is not None
     checked.handle.remove()
-    with pytest.raises(ArmError, match=f"arm '{arm}' was tampered with: attached to the optimizer is nothing"):
+    with pytest.raises(ArmError, match=f"arm '{arm}' was changed during the run: nothing is attached to the optimizer"):
         step(checked, model, optimizer)
 
 
@@ -83,7 +83,7 @@ def test_gc_attached_in_arm_none_is_detected() -> None:
     checked = CheckedArm("none", model, optimizer)
     step(checked, model, optimizer)
     centralize(optimizer, model)
-    with pytest.raises(ArmError, match="arm 'none' was tampered with"):
+    with pytest.raises(ArmError, match="arm 'none' was changed during the run"):
         step(checked, model, optimizer)
 
 

@@ -1,4 +1,4 @@
-"""Workers in other processes and on clusters: packed tasks, and bit-identical runs wherever they are made."""
+"""Workers in other processes and on clusters: packed tasks, and bit-identical runs on every backend."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ CLUSTERS = [
                 importlib.util.find_spec(package) is None,
                 reason=f"needs {package}: pip install 'gradcentral[{name}]' (make cluster does)",
             ),
-            pytest.mark.filterwarnings("ignore"),  # Ray and Dask warn of sockets, forks and each other
+            pytest.mark.filterwarnings("ignore"),  # Ray and Dask warn about sockets, forks and each other
         ],
     )
     for name, package in (("ray", "ray"), ("dask", "distributed"))

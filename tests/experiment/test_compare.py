@@ -234,7 +234,7 @@ def lines(path: Path) -> int:
 
 
 def test_a_second_comparison_in_the_same_folder_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
-    with Store(tmp_path), pytest.raises(ResultsError, match="another comparison is writing there"):
+    with Store(tmp_path), pytest.raises(ResultsError, match="another comparison is using this folder"):
         compare(tiny(), seeds=1, jobs=1, out=tmp_path)
     compare(tiny(), seeds=1, jobs=1, out=tmp_path)
 
@@ -336,7 +336,7 @@ def test_the_schedule_steps_once_per_batch(tiny: Callable[..., Task], tmp_path: 
 
     compare(tiny(schedule=schedule), seeds=1, jobs=1, out=tmp_path)
     tried, *runs = [(steps, scheduler.last_epoch) for steps, scheduler in seen]
-    assert tried == (6, 0)  # built once before any run, to notice errors early
+    assert tried == (6, 0)  # built once before any run, to find errors early
     assert runs == [(6, 6)] * 3  # 2 epochs of 3 batches
 
 
@@ -399,18 +399,18 @@ def test_divergence_of_a_users_own_trainer_is_recorded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arms": ["gradient", "update"]}, "arms: 'none' must be among them"),
+        ({"arms": ["gradient", "update"]}, "arms: 'none' must be one of them"),
         ({"arms": ["none"]}, "arms: 'none' alone leaves nothing to compare"),
         ({"arms": ["none", "gc"]}, "arms: unknown arm 'gc'; choose from none, gradient, update"),
         ({"arms": "none"}, "arms: give a list of names"),
         ({"arms": ["none", "update", "update"]}, "arms: give at least one, each once"),
         ({"optimizers": ["lion"]}, "optimizers: unknown optimizer 'lion'; choose from sgd"),
         ({"optimizers": []}, "optimizers: give at least one"),
-        ({"seeds": 0}, "seeds: give a whole number of at least 1, not 0"),
-        ({"seeds": [1, 1]}, "seeds: give their number, or different whole numbers"),
-        ({"seeds": [-1]}, "seeds: give their number"),
-        ({"epochs": 0}, "epochs: give a whole number"),
-        ({"jobs": 0}, "jobs: give a whole number"),
+        ({"seeds": 0}, "seeds: give an integer of at least 1, not 0"),
+        ({"seeds": [1, 1]}, "seeds: give a number of seeds, or different integers"),
+        ({"seeds": [-1]}, "seeds: give a number of seeds"),
+        ({"epochs": 0}, "epochs: give an integer"),
+        ({"jobs": 0}, "jobs: give an integer"),
         ({"device": "gpu"}, "device: 'gpu' is not available; choose from cpu"),
     ],
 )
@@ -438,7 +438,7 @@ def test_the_suggested_arms_and_lists_of_names_work(tiny: Callable[..., Task], t
 
 def test_a_folder_that_cannot_be_written_is_refused(tiny: Callable[..., Task], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ResultsError, match="cannot write there"):
+    with pytest.raises(ResultsError, match="cannot be written"):
         compare(tiny(), jobs=1, out=tmp_path / "file" / "out")
 
 
@@ -450,7 +450,7 @@ def test_without_a_terminal_progress_is_one_plain_line_per_run(
     assert "1/3  sgd, none, seed 0: mean_absolute_error 0." in shown
     assert "\x1b" not in shown
     compare_loudly(tiny(), seeds=1, jobs=1, out=tmp_path)
-    assert capsys.readouterr().out == "3 of 3 runs were finished before\n"
+    assert capsys.readouterr().out == "3 of 3 runs were finished earlier\n"
 
 
 def test_the_default_number_of_jobs_is_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,7 +524,7 @@ def test_a_finished_comparison_builds_no_model_and_keeps_its_probe(tmp_path: Pat
     assert again.probe is not None
     assert again.probe == first.probe
     compare(path, seeds=2, jobs=1, out=out)
-    assert lines(tmp_path / "log") == 6 + 2 + 3  # the stored probe is of the same task
+    assert lines(tmp_path / "log") == 6 + 2 + 3  # the stored probe belongs to the same task
     path.write_text(COUNTED.replace("lr=0.1", "lr=0.2"))
     with pytest.raises(ResultsError, match="source of the task's file"):
         compare(path, seeds=2, jobs=1, out=out)
@@ -545,7 +545,7 @@ def test_a_changed_model_in_memory_is_refused_even_if_no_run_is_missing(
 
 
 class Mappings(torch.utils.data.Dataset[dict[str, Any]]):
-    """Examples as a tokenizer makes them: mappings with the arguments of the model."""
+    """Examples as a tokenizer returns them: mappings with the arguments of the model."""
 
     def __len__(self) -> int:
         return 20
@@ -637,7 +637,7 @@ def test_on_a_terminal_progress_bars_follow_the_epochs(
     with Progress(keys, result.all_runs[:1], 2, "error", file, show=True) as progress:
         progress.finished(result.all_runs[2])
     shown = terminal.getvalue()
-    assert "1 of 6 runs were finished before" in shown
+    assert "1 of 6 runs were finished earlier" in shown
     assert re.search(r"sgd, none .*1/2  error 0\.", shown)
     assert re.search(r"sgd, gradient .*0/2", shown)
     assert re.search(r"all runs .*2/6", shown)

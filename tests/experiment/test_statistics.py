@@ -78,7 +78,7 @@ def test_no_sentence_claims_more_than_its_interval(
 def test_family_wise_false_positives_stay_near_5_percent() -> None:
     rng, rounds, false = np.random.default_rng(1), 1500, 0
     for _ in range(rounds):
-        seeds = rng.normal(size=5)  # the common part of the runs of one seed
+        seeds = rng.normal(size=5)  # the common component of the runs of one seed
         none, gradient, update = (seeds + 0.5 * rng.normal(size=5) for _ in range(3))
         false += any(
             verdict(paired(none.tolist(), arm.tolist(), arms=2)).outcome in ("better", "worse")

@@ -95,7 +95,7 @@ def _compile(function: Callable[..., Any], backend: Any = "aot_eager", **options
 
 def _assert_equal(compiled: list[Tensor], eager: list[Tensor]) -> None:
     for one, other in zip(compiled, eager, strict=True):
-        # Adam divides by the root of a mean square that starts near zero: roundings are of the size of lr · 2⁻²⁴ / ε.
+        # Adam divides by the root of a mean square that starts near zero: rounding errors are about lr · 2⁻²⁴ / ε.
         torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
 
 
@@ -254,7 +254,7 @@ def _tensors(dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
 def test_traced_centering_equals_the_reference(dtype: torch.dtype) -> None:
-    """The operators do not support complex tensors, which take the reference path in the same graph."""
+    """The operators do not support complex tensors; these take the reference path in the same graph."""
     tensors = _tensors(dtype)
     pairs = [*zip(tensors, VECTORS, strict=True)]
     expected = [center(*pair) for pair in pairs]
@@ -285,8 +285,8 @@ def test_the_operators_pass_opcheck() -> None:
     torch.library.opcheck(ops.restore_means_.default, (tensors, ops.means(tensors, numbers), numbers))
 
 
-def test_restoring_means_needs_those_of_the_same_tensors() -> None:
-    """The error names the operator to call first, after which the call works."""
+def test_restoring_means_requires_the_means_of_the_same_tensors() -> None:
+    """The error names the operator to call first; after that, the call works."""
     tensor, vectors = torch.randn(7, 11), WeightVectors((1,))
     numbers = compiled._encode([(tensor, vectors)])
     with pytest.raises(RuntimeError, match="needs the result of gradcentral::means for the same tensors") as raised:

@@ -1,4 +1,4 @@
-"""The native kernels: exactness, determinism, the division of the work, and what falls back to the reference path."""
+"""The native kernels: exactness, determinism, the division of the work, and the fallback to the reference path."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def threads() -> Iterator[Any]:
-    """Sets torch's number of threads, for one test."""
+    """Return a function that sets torch's number of threads for one test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -44,7 +44,7 @@ def threads() -> Iterator[Any]:
 
 @given(drawn=st.lists(cases((*SERVED, torch.float16, torch.complex64), expanded=False), min_size=1, max_size=4))
 def test_centering_equals_the_reference(drawn: list[Case]) -> None:
-    """With strides and dtypes mixed; the reference path centers what the kernels do not serve."""
+    """Strides and dtypes are mixed; the reference path centers tensors that the kernels do not support."""
     expected = [center(*case) for case in drawn]
     Centering().center_all_([(case.tensor, case.vectors) for case in drawn])
     for case, reference in zip(drawn, expected, strict=True):
@@ -70,7 +70,7 @@ def test_restoring_means_shifts_each_weight_vector(drawn: list[Case]) -> None:
 
 
 def center_means(tensor: Tensor, vectors: WeightVectors) -> Tensor:
-    """The mean of each element's weight vector, at each element."""
+    """Return, at each element, the mean of its weight vector."""
     return tensor.double() - center(tensor.double(), vectors)
 
 
@@ -103,7 +103,7 @@ def test_every_path_through_the_kernels_equals_the_reference(dtype: torch.dtype)
 @pytest.mark.parametrize("placement", ["gradient", "update"])
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 def test_large_steps_equal_float64(kind: str, placement: str, dtype: torch.dtype) -> None:
-    """One step on every layout, compared with the formula in float64, rounded once."""
+    """One step on every layout is compared with the formula in float64, rounded once."""
     options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1} | ({"momentum": 0.9} if kind == "SGD" else {})
     params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape, _ in LARGE]
     gradients = [torch.randn(p.shape).add_(0.3).to(dtype) for p in params]
@@ -150,8 +150,8 @@ def test_results_do_not_depend_on_the_number_of_threads(placement: str, dtype: t
 
 @pytest.mark.parametrize("fan_in", [2, 9, 27, 1000, 4608, 100_000, 10_000_000])
 @pytest.mark.parametrize("by", ["rows", "columns"])
-def test_means_are_at_least_as_exact_as_those_of_torch(fan_in: int, by: str) -> None:
-    """Compared with float64, in units of the rounding of the mean absolute element."""
+def test_means_are_at_least_as_accurate_as_those_of_torch(fan_in: int, by: str) -> None:
+    """Errors against float64 are measured in units of the rounding of the mean absolute element."""
     units = max(1, 200_000 // fan_in)
     x = torch.randn(units, fan_in, generator=torch.Generator().manual_seed(1)).add_(0.5)
     exact = x.double().mean(1)
@@ -193,7 +193,7 @@ def test_nan_and_inf_stay_in_their_weight_vector(bad: float, dtype: torch.dtype)
 @example(loops=[(Loop(1, 2, 2**34, 1), 2), (Loop(1, 3, 7, 2**33), 1)], dtype=1)
 @example(loops=[(Loop(0, 3, 1, 1), 1), (Loop(5, 3, 1, 1), 1)], dtype=2)
 def test_pieces_cover_every_element_once_in_order(loops: list[tuple[Loop, int]], dtype: int) -> None:
-    """Including sizes beyond 2³¹ elements, without allocating them."""
+    """Sizes beyond 2³¹ elements are tested without allocating them."""
     work = native.WorkList(loops, dtype, with_scratch=False)
     covered: dict[tuple[int, int], list[tuple[int, int]]] = {}
     wave_of: dict[tuple[int, int], list[int]] = {}
@@ -237,7 +237,7 @@ def test_memory_of_a_plan_is_at_most_one_number_per_weight_vector_of_gpt2() -> N
     assert numbers <= sum(vectors.count for _, vectors in shapes)
 
 
-# What falls back to the reference path.
+# Fallback to the reference path.
 
 
 def test_only_plain_dense_tensors_are_served() -> None:
@@ -259,7 +259,7 @@ def test_only_plain_dense_tensors_are_served() -> None:
 
 
 def test_state_with_other_strides_falls_back_to_torch() -> None:
-    """A checkpoint of a contiguous model, loaded into a channels_last one."""
+    """A checkpoint of a contiguous model is loaded into a channels_last model."""
     conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = gradcentral.SGD(conv, lr=0.1, momentum=0.9)
     reference = torch.nn.Conv2d(3, 4, 3)
@@ -315,7 +315,7 @@ def test_a_layout_from_shapes_equals_the_reference() -> None:
 
 
 def test_remedy_for_a_missing_or_broken_library(tmp_path: Path) -> None:
-    """Both messages ask to reinstall gradcentral with a C compiler, which builds the library by setup.py."""
+    """Both messages suggest reinstalling gradcentral with a C compiler; setup.py then builds the library."""
     library, reason = native._load(tmp_path)
     assert (library, "install a C compiler and reinstall gradcentral" in reason) == (None, True)
     (tmp_path / "_native.so").write_bytes(b"not a library")
@@ -331,7 +331,7 @@ def test_remedy_for_a_missing_or_broken_library(tmp_path: Path) -> None:
 
 
 def test_remedy_for_shapes_that_change_during_a_step() -> None:
-    """The message asks to change shapes between steps."""
+    """The message suggests changing shapes between steps."""
     weight = torch.randn(4, 6)
     centering = Centering()
     means = centering.means([(weight, ROWS)])

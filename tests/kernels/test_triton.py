@@ -58,7 +58,7 @@ NAMES = ["middle aligned", "across"]
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_interpreter() -> Iterator[None]:
-    """Triton's interpreter patches the language at each call of a function; once is enough."""
+    """Patch Triton's language once: its interpreter would do so at each call of a function."""
     if DEVICE == "cuda" or why_not:
         yield
         return
@@ -88,7 +88,7 @@ def reference_path() -> Iterator[None]:
 
 @pytest.fixture
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut weight vectors into parts although they would fit one program, in small sets."""
+    """Split weight vectors into parts, in small sets, although they would fit one program."""
     monkeypatch.setattr(division, "LONGEST", 1 << 11)
     monkeypatch.setattr(division, "SET", 1 << 9)
 
@@ -102,7 +102,7 @@ def pairs_of(dtype: torch.dtype) -> list[tuple[Tensor, WeightVectors]]:
 
 
 def served(pairs: list[tuple[Tensor, WeightVectors]]) -> list[Any]:
-    """The parameters as the kernel reads them."""
+    """Return the parameters as the kernel reads them."""
     loops = [loop_of(triton, *pair) for pair in pairs]
     assert None not in loops
     centered = [(loop, Placement.GRADIENT) for loop in loops if loop is not None]
@@ -162,7 +162,7 @@ def test_restoring_means_shifts_each_weight_vector(
 @settings(max_examples=15)
 @given(drawn=st.lists(cases((*SERVED, torch.float64, torch.complex64), expanded=False), min_size=1, max_size=3))
 def test_centering_equals_the_reference_on_random_layouts(drawn: list[Case]) -> None:
-    """With strides and dtypes mixed; the reference path centers what the kernels do not serve."""
+    """Strides and dtypes are mixed; the reference path centers tensors that the kernels do not support."""
     pairs = [(case.tensor.to(DEVICE), case.vectors) for case in drawn]
     expected = [center(*pair) for pair in pairs]
     Centering().center_all_(pairs)
@@ -199,12 +199,12 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
     "adamw amsgrad": ("AdamW", {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
 }
-# A few roundings: one rounding of a weight is 2⁻²⁴, 2⁻⁸ or 2⁻¹¹ of it.
+# A few rounding errors: one rounding changes a weight by up to 2⁻²⁴, 2⁻⁸ or 2⁻¹¹ of it.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 def model_of(dtype: torch.dtype, names: Any = LAYOUTS) -> nn.ParameterList:
-    """Parameters with these layouts, and some that are not centered."""
+    """Return a model with these layouts and some parameters that are not centered."""
     weights = [randn(*LAYOUTS[name][0], dtype=dtype) for name in names] + [
         randn(*shape, dtype=dtype) for shape in ALONE
     ]
@@ -288,7 +288,7 @@ def test_steps_in_parts_equal_the_reference(name: str, placement: str, dtype: to
 def test_steps_equal_the_reference_on_random_layouts(
     drawn: list[tuple[tuple[int, ...], WeightVectors]], name: str, placement: str, data: st.DataObject
 ) -> None:
-    """With axes in any memory order."""
+    """The axes are in any memory order."""
     weights = []
     for shape, _ in drawn:
         order = data.draw(st.permutations(range(len(shape))))
@@ -349,7 +349,7 @@ def test_update_keeps_the_mean_of_narrow_weights() -> None:
 
 
 @pytest.mark.parametrize("name", ["momentum dampened", "adamw"])
-def test_one_launch_takes_the_whole_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_launch_performs_the_whole_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from gradcentral.kernels.triton import plans, step
 
     launches: list[Any] = []
@@ -369,7 +369,7 @@ def test_one_launch_takes_the_whole_step(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_plan_follows_replaced_tensors() -> None:
-    """New gradients at each step, replaced weights and states, an unaligned pointer."""
+    """Gradients change at each step; weights and states are replaced; one pointer is unaligned."""
     names = ["middle aligned", "across aligned"]
     model, truth = model_of(torch.float32, names), nn.ParameterList()
     truth = copy.deepcopy(model).double()
@@ -408,13 +408,13 @@ def test_a_captured_step_has_its_own_pointer_table(monkeypatch: pytest.MonkeyPat
     table.uploaded([112, 128, 144])
     assert captured.tolist() == [64, 80, 97]
     assert eager.tolist() == [112, 128, 144]
-    with monkeypatch.context() as capture:  # the remedy: a step outside of a capture before the next capture
+    with monkeypatch.context() as capture:  # the remedy: one step outside of a capture before the next capture
         capture.setattr(plans, "_capturing", lambda device: True)
         assert table.uploaded([1, 2, 3])[0].tolist() == [1, 2, 3]
 
 
 def test_a_plan_made_before_the_capture_is_used_during_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the message asks for: optimizer.step() once before the capture."""
+    """The message suggests calling optimizer.step() once before the capture."""
     from gradcentral.kernels.triton import plans
 
     model = model_of(torch.float32, NAMES)
@@ -439,7 +439,7 @@ def snapshot(optimizer: Any, model: nn.ParameterList) -> list[Tensor]:
 @pytest.mark.parametrize("placement", ["gradient", "update"])
 @pytest.mark.parametrize("name", ["sgd", "momentum dampened", "adamw amsgrad"])
 def test_a_step_with_infinite_gradients_changes_nothing(name: str, placement: str, in_parts: None) -> None:
-    """found_inf of a GradScaler is read on the device; after a skipped first step, the next one counts as the first."""
+    """A GradScaler's found_inf is read on the device; after a skipped first step, the next step counts as the first."""
     model = model_of(torch.float32, NAMES)
     twin = copy.deepcopy(model)
     optimizer, plain = make(name, model, NAMES, placement=placement), make(name, twin, NAMES, placement=placement)
@@ -491,7 +491,7 @@ def test_parameters_without_gradients_are_skipped() -> None:
 
 
 def test_checkpoints_of_an_unfused_torch_optimizer_load() -> None:
-    """Its step counters are on the CPU and are moved to the device."""
+    """The checkpoint's step counters are on the CPU; loading moves them to the device."""
     model = model_of(torch.float32, NAMES)
     truth = copy.deepcopy(model).double()
     torchs = torch.optim.AdamW([*model], lr=0.01, weight_decay=0.1)
@@ -572,7 +572,7 @@ def test_a_captured_step_equals_an_eager_one(name: str) -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        optimizer.step()  # makes the plan outside of the capture
+        optimizer.step()  # builds the plan outside of the capture
     torch.cuda.current_stream().wait_stream(side)
     take(eager, twin, [torch.zeros_like(g) for g in static])
     graph = torch.cuda.CUDAGraph()
@@ -583,7 +583,7 @@ def test_a_captured_step_equals_an_eager_one(name: str) -> None:
         lr.fill_(0.01 * (turn + 1))
         for g, new in zip(static, gradients, strict=True):
             g.copy_(new)
-        if turn == 2:  # an eager step with other gradients between replays does not disturb the graph
+        if turn == 2:  # an eager step with other gradients between replays does not affect the graph
             take(optimizer, model, gradients)
         else:
             graph.replay()
@@ -598,7 +598,7 @@ def test_a_plan_is_not_made_while_a_graph_is_captured() -> None:
     optimizer = make("adamw", model, NAMES)
     for p in model:
         p.grad = torch.zeros_like(p)
-    with pytest.raises(RuntimeError, match="no plan can be made"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with pytest.raises(RuntimeError, match="no plan can be created"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
 
 
@@ -627,7 +627,7 @@ def test_steps_run_on_the_current_stream() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)  # a step on another stream would finish before this
+        torch.cuda._sleep(10_000_000)  # a step on another stream would finish before this operation
         for step in gradients:
             take(optimizer, model, step)
         found = [p.detach().clone() for p in model]
@@ -639,7 +639,7 @@ def test_steps_run_on_the_current_stream() -> None:
 
 @on_a_gpu
 def test_large_rows_and_columns_equal_float64() -> None:
-    """The sizes for which weight vectors are cut into parts on a real device."""
+    """With these sizes, weight vectors are split into parts on a real device."""
     pairs = [(randn(3, 700_001), ROWS), (randn(1000, 50_000), ROWS), (randn(9000, 1100), COLUMNS)]
     expected = [center(tensor.double(), vectors) for tensor, vectors in pairs]
     centering = Centering()

@@ -1,4 +1,4 @@
-"""The reasons why the Triton kernels cannot be used, and their remedies. Needs no GPU."""
+"""The reasons why the Triton kernels cannot be used, and their remedies. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def reason_in(**environment: str) -> str:
-    """The reason in a new process with these environment variables."""
+    """Return the reason in a new process with these environment variables."""
     code = "from gradcentral.kernels import triton; print(triton._static_reason())"
     clean = {
         name: value for name, value in os.environ.items() if name not in ("GRADCENTRAL_KERNELS", "TRITON_INTERPRET")
@@ -31,8 +31,8 @@ def reason_in(**environment: str) -> str:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the extra triton")
-def test_remedies_for_the_interpreter_without_the_choice_of_triton() -> None:
-    """Either of the two that the message offers."""
+def test_remedies_for_the_interpreter_without_selecting_triton() -> None:
+    """The message offers two remedies; each of them works."""
     reason = reason_in(TRITON_INTERPRET="1")
     assert "unset it" in reason
     assert reason_in() == ""

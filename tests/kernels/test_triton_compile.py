@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 turns of
 
 
 def compiled(capability: int, rule: int, placement: int, dtype: Any, extras: bool) -> str:
-    """The PTX of a variant of the kernel; Triton's compiler needs no GPU."""
+    """Return the PTX of a variant of the kernel; Triton's compiler needs no GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -1,4 +1,4 @@
-"""The division of the Triton kernel's work: every element once, and sums before the steps that wait for them."""
+"""The division of the Triton kernel's work: every element once, and sums before the updates that wait for them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rows_of(table: torch.Tensor) -> list[TiledParameter]:
 
 
 def elements(row: TiledParameter, index: int) -> int:
-    """The number of elements of a piece, by the arithmetic of the kernel."""
+    """Return the number of elements of a piece, computed as in the kernel."""
     part, block = index % row.parts, index // row.parts
     units = min(row.vectors, row.units - block % row.blocks * row.vectors)
     return units * min(row.rows, row.outer - part * row.rows) * row.inner
@@ -120,7 +120,7 @@ def test_tiles_fit_the_weight_vectors(loop: Loop, placement: Placement, shape: T
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("model", MODELS)
 def test_pieces_of_the_benchmarked_models_have_similar_sizes(model: str, itemsize: int) -> None:
-    """No program does much more than others, and there are enough of them for a large device."""
+    """No program has much more work than others, and there are enough programs for a large device."""
     shapes = MODELS[model]()
     centered = [loop_of_vectors(vectors) or Loop(0, 0, 0, 0) for _, vectors in shapes if vectors is not None]
     plain = [Loop(math.prod(shape), 1, 1, 1) for shape, vectors in shapes if vectors is None]

@@ -1,4 +1,4 @@
-"""How a layout is decided: overrides, rules, ties, lazy parameters, and reports."""
+"""Deciding a layout: overrides, rules, tied parameters, lazy parameters, and reports."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_the_error_of_a_rule_names_the_parameter() -> None:
         weight_layout(nn.Sequential(Broken()))
 
 
-def test_tied_parameters_whose_owners_disagree_are_skipped() -> None:
+def test_tied_parameters_that_their_owners_use_differently_are_skipped() -> None:
     embedding, head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
     head.weight = embedding.weight
     model = nn.ModuleDict({"embedding": embedding, "head": head})
@@ -186,7 +186,7 @@ def test_tied_parameters_whose_owners_disagree_are_skipped() -> None:
     assert weight_layout(model, overrides={"head.weight": "o [i]"})["embedding.weight"].fan_in == 4
 
 
-def test_tied_parameters_whose_owners_agree_are_centered_once() -> None:
+def test_tied_parameters_that_their_owners_use_alike_are_centered_once() -> None:
     one, two = nn.Linear(4, 4), nn.Linear(4, 4)
     two.weight = one.weight
     layout = weight_layout(nn.Sequential(one, two))
@@ -199,7 +199,7 @@ def test_a_module_that_is_used_twice_is_not_a_tie() -> None:
     assert len(weight_layout(nn.Sequential(shared, nn.ReLU(), shared))) == 1
 
 
-def test_lazy_parameters_wait_for_the_first_forward() -> None:
+def test_lazy_parameters_are_skipped_until_the_first_forward() -> None:
     model = nn.Sequential(nn.LazyLinear(3), nn.LazyConv2d(3, 2))
     layout = weight_layout(model)
     assert layout.pending

@@ -1,4 +1,4 @@
-"""Rule tables of libraries that are not installed: found by the path of a class, checked against its sizes."""
+"""Rule tables of libraries that are not installed: a class's path selects the table, its sizes check the rule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradcentral.layout.lookup import LIBRARIES
 
 
 def _layer(path: str, parameters: dict[str, tuple[int, ...]], **attributes: object) -> nn.Module:
-    """A layer as the library defines it, without the library."""
+    """Return a layer as the library defines it, without the library."""
     module, _, name = path.rpartition(".")
     layer: nn.Module = type(name, (nn.Module,), {"__module__": module, "__qualname__": name})()
     for parameter, shape in parameters.items():
@@ -54,11 +54,11 @@ print([name for name in {LIBRARIES!r} if name in sys.modules])
     [
         (_EXPERTS, _BOTH, {"is_transposed": False, "intermediate_dim": 5}, 2),
         (_EXPERTS, _TURNED, {"is_transposed": True, "intermediate_dim": 5}, 1),
-        (_EXPERTS, _BOTH, {"intermediate_dim": 5}, 2),  # the sizes tell
+        (_EXPERTS, _BOTH, {"intermediate_dim": 5}, 2),  # the sizes decide
         (_EXPERTS, _TURNED, {"intermediate_size": 5}, 1),
-        (_EXPERTS, _SQUARE, {"is_transposed": True}, 1),  # the module tells
+        (_EXPERTS, _SQUARE, {"is_transposed": True}, 1),  # the module's flag decides
         (_EXPERTS, _SQUARE, {"is_transposed": False}, 2),
-        (_GPT_OSS, _SQUARE, {}, 1),  # the table tells
+        (_GPT_OSS, _SQUARE, {}, 1),  # the table decides
         (_GPT_OSS, _SQUARE, {"is_transposed": False}, 2),  # the module's own attribute takes precedence
         ("transformers.models.mixtral.modeling_mixtral.MixtralExperts", _SQUARE, {}, 2),
         ("transformers.models.moved.elsewhere.Llama4TextExperts", _SQUARE, {}, 1),
@@ -113,7 +113,7 @@ def test_a_parameter_is_not_centered_because_of_its_name() -> None:
     layout = weight_layout(layer)
     assert [entry.name for entry in layout.unknown] == ["o_proj"]
     assert layout.skipped["cls_token"] == "learned token"
-    # Outside the known libraries, the same name means nothing.
+    # Outside the known libraries, the same name has no meaning.
     assert len(weight_layout(_layer("mine.Attention", {"cls_token": (1, 1, 4)})).unknown) == 1
 
 
@@ -125,7 +125,7 @@ def test_only_conv_includes_the_convolutions_of_libraries() -> None:
     assert "not a convolution" in layout.skipped["1.weight"]
 
 
-def test_lora_on_experts_keeps_the_experts_apart() -> None:
+def test_lora_on_experts_keeps_the_experts_separate() -> None:
     wrapper = _layer("peft.tuners.lora.layer.ParamWrapper", {}, num_experts=3)
     wrapper.lora_A = nn.ModuleDict({"default": nn.Linear(6, 12, bias=False)})
     wrapper.lora_B = nn.ModuleDict({"default": nn.Linear(12, 5, bias=False)})

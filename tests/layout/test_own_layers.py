@@ -1,4 +1,4 @@
-"""Layers defined by users: class attributes, rules for submodules, and suggested rules."""
+"""Custom layers: class attributes, rules for submodules, and suggested rules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradcentral.layout import axes
 
 
 class Declared(nn.Module):
-    """Declares its weight vectors."""
+    """A layer that declares its weight vectors."""
 
     weight_vectors: ClassVar = {
         "weight": "[i] o",
@@ -34,7 +34,7 @@ class Declared(nn.Module):
 
 
 class Plain(nn.Module):
-    """Declares nothing."""
+    """A layer that declares nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def test_rules_can_refer_to_parameters_of_submodules() -> None:
             self.experts = nn.ModuleList(nn.Linear(4, 6) for _ in range(2))
 
     register_layout(Mixture, "experts.*.weight", "(3 o) [i]")
-    register_layout(Mixture, "*", None)  # matches the module's own parameters, of which there are none
+    register_layout(Mixture, "*", None)  # matches only the module's own parameters, and it has none
     layout = weight_layout(nn.Sequential(Mixture()))
     assert layout["0.shared.weight"].fan_in == 4
     assert layout["0.experts.1.weight"].view == (3, 2, 4)
@@ -120,7 +120,7 @@ def test_one_rule_is_suggested_for_each_kind_of_unknown_parameter() -> None:
 
 
 class Parametrized(nn.Module):
-    """Has a rule, which does not apply to the parameter behind a parametrization of the user."""
+    """A layer whose rule does not apply to the parameter behind a custom parametrization."""
 
     weight_vectors: ClassVar = {"weight": "o [i]"}
 
@@ -159,7 +159,7 @@ def _reshaped_linear() -> nn.Module:
         (lambda: nn.ParameterDict({"w[0]": torch.zeros(3, 4)}), 'overrides={"0.w[0]": None}'),
     ],
 )
-def test_suggested_rules_run_as_they_are_and_with_each_suggested_edit(
+def test_suggested_rules_run_unchanged_and_with_each_suggested_edit(
     make: Callable[[], nn.Module], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = nn.Sequential(make())

@@ -17,7 +17,7 @@ Double = Callable[[nn.Module], nn.Module]
 
 
 def _old_style(wrap: Callable[..., nn.Module], module: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():  # torch deprecates the functions, but models made with them remain
+    with warnings.catch_warnings():  # torch deprecates the functions, but existing models use them
         warnings.simplefilter("ignore", FutureWarning)
         return wrap(module)
 
@@ -140,7 +140,7 @@ def test_weights_of_unexpected_shape_are_unknown() -> None:
     assert weight_layout(layer).unknown[0].reason == "shape (12,) does not fit Linear: expected 'o [i]'"
 
 
-# The theorem (section 4.1 of the paper): after any number of GC steps, adding γ to every input of a unit changes its
+# Theorem 4.1 of the paper: after any number of GC steps, adding γ to every input of a unit changes its
 # output by γ·1ᵀw⁰. So the trained layer on shifted inputs equals the trained layer whose bias has γ·1ᵀw⁰ added.
 
 GAMMA = 0.7
@@ -160,7 +160,7 @@ def _shape_rule(layer: nn.Module) -> WeightLayout:
 
 
 def _interior(output: Tensor, margin: int = 2) -> Tensor:
-    """Positions that every tap of a transposed convolution of size 3 reaches."""
+    """Return the positions that every tap of a transposed convolution of size 3 reaches."""
     return output[:, :, margin:-margin, margin:-margin]
 
 
@@ -172,7 +172,7 @@ def _error(
     axes: tuple[int, ...],
     view: tuple[int, ...] | None = None,
 ) -> float:
-    """Largest violation of the theorem for a layer that is linear in its one input."""
+    """Return the largest violation of the theorem for a layer that is linear in its only input."""
     x = torch.randn(*size, dtype=torch.float64)
     w0 = before.get_parameter(weight).detach()
     sums = (w0 if view is None else w0.reshape(view)).sum(axes).flatten()
@@ -230,7 +230,7 @@ def test_theorem_holds_for_layers_that_are_linear_in_their_input(
 
 
 def test_theorem_fails_for_grouped_transposed_convolutions_without_splitting_groups() -> None:
-    """``[i] o [k k]`` is right for one group only; with more, its means run over filters of several groups."""
+    """``[i] o [k k]`` is correct for one group only; with more groups, its means run over filters of several groups."""
     before = nn.ConvTranspose2d(4, 6, 3, groups=2).double()
     layer = copy.deepcopy(before)
     layout = weight_layout(layer, overrides={"weight": "[i] o [k k]"})
@@ -261,7 +261,7 @@ def test_theorem_holds_for_recurrent_layers(kind: Callable[[int, int], nn.RNNBas
     def state(hidden: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return (hidden, torch.zeros_like(hidden)) if kind is nn.LSTM else hidden
 
-    if kind is nn.GRU:  # its output mixes in the hidden state itself, (1 − z)·n + z·h
+    if kind is nn.GRU:  # its output includes the hidden state itself: (1 − z)·n + z·h
         gates = [
             nn.functional.linear(hidden, m.get_parameter("weight_hh_l0"), m.get_parameter("bias_hh_l0"))
             for m, hidden in ((layer, h + GAMMA), (shifted, h))
@@ -305,7 +305,7 @@ def test_theorem_holds_for_bilinear_layers_in_the_products_of_their_inputs() -> 
 
 
 def test_strided_transposed_convolution_keeps_only_the_sum_over_phases() -> None:
-    """A documented limit: with stride 2, each output depends on a quarter of the filter, four outputs on all of it."""
+    """With stride 2, each output depends on a quarter of the filter, four outputs on all of it: a documented limit."""
     before = nn.ConvTranspose2d(3, 2, 4, stride=2).double()
     layer = copy.deepcopy(before)
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""Trainings that are killed and resumed, for test_checkpoints.py: a program that prints its results as JSON.
+"""Training runs that are killed and resumed, for test_checkpoints.py: a program that prints its results as JSON.
 
-The main process imports torch and does not compute with it; each training is a fork that the main process kills.
+The main process imports torch but does not compute with it; each training run is a fork that the main process kills.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # torch imports it in the first step, which takes seconds: once here, not in every fork
+import torch._dynamo  # imported once here, because otherwise every fork imports it in its first step, for seconds
 from torch import nn
 from torch.optim import Optimizer
 
@@ -129,7 +129,7 @@ def differing(one: Any, other: Any, where: str = "") -> list[str]:
 
 
 def main(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return, per case and repetition, the kills, the steps it resumed from, and the differing entries."""
+    """Return, per case and repetition, the kills, the steps resumed from, and the differing entries."""
     found: dict[str, list[dict[str, Any]]] = {}
     for case in CASES:
         whole = root / case.replace(" ", "-")

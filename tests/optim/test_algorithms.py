@@ -74,7 +74,7 @@ def test_adam_is_algorithm_2() -> None:
 
 
 def test_update_on_sgd_with_l2_is_centering_the_gradient_with_its_decay() -> None:
-    """ĝ ← Φ(g + λw), as in the authors' code: the reference with the decay in its gradient."""
+    """As in the authors' code, ĝ ← Φ(g + λw): the reference with the decay added to its gradient."""
     alpha, beta, decay = 0.1, 0.9, 0.05
     w0 = _weight()
     gradients = _gradients(4, w0)
@@ -87,7 +87,7 @@ def test_update_on_sgd_with_l2_is_centering_the_gradient_with_its_decay() -> Non
 
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_update_on_adam_is_centering_after_the_adaptive_term(decoupled: bool) -> None:
-    """w ← w + Φ(Δw) with Adam's own Δw, weight decay included."""
+    """The step is w ← w + Φ(Δw) with Adam's own Δw, weight decay included."""
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     w0 = _weight()
     gradients = _gradients(4, w0)
@@ -131,7 +131,7 @@ def test_update_keeps_the_mean_of_every_weight_vector(name: str, dtype: torch.dt
     if kind is None:
         pytest.skip(f"this torch has no {name}: run with a newer one")
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)).to(dtype)
-    # Means away from zero, which weight decay would change.
+    # The means are not zero, so weight decay would change them.
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2)

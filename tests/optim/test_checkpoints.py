@@ -1,4 +1,4 @@
-"""Resumed trainings are bit-identical: torch.save, distributed checkpoints, safetensors, and after SIGKILL."""
+"""Resumed training runs are bit-identical: torch.save, distributed checkpoints, safetensors, and after SIGKILL."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def trainings() -> dict[str, list[dict[str, Any]]]:
-    """The results of `killed_training`, which runs in its own process."""
+    """Return the results of `killed_training`, which runs in its own process."""
     if not hasattr(os, "fork"):
         pytest.skip("needs os.fork: run it on Linux or macOS")
     path = os.pathsep.join([str(Path(gradcentral.__file__).parents[1]), str(ROOT)])
@@ -54,8 +54,8 @@ def test_resuming_after_sigkill_is_bit_identical(case: str, trainings: dict[str,
         assert training["differing"] == [], training
 
 
-def test_the_trainings_were_killed_and_resumed_from_checkpoints(trainings: dict[str, list[dict[str, Any]]]) -> None:
-    """Some trainings end before the signal arrives, and some start again from step 0, but not all of them."""
+def test_the_runs_were_killed_and_resumed_from_checkpoints(trainings: dict[str, list[dict[str, Any]]]) -> None:
+    """Some runs end before the signal arrives, and some start again from step 0, but not all of them."""
     every = [training for repeats in trainings.values() for training in repeats]
     assert sum(training["killed"] for training in every) > len(every)
     assert len({start for training in every for start in training["starts"]}) > 3
@@ -127,7 +127,7 @@ def test_resuming_from_torch_save_is_bit_identical(who: str, kind: str, placemen
 def test_resuming_from_a_distributed_checkpoint_is_bit_identical(
     who: str, kind: str, placement: str, tmp_path: Path
 ) -> None:
-    """torch takes a step with zero gradients to create the state it loads into, which must not change the weights."""
+    """torch takes a step with zero gradients to create the state to load; it must not change the weights."""
     model = _network(0)
     optimizer = _make(who, kind, placement, model)
     _train(model, optimizer, range(3))

@@ -1,4 +1,4 @@
-"""The fused optimizers equal the reference path (torch's own step and projection.py) and replace torch's optimizers."""
+"""The fused optimizers equal the reference path (torch's step and projection.py) and can replace torch's optimizers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "tensor lr": ("SGD", {"lr": torch.tensor(0.1), "momentum": 0.9}),
     "fused=True": ("AdamW", {"lr": 0.01, "fused": True}),
 }
-# Rounding differences accumulate over steps; in bfloat16, one rounding is up to 2⁻⁸ of a weight.
+# Rounding differences accumulate over steps; in bfloat16, one rounding changes a weight by up to 2⁻⁸ of it.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
@@ -88,7 +88,7 @@ def test_fused_equals_reference_on_random_layouts(
     seed: int,
     data: st.DataObject,
 ) -> None:
-    """Rows, columns, grouped and strided units, in any dense memory format, and parameters that are not centered."""
+    """Draw rows, columns, grouped and strided units in any dense memory format, and uncentered parameters."""
     generator = torch.Generator().manual_seed(seed)
     weights: list[Tensor] = []
     for shape, _ in drawn:
@@ -106,7 +106,7 @@ def test_fused_equals_reference_on_random_layouts(
     for use in (None, reference_path):
         params = [nn.Parameter(w.clone()) for w in weights]
         model = nn.ParameterList(params)
-        model.append(nn.Parameter(torch.zeros(2, 2)))  # so that something is centered in every example
+        model.append(nn.Parameter(torch.zeros(2, 2)))  # so that every example has a centered parameter
         rules: dict[Any, Any] = {str(i): v for i, v in enumerate(vectors) if v.for_shape(weights[i].shape).fan_in > 1}
         layout = weight_layout(model, overrides={**rules, str(len(params)): WeightVectors((1,))})
         optimizer = _make(name, [*model], layout=layout, placement=placement)
@@ -126,7 +126,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
-        # No bias before the norm: its gradient is rounding noise, which Adam would scale up to full steps.
+        # There is no bias before the norm: its gradient is rounding noise, which Adam would scale up to full steps.
         self.depthwise = nn.Conv2d(8, 8, 3, groups=8, bias=False)
         self.norm = nn.BatchNorm2d(8)
         self.up = nn.ConvTranspose2d(8, 6, 3, groups=2)
@@ -278,8 +278,8 @@ def test_a_copy_of_a_lazy_model_raises() -> None:
         optimizer.step()
 
 
-def test_state_tensors_of_another_form_are_detected() -> None:
-    """A state tensor may be replaced between two steps by one of another dtype or other strides."""
+def test_state_tensors_with_another_dtype_or_strides_are_detected() -> None:
+    """Between two steps, a state tensor may be replaced by one with another dtype or other strides."""
     model, reference = Net(), Net()
     reference.load_state_dict(model.state_dict())
     optimizer = gradcentral.AdamW(model, lr=0.01)
@@ -403,7 +403,7 @@ def test_closures_hooks_and_schedulers_work_as_with_torch() -> None:
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("use", [None, reference_path])
 def test_scaled_steps_are_unscaled_and_skipped_on_overflow(fused: bool | None, use: Any) -> None:
-    """A GradScaler passes ``grad_scale`` and ``found_inf`` to fused optimizers, which have to apply them."""
+    """A GradScaler passes ``grad_scale`` and ``found_inf`` to fused optimizers, which must apply them."""
     model, reference = Net(), Net()
     reference.load_state_dict(model.state_dict())
     optimizer = gradcentral.AdamW(model, lr=0.01, fused=fused)
@@ -426,7 +426,7 @@ def test_scaled_steps_are_unscaled_and_skipped_on_overflow(fused: bool | None, u
 
 
 def test_autograd_detects_in_place_steps() -> None:
-    """As with torch's optimizers, a backward through weights that a step has changed raises."""
+    """As with torch's optimizers, a backward pass through weights that a step has changed raises."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     optimizer = gradcentral.SGD(model, lr=0.1)
     loss = model(torch.randn(2, 4)).sum()
@@ -464,7 +464,7 @@ def test_sparse_and_expanded_gradients_take_torchs_step() -> None:
     model[1].weight.grad = torch.ones(4).expand(2, 4)
     kept = model[1].weight.detach().clone()
     optimizer.step()
-    torch.testing.assert_close(model[1].weight.detach(), kept)  # a constant gradient is all mean
+    torch.testing.assert_close(model[1].weight.detach(), kept)  # a constant gradient equals its mean
     layout = weight_layout(model, overrides={"0.weight": WeightVectors((1,))})
     kept = model[1].weight.detach().clone()
     model.zero_grad()

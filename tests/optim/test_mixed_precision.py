@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 0.01, "amsgrad": True},
     "AdamW": {"lr": 0.01},
 }
-# Who centers, and whether fused=True is passed: torch's fused kernels unscale the gradients themselves.
+# GC attached or in gradcentral's optimizer, with and without fused=True: torch's fused kernels unscale the gradients.
 VARIANTS: dict[str, tuple[str, bool | None]] = {
     "attached": ("attached", None),
     "attached, fused": ("attached", True),
@@ -57,7 +57,7 @@ def _snapshot(model: nn.Module, optimizer: Optimizer) -> Any:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two nested structures of tensors are bit-identical."""
+    """Return whether two nested structures of tensors are bit-identical."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -95,7 +95,7 @@ def test_scaled_steps_equal_unscaled_ones(variant: str, kind: str, placement: st
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @every_optimizer
 def test_a_skipped_step_changes_nothing(variant: str, kind: str, placement: str, bad: float) -> None:
-    """Weights, state and step counters are unchanged, and the next step is as if the skipped one had not happened."""
+    """Weights, state and step counters are unchanged, and the next step is the same as without the skipped one."""
     model = _network()
     optimizer = _make(variant, kind, model, placement)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -132,15 +132,15 @@ def test_a_skipped_first_step_changes_nothing(variant: str, kind: str, placement
     scaler.step(optimizer)
     assert _equal(model.state_dict(), before)
     if (variant, kind) == ("attached, fused", "SGD"):
-        return  # torch 2.13 has created a momentum buffer by then, with uninitialized values
-    # State that exists by now is zero, and no step has been counted.
+        return  # torch 2.13 has then created a momentum buffer with uninitialized values
+    # State that exists at this point is zero, and no step has been counted.
     for state in optimizer.state.values():
         assert not any(value.any() for value in state.values() if isinstance(value, Tensor))
 
 
 @every_optimizer
 def test_autocast_in_bfloat16_centers_gradients_in_float32(variant: str, kind: str, placement: str) -> None:
-    """A step equals that of torch's optimizer with gradients that are centered by hand."""
+    """A step equals that of torch's optimizer on gradients that are centered by hand."""
     model, reference = _network(), _network()
     optimizer = _make(variant, kind, model, placement)
     plain = getattr(torch.optim, kind)(reference.parameters(), **OPTIONS[kind])
@@ -166,13 +166,13 @@ def test_autocast_in_bfloat16_centers_gradients_in_float32(variant: str, kind: s
         optimizer.step()
         for p, q in zip(model.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=2e-6)
-        # Compare single steps: bfloat16 activations would amplify roundings of the weights.
+        # Compare single steps: bfloat16 activations would amplify rounding errors of the weights.
         model.load_state_dict(reference.state_dict())
 
 
 @every_optimizer
 def test_parameters_in_bfloat16_stay_close_to_those_in_float64(variant: str, kind: str, placement: str) -> None:
-    """With the same bfloat16 gradients, the weights differ only by roundings of weights and state."""
+    """With the same bfloat16 gradients, the weights differ only by rounding of weights and state."""
     by_torch = {"attached, fused"} | ({"gradcentral, fused"} if native.unavailable_reason() else set())
     if kind == "SGD" and variant in by_torch:
         pytest.skip("torch 2.13's own fused SGD loses the momentum in bfloat16 on the CPU, with or without GC")

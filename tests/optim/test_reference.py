@@ -1,4 +1,4 @@
-"""The paper's algorithms in plain torch equal the paper and torch; every other implementation equals them."""
+"""The reference algorithms equal the paper's formulas and torch; every other implementation equals the reference."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ by_rule = pytest.mark.parametrize("rule", RULES)
 
 
 def _numbers(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return random tensors of the shapes of `WEIGHTS`, with a mean that centering removes."""
+    """Return random tensors with the shapes of `WEIGHTS` and a nonzero mean, which centering removes."""
     generator = torch.Generator().manual_seed(seed)
     numbers = {name: torch.randn(shape, generator=generator) + 0.5 for name, (shape, _) in WEIGHTS.items()}
     return {name: tensor.to(dtype) for name, tensor in numbers.items()}
@@ -137,7 +137,7 @@ def test_100_steps_equal_the_reference(rule: str, placement: str, make: Implemen
 @by_placement
 @by_rule
 def test_each_of_100_steps_in_bfloat16_equals_the_reference_rounded_once(rule: str, placement: str) -> None:
-    """Compare step by step: the weights and states of a long bfloat16 run differ by all of its roundings."""
+    """Compare step by step: the weights and states of a long bfloat16 run differ by all of its rounding errors."""
     trained = _fused(rule, placement, torch.bfloat16)
     roundoff = torch.finfo(torch.bfloat16).eps / 2
     for step in range(1, STEPS + 1):
@@ -147,7 +147,7 @@ def test_each_of_100_steps_in_bfloat16_equals_the_reference_rounded_once(rule: s
         for name, g in _numbers(step, torch.bfloat16).items():
             vectors = WEIGHTS[name][1]
             expected, _ = _reference_step(rule, before[name], g.double(), states[name], vectors, placement)
-            # One rounding of the weight; under "update" the change is computed from moments that have been rounded.
+            # One rounding of the weight; under "update", the change is also computed from rounded moments.
             largest_change = float((expected - before[name]).abs().max())
             torch.testing.assert_close(
                 trained.params[name].detach().double(), expected, rtol=roundoff, atol=4 * roundoff * largest_change
@@ -155,7 +155,7 @@ def test_each_of_100_steps_in_bfloat16_equals_the_reference_rounded_once(rule: s
 
 
 def _reference_state(state: dict[str, Any] | None) -> Any:
-    """Return torch's optimizer state of one parameter as the reference takes it."""
+    """Return torch's optimizer state of one parameter in the form that the reference takes."""
     if not state:
         return None
     if "exp_avg" not in state:
@@ -182,7 +182,7 @@ def test_the_reference_without_weight_vectors_is_torchs_optimizer(rule: str, pla
 
 
 def test_sgd_from_an_empty_momentum_buffer_is_the_papers_algorithm_1() -> None:
-    """m ← β m + (1 − β) Φ(g), w ← w − α m, from m = 0 (torch starts from the first gradient instead)."""
+    """The algorithm is m ← β m + (1 − β) Φ(g), w ← w − α m, from m = 0 (torch starts from the first gradient)."""
     rows, alpha, beta = WeightVectors((1,)), 0.1, 0.9
     w = found = torch.randn(4, 5, dtype=torch.float64)
     m: Tensor = torch.zeros_like(w)
@@ -196,7 +196,7 @@ def test_sgd_from_an_empty_momentum_buffer_is_the_papers_algorithm_1() -> None:
 
 
 def test_adam_is_the_papers_algorithm_2() -> None:
-    """m ← β₁m + (1 − β₁)ĝ, v ← β₂v + (1 − β₂)ĝ², w ← w − α m̂ / (√v̂ + ε), with ĝ = Φ(g)."""
+    """The algorithm is m ← β₁m + (1 − β₁)ĝ, v ← β₂v + (1 − β₂)ĝ², w ← w − α m̂ / (√v̂ + ε), with ĝ = Φ(g)."""
     rows, alpha, beta1, beta2, eps = WeightVectors((1,)), 0.01, 0.9, 0.99, 1e-8
     w = found = torch.randn(4, 5, dtype=torch.float64)
     m = v = torch.zeros_like(w)
@@ -213,7 +213,7 @@ def test_adam_is_the_papers_algorithm_2() -> None:
 
 @by_rule
 def test_placement_update_restores_the_means_after_a_plain_step(rule: str) -> None:
-    """w + Φ(Δw) = restore_means_(w + Δw, unit_means(w))."""
+    """The identity is w + Φ(Δw) = restore_means_(w + Δw, unit_means(w))."""
     for name, (_, vectors) in WEIGHTS.items():
         if vectors is None:
             continue

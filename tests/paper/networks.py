@@ -1,4 +1,4 @@
-"""A small network with a convolution, a transposed convolution and a linear layer, and its data."""
+"""A small network with a convolution, a transposed convolution and a linear layer, and data for it."""
 
 from __future__ import annotations
 

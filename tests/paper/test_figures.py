@@ -22,7 +22,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "my_task.py"
 
 
 def network() -> nn.Module:
-    """A convolution and linear layers, with BatchNorm and dropout, whose state a measurement could disturb."""
+    """Return a convolution and linear layers with BatchNorm and dropout, whose state a measurement could change."""
     return nn.Sequential(
         nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2),
         nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2),
@@ -47,7 +47,7 @@ def study(task: Task, **changes: Any) -> Study:
 
 @pytest.fixture(autouse=True)
 def like_a_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Comparisons with one thread, bit-identical to a worker's, and without the report, which takes longer."""
+    """Run comparisons with one thread, bit-identical to a worker's, and without the report, which takes longer."""
     monkeypatch.setattr("gradcentral.experiment.run_comparison.write_report", lambda comparison: None)
     with determinism.one_thread():
         yield
@@ -162,7 +162,7 @@ def test_measuring_the_landscape_does_not_disturb_training() -> None:
 
 
 def test_the_landscape_of_a_quadratic_loss_is_exact() -> None:
-    """The gradient changes by H·αΔw, and H is the same everywhere."""
+    """The gradient changes by H·αΔw, and H is constant."""
     task = make_task(
         model=lambda: nn.Linear(6, 1, bias=False).double(),
         train=torch.utils.data.TensorDataset(torch.randn(8, 6).double(), torch.zeros(8, 1).double()),
@@ -188,7 +188,7 @@ def test_the_example_task(tmp_path: Path) -> None:
     assert list(drawn.titles) == ["gradient-norms", "shares"]
     assert drawn.titles["shares"] == "wine: where GC acts before training"
     assert all(measured.holds for measured in drawn.statements)
-    # No convolution: the two largest layers.
+    # Without a convolution, the two largest layers are drawn.
     places = {row["place"] for row in table(tmp_path / "gradient-norms.csv")}
     assert places == {"linear 2.weight", "linear 0.weight", "whole network"}
 
@@ -199,8 +199,8 @@ def test_the_example_task(tmp_path: Path) -> None:
         ({"only": ["shapes"]}, "only: unknown figure 'shapes'; choose from operation, geometry"),
         ({"only": "shares"}, "only: give a list of names, such as only=['shares']"),
         ({"optimizer": "lion"}, "optimizer: unknown optimizer 'lion'; choose from sgd"),
-        ({"seeds": 0}, "seeds: give a whole number"),
-        ({"epochs": 0}, "epochs: give a whole number"),
+        ({"seeds": 0}, "seeds: give an integer"),
+        ({"epochs": 0}, "epochs: give an integer"),
         ({"device": "nowhere"}, "device: 'nowhere' is not available; choose from cpu"),
     ],
 )
@@ -294,7 +294,7 @@ def test_examples_may_be_mappings(tmp_path: Path) -> None:
 
 
 def refused(tmp_path: Path, task: Task, **options: Any) -> str:
-    """The message of the error, which must be raised before anything is written."""
+    """Return the message of the error, which must be raised before anything is written."""
     with pytest.raises(TaskError) as caught:
         draw_all(task, out=tmp_path / "out", progress=False, **options)
     assert not (tmp_path / "out").exists()
@@ -361,12 +361,12 @@ def test_every_figure_shows_its_progress(tmp_path: Path, monkeypatch: pytest.Mon
     shown: list[bool] = []
     monkeypatch.setattr("gradcentral.paper.study.Figure.write", lambda figure, folder, name: None)
 
-    def silently(task: Task, **options: Any) -> Any:
+    def without_progress(task: Task, **options: Any) -> Any:
         shown.append(options.pop("progress"))
         return compare(task, **options, progress=False, jobs=1)
 
     monkeypatch.setattr("rich.progress.Progress.track", track)
-    monkeypatch.setattr("gradcentral.paper.figures.training.compare", silently)
+    monkeypatch.setattr("gradcentral.paper.figures.training.compare", without_progress)
     draw_all(make_task(), out=tmp_path, seeds=1, epochs=1)
     assert set(names) == {*FIGURES, STATEMENTS} - {"learning"}
     assert shown == [True]

@@ -1,4 +1,4 @@
-"""Weight vectors as rows."""
+"""Gradients as matrices whose rows are weight vectors."""
 
 from __future__ import annotations
 

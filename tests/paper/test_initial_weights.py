@@ -1,4 +1,4 @@
-"""The means of initial weights against theory."""
+"""The means of initial weights agree with theory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measurements hold up to their bound, and the largest number is named."""
+"""A measurement holds up to its bound, and the unit with the largest number is named."""
 
 from __future__ import annotations
 

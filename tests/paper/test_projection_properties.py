@@ -56,7 +56,7 @@ def test_centering_over_the_wrong_axis_is_detected(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(theorem_4_2, "center", lambda g, v: g - g.mean(0, keepdim=True))
     model = nn.Linear(6, 4)
     idempotent, _, mean_zero = projection_identities(model, mse, (torch.rand(8, 6), torch.randn(8, 4)))
-    assert idempotent.holds  # it is a projection, but onto another space
+    assert idempotent.holds  # it is a projection, but onto another subspace
     assert not mean_zero.holds
 
 

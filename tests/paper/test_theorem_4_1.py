@@ -1,4 +1,4 @@
-"""Theorem 4.1 and the hyperplane hold where the paper states it, and violations are detected elsewhere."""
+"""Theorem 4.1 and the hyperplane constraint hold under the paper's conditions, and violations are detected."""
 
 from __future__ import annotations
 
@@ -163,9 +163,9 @@ def test_bad_arguments_are_refused_by_name() -> None:
 
 def test_the_initial_model_must_be_a_copy_and_the_suggested_one_works() -> None:
     model, data = network(), batch()
-    with pytest.raises(ValueError, match=r"before: it has no 0\.weight of shape \(4, 2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"before: no 0\.weight of shape \(4, 2, 3, 3\)"):
         intensity_shift(model, nn.Linear(2, 3), data, steps=1)
-    with pytest.raises(ValueError, match=r"before: it has no 0\.weight of shape \(4, 2, 3, 3\)") as caught:
+    with pytest.raises(ValueError, match=r"before: no 0\.weight of shape \(4, 2, 3, 3\)") as caught:
         hyperplane(model, nn.Linear(2, 3), steps=1)
     suggested = re.search(r"give (\S+),", str(caught.value))
     assert suggested is not None

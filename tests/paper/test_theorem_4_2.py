@@ -1,4 +1,4 @@
-"""The curvature part of theorem 4.2, against hand-computed Hessians and rounding."""
+"""The curvature part of theorem 4.2 agrees with hand-computed Hessians, up to rounding."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_large_weight_vectors_are_measured_only_by_the_iteration() -> None:
 
 
 def test_bounds_of_the_curvature_leave_room_for_rounding() -> None:
-    """After a LayerNorm P∇²L = ∇²L, so that both norms are equal up to rounding."""
+    """After a LayerNorm, P∇²L = ∇²L, so both norms are equal up to rounding."""
     for seed in range(60):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 2, bias=False))

@@ -1,4 +1,4 @@
-"""Checks for every architecture: each parameter is classified as in the library's source, and none is frozen."""
+"""Checks for every architecture: each parameter is classified as in the library's source, and GC freezes none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradcentral import WeightVectors, centralize, weight_layout
 
 Vectors: TypeAlias = "tuple[int, ...] | WeightVectors"
 Expected: TypeAlias = "str | Vectors | Callable[[Any], Vectors]"
-"""Axes that a weight vector runs over, perhaps depending on the module, or part of the reason to skip it."""
+"""The axes of a weight vector, possibly depending on the module, or part of the reason for skipping it."""
 
 
 class Architecture(NamedTuple):
@@ -30,7 +30,7 @@ class Architecture(NamedTuple):
 
 
 def library(name: str) -> Any:
-    """Import the library, or skip the tests of this file with a message that tells how to run them."""
+    """Import the library, or skip the tests of this file with a message that explains how to run them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip(name, reason=f"needs {name}: pip install 'gradcentral[zoo]'", exc_type=ImportError)
@@ -39,7 +39,7 @@ def library(name: str) -> Any:
 def check_classified(architecture: Architecture) -> None:
     """Compare the whole layout with the expectations, which cover every parameter outside the layers of torch.nn."""
     model = build(architecture)
-    _run(architecture, model)  # gives lazy parameters their shapes
+    _run(architecture, model)  # initializes lazy parameters
     layout = weight_layout(model)
     assert [entry.name for entry in layout.unknown] == []
     unused = set(architecture.special)
@@ -60,7 +60,7 @@ def check_classified(architecture: Architecture) -> None:
 
 
 def check_moves(architecture: Architecture) -> None:
-    """With centered gradients, every parameter that receives a gradient is still updated."""
+    """Check that every parameter with a gradient is still updated when gradients are centered."""
     model = build(architecture)
     _run(architecture, model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -82,7 +82,7 @@ def build(architecture: Architecture) -> nn.Module:
     """Build the model in float64, with noise added to its initial weights."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # only those of the libraries; gradcentral's own are tested elsewhere
+        warnings.simplefilter("ignore")  # only warnings of the libraries; gradcentral's own are tested elsewhere
         model = architecture.make()
         # Zero initialization (of the last layer of a branch) would keep gradients from reaching other layers.
         with torch.no_grad():
@@ -100,7 +100,7 @@ def _run(architecture: Architecture, model: nn.Module) -> Any:
 
 
 def _loss(output: Any) -> Tensor:
-    """A scalar to which every floating-point tensor of an output contributes."""
+    """Return a scalar to which every floating-point tensor of an output contributes."""
     if isinstance(output, Tensor):
         if not output.is_floating_point() or output.grad_fn is None:
             return torch.zeros((), dtype=torch.float64)
@@ -111,7 +111,7 @@ def _loss(output: Any) -> Tensor:
 
 
 def _standard(model: nn.Module, name: str, parameter: Tensor) -> Expected:
-    """The expectation for a layer of torch.nn, stated independently of the rule tables."""
+    """Return the expectation for a layer of torch.nn, independently of the rule tables."""
     path, _, local = name.rpartition(".")
     module = model.get_submodule(path)
     if parameter.ndim <= 1:

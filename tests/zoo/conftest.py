@@ -1,4 +1,4 @@
-"""Shared by the tests on models of other libraries."""
+"""Fixtures for the tests on models of other libraries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _declare_operators_of_torchvision() -> None:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)  # the declaration exists while this object does
+        _declared.append(library)  # the declaration exists as long as this object
     except ImportError:
         pass
 
@@ -30,7 +30,7 @@ _declare_operators_of_torchvision()
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
-    """Operations this small are slower with several threads, much more so on a busy machine."""
+    """Use one thread, since small operations are slower with several threads, especially on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -13,7 +13,7 @@ _CONTAINERS = {"ParameterDict", "ParameterList"}
 
 
 class Declaration(NamedTuple):
-    """``self.<name> = nn.Parameter(…)`` in a class."""
+    """A statement ``self.<name> = nn.Parameter(…)`` in a class."""
 
     module: str
     class_name: str
@@ -22,7 +22,7 @@ class Declaration(NamedTuple):
 
 
 def declarations(root: Path) -> Iterator[Declaration]:
-    """Every parameter with two or more axes, or of unknown shape, that a class of the package declares on itself."""
+    """Yield all parameters with two or more axes, or of unknown shape, that classes of the package declare on self."""
     for path in sorted(root.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         if "Param" not in text or path.name.startswith("modular_"):  # sources of generated files in transformers
@@ -36,7 +36,7 @@ def declarations(root: Path) -> Iterator[Declaration]:
 
 
 def _assignments(owner: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
-    """(name, value) of ``self.name = …``, ``self.name[key] = …`` and ``self.register_parameter("name", …)``."""
+    """Yield (name, value) for ``self.name = …``, ``self.name[key] = …`` and ``self.register_parameter("name", …)``."""
     for node in ast.walk(owner):
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             target = node.targets[0]

@@ -15,7 +15,7 @@ peft: Any = library("peft")
 
 
 class _Net(nn.Module):
-    """One of each layer that adapters support."""
+    """A network with one layer of each kind that adapters support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class _Net(nn.Module):
 
 
 class _Experts(nn.Module):
-    """Raw parameters of experts, which LoRA can also target."""
+    """A layer with raw parameters of experts, which LoRA can also target."""
 
     weight_vectors: ClassVar = {"up": "e o [i]"}
 

@@ -54,7 +54,7 @@ _ROUTING = torch.tensor([[0.2, 0.8], [0.6, 0.4]], dtype=torch.float64)
 _TYPES = torch.tensor([0, 2, 1, 1, 0])
 _LOOPS = torch.arange(5).repeat(2, 1)
 
-# layer, input size, how to apply it, Σw of each unit, whether the shape rule is right
+# layer, input size, function that applies it, Σw of each unit, whether the shape rule is correct
 LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Apply, Callable[[Any], Tensor], bool]] = {
     "transformers Conv1D": (
         lambda: _make("transformers.pytorch_utils", "Conv1D", 4, 6),
@@ -182,14 +182,14 @@ def _by_expert(layer: Any, x: Tensor) -> Tensor:
 
 
 def _xlnet(layer: Any, x: Tensor) -> Tensor:
-    """[tokens, batch, model]; the positions, inputs of ``r``, are constant along their features, like the tokens."""
+    """Apply to [tokens, batch, model]; the positions, inputs of ``r``, are constant along their features too."""
     position = torch.randn(2 * len(x), x.shape[1], 1, dtype=x.dtype).expand(-1, -1, x.shape[-1])
     mask = torch.zeros(len(x), len(x), x.shape[1], 1, dtype=x.dtype)
     return layer(x, None, mask, None, position, None)[0]  # type: ignore[no-any-return]
 
 
 Inside = tuple[Callable[[], nn.Module], tuple[int, ...], Apply, dict[str, tuple[str, ...]]]
-# layer, input size, how to apply it, {parameter: other parameters to make constant, so that its inputs are equal}
+# layer, input size, function that applies it, {parameter: parameters to make constant so that its inputs are equal}
 INSIDE: dict[str, Inside] = {
     "Mixtral experts": (
         lambda: _experts("mixtral", "MixtralExperts", "MixtralConfig", num_local_experts=3),

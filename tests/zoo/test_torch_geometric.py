@@ -34,7 +34,7 @@ def _of(name: str, forward: Any, special: Any, *sizes: int, **options: Any) -> A
 
 
 def _heads(*names: str) -> dict[str, Expected]:
-    """Attention vectors of shape [1, heads, channels]: a head's logit sums over its channels."""
+    """Return the layout of attention vectors [1, heads, channels]: a head's logit is a sum over its channels."""
     return dict.fromkeys(names, (2,))
 
 

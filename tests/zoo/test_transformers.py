@@ -134,7 +134,7 @@ ARCHITECTURES = [
         **{**_SMALL, "num_hidden_layers": 3},
         lru_width=16,
     ),
-    # State spaces
+    # State space models
     _of(
         "MambaForCausalLM",
         _text,
@@ -334,7 +334,7 @@ ARCHITECTURES = [
         window_size=2,
         window_block_indices=[0],
     ),
-    # Sound
+    # Audio
     _of(
         "Wav2Vec2ForPreTraining",
         lambda m: m(

@@ -42,13 +42,13 @@ class Case:
     algorithm: str
     milliseconds: float  # median time of the baseline
     ratios: dict[str, Ratio]
-    noise: float  # between two timings of the baseline: the larger of |log median| and half the interquartile range
+    noise: float  # of two timings of the baseline: the larger of |log median| and half the interquartile range
     over_streaming: Ratio | None = None  # the fused GC step over reading and writing the same bytes
     attaching: Ratio | None = None  # the time that `centralize` adds, over reading and writing the gradients once
     attaching_us: float | None = None  # the time that `centralize` adds per centered parameter, in microseconds
     captured: Ratio | None = None  # the fused GC step over the baseline, both replayed from CUDA graphs
-    launches: dict[str, int] = field(default_factory=dict)  # of CUDA kernels per step, without copies and fills
-    peak_bytes: dict[str, int] = field(default_factory=dict)  # on the CUDA device in a step, beyond what it began with
+    launches: dict[str, int] = field(default_factory=dict)  # CUDA kernel launches per step, without copies and fills
+    peak_bytes: dict[str, int] = field(default_factory=dict)  # peak CUDA memory of a step beyond the memory before it
     monitoring: dict[str, float] = field(default_factory=dict)  # fraction that `Monitor` adds, by network
 
 
@@ -75,7 +75,7 @@ def bench(
     peers: bool = False,
     device: str = "cpu",
 ) -> Iterator[Case]:
-    """Measure the optimizer steps of models, each case when the iterator reaches it, for about ``seconds`` at most.
+    """Measure the optimizer steps of models; each case is measured on iteration, for at most about ``seconds``.
 
     Raises:
         ValueError: a name is unknown, or another library is not installed.
@@ -108,8 +108,8 @@ def iteration(
     """Measure a training iteration of ResNet-18 on 32×32 images: forward, backward and step.
 
     `Monitor` adds less than the noise of an iteration. Its cost is therefore computed: the time of one record over that
-    of the iterations between two records. It is largest for small networks, so a network of three small layers is
-    measured too.
+    of the iterations between two records. It is largest for small networks, so a network of three small layers is also
+    measured.
     """
     place, clock = (torch.device(device), BENCH_DTYPES[dtype]), clock_for(device)
     model = resnet18().to(*place)
@@ -149,7 +149,7 @@ def _iterate(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: T
 
 
 def _monitoring(model: nn.Module, iterations: list[float], rounds: int, clock: Clock) -> float:
-    """The fraction that `Monitor` adds to iterations of a model that has gradients."""
+    """Return the fraction that `Monitor` adds to the time of an iteration of a model that has gradients."""
     plain, recorded = _sgd(model), _sgd(model)
     Monitor(model, recorded, every=1)
     times = interleave({"plain": plain.step, "recorded": recorded.step}, rounds, clock=clock)
@@ -188,7 +188,7 @@ class _Block(nn.Module):
         super().__init__()
         body = [*_conv_norm(inputs, outputs, 3, stride), nn.ReLU(inplace=True), *_conv_norm(outputs, outputs, 3)]
         self.body = nn.Sequential(*body)
-        # Without layers it is the identity.
+        # An empty Sequential is the identity.
         self.shortcut = nn.Sequential(*(_conv_norm(inputs, outputs, 1, stride) if inputs != outputs else []))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ __all__ = ["copy_bytes", "describe_gpu", "measure"]
 
 
 def copy_bytes(touched: int, device: str | torch.device) -> Call:
-    """Return one copy on a device that reads and writes ``touched`` bytes in total."""
+    """Return a call that copies on a device, reading and writing ``touched`` bytes in total."""
     source = torch.zeros(max(1, touched // 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
@@ -35,7 +35,7 @@ def describe_gpu(device: str) -> dict[str, str]:
 
 
 def measure(runs: dict[str, Call], ours: str, baseline: str, rounds: int, seconds: float) -> dict[str, Any]:
-    """Measure the launches and the memory of every alternative, and the time of two replayed from CUDA graphs."""
+    """Measure the launches and the memory of every alternative, and the times of two CUDA graphs."""
     replays = {name: _capture(runs[name]) for name in (baseline, ours)}
     times = interleave(replays, rounds, seconds, clock=clock_for("cuda"))
     return {

@@ -1,4 +1,4 @@
-"""The report of a benchmark: tables for the terminal and for a page, a plot, and the conclusion in words."""
+"""The report of a benchmark: tables for the terminal and in Markdown, a plot, and a conclusion in words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["NOISY", "conclusion", "markdown_table", "plot_benchmark", "terminal_
 
 NOISY = 0.10  # if two timings of the same step differ by more, the ratios are too noisy to interpret
 
-# The color is that of the arm, as in every figure; the marker tells the implementations apart.
+# As in every figure, the color is that of the arm; the marker distinguishes the implementations.
 _SERIES = {
     OURS: ("gradient", "o", "full"),
     OURS_UPDATE: ("update", "s", "full"),
@@ -28,7 +28,7 @@ _TICKS = (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10)
 
 
 def terminal_table(benchmark: Benchmark) -> Table:
-    """One row per case, one column per alternative: its time over the baseline's, with quartiles."""
+    """Return a table with one row per case and one column per alternative: the ratio of times, with quartiles."""
     names = list(dict.fromkeys(name for case in benchmark.cases for name in case.ratios))
     grid = Table(title=f"time per step ÷ {BASELINE}: median (quartiles) of paired rounds", title_justify="left")
     for heading in ("model", "type", "optimizer"):
@@ -44,7 +44,7 @@ def terminal_table(benchmark: Benchmark) -> Table:
 
 
 def markdown_table(benchmark: Benchmark) -> str:
-    """One row per case with the medians; bold if the upper quartile of the fused GC step is below 1."""
+    """Return a table of medians, one row per case; bold if the upper quartile of the fused GC step is below 1."""
     names = (TORCH_DEFAULT, LOOP, ATTACHED, OURS, OURS_UPDATE)
     headings = ["model", "type", "optimizer", "torch fused, ms", *names, "gradcentral ÷ streaming", "noise"]
     rows = [headings, ["---"] * 3 + ["--:"] * (len(headings) - 3)]
@@ -98,7 +98,7 @@ def plot_benchmark(benchmark: Benchmark) -> bytes:
 
 
 def conclusion(benchmark: Benchmark) -> str:
-    """Where the fused GC step is faster or slower than the baseline, unless the machine is too noisy to tell."""
+    """Summarize where the fused GC step is faster or slower than the baseline, unless the timings are too noisy."""
     cases = benchmark.cases
     noise = statistics.median([case.noise for case in cases] or [0.0])
     if noise > NOISY:

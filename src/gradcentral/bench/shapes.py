@@ -21,7 +21,7 @@ def _skipped(*shapes: tuple[int, ...]) -> list[ParameterShape]:
 
 
 def _layers(*shapes: tuple[int, ...], unit_axis: int = 0, per_unit: int = 1) -> Iterator[ParameterShape]:
-    """Weights with one output unit per index of ``unit_axis``, each with ``per_unit`` biases or scales, all skipped."""
+    """Yield weights with one output unit per index of ``unit_axis`` and ``per_unit`` skipped parameters per unit."""
     for shape in shapes:
         span = tuple(axis for axis in range(len(shape)) if axis != unit_axis)
         yield ParameterShape(shape, WeightVectors(span, shape=shape))
@@ -32,7 +32,7 @@ _conv_norms = partial(_layers, per_unit=2)
 
 
 def _transformer(width: int) -> Iterator[ParameterShape]:
-    """Twelve blocks and the final norm."""
+    """Yield twelve blocks and the final norm."""
     norm = _skipped((width,), (width,))
     for _ in range(12):
         yield from norm
@@ -43,7 +43,7 @@ def _transformer(width: int) -> Iterator[ParameterShape]:
 
 
 def _resnet50() -> Iterator[ParameterShape]:
-    """ResNet-50: 25.6 M parameters in 161 tensors (He et al. 2016)."""
+    """Yield ResNet-50: 25.6 M parameters in 161 tensors (He et al. 2016)."""
     yield from _conv_norms((64, 3, 7, 7))
     channels = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -56,7 +56,7 @@ def _resnet50() -> Iterator[ParameterShape]:
 
 
 def _vit_s() -> Iterator[ParameterShape]:
-    """ViT-S/16: 22 M parameters (Touvron et al. 2021)."""
+    """Yield ViT-S/16: 22 M parameters (Touvron et al. 2021)."""
     yield from _skipped((1, 1, 384), (1, 197, 384))
     yield from _layers((384, 3, 16, 16))
     yield from _transformer(384)
@@ -64,7 +64,7 @@ def _vit_s() -> Iterator[ParameterShape]:
 
 
 def _mobilenet_v2() -> Iterator[ParameterShape]:
-    """MobileNetV2: 3.5 M parameters in many short rows; its depthwise filters have fan-in 9 (Sandler et al. 2018)."""
+    """Yield MobileNetV2: 3.5 M parameters, many short rows, depthwise filters of fan-in 9 (Sandler et al. 2018)."""
     yield from _conv_norms((32, 3, 3, 3))
     channels = 32
     stages = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
@@ -80,7 +80,7 @@ def _mobilenet_v2() -> Iterator[ParameterShape]:
 
 
 def _gpt2() -> Iterator[ParameterShape]:
-    """GPT-2 small: 124 M parameters, with weights stored as [in, out], so that weight vectors are columns."""
+    """Yield GPT-2 small: 124 M parameters, with weights stored as [in, out], so that weight vectors are columns."""
     yield from _skipped((50257, 768), (1024, 768))
     for parameter in _transformer(768):
         columns = WeightVectors((0,), shape=parameter.shape[::-1]) if parameter.vectors else None
@@ -88,7 +88,7 @@ def _gpt2() -> Iterator[ParameterShape]:
 
 
 def _dcgan() -> Iterator[ParameterShape]:
-    """DCGAN's generator: 3.6 M parameters, transposed convolutions with strided units (Radford et al. 2016)."""
+    """Yield DCGAN's generator: 3.6 M parameters, transposed convolutions (Radford et al. 2016)."""
     yield from _layers((100, 512, 4, 4), (512, 256, 4, 4), (256, 128, 4, 4), (128, 64, 4, 4), unit_axis=1, per_unit=2)
     yield from _layers((64, 3, 4, 4), unit_axis=1, per_unit=0)
 

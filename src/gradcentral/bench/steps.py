@@ -21,7 +21,7 @@ __all__ = ["OPTIMIZERS", "optimizer_steps"]
 __all__ += ["ATTACHED", "ATTACHED_UPDATE", "BASELINE", "BASELINE_AGAIN", "LOOP", "OURS", "OURS_UPDATE", "TORCH_DEFAULT"]
 __all__ += ["STREAM", "STREAM_GRADIENTS"]
 
-# With so small a learning rate, thousands of steps along one gradient leave the weights as they are.
+# With such a small learning rate, thousands of steps along one gradient hardly change the weights.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 1e-9, "momentum": 0.9, "weight_decay": 1e-4},
     "AdamW": {"lr": 1e-9, "weight_decay": 1e-2},
@@ -50,7 +50,7 @@ def optimizer_steps(
     params = [entry.parameter for entry in layout.entries]
     options = OPTIMIZERS[optimizer]
     torch_class, own_class = getattr(torch.optim, optimizer), getattr(optim, optimizer)
-    # A CUDA graph captures Adam's step only with capturable=True, which does not change the fused step.
+    # A CUDA graph can capture Adam's step only with capturable=True, which does not change the fused step.
     fused = options | {"fused": True} | ({"capturable": True} if device != "cpu" and optimizer == "AdamW" else {})
     plain, default = torch_class(params, **fused), torch_class(params, **options)
     plain.step()  # creates the state that all alternatives share
@@ -99,7 +99,7 @@ def _layout(shapes: Iterable[ParameterShape], dtype: torch.dtype, device: str) -
 
 
 def _loop(layout: WeightLayout) -> Call:
-    """Center each gradient by itself, as the usual implementations do."""
+    """Return a call that centers one gradient after another, as the usual implementations do."""
     pairs = [(p.grad, vectors.span) for p, vectors in layout.items() if p.grad is not None]
 
     def center() -> None:
@@ -110,7 +110,7 @@ def _loop(layout: WeightLayout) -> Call:
 
 
 def _peer(params: list[Tensor]) -> Call:
-    """Center with another library, which decides by shape."""
+    """Return a call that centers with another library, which decides by shape."""
     try:
         from pytorch_optimizer.optimizer.gradient_centralization import centralize_gradient
     except ModuleNotFoundError as error:
@@ -120,7 +120,7 @@ def _peer(params: list[Tensor]) -> Call:
 
 
 def _streams(params: list[Tensor], layout: WeightLayout, plain: Optimizer) -> dict[str, Call]:
-    """Read and write the bytes of a step, and those of the centered gradients, without computing anything."""
+    """Return calls that read and write the bytes of a step, or of the centered gradients, without computing."""
     names = [name for name in ("momentum_buffer", "exp_avg", "exp_avg_sq") if name in plain.state[params[0]]]
     device = params[0].device
     if device.type != "cpu":

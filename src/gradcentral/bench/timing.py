@@ -15,7 +15,7 @@ import torch
 __all__ = ["Call", "Clock", "Ratio", "clock_for", "interleave", "ratio"]
 
 Call = Callable[[], object]
-Clock = Callable[[Call, int], float]  # the seconds that a number of calls take
+Clock = Callable[[Call, int], float]  # returns the seconds that a number of calls take
 
 # A shorter measurement would be dominated by the clock's resolution and by the wake-up of threads.
 _MIN_SECONDS = 2e-3
@@ -35,12 +35,12 @@ class Ratio:
 
 
 def clock_for(device: str) -> Clock:
-    """Return the clock that times calls on a device: its stream's events on CUDA, else the host's clock."""
+    """Return the clock that times calls on a device: events of its stream on CUDA, otherwise the host's clock."""
     return _event_seconds if device.startswith("cuda") else _host_seconds
 
 
 def _host_seconds(run: Call, count: int) -> float:
-    return timeit.timeit(run, number=count)  # which stops the garbage collector
+    return timeit.timeit(run, number=count)  # timeit disables the garbage collector
 
 
 def _event_seconds(run: Call, count: int) -> float:
@@ -57,8 +57,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Time every alternative once per round, in an order that rotates, and return the seconds per call in each round.
 
-    After ``budget`` seconds no new round starts, but at least three are run. A fast alternative is called several times
-    per measurement.
+    No new round starts after ``budget`` seconds, except to complete three rounds. A fast alternative is called several
+    times per measurement.
     """
     repeats = {}
     for name, run in runs.items():

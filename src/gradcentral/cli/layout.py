@@ -1,4 +1,4 @@
-"""Build the model that is named on the command line of ``gradcentral layout``."""
+"""Build the model named on the command line of ``gradcentral layout``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EXAMPLE = '"torch.nn:Linear(3, 2)"'
 
 
 class ModelError(ValueError):
-    """The model cannot be built; the message tells what to type instead."""
+    """The model cannot be built; the message gives a target that works."""
 
 
 def build_model(target: str) -> nn.Module:
@@ -29,16 +29,14 @@ def build_model(target: str) -> nn.Module:
     try:
         with torch.device("meta"):
             model = make()
-    except Exception:  # building a model may need values, which the meta device does not have
+    except Exception:  # building may need values, which tensors on the meta device do not have
         try:
             model = make()
         except Exception as error:
             hint = f"; if it needs arguments, write them, as in {_EXAMPLE}" if isinstance(error, TypeError) else ""
             raise ModelError(f"{target}: {type(error).__name__}: {error}{hint}") from error
     if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"{target} is a {type(model).__name__}, neither a torch.nn.Module nor a function that makes one"
-        )
+        raise ModelError(f"{target} is a {type(model).__name__}, not a torch.nn.Module or a function that returns one")
     return model
 
 
@@ -48,7 +46,7 @@ def _task_model(path: str) -> Callable[[], Any]:
 
     task = load_task(path)
     if not isinstance(task, Task):
-        raise ModelError(f"{path}: its task is a function, without a model to build; name the model, as in {_EXAMPLE}")
+        raise ModelError(f"{path}: its task is a function without a model to build; name the model, as in {_EXAMPLE}")
     return task.model
 
 
@@ -65,7 +63,7 @@ def _named_model(target: str) -> Callable[[], Any]:
 
     def make() -> Any:
         code = compile(expression, target, "eval")
-        # Not vars(module): transformers creates its names on access.
+        # vars(module) is not enough: transformers creates its names on access.
         found = eval(code, {name: getattr(module, name) for name in code.co_names if hasattr(module, name)})
         if isinstance(found, nn.Module) or not callable(found):
             return found

@@ -61,7 +61,7 @@ def _main(version: Annotated[bool, _VERSION] = False) -> None:
 @app.command()
 def compare(
     task: Task = "digits",
-    seeds: Annotated[str, typer.Option(help="Number of seeds, or a list: 5 means 0,1,2,3,4.")] = "5",
+    seeds: Annotated[str, typer.Option(help="Number of seeds, or a list; 5 means 0,1,2,3,4.")] = "5",
     epochs: Epochs = None,
     arms: Annotated[str, typer.Option(help="Arms to compare; `none` must be one of them.")] = "none,gradient,update",
     optimizers: Annotated[str | None, typer.Option(help="Optimizers of the task; by default all.")] = None,
@@ -159,7 +159,7 @@ def bench(
 ) -> None:
     """Measure optimizer steps with and without GC on this machine, as ratios of interleaved timings."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        _exit(f"--device {device}: torch finds no CUDA device; use --device cpu")
+        _exit(f"--device {device}: torch found no CUDA device; use --device cpu")
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = _names(models), _names(optimizers), _names(dtypes)
@@ -194,7 +194,7 @@ def _seeds(text: str) -> int | list[int]:
 
 
 def run() -> None:
-    """Run the command line; errors that the user can correct are one line on stderr and exit code 2."""
+    """Run the command line; an error that the user can correct prints one line on stderr and exits with code 2."""
     try:
         status = app(standalone_mode=False)
     except (ExperimentError, MissingExtraError) as error:
@@ -202,7 +202,7 @@ def run() -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except Exception as error:
-        # The parser's own errors; their class is not at the same place in every version of typer.
+        # The parser's own errors, whose class has different import paths in different versions of typer.
         if not hasattr(error, "format_message"):
             raise
         _exit(f"{error.format_message()} See gradcentral --help.")

@@ -1,4 +1,4 @@
-"""What Gradient Centralization does to a model: `probe` measures it before training, `Monitor` during training.
+"""Diagnostics of Gradient Centralization: `probe` measures its effect before training, `Monitor` during training.
 
 print(gradcentral.probe(model, loss, batches))
 monitor = gradcentral.Monitor(model, optimizer, to="run.jsonl")

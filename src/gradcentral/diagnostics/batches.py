@@ -1,4 +1,4 @@
-"""Batches of any common form: passed through a model, and moved to a device."""
+"""Pass batches of any common form through a model, and move them to a device."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def to_device(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        make = getattr(value, "_make", type(value))  # of a named tuple
+        make = getattr(value, "_make", type(value))  # the constructor of a named tuple
         return make(to_device(item, device) for item in value)
     return value

@@ -1,4 +1,4 @@
-"""What centering does to a gradient, in five numbers."""
+"""The effect of centering on a gradient, in five numbers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Effect(NamedTuple):
 
 
 def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Effect]:
-    """Measure the `Effect` of centering on each gradient; without weight vectors, a gradient is not changed by it."""
+    """Measure the `Effect` of centering on each gradient; a gradient without weight vectors is not centered."""
     fan_ins, scalars = [], []
     with torch.no_grad():
         for gradient, vectors in gradients:

@@ -16,9 +16,9 @@ __all__ = ["Drift", "precise_means"]
 
 
 class Drift:
-    """Measures eᵀ(w − w⁰) = √M (mean(w) − mean(w⁰)) per weight vector, where w⁰ are the weights at a reference point.
+    """The drift eᵀ(w − w⁰) = √M (mean(w) − mean(w⁰)) of each weight vector, with w⁰ the weights at a reference point.
 
-    The first measurement of a parameter sets its reference; that of ``pairs`` is set now.
+    The first measurement of a parameter sets its reference; the references of ``pairs`` are set on creation.
 
     Source: Yong et al. 2020, eq. 4: GC keeps w on the hyperplane eᵀ(w − w⁰) = 0.
     """
@@ -32,7 +32,7 @@ class Drift:
     def of(self, parameter: Tensor, vectors: WeightVectors, means: Tensor | None = None) -> Tensor:
         """Measure the drift of one parameter, one number per weight vector; other weight vectors set a new reference.
 
-        ``means`` are the parameter's `precise_means`, if known. A loaded reference of another size is a ValueError.
+        ``means`` are the parameter's `precise_means`, if known. A loaded reference of another size raises a ValueError.
         """
         means = precise_means(parameter, vectors) if means is None else means
         known, start = self._references.get(parameter, (vectors, means))

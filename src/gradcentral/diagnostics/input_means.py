@@ -1,4 +1,4 @@
-"""How much of a layer's input is in its mean, which explains how much of its gradient centering removes."""
+"""The fraction of a layer's input that is in its mean, which explains the share that centering removes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["InputMean", "InputMeans"]
 
 
 class InputMean(NamedTuple):
-    """Mean of the inputs x that the weight vectors of one parameter are multiplied with.
+    """Mean of the inputs x that the weight vectors of one parameter multiply.
 
     Attributes:
-        mean: over all inputs and all their elements.
+        mean: mean over all inputs and all their elements.
         offset: fraction of the inputs' energy that is in the mean of each input, ‖eᵀx‖²/‖x‖²: 0 if every x is centered
             (as after LayerNorm), 1 if every x is constant. The mean of a weight vector's gradient is Σ δ·mean(x).
     """
@@ -33,9 +33,9 @@ class InputMean(NamedTuple):
 
 
 class InputMeans:
-    """Observes the inputs of a model's layers during the forward passes in a ``with`` block.
+    """Means of the inputs of a model's layers, observed during the forward passes in a ``with`` block.
 
-    Covers the layers that apply one centered parameter to their first argument: Linear and similar layers,
+    It covers the layers that apply one centered parameter to their first argument: Linear and similar layers,
     convolutions, the input projection of attention, and the input weights of recurrent layers.
     """
 
@@ -68,7 +68,7 @@ class InputMeans:
 
 
 def _owners(model: nn.Module, layout: WeightLayout) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Pair each module that has exactly one centered parameter with it, if it is applied to the first argument."""
+    """Yield each module with exactly one centered parameter, and the parameter, if it applies to the first argument."""
     for module in model.modules():
         if isinstance(module, (ParametrizationList, nn.Bilinear)):  # Bilinear multiplies two arguments
             continue
@@ -93,7 +93,7 @@ def _input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _sums_of(module: nn.Module, x: Tensor, parameter: Tensor, vectors: WeightVectors) -> Tensor | None:
-    """Compute the number of inputs of single weight vectors, and the sums of their mean, M·mean² and ‖x‖²."""
+    """Compute the number of inputs of a weight vector, and the sums of their mean, M·mean² and ‖x‖²."""
     if not x.is_floating_point() or x.numel() == 0:
         return None
     x = x.float() if x.dtype.itemsize < 4 else x
@@ -102,8 +102,8 @@ def _sums_of(module: nn.Module, x: Tensor, parameter: Tensor, vectors: WeightVec
         if channels not in (0, 1) or x.shape[channels] != module.in_channels:
             return None  # a subclass with another first argument
     if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
-        # The sums over the patches that a filter covers, padding included, are a convolution with ones. Their shape is
-        # the parameter's: reading module.weight would compute, and perhaps update, a parametrization.
+        # The sums over the patches that a filter covers, padding included, are a convolution with ones. The shape of
+        # the ones is the parameter's: reading module.weight would compute, and might update, a parametrization.
         convolve: Any = module._conv_forward
         ones = x.new_ones(module.groups, *parameter.shape[1:])
         size, sums, energies = ones[0].numel(), convolve(x, ones, None), convolve(x.square(), ones, None)

@@ -1,4 +1,4 @@
-"""What `Monitor` measures at one step: the gradients and the weights that the step starts from."""
+"""Measurements of `Monitor` at one step: the gradients and the weights that the step starts from."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Watched(NamedTuple):
 
 
 def watched_parameters(optimizer: Optimizer, model_layout: WeightLayout, layout: WeightLayout | None) -> list[Watched]:
-    """Return the parameters of the model that are in the optimizer, as both are now.
+    """Return the parameters that are currently in both the model and the optimizer.
 
-    Their weight vectors are those of ``layout``, else of the attached GC, else of ``model_layout``.
+    Their weight vectors are those of ``layout``, otherwise of the attached GC, otherwise of ``model_layout``.
     """
     held = [p for group in optimizer.param_groups for p in group["params"]]
     names = _refreshed(model_layout, held).names
@@ -96,7 +96,7 @@ def _weight_readings(watched: Sequence[Watched], drift: Drift) -> dict[str, dict
         try:
             measured[name] = drift.of(parameter, vectors, means), vectors.fan_in * means
         except ValueError as error:
-            raise ValueError(f"state: {name} has other weight vectors now ({error}); attach a new Monitor") from error
+            raise ValueError(f"state: {name} has different weight vectors ({error}); attach a new Monitor") from error
     if not measured:
         return {}
     kinds = zip(*measured.values(), strict=True)

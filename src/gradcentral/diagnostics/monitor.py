@@ -1,4 +1,4 @@
-"""`Monitor`: what Gradient Centralization does while a model trains."""
+"""`Monitor`: record the effect of Gradient Centralization while a model trains."""
 
 from __future__ import annotations
 
@@ -29,36 +29,37 @@ On one thread: 0.6 % for three linear layers of at most 32 units, 0.2 % for the 
 
 
 class Monitor(AbstractContextManager["Monitor"]):
-    """Records what Gradient Centralization does to a model while it trains, every few steps.
+    """Record the effect of Gradient Centralization on a model, every few steps of its training.
 
-    Works with `gradcentral.centralize`, attached before or after the monitor, with gradcentral's own optimizers, and
-    with an optimizer without GC, for which it records what GC would do. It reads the gradients as ``step()`` receives
-    them (with a closure: after its first call), before they are centered; those that
+    It works with `gradcentral.centralize`, attached before or after the monitor, with gradcentral's own optimizers, and
+    with an optimizer without GC, for which it records what GC would do. It reads the gradients that ``step()`` receives
+    (with a closure, after its first call), before they are centered; gradients that
     `gradcentral.centralize_gradients` has centered have a share of zero. Training is bit-identical with and without it.
 
     Args:
         model: its parameters are monitored if they are in the optimizer.
         optimizer: any ``torch.optim.Optimizer`` with step hooks.
         every: steps per record; the first record is at step 0. Other steps cost about 1 µs.
-        to: where records go besides `records`: a path ending in .jsonl or .csv, a folder for TensorBoard or a
+        to: destination of the records besides `records`: a path ending in .jsonl or .csv, a folder for TensorBoard or a
             ``SummaryWriter``, a function of a `Record`, or a list of these. With several processes, give it in one of
-            them. An existing file of records is appended to only if the run continues, that is after
-            `load_state_dict` or with ``step``; otherwise the first step raises.
+            them. An existing file of records is appended to only if the run continues, that is, after
+            `load_state_dict` or with ``step``; otherwise the first step raises an error.
         layout: weight vectors to monitor; by default those of the attached GC, or ``weight_layout(model)`` without GC.
-        step: number of steps taken before, 0 for a new run; `load_state_dict` sets it, too. Records of a file from
-            this step on are replaced when it is read. As an attribute: number of steps taken.
+        step: number of steps taken before, 0 for a new run; `load_state_dict` sets it too. When a file is read, new
+            records replace those from this step on. The attribute ``step`` counts the steps taken.
 
     A record is a `Record`: for each centered parameter and for the whole net, share, norm and largest entry of the
     gradient before and after centering, the drift of eᵀw since the monitor was attached, and the sensitivity 1ᵀw.
-    Drift and sensitivity are of the weights before the step, to which the gradient belongs. With a GradScaler, values
-    are those of the unscaled gradient; values that are not finite are None. A line of JSON takes about 240 bytes per
-    centered parameter, 13 kB for ResNet-50. Making a record needs memory for a few copies of the largest parameter.
+    Drift and sensitivity are measured on the weights before the step, at which the gradient was computed. With a
+    GradScaler, values refer to the unscaled gradient; values that are not finite are None. A line of JSON takes about
+    240 bytes per centered parameter, 13 kB for ResNet-50. A record needs memory for a few copies of the largest
+    parameter.
 
     Raises:
         TypeError: model, optimizer, layout or ``to`` is of the wrong type.
         ValueError: ``every`` or ``step`` is out of range; none of the model's parameters is in the optimizer, or none
-            of them is centered; a parameter is sharded; ``to`` has an unknown suffix or other contents. At the first
-            step: ``to`` has the records of another run.
+            of them is centered; a parameter is sharded; ``to`` has an unknown suffix or other contents; or, at the
+            first step, ``to`` has the records of another run.
         MissingExtraError: ``to`` is a folder, and TensorBoard is not installed.
 
     Examples:
@@ -106,12 +107,12 @@ class Monitor(AbstractContextManager["Monitor"]):
         # Dynamo would recompile a compiled training step whenever self.step changes.
         hook = torch.compiler.disable(self._before_step)  # type: ignore[no-untyped-call]
         self._hook: Any = optimizer.register_step_pre_hook(hook)
-        # First, so that it runs before the hook of centralize, which may be attached before or after.
+        # The hook must run before that of centralize, which may be attached before or after it.
         optimizer._optimizer_step_pre_hooks.move_to_end(self._hook.id, last=False)  # type: ignore[attr-defined]
 
     @property
     def records(self) -> list[Record]:
-        """The records in memory, oldest first: at most 1000, evenly spaced and the newest; files contain all."""
+        """The records in memory, oldest first: at most 1000, evenly spaced, plus the newest; files contain all."""
         return list(self._buffer.records)
 
     @staticmethod
@@ -184,14 +185,14 @@ class Monitor(AbstractContextManager["Monitor"]):
         @functools.wraps(closure)
         def recording_closure() -> Any:
             loss = closure()
-            if unrecorded:  # later calls, as of LBFGS, are at other weights than those the step started from
+            if unrecorded:  # later calls, as in LBFGS, use other weights than those the step started from
                 self._record(optimizer, unrecorded.pop())
             return loss
 
         return replace_closure(args, kwargs, recording_closure)
 
     def _check_files(self) -> None:
-        """Refuse to mix two runs in one file, at the first step because a state may be loaded until then."""
+        """Refuse to mix two runs in one file; checked at the first step, because a state may be loaded until then."""
         for writer in () if self._may_append else self._writers:
             if isinstance(writer, RecordFile) and writer.last is not None:
                 raise ValueError(
@@ -210,7 +211,7 @@ class Monitor(AbstractContextManager["Monitor"]):
 
 
 class RecordBuffer:
-    """At most ``limit`` records: those at multiples of a spacing, which doubles when there are too many; the newest."""
+    """At most ``limit`` records: the newest, and those at multiples of a spacing, which doubles as needed."""
 
     def __init__(self, limit: int = 1000, every: int = 1) -> None:
         self.records: list[Record] = []
@@ -218,7 +219,7 @@ class RecordBuffer:
 
     def add(self, record: Record) -> None:
         if self.records and self.records[-1].step % self._spacing:
-            self.records.pop()  # kept so far only as the newest
+            self.records.pop()  # it was kept only as the newest
         while len(self.records) >= self._limit:
             self._spacing *= 2
             self.records = [kept for kept in self.records if kept.step % self._spacing == 0]

@@ -16,22 +16,22 @@ __all__ = ["preserve_state"]
 
 @contextmanager
 def preserve_state(*modules: nn.Module, generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
-    """Restore modules and random number generators when the block ends, also after an exception.
+    """Restore modules and random number generators when the block ends, even after an exception.
 
-    Restored for each module are its parameters and buffers (an ``Embedding`` with ``max_norm`` rescales its weights in
-    every forward pass, BatchNorm keeps running statistics), its gradients (the same tensors with the same values), and
-    the training mode of every submodule. The global generators of Python, NumPy and torch (CPU and CUDA) are always
-    restored, so ``preserve_state()`` protects the random numbers alone.
+    It restores the parameters and buffers of each module (an ``Embedding`` with ``max_norm`` rescales its weights in
+    every forward pass, BatchNorm keeps running statistics), the gradients (the same tensors with the same values), and
+    the training mode of every submodule. It always restores the global generators of Python, NumPy and torch (CPU and
+    CUDA), so ``preserve_state()`` without modules protects only the random numbers.
 
     Inside the block every gradient is None, and post-accumulate-grad hooks, which may step an optimizer, do not run.
     The block holds one more copy of each module in memory. ``generators``, such as that of a ``DataLoader``, are
-    restored, too.
+    also restored.
 
     Raises:
-        ValueError: a parameter or buffer is lazy, so a forward pass would initialize it.
+        ValueError: a parameter or buffer is lazy, and a forward pass would initialize it.
     """
     with ExitStack() as stack:
-        # The devices are listed because torch warns when it has to find several by itself.
+        # The devices are listed because otherwise torch warns if there are several.
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         stack.callback(random.setstate, random.getstate())
         if numpy := sys.modules.get("numpy"):

@@ -20,7 +20,7 @@ __all__ = ["LayerReport", "ProbeReport"]
 NO_EFFECT, PARTIAL, NEAR_TOTAL = "no effect", "partial", "near-total"
 SKIPPED, NO_GRADIENT, NON_FINITE = "skipped", "no gradient", "non-finite"
 
-# A share below 1 % turns the gradient by less than 6 degrees; one above 90 % leaves less than a third of its length.
+# A share below 1 % rotates the gradient by less than 6 degrees; one above 90 % leaves less than a third of its norm.
 _NO_EFFECT_BELOW, _NEAR_TOTAL_ABOVE = 0.01, 0.9
 _CENTERED_BELOW, _CONSTANT_ABOVE = 0.02, 0.8
 _MEANS = ("norm", "centered_norm", "largest", "centered_largest")
@@ -32,7 +32,7 @@ class LayerReport:
     """The effect of centering on one parameter, over several batches.
 
     Attributes:
-        name: of the parameter.
+        name: name of the parameter.
         vectors: its weight vectors; None if it is skipped.
         reason: why it is skipped; empty if it is centered.
         effects: one `Effect` per batch that gave it a gradient.
@@ -134,7 +134,7 @@ class ProbeReport:
 
     @property
     def finding(self) -> str:
-        """What centering does to the model, in words."""
+        """The effect of centering on the model, in words."""
         if not self.centered:
             return "GC centers nothing in this model: every parameter is skipped."
         if math.isnan(self.share):
@@ -186,7 +186,7 @@ class ProbeReport:
         return csv_text(rows)
 
     def plot(self, theme: Theme = LIGHT) -> Any:
-        """Draw the share of each centered parameter, with its spread; of more than 40, the 40 largest.
+        """Draw the share of each centered parameter, with its spread; only the 40 largest if there are more.
 
         Returns:
             A ``matplotlib.figure.Figure``: show it in a notebook, or ``figure.savefig("probe.png")``.
@@ -196,7 +196,7 @@ class ProbeReport:
         """
         layers = shown = list(self.centered)
         if len(layers) > _MAX_BARS:
-            # NaN compares false with everything and would leave the order undefined.
+            # Comparisons with NaN are false, which would leave the order undefined.
             shown = sorted(layers, key=lambda layer: -math.inf if math.isnan(layer.share) else -layer.share)[:_MAX_BARS]
         with style(theme):
             figure = new_figure(9.8, 1.4 + 0.34 * max(len(shown), 1))

@@ -1,4 +1,4 @@
-"""`probe`: where Gradient Centralization would act in a model, measured before training."""
+"""`probe`: measure where Gradient Centralization would act in a model, before training."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ def probe(
     `gradcentral.compare` measures that.
 
     The model is restored exactly: weights, gradients, buffers, modes, and the random number generators, including that
-    of a ``DataLoader``. A loss that is a module is restored too; state that a loss function holds elsewhere, such as
-    another network, is not. The model runs in training mode; if it is in training mode already, submodules in
-    evaluation mode (frozen BatchNorm) stay in it.
+    of a ``DataLoader``. A loss that is a module is restored too; other state of a loss function, such as another
+    network, is not. The model runs in training mode; if it is already in training mode, submodules in evaluation mode
+    (frozen BatchNorm) remain in it.
 
     Args:
-        model: on any device; batches are moved to it.
+        model: a model on any device; batches are moved to it.
         loss: ``loss(output, target)`` -> scalar tensor.
         batches: pairs ``(input, target)``, such as a ``DataLoader``; the model is called with the input. A mapping, as
-            tokenizers return it, is passed as ``model(**batch)`` and ``loss(output, batch)``.
-        layout: replaces ``weight_layout(model)``.
-        max_batches: the largest number of batches to use.
+            returned by tokenizers, is passed as ``model(**batch)`` and ``loss(output, batch)``.
+        layout: use this layout instead of ``weight_layout(model)``.
+        max_batches: maximum number of batches to use.
 
     Returns:
         A `ProbeReport`: ``.layers`` with ``.name``, ``.share`` and ``.finding``; print it, or ``.plot()`` it.
 
     Raises:
-        ValueError: there are no batches; the loss is not a scalar tensor, or does not depend on the parameters; the
+        ValueError: ``batches`` is empty; the loss is not a scalar tensor, or does not depend on the parameters; the
             model is lazy and has not run yet.
         TypeError: a batch is neither a pair nor a mapping.
 
@@ -92,7 +92,7 @@ def probe(
             whole.append(combine_effects(found))
             losses.append(float(value.detach()))
     if not whole:
-        raise ValueError("batches: there are none; give at least one (input, target)")
+        raise ValueError("batches: empty; give at least one (input, target)")
     layers = []
     for entry in entries:
         seen = None if entry.vectors is None else inputs.of(entry.parameter)

@@ -1,4 +1,4 @@
-"""What `Monitor` records at one step, the JSON form of it, and the plot of a run's records."""
+"""A record of `Monitor` at one step, its JSON form, and the plot of a run's records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WEIGHT_PANELS = (
     ("drift", "Drift  ‖eᵀ(w − w⁰)‖", "L2 norm", "whole net", "largest weight vector"),
     ("sensitivity", "Sensitivity  |1ᵀw|", "per output unit", "root mean square", "largest"),
 )
-NET = "(net)"  # instead of the name of a parameter
+NET = "(net)"  # in place of a parameter's name
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Reading:
         largest, centered_largest: largest absolute entry of g and of Φ(g).
         drift, largest_drift: ‖eᵀ(w − w⁰)‖ over all weight vectors together (L2), and the largest of a single one.
         sensitivity, largest_sensitivity: root mean square and maximum of |1ᵀw| over the output units: how much a
-            unit's output changes when 1 is added to each of its inputs.
+            unit's output changes when each of its inputs increases by 1.
     """
 
     share: float | None = None
@@ -57,14 +57,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Record:
-    """What GC did, or would have done, at one step.
+    """The effect that GC had, or would have had, at one step.
 
     Attributes:
         step: number of steps taken before; gradient and weights are those that this step started from.
-        placement: placement of the GC that is attached to the optimizer; None if none is attached or it is paused,
-            and the values of Φ(g) are what it would have done.
-        skipped: whether a GradScaler made a fused optimizer skip the step because the gradient was not finite. (It
-            does not call ``step()`` of other optimizers then, so those steps are neither counted nor recorded.)
+        placement: placement of the GC that is attached to the optimizer. None if none is attached or it is paused;
+            then the values of Φ(g) are hypothetical.
+        skipped: whether a GradScaler made a fused optimizer skip the step because the gradient was not finite. (A
+            GradScaler does not call ``step()`` of other optimizers then, so those steps are not counted or recorded.)
         net: the whole net; its gradient includes the parameters that are not centered.
         layers: {name: reading} of the centered parameters.
     """
@@ -96,7 +96,7 @@ def plot_records(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
     """Draw a monitor's records: gradient, drift and sensitivity of the whole net, and the share of each layer.
 
     Args:
-        records: of `Monitor`, in memory or read from a file.
+        records: records of `Monitor`, in memory or read from a file.
         theme: colors.
 
     Returns:
@@ -112,7 +112,7 @@ def plot_records(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
         'Gradient norm'
     """
     if not records:
-        raise ValueError("records: there are none yet; the first one is made at the first step")
+        raise ValueError("records: empty; the first record is created at the first step")
     names = list(dict.fromkeys(name for record in records for name in record.layers))
     placements = " / ".join(dict.fromkeys(record.placement for record in records if record.placement))
     after_label = f"after centering ({placements})" if placements else "if it were centered"
@@ -130,7 +130,7 @@ def plot_records(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
         for axis, (name, title, unit, total, largest) in zip(below, _WEIGHT_PANELS, strict=True):
             lines = {f"largest_{name}": (":", theme.arms["update"], largest), name: ("-", theme.arms["update"], total)}
             _plot_net(axis, records, title, unit, lines)
-            axis.set_ylim(0, max(axis.get_ylim()[1], 1e-4))  # drift that is only rounding stays near the axis
+            axis.set_ylim(0, max(axis.get_ylim()[1], 1e-4))  # drift due to rounding alone stays near the axis
             axis.set_xlabel("steps taken")
             axis.legend(frameon=False)
         if names:
@@ -139,7 +139,7 @@ def plot_records(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
 
 
 def _plot_net(axis: Any, records: Sequence[Record], title: str, unit: str, lines: Mapping[str, Sequence[str]]) -> None:
-    """Draw measurements of the whole net; ``lines`` has line style, color and label of each."""
+    """Draw measurements of the whole net; ``lines`` gives the line style, color and label of each."""
     axis.set_title(title, loc="left", fontweight="bold")
     axis.set_ylabel(unit)
     for name, (line, color, label) in lines.items():
@@ -167,5 +167,5 @@ def _plot_shares(figure: Any, records: Sequence[Record], names: list[str]) -> No
 
 
 def _values(readings: Sequence[Reading], name: str) -> list[float]:
-    """Return a measurement of each reading, NaN where there is none, which leaves a gap in the plot."""
+    """Return a measurement of each reading, or NaN, which leaves a gap in the plot."""
     return [math.nan if (value := getattr(reading, name)) is None else value for reading in readings]

@@ -1,4 +1,4 @@
-"""Where `Monitor` sends its records: files, which can be continued and read back, TensorBoard and functions."""
+"""Destinations of the records of `Monitor`: files, which can be continued and read, TensorBoard and functions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _START = '{"step": 0, "placement": 0, "skipped": '
 
 
 def writers_for(to: Any) -> list[Callable[[Record], object]]:
-    """Return the writers that the argument ``to`` of `Monitor` describes, which also lists the errors."""
+    """Return the writers for the argument ``to`` of `Monitor`, whose documentation also lists the errors."""
     if to is None:
         return []
     if isinstance(to, (list, tuple)):
@@ -48,9 +48,9 @@ def writers_for(to: Any) -> list[Callable[[Record], object]]:
 
 @dataclass(frozen=True)
 class TensorBoard:
-    """Writes scalars: ``gc/share`` of the whole net and ``gc_share/features.0.weight`` of a parameter.
+    """Writer of scalars: ``gc/share`` of the whole net and ``gc_share/features.0.weight`` of a parameter.
 
-    A writer that is not the user's is owned: flushed after each record, and closed with the monitor.
+    A writer that the monitor created is owned: it is flushed after each record and closed with the monitor.
     """
 
     writer: Any
@@ -70,8 +70,8 @@ class TensorBoard:
 class RecordFile:
     """A file to which records are appended: one line of JSON per record, or one row of CSV per parameter.
 
-    An existing file, whose last record is ``last``, is continued after a partial last line of a killed run has been
-    removed. A file with other contents is refused and not changed.
+    An existing file is continued, after removing a partial last line of a killed run; its last record is ``last``. A
+    file with other contents is refused and not changed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,7 +129,7 @@ def _check_suffix(path: Path) -> None:
 
 
 def _check_start(path: Path) -> None:
-    """Refuse a file without a complete line that is not the start of a record, since opening it would empty it."""
+    """Refuse a file whose only, partial line is not the start of a record, since opening it would empty it."""
     text = path.read_bytes().decode("utf-8", errors="replace")
     expected, start = _HEADER, text
     if path.suffix == ".jsonl":  # compared without the values of step and placement
@@ -139,7 +139,7 @@ def _check_start(path: Path) -> None:
 
 
 def _csv_lines(record: Record) -> str:
-    """Format a record as one row per parameter, and a last one for the whole net."""
+    """Format a record as one row per parameter, followed by one for the whole net."""
     header = record.step, record.placement, record.skipped
     readings = {**record.layers, NET: record.net}
     return csv_text([*header, name, *rounded(vars(one).items()).values()] for name, one in readings.items())

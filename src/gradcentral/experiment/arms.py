@@ -23,14 +23,14 @@ __all__ = ["ARMS", "NONE", "CheckedArm"]
 NONE = "none"
 ARMS = (NONE, *PLACEMENTS)
 
-# In units of the dtype's eps: the mean is summed, subtracted and stored, each with one or two roundings.
+# In units of the dtype's eps. The mean is summed, subtracted and stored, each with one or two rounding errors.
 ROUNDING = 8
 
 
 class CheckedArm:
-    """Attaches GC to a plain optimizer as the arm requires, and checks the gradients and weights of real steps.
+    """An arm attached to a plain optimizer, with a check of the gradients and weights of real steps.
 
-    Call `watch` before the optimizer's step and `verify` after it, which raises an `ArmError` if the check fails.
+    Call `watch` before the optimizer's step and `verify` after it; `verify` raises an `ArmError` if the check fails.
     """
 
     def __init__(self, arm: str, model: nn.Module, optimizer: Optimizer) -> None:
@@ -59,12 +59,12 @@ class CheckedArm:
         return combine_effects(effects([(raw, self._layout.get(p)) for p, raw in self._raw.items()]))
 
     def verify(self) -> None:
-        """Check the watched step, unless it overflowed or was skipped, as AMP does on overflow."""
+        """Check the watched step, unless a gradient overflowed or AMP skipped the step."""
         self._watching = False
         handles = attached(self._optimizer)
         if handles != ([] if self.handle is None else [self.handle]):
             found = ", ".join(map(repr, handles)) or "nothing"
-            raise ArmError(f"arm {self.arm!r} was tampered with: attached to the optimizer is {found}")
+            raise ArmError(f"arm {self.arm!r} was changed during the run: {found} is attached to the optimizer")
         if not self._received or not all(_is_finite(gradient) for gradient in self._raw.values()):
             return
         for parameter, raw in self._raw.items():
@@ -84,7 +84,7 @@ class CheckedArm:
         if bool((mean > allowed).any()):
             worst = float((mean / rms).nan_to_num().max())
             self._fail(parameter, f"a weight vector's gradient has a mean of {worst:.1e} of its rms instead of zero")
-        # Compare root mean squares: relative to the rms, a single element may be as large as √M.
+        # Compare root mean squares, because a single element may be as large as √M times the rms.
         if bool((_rms(received - center(raw, vectors), vectors) > allowed).any()):
             self._fail(parameter, "its centered gradient is not Φ of the raw one")
 
@@ -93,7 +93,7 @@ class CheckedArm:
         before, plain, after = map(_wide, (self._weights[parameter], self._after_plain_step[parameter], parameter))
         if not all(_is_finite(w) for w in (before, plain, after)):
             return
-        # The plain step may have been much larger than both, and its rounding remains.
+        # The result of the plain step may be much larger than both, and its rounding error remains.
         size = torch.stack([_rms(w, vectors) for w in (before, plain, after)]).amax(0)
         drift = (unit_means(after, vectors) - unit_means(before, vectors)).abs()
         if bool((drift > _allowed(size, parameter.dtype)).any()):
@@ -133,6 +133,6 @@ def _rms(tensor: Tensor, vectors: WeightVectors) -> Tensor:
 
 
 def _allowed(rms: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the rounding error to allow; tiny, for the spacing of subnormal numbers, which eps does not cover."""
+    """Return the allowed rounding error; ``tiny`` covers the spacing of subnormal numbers, which eps does not."""
     info = torch.finfo(dtype)
     return ROUNDING * info.eps * (rms + info.tiny)

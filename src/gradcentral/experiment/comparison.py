@@ -27,16 +27,16 @@ NOTHING = "–"
 
 @dataclass(frozen=True)
 class Row:
-    """One arm under one optimizer; diverged runs count in ``runs`` and ``diverged`` only.
+    """Results of one arm under one optimizer; diverged runs count only in ``runs`` and ``diverged``.
 
     Attributes:
-        optimizer, arm: identify it.
+        optimizer, arm: names of the optimizer and the arm.
         runs, diverged: number of runs, and how many of them diverged.
-        test_metric: final value, one per run.
-        train_loss: running mean over the last epoch.
-        epochs_to_baseline: the first epoch whose training loss is at most the final one of the baseline's run of the
-            same seed; None if there is none.
-        gap: by how much the metric is better on training examples than on test examples, both in eval mode.
+        test_metric: final value of each run.
+        train_loss: running mean over the last epoch of each run.
+        epochs_to_baseline: for each run, the first epoch with a training loss of at most the final loss of the
+            baseline's run of the same seed; None if there is none.
+        gap: difference by which the metric is better on training than on test examples, both in eval mode.
         share: fraction of the raw gradient's energy that GC removes or would remove, mean over a run's checked steps.
         seconds: duration of each run.
     """
@@ -68,13 +68,13 @@ class Comparison:
 
     Attributes:
         task, metric, higher_is_better: the names of the task and its metric, and whether a larger metric is better.
-        arms, optimizers, seeds: what was requested.
+        arms, optimizers, seeds: the requested arms, optimizers and seeds.
         all_runs: the requested runs in the order of the seeds, including those finished in earlier calls.
         checked: whether every run was checked to train as its arm requires; False for a `CustomTask`.
         out: the folder with ``results.jsonl``, ``summary.csv``, the plots and ``report.html``.
         command: the Python call that repeats the comparison.
-        fingerprint: of the task: name of a part -> its description.
-        probe: what GC would do to the model before training, with seed 0; None for a `CustomTask`.
+        fingerprint: fingerprint of the task: name of a part -> its description.
+        probe: effect that GC would have on the model before training, with seed 0; None for a `CustomTask`.
     """
 
     task: str
@@ -106,7 +106,7 @@ class Comparison:
 
     @cached_property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """One per optimizer and arm other than ``none``, on the final test metric."""
+        """One verdict per optimizer and arm other than ``none``, on the final test metric."""
         return tuple(
             judge(self.evidence(optimizer, arm), optimizer, arm, self.metric, self.higher_is_better)
             for optimizer in self.optimizers
@@ -144,12 +144,12 @@ class Comparison:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """One per optimizer and arm."""
+        """One row per optimizer and arm."""
         return [self.row(optimizer, arm) for optimizer in self.optimizers for arm in self.arms]
 
     @cached_property
     def columns(self) -> dict[str, Callable[[Row], str]]:
-        """Titles of the table's columns and the formatters of their cells, without columns that have no number."""
+        """Titles of the table's columns and the formatters of their cells, without columns that have no numbers."""
         shown = {t: cell for t, cell in _COLUMNS.items() if any(cell(row) != NOTHING for row in self.rows)}
         return {title.format(metric=self.metric): cell for title, cell in shown.items()}
 

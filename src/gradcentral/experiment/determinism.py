@@ -1,4 +1,4 @@
-"""Seeds, threads and digests: what makes two runs of one seed bit-identical, and how to check that they are."""
+"""Seeds, threads and digests, which make two runs of one seed bit-identical and check that they are."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def one_thread() -> Iterator[None]:
 
 
 def digest(value: Any) -> str:
-    """Hash tensors, arrays, numbers, strings, containers of them, or whatever pickles, to twelve hex digits.
+    """Hash tensors, arrays, numbers, strings, containers of them, or any picklable value, to twelve hex digits.
 
     >>> digest([1, "a"]) == digest((1, "a")) != digest([1, "b"])
     True

@@ -1,4 +1,4 @@
-"""The errors of an experiment, and exceptions of a task's code on one line. Every message includes a remedy."""
+"""The errors of an experiment, whose messages include a remedy, and one-line forms of exceptions in a task's code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def one_line(error: BaseException) -> str:
 
 
 def line_of(error: BaseException, file: Path | None) -> str:
-    """Locate the line that failed: the last one in the user's file, else the last one outside torch and gradcentral."""
+    """Locate the line that failed: the last one in the user's file, or the last one outside torch and gradcentral."""
     frames = list(traceback.extract_tb(error.__traceback__))
     own = [frame for frame in frames if Path(frame.filename) == file]
     foreign = [frame for frame in frames if not {"torch", "gradcentral"} & set(Path(frame.filename).parts)]

@@ -1,7 +1,7 @@
 """The fingerprint of a task, so that runs of a changed task are never mixed.
 
-It holds the source of the task's file (for a task from memory, the sources that `inspect` finds), its settings and a
-hash of its data. If a run is missing, the initial weights and the optimizers are added, for which a model is built.
+It contains the source of the task's file (for a task from memory, the sources that `inspect` finds), its settings and
+a hash of its data. If a run is missing, a model is built, and the initial weights and the optimizers are added.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from gradcentral.experiment.training import Settings, fresh_model, fresh_optimiz
 
 __all__ = ["fingerprint_of_model", "fingerprint_of_task"]
 
-# Enough examples to notice other data, few enough to read from a slow disk.
+# Enough examples to detect changed data, few enough to read from a slow disk.
 SAMPLED_EXAMPLES = 64
 
 
 def fingerprint_of_task(loaded: LoadedTask, settings: Settings | None) -> dict[str, str]:
-    """Describe the task's source, settings and data by name, without a model; this seeds the global generators."""
+    """Describe the task's source, settings and data, without a model. This seeds the global random generators."""
     task = loaded.task
     parts = {"task": task.name, "higher_is_better": str(task.higher_is_better)}
     if loaded.file is not None:
@@ -48,17 +48,17 @@ def fingerprint_of_task(loaded: LoadedTask, settings: Settings | None) -> dict[s
 
 
 def fingerprint_of_model(loaded: LoadedTask, settings: Settings, optimizers: tuple[str, ...]) -> dict[str, str]:
-    """Describe the model and the optimizers, by building all that a run does; this seeds the global generators."""
+    """Describe the model and the optimizers by building them as a run does. This seeds the global random generators."""
     task = loaded.task
     assert isinstance(task, Task)
-    # Everything is built here to notice errors in the task before any worker starts.
+    # Building everything here reports errors in the task before any worker starts.
     with naming("model", loaded.file):
         model, again = (fresh_model(task, seed=0) for _ in range(2))
     weights = digest(model.state_dict())
     if digest(again.state_dict()) != weights:
         raise TaskError(
             "model: two calls under one seed gave different initial weights, so runs could not be paired; "
-            "draw all random numbers from torch, NumPy or random, without a seed of its own"
+            "draw all random numbers from torch, NumPy or random, without setting a seed"
         )
     parts = {"model": _of_model(model, weights)}
     for name in optimizers:
@@ -72,7 +72,7 @@ def fingerprint_of_model(loaded: LoadedTask, settings: Settings, optimizers: tup
 
 def _of_model(model: nn.Module, weights: str) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
-    # str(model) lists the layers, but not what a forward written by the user computes between them.
+    # str(model) lists the layers, but not the computations of a user's forward between them.
     own = {type(module).forward for module in model.modules() if not type(module).__module__.startswith("torch.")}
     structure = digest([str(model), *sorted(map(_source_of, own))])
     return f"{type(model).__name__} of {count} parameters, structure {structure}, initial weights {weights}"
@@ -99,7 +99,7 @@ def _of_function(function: Any) -> str:
 
 
 def _source_of(value: Any) -> str:
-    """Return the source that `inspect` finds, else a name that is the same in every process."""
+    """Return the source that `inspect` finds, or a name that is the same in every process."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
     if isinstance(value, functools.partial):
@@ -108,7 +108,7 @@ def _source_of(value: Any) -> str:
         settings = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, (bool, int, float, str))}
         return f"{_source_of(type(value))}\n{settings}"
     name = f"{value.__module__}.{value.__qualname__}"
-    if name.startswith("torch."):  # another version of torch is not another task
+    if name.startswith("torch."):  # a new version of torch does not change the task
         return name
     try:
         return textwrap.dedent(inspect.getsource(value))
@@ -119,5 +119,5 @@ def _source_of(value: Any) -> str:
 def _digest_of_source(source: str | bytes) -> str:
     try:
         return digest(ast.dump(ast.parse(source)))  # comments and blank lines do not count
-    except SyntaxError:  # a lambda's source is the lines around it, which need not parse
+    except SyntaxError:  # a lambda's source is the surrounding lines, which may not parse
         return digest(source)

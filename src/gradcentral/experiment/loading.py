@@ -25,7 +25,7 @@ BUILT_IN = {file.stem.replace("_", "-"): file for file in _FILES}
 
 
 class PackedTask(NamedTuple):
-    """A task on its way to a worker: its file and source, or no file and its pickle or the path of the pickle."""
+    """A task packed for a worker: its file and source, or, without a file, its pickle or the path of the pickle."""
 
     file: Path | None
     content: bytes | Path
@@ -33,14 +33,14 @@ class PackedTask(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task with the Python file that defines it and the file's content, which workers run even if it changes."""
+    """A task, the Python file that defines it, and the file's content, which workers run even if the file changes."""
 
     task: AnyTask
     file: Path | None = None
     source: bytes = b""
 
     def pack(self, folder: Path | None) -> PackedTask:
-        """Pack the task for `unpack`; a task from memory is pickled into the folder, if all workers can see one."""
+        """Pack the task for `unpack`; a task from memory is pickled into ``folder``, if workers share one."""
         if self.file is not None:
             return PackedTask(self.file, self.source)
         try:
@@ -71,7 +71,7 @@ def load_task(source: AnyTask | Callable[..., Any] | str | Path) -> AnyTask:
 
     Args:
         source: the name of a built-in task, the path of a Python file that defines ``task``, a bare ``run(seed, arm)``
-            function, or a task, which is returned as it is.
+            function, or a task, which is returned unchanged.
 
     Raises:
         TaskError: the task or file does not exist, or the file cannot be run; the message names the line.
@@ -104,12 +104,12 @@ def find_task(source: AnyTask | Callable[..., Any] | str | Path) -> LoadedTask:
 
 
 def _run_file(path: Path, content: bytes) -> LoadedTask:
-    # As in `python my_task.py`, the file may import the modules beside it, now and later.
+    # As with `python my_task.py`, the file may import modules from its own folder, now or later.
     if path not in _FILES and str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     module = types.ModuleType(f"gradcentral_task_{digest(str(path))}")
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses and pickle look up the module here
+    sys.modules[module.__name__] = module  # dataclasses and pickle look the module up here
     try:
         exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
     except SyntaxError as error:

@@ -1,4 +1,4 @@
-"""`gradcentral.probe` on a task: its fresh model and its own batches. A comparison stores what it found."""
+"""`gradcentral.probe` on a fresh model and the batches of a task. A comparison stores the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["probe_task", "read_probe", "write_probe"]
 def probe_task(
     task: Task, *, seed: int = 0, batches: int = DEFAULT_BATCHES, device: str = "cpu", amp: bool = False
 ) -> ProbeReport:
-    """Measure what GC would do to the task's fresh model, on the first batches of a run of this seed.
+    """Measure the effect that GC would have on the task's fresh model, on the first batches of a run of this seed.
 
     ``amp`` uses bfloat16 if the device supports it. float16 would need loss scaling, so full precision is used instead.
     A `TaskError` names the line of the task's code that raised an exception.

@@ -17,9 +17,10 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Displays a comparison; use it in a ``with`` block and call `finished` for every run.
+    """Display of a comparison; use it in a ``with`` block and call `finished` for every run.
 
-    The bars also follow ``epochs_file``, to which runs append a line per epoch, if the ``epochs`` per run are known.
+    If the number of ``epochs`` per run is known, the bars also follow ``epochs_file``, to which runs append one line
+    per epoch.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._done:
-            self._console.print(f"{len(self._done)} of {len(self._keys)} runs were finished before")
+            self._console.print(f"{len(self._done)} of {len(self._keys)} runs were finished earlier")
         self._live.__enter__()
         return self
 
@@ -51,7 +52,7 @@ class Progress:
         self._console.print(f"{len(self._done):{width}}/{len(self._keys)}  {run.key}: {result}  ({run.seconds:.1f} s)")
 
     def _bars(self) -> Any:
-        """Make one bar per optimizer and arm, and one for all runs, redrawn four times per second by rich's thread."""
+        """Create one bar per optimizer and arm, and one for all runs, which rich redraws four times per second."""
         rich = optional("rich.progress")
         texts = ("{task.description}", rich.BarColumn(), "{task.fields[text]}", rich.TimeRemainingColumn())
         bars = rich.Progress(*texts, console=self._console)
@@ -75,6 +76,6 @@ class Progress:
         done = [self._done[key] for key in keys if key in self._done]
         finals = [value for run in done if (value := run.final("test_metric")) is not None]
         diverged = len(done) - len(finals)
-        # A mean over several arms or optimizers would mean nothing.
+        # A mean over several arms or optimizers would be meaningless.
         metric = f"  {self._metric} {spread(finals)}" if finals and len({key[:2] for key in keys}) == 1 else ""
         return f"{len(done)}/{len(keys)}{metric}" + (f"  {diverged} diverged" if diverged else "")

@@ -55,12 +55,12 @@ def _figures(comparison: Comparison) -> dict[str, tuple[str, Callable[[Theme], A
 
 
 class Series(NamedTuple):
-    """A number recorded in every epoch, and how to draw it."""
+    """A number recorded in every epoch, and the options of its plot."""
 
     label: str
     name: str
     scale: str = "all"
-    """``"log"``; ``"late"``: linear, cut to show the last two thirds; ``"all"``: linear."""
+    """``"log"``, ``"all"`` (linear) or ``"late"`` (linear, cut to show the last two thirds)."""
     name_of_none: str = ""
     """The name for the arm without GC, if that differs."""
 
@@ -136,7 +136,7 @@ def _differences(comparison: Comparison, theme: Theme) -> Any:
         axis.axvline(0, color=theme.text, lw=1, zorder=1)
         for y, verdict in enumerate(verdicts):
             evidence, color = verdict.evidence, theme.arms[verdict.arm]
-            # The dots of a row are spread a little, so that equal ones can be told apart.
+            # The dots of a row are spread slightly, so that equal ones can be distinguished.
             heights = optional("numpy").linspace(y + 0.1, y + 0.24, len(evidence.differences))
             axis.plot(evidence.differences, heights, "o", color=color, ms=4, alpha=0.55, mew=0)
             if evidence.interval is not None:

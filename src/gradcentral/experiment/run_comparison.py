@@ -45,22 +45,22 @@ def compare(
     """Train a task with and without Gradient Centralization and judge whether it helped.
 
     Runs of one seed are paired: they have identical initial weights and identical batches. Every run checks that it
-    trains as its arm requires. Each finished run is stored in ``out`` at once: after an interruption, the same call
+    trains as its arm requires. Each finished run is stored in ``out`` immediately: after an interruption, the same call
     continues with the missing runs, and a call with more seeds, arms or optimizers adds only those. If no run is
     missing, no model is built and only the report is rewritten.
 
     Args:
         task: a `Task`, a `CustomTask`, a bare ``run(seed, arm)`` function, a file that defines ``task``, or the name
             of a built-in task: ``digits``, ``digits-batchnorm``, ``digits-vit``.
-        seeds: their number (0, 1, …), or a list of them.
-        epochs: overrides the task's own.
-        arms: of ``none``, ``gradient`` and ``update``; ``none`` must be among them.
+        seeds: number of seeds (0, 1, …), or a list of seeds.
+        epochs: epochs per run; by default the task's own.
+        arms: some of ``none``, ``gradient`` and ``update``, including ``none``.
         optimizers: names of the task's optimizers to use; all of them by default.
         jobs: number of worker processes, each with one torch thread. 1 runs in this process, with the current number of
             torch threads. Default: one per core on the CPU, 1 on an accelerator, all workers of a cluster.
         backend: ``"loky"`` for worker processes of this machine; ``"ray"`` or ``"dask"`` for those of a cluster.
-        device: where to train, as a torch device.
-        amp: train in mixed precision: bfloat16 if the device supports it, else float16 with loss scaling.
+        device: device to train on, in torch's notation.
+        amp: train in mixed precision: bfloat16 if the device supports it, otherwise float16 with loss scaling.
         out: output folder; by default ``runs/`` and the task's name.
         resume: use the finished runs in ``out``; False moves them aside.
         progress: display the progress: bars on a terminal, elsewhere one line per run.
@@ -71,7 +71,7 @@ def compare(
     Raises:
         TaskError: the task or an option is not usable.
         ResultsError: ``out`` holds runs of another task, or is in use.
-        ArmError: a run did not train as its arm requires, or paired runs did not start alike.
+        ArmError: a run did not train as its arm requires, or paired runs started differently.
         RunError: the task's own code raised an exception in a run.
     """
     options = {"seeds": seeds, "epochs": epochs, "arms": arms, "optimizers": optimizers, "device": device, "amp": amp}
@@ -90,12 +90,12 @@ def compare(
         store.begin(fingerprint, resume=resume)
         before = [store.runs[key] for key in keys if key in store.runs]
         missing = [key for key in keys if key not in store.runs]
-        # The source of a file identifies the task. A task from memory may have no source, so look at its model, too.
+        # The source of a file identifies the task. A task from memory may have no source, so its model is needed too.
         if settings is not None and (missing or loaded.file is None):
             store.extend_fingerprint(fingerprint_of_model(loaded, settings, optimizers))
         probe = store.folder / "probe.json"
         if isinstance(task, Task) and missing and not (store.runs and probe.exists()):
-            # Before the runs, so that an error in the task is noticed early.
+            # This precedes the runs, so that it reports an error in the task early.
             write_probe(probe_task(task, device=device, amp=amp), probe)
         with TemporaryDirectory(prefix="gradcentral-") as folder:
             scratch = Path(folder)
@@ -135,14 +135,14 @@ def _check_paired(run: Run, others: Iterable[Run]) -> None:
             if None not in pair and pair[0] != pair[1]:
                 raise ArmError(
                     f"runs of seed {run.seed} are not paired: ({run.key}) and ({other.key}) have different {what}; "
-                    "the task must draw its random numbers from torch, NumPy or random, without a seed of its own"
+                    "the task must draw its random numbers from torch, NumPy or random, without setting a seed"
                 )
 
 
 def _arms(arms: Sequence[str]) -> tuple[str, ...]:
     chosen = _names("arms", arms, ARMS)
     if NONE not in chosen:
-        raise TaskError(f"arms: {NONE!r} must be among them, because the others are compared with it")
+        raise TaskError(f"arms: {NONE!r} must be one of them, because the others are compared with it")
     if len(chosen) == 1:
         raise TaskError(f"arms: {NONE!r} alone leaves nothing to compare; add {' or '.join(map(repr, ARMS[1:]))}")
     return tuple(arm for arm in ARMS if arm in chosen)
@@ -165,7 +165,7 @@ def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
         return tuple(range(seeds))
     valid = all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds)
     if not seeds or not valid or len(set(seeds)) != len(seeds):
-        raise TaskError(f"seeds: give their number, or different whole numbers from 0 to 2**32 - 1, not {seeds!r}")
+        raise TaskError(f"seeds: give a number of seeds, or different integers from 0 to 2**32 - 1, not {seeds!r}")
     return tuple(seeds)
 
 

@@ -1,4 +1,4 @@
-"""Student's t on paired differences between the runs of an arm and those of the baseline."""
+"""Student's t-test on paired differences between the runs of an arm and those of the baseline."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Paired:
 
     Attributes:
         differences: one per pair in which neither run diverged.
-        mean: of the differences; None if there are none.
+        mean: mean of the differences; None if there are none.
         interval: 95% confidence interval of the mean, simultaneous for all arms; None, as are ``p`` and
             ``detectable``, if the spread cannot be estimated (there are fewer than two differences, or all are equal).
-        p: two-sided p-value, corrected for the number of arms, below 0.05 exactly when the interval excludes zero.
+        p: two-sided p-value, corrected for the number of arms, below 0.05 if and only if the interval excludes zero.
         detectable: the smallest true difference that this many pairs with this spread would detect with 80% power.
-        arms: how many arms are compared with the baseline.
-        diverged, baseline_diverged: how many runs of the arm and of the baseline diverged.
+        arms: number of arms that are compared with the baseline.
+        diverged, baseline_diverged: number of runs of the arm and of the baseline that diverged.
         pairs: number of seeds, including those with a diverged run.
     """
 
@@ -52,8 +52,8 @@ def paired(baseline: Sequence[float | None], arm: Sequence[float | None], *, arm
 
     Args:
         baseline: one number per seed; None for a run that diverged.
-        arm: likewise, in the same order.
-        arms: how many arms are compared with this baseline.
+        arm: one number per seed, in the same order.
+        arms: number of arms that are compared with this baseline.
 
     Raises:
         ValueError: the two have different lengths, or ``arms`` is below 1.
@@ -71,7 +71,7 @@ def paired(baseline: Sequence[float | None], arm: Sequence[float | None], *, arm
     differences = tuple(b - a for a, b in both)
     mean, std = mean_std(differences) if both else (None, None)
     interval = p = detectable = None
-    # Mathematically equal differences vary by rounding, which must not pass for a measured spread.
+    # Mathematically equal differences vary by rounding errors, which must not be taken for a measured spread.
     if std is not None and std > 1e-12 * max(abs(x) for pair in both for x in pair):
         scipy = optional("scipy.stats")
         test = scipy.ttest_1samp(differences, 0)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout  # torch requires it, too
+from filelock import FileLock, Timeout  # torch requires it too
 
 from gradcentral.experiment.errors import ResultsError
 from gradcentral.json_lines import append, drop_partial_line, read_lines
@@ -20,7 +20,7 @@ RESULTS, FINGERPRINT, LOCK = "results.jsonl", "task.json", ".lock"
 
 
 class Key(NamedTuple):
-    """Identifies a run within a comparison."""
+    """Identification of a run within a comparison."""
 
     optimizer: str
     arm: str
@@ -35,13 +35,13 @@ class Run:
     """One finished run.
 
     Attributes:
-        optimizer, arm, seed: identify it.
+        optimizer, arm, seed: identification of the run.
         epochs: one mapping per epoch: ``train_loss`` (running mean over the epoch), ``test_loss``, ``test_metric``,
             ``drift`` (‖eᵀ(w − w⁰)‖ over all weight vectors) and ``data`` (hash of the order of the examples and of the
-            first batch); and of its first and last step ``share`` (fraction of the raw gradient's energy that GC
+            first batch); and, for its first and last step, ``share`` (fraction of the raw gradient's energy that GC
             removes, or would remove), ``gradient_norm`` (‖g‖ over all parameters) and ``centered_norm`` (‖Φ(g)‖). A
-            number that was not finite is None; runs of earlier versions lack some.
-        train_metric: at the end, in eval mode, on as many training examples as there are test examples.
+            number that was not finite is None; runs of earlier versions lack some numbers.
+        train_metric: final metric in eval mode, on as many training examples as there are test examples.
         diverged_at: the epoch, counted from 1, in which the loss or metric was no longer finite.
         seconds, weights, environment: duration, hash of the initial weights, versions and device.
     """
@@ -57,14 +57,14 @@ class Run:
     environment: dict[str, str]
 
     def __post_init__(self) -> None:
-        # JSON has no NaN, so a run in memory has none either: it equals the one read back.
+        # JSON has no NaN, so a run in memory has none either and equals the run that is read back.
         for name in ("epochs", "train_metric"):
             value = json.loads(json.dumps(getattr(self, name)), parse_constant=lambda constant: None)
             object.__setattr__(self, name, value)
 
     @property
     def key(self) -> Key:
-        """Its optimizer, arm and seed."""
+        """The run's optimizer, arm and seed."""
         return Key(self.optimizer, self.arm, self.seed)
 
     def final(self, name: str) -> float | None:
@@ -97,10 +97,10 @@ class Store:
             self._lock.acquire()
         except Timeout:
             raise ResultsError(
-                f"{self.folder}: another comparison is writing there; wait for it or give another --out"
+                f"{self.folder}: another comparison is using this folder; wait for it or give another --out"
             ) from None
         except OSError as error:
-            raise ResultsError(f"{self.folder}: cannot write there ({error.strerror}); give another --out") from error
+            raise ResultsError(f"{self.folder}: cannot be written ({error.strerror}); give another --out") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -128,13 +128,13 @@ class Store:
         self.extend_fingerprint(fingerprint)
 
     def extend_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
-        """Add parts to the stored fingerprint, after checking that none that is already stored differs."""
+        """Add parts to the stored fingerprint, after checking that no stored part differs."""
         stored = self.fingerprint
         changed = [f"{k} (was {stored[k]}, is {now})" for k, now in fingerprint.items() if stored.get(k, now) != now]
         if changed:
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ResultsError(
-                f"{self.folder}: the runs there belong to another task. Changed: {'; '.join(changed[:3])}{more}. "
+                f"{self.folder}: its runs belong to another task. Changed: {'; '.join(changed[:3])}{more}. "
                 "Give another --out to keep both, or --no-resume to move them aside"
             )
         self.fingerprint |= fingerprint

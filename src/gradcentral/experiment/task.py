@@ -23,17 +23,18 @@ class Task:
     """A model, its data and its optimizers, to be trained with and without Gradient Centralization.
 
     Args:
-        name: of the task and of its output folder.
-        model: builds a fresh model; called once per run, under the seed of that run.
+        name: name of the task and of its output folder.
+        model: function that builds a fresh model; called once per run, with the run's seed set.
         train: training examples: pairs ``(input, target)``, or mappings with the arguments of the model.
-        test: test examples, likewise; never trained on.
+        test: test examples in the same form, which are never trained on.
         loss: ``loss(output, target)`` -> scalar tensor, the mean over the batch. If the examples are mappings, the
             model is called as ``model(**batch)`` and the target is the batch itself.
-        metric: ``metric(output, target)`` -> number, the mean over the batch. Its name is that of the callable.
-        optimizers: by name, ``factory(parameters)`` -> a plain ``torch.optim.Optimizer``, without GC.
+        metric: ``metric(output, target)`` -> number, the mean over the batch. The metric is named after the callable.
+        optimizers: name -> ``factory(parameters)`` -> a plain ``torch.optim.Optimizer``, without GC.
         batch_size: examples per step. Evaluation uses four times as many at once.
         epochs: passes over the training examples.
-        schedule: ``schedule(optimizer, steps)`` -> ``LRScheduler``, stepped once per batch; ``steps`` is their total.
+        schedule: ``schedule(optimizer, steps)`` -> ``LRScheduler``, stepped once per batch; ``steps`` is the total
+            number of batches.
         higher_is_better: whether a larger metric is better.
 
     Raises:
@@ -118,11 +119,11 @@ class CustomTask:
     arm requires. The comparison cannot check either.
 
     Args:
-        name: of the task and of its output folder.
+        name: name of the task and of its output folder.
         run: ``run(seed, arm)`` -> one mapping per epoch, with the numbers ``train_loss`` and ``test_metric``, and
             optionally ``test_loss`` and ``train_metric``. A generator updates the progress display after each epoch.
             ``arm`` is ``"none"`` or the ``placement`` to pass to `gradcentral.centralize`.
-        metric_name: of ``test_metric``.
+        metric_name: name of ``test_metric``.
         higher_is_better: whether a larger metric is better.
 
     Raises:
@@ -155,9 +156,9 @@ def name_of(function: object) -> str:
 
 
 def check_count(field: str, value: object) -> None:
-    """Raise a `TaskError` unless the value is a positive whole number."""
+    """Raise a `TaskError` unless the value is a positive integer."""
     valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    _require(valid, f"{field}: give a whole number of at least 1, not {value!r}")
+    _require(valid, f"{field}: give an integer of at least 1, not {value!r}")
 
 
 def _require(condition: object, message: str) -> None:

@@ -1,4 +1,4 @@
-"""One run: one optimizer, one arm, one seed, from fresh weights to the last epoch."""
+"""One run: training with one optimizer, arm and seed, from fresh weights to the last epoch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Settings:
-    """How every run of a comparison is trained; see `compare`."""
+    """Settings of every run of a comparison; see `compare`."""
 
     epochs: int
     device: str = "cpu"
@@ -54,9 +54,9 @@ class Settings:
 def train(task: Task | CustomTask, key: Key, settings: Settings | None, on_epoch: Callable[[int], None]) -> Run:
     """Train once and record every epoch; call ``on_epoch`` with the number of each.
 
-    Two runs of one seed have the same initial weights and the same batches in the same order, whatever their arm and
+    Two runs of one seed have the same initial weights and the same batches in the same order, regardless of arm and
     optimizer. At the first and the last step of every epoch the arm is checked (see `CheckedArm`). With a `CustomTask`,
-    which has no ``settings``, both are up to the user. A loss or metric that is not finite ends the run early;
+    which has no ``settings``, the user is responsible for both. A loss or metric that is not finite ends the run early;
     divergence is a result, not an error.
     """
     started = time.perf_counter()
@@ -88,7 +88,7 @@ def train(task: Task | CustomTask, key: Key, settings: Settings | None, on_epoch
 
 
 def fresh_model(task: Task, seed: int) -> nn.Module:
-    """Build the model under a seed; lazy parameters are initialized from the first training batch."""
+    """Build the model with a seed; lazy parameters are initialized from the first training batch."""
     seed_everything(seed)
     model = task.model()
     if not isinstance(model, nn.Module):
@@ -100,7 +100,7 @@ def fresh_model(task: Task, seed: int) -> nn.Module:
 
 
 def orders_of(task: Task, seed: int) -> Iterator[list[int]]:
-    """Yield the order of the training examples in each epoch of a run, without end."""
+    """Yield the order of the training examples in each epoch of a run, indefinitely."""
     generator = torch.Generator().manual_seed(derive(seed, "order"))
     while True:
         yield torch.randperm(len(task.train), generator=generator).tolist()  # type: ignore[arg-type]
@@ -142,7 +142,7 @@ def fresh_schedule(task: Task, optimizer: Optimizer, steps: int) -> LRScheduler 
 
 
 def check_device(device: str, amp: bool) -> None:
-    """Raise a `TaskError` unless the device is available and, if asked for, supports mixed precision."""
+    """Raise a `TaskError` unless the device is available and, if requested, supports mixed precision."""
     try:
         torch.empty(1, device=device).add_(1)
     except Exception as error:
@@ -150,7 +150,7 @@ def check_device(device: str, amp: bool) -> None:
         available = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
         raise TaskError(f"device: {device!r} is not available; choose from {available}") from error
     if amp and not torch.amp.autocast_mode.is_autocast_available(torch.device(device).type):
-        raise TaskError(f"amp: torch does not support mixed precision on {device!r}; leave it out")
+        raise TaskError(f"amp: torch does not support mixed precision on {device!r}; omit it")
 
 
 class _Trainer:
@@ -175,7 +175,7 @@ class _Trainer:
             numbers = self._train_on(order)
             numbers |= {f"test_{name}": value for name, value in self._evaluate(self.task.test).items()}
             if epoch == self.settings.epochs and _is_finite(numbers):
-                # As many training as test examples; the first ones could be of a single class.
+                # Use as many training as test examples, shuffled, since the first ones could be of a single class.
                 train, test = self.task.train, self.task.test
                 generator = torch.Generator().manual_seed(derive(self.seed, "gap"))
                 shuffled = torch.randperm(len(train), generator=generator)  # type: ignore[arg-type]
@@ -236,7 +236,7 @@ class _Trainer:
 
 
 def amp_dtype(device: torch.device) -> torch.dtype:
-    """Return the type that mixed precision computes in: bfloat16 if the device supports it, else float16."""
+    """Return the dtype of mixed precision: bfloat16 if the device supports it, otherwise float16."""
     if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported()):
         return torch.bfloat16
     return torch.float16

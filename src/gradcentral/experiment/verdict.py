@@ -1,4 +1,4 @@
-"""The wording of the verdict: one sentence that claims no more than the confidence interval supports."""
+"""The wording of a verdict: one sentence that claims no more than the confidence interval supports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Outcome = Literal["better", "worse", "no clear change", "no change", "diverges m
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one arm under one optimizer helped: the outcome in words, and a sentence that adds the evidence."""
+    """The verdict on one arm under one optimizer: the outcome in words, and a sentence with the evidence."""
 
     optimizer: str
     arm: str
@@ -86,7 +86,7 @@ def _claim(evidence: Paired, outcome: Outcome, metric: str) -> str:
 
 
 def _places(size: float) -> int:
-    """Return the decimals that give a number of this size two digits."""
+    """Return the number of decimals that shows two significant digits of a number of this size."""
     return min(12, max(0, 1 - math.floor(math.log10(size)))) if size > 0 else 0
 
 

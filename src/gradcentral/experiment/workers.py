@@ -1,4 +1,4 @@
-"""Many runs: in this process, or on worker processes of this machine or a cluster, through joblib."""
+"""Train many runs, in this process or in worker processes of this machine or a cluster, through joblib."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_backend(backend: str) -> None:
 
 
 def default_jobs(device: str, runs: int) -> int:
-    """Return the number of CPU cores, at most one per run; 1 on an accelerator, where runs would only compete."""
+    """Return the number of CPU cores, at most one per run; 1 on an accelerator, where runs would compete."""
     if torch.device(device).type != "cpu":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -57,7 +57,7 @@ def run_all(
     out: Path,
     scratch: Path,
 ) -> Generator[Run, None, None]:
-    """Run them all and yield each when it finishes, in no particular order; on Ray in rounds of ``jobs``.
+    """Train all runs and yield each when it finishes, in no particular order; on Ray in rounds of ``jobs``.
 
     Runs in this process change the global random number generators. Workers of this machine read the task from the
     temporary folder ``scratch``, append a line per epoch to its `EPOCHS`, and end with an error once it is removed.
@@ -88,13 +88,13 @@ def run_all(
 
 @contextmanager
 def _outcomes(calls: Iterator[Any], backend: str, jobs: int | None, device: str) -> Iterator[Iterator[Any]]:
-    """Yield the results of joblib's delayed calls as they are made; leaving the block ends the workers."""
+    """Yield an iterator over the results of joblib's delayed calls; leaving the block ends the workers."""
     joblib = optional("joblib")
     clusters: dict[str, Any] = {"loky": nullcontext, "ray": _ray, "dask": _dask}
     with clusters[backend](jobs), joblib.parallel_config(backend=backend, **_options(backend, device)):
         count = joblib.effective_n_jobs(-1) if jobs is None else jobs
         if backend == "ray":
-            # joblib's Ray backend returns all results at once. In rounds, those of finished rounds can be stored.
+            # joblib's Ray backend returns all results at once; with rounds, finished rounds can be stored.
             with joblib.Parallel(n_jobs=count, batch_size=1) as parallel:
                 yield _in_rounds(parallel, calls, count)
             return
@@ -103,7 +103,7 @@ def _outcomes(calls: Iterator[Any], backend: str, jobs: int | None, device: str)
             yield outcomes
         finally:
             with warnings.catch_warnings():
-                # That unfinished runs are lost when the workers end is intended.
+                # Unfinished runs are meant to be lost when the workers end.
                 warnings.filterwarnings("ignore", "[0-9]+ tasks", UserWarning)
                 outcomes.close()
 
@@ -120,7 +120,7 @@ def _in_rounds(parallel: Any, calls: Iterator[Any], count: int) -> Iterator[Any]
 
 
 def _ray(jobs: int | None) -> Any:
-    """Use Ray as it is initialized, else the cluster at ``RAY_ADDRESS``, else start it here until the block ends."""
+    """Use Ray if it is initialized, or the cluster at ``RAY_ADDRESS``, or start Ray here until the block ends."""
     ray = optional("ray", extra="ray")
     optional("ray.util.joblib", extra="ray").register_ray()
     # Ray does not accept a number of CPUs for an existing cluster.
@@ -129,7 +129,7 @@ def _ray(jobs: int | None) -> Any:
 
 
 def _dask(jobs: int | None) -> Any:
-    """Use the current Dask client, else one of ``DASK_SCHEDULER_ADDRESS``, else start workers here."""
+    """Use the current Dask client, or one for ``DASK_SCHEDULER_ADDRESS``, or start workers here."""
     distributed = optional("distributed", extra="dask")
     try:
         return nullcontext(distributed.default_client())
@@ -139,8 +139,8 @@ def _dask(jobs: int | None) -> Any:
         return distributed.Client(**local)
 
 
-# A Dask worker may have several threads, but torch has one generator of random numbers for all of them. It may also be
-# a thread of the caller's own process, whose random numbers and number of threads must not change.
+# A Dask worker may have several threads, which share torch's random number generator. It may also be a thread of the
+# caller's process, whose random numbers and number of threads must not change.
 _one_at_a_time = threading.Lock()
 
 
@@ -150,7 +150,7 @@ def _run_in_worker(task: PackedTask, key: Key, settings: Settings | None, epochs
 
 
 def _run(task: LoadedTask | PackedTask, key: Key, settings: Settings | None, epochs_file: Path | None) -> Result:
-    """Train and return the run, or an exception as one that can be unpickled without the task's code."""
+    """Train and return the run, or an error that can be unpickled without the task's code."""
 
     def on_epoch(epoch: int) -> None:
         if epochs_file is not None:

@@ -1,8 +1,9 @@
-"""Kernels that center, and step, many tensors in one call; torch's reference path serves whatever they do not.
+"""Kernels that center or update many tensors in one call; torch's reference path processes all other tensors.
 
-CPU tensors are served by C kernels (`native`), CUDA tensors by Triton kernels (`triton`). The environment variable
-``GRADCENTRAL_KERNELS=reference`` turns both off; ``native`` or ``triton`` makes their absence an error at import. With
-``triton`` and ``TRITON_INTERPRET=1``, Triton's interpreter serves CPU tensors, for tests without a GPU.
+C kernels (`native`) process CPU tensors, Triton kernels (`triton`) CUDA tensors. The environment variable
+``GRADCENTRAL_KERNELS=reference`` turns both off; ``native`` or ``triton`` raises an error at import if those kernels
+cannot be used. With ``triton`` and ``TRITON_INTERPRET=1``, Triton's interpreter processes CPU tensors, for tests
+without a GPU.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class _PlannedGroup(NamedTuple):
     group: KernelGroup
     vectors: list[WeightVectors]
     plan: Any
-    """A Plan, native or Triton."""
+    """A native or Triton plan."""
 
     def tensors(self, pairs: Sequence[Pair]) -> list[Tensor]:
         return [tensor for tensor, _ in self.group.select(pairs)]
@@ -38,7 +38,7 @@ class _PlannedGroup(NamedTuple):
 
 
 class Centering:
-    """Centers many tensors repeatedly: with kernels where they serve, by the reference path elsewhere.
+    """Repeated centering of many tensors: with kernels where possible, by the reference path elsewhere.
 
     Plans are reused while the tensors keep their shapes, strides, types and weight vectors.
     """
@@ -49,9 +49,9 @@ class Centering:
         self._count = -1
 
     def center_if_planned_(self, pairs: Sequence[Pair]) -> bool:
-        """Center every tensor in place if the kernels serve all of them and the plans still fit; else do nothing.
+        """Center every tensor in place if kernels process all of them and the plans still fit; otherwise do nothing.
 
-        The caller need not check the tensors beforehand: whatever needs a check does not fit.
+        The caller need not check the tensors first: sparse or expanded tensors never fit a plan.
         """
         if self._rest or not self._fits(pairs):
             return False

@@ -1,7 +1,7 @@
-"""Centering under ``torch.compile``: two operators of torch, so that centering all tensors is one node of the graph.
+"""Centering under ``torch.compile``: two custom operators, so that centering all tensors is one node of the graph.
 
-The compiler sees the operators and their fake implementations (shapes only); inside them runs `Centering`, with the
-kernels where they serve. Tensors that the operators do not take are centered by the reference path and traced like any
+The compiler sees the operators and their fake implementations (shapes only). The operators run `Centering`, with
+kernels where possible. Tensors that the operators do not accept are centered by the reference path and traced like any
 other code.
 """
 
@@ -21,9 +21,9 @@ from gradcentral.weight_vectors import WeightVectors
 __all__ = ["TracedCentering"]
 
 _library: Any = torch.library.Library("gradcentral", "DEF")  # type: ignore[no-untyped-call]
-# `vectors` holds for each tensor: number of axes of its view, the view, number of spanned axes, the spanned axes.
+# For each tensor, `vectors` holds the number of axes of its view, the view, the number of spanned axes, and those axes.
 _library.define("means(Tensor[] tensors, int[] vectors) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-# Without means each weight vector is shifted to mean zero: Φ.
+# Without means, each weight vector is shifted to mean zero, which is Φ.
 _library.define(
     "restore_means_(Tensor(a!)[] tensors, Tensor? means, int[] vectors) -> ()", tags=torch.Tag.pt2_compliant_tag
 )
@@ -56,7 +56,7 @@ class TracedCentering:
 
 
 def _served_and_rest(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-    # One call, and one tensor of means, is for one device; means are passed as real numbers in float64.
+    # One call returns one tensor of means on one device; means are passed as real numbers in float64.
     device = next((tensor.device for tensor, _ in pairs if tensor.device.type in ("cpu", "cuda")), None)
     served: list[Pair] = []
     rest: list[Pair] = []
@@ -67,7 +67,7 @@ def _served_and_rest(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 def _encode(pairs: Sequence[Pair]) -> list[int]:
-    """Write the weight vectors of some tensors as integers, which an operator accepts as an argument."""
+    """Encode the weight vectors of some tensors as integers, which an operator accepts as an argument."""
     numbers: list[int] = []
     for tensor, vectors in pairs:
         view = vectors.view if vectors.view is not None else tuple(tensor.shape)
@@ -76,7 +76,7 @@ def _encode(pairs: Sequence[Pair]) -> list[int]:
 
 
 def _decode(numbers: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Read the view and span of each tensor back."""
+    """Yield the view and span of each tensor from the output of `_encode`."""
     rest = iter(numbers)
     for axes in rest:
         view = tuple(next(rest) for _ in range(axes))
@@ -84,10 +84,10 @@ def _decode(numbers: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int
 
 
 class _CachedCentering:
-    """The plans for operator calls with tensors of one form."""
+    """Plans for operator calls with tensors of one form."""
 
     def __init__(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
-        # Several threads may step models of one form, but a plan has one scratch memory for its sums.
+        # Several threads may train models of the same form, but a plan has only one scratch buffer for its sums.
         self.lock = threading.Lock()
         self.centering = Centering()
         self.vectors = [

@@ -1,8 +1,8 @@
-"""The vocabulary that the native and the Triton kernels share, and the base of their plans. Imports no kernels.
+"""Types that the native and the Triton kernels share, and the base class of their plans. It imports no kernels.
 
 A *plan* caches everything about some tensors that rarely changes: shapes, strides, dtypes and the division of the
-work. It is compared with the tensors at every call (`fits`) and rebuilt by the caller when they differ. Pointers to
-gradients are never cached: they are read from the tensors at every call.
+work. Every call compares it with the tensors (`fits`), and the caller rebuilds it when they differ. Pointers to
+gradients are never cached: every call reads them from the tensors.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ POINTERS = 6
 
 
 class Placement(IntEnum):
-    """What a step centers for one parameter: nothing, the gradient, or the change of the weights."""
+    """The target of centering for one parameter: nothing, the gradient, or the change of the weights."""
 
     PLAIN = 0
     GRADIENT = 1
@@ -49,7 +49,7 @@ class Placement(IntEnum):
 
 
 PlacedLoops = Sequence[tuple[Loop, Placement]]
-"""For each parameter its loop and its placement."""
+"""The loop and the placement of each parameter."""
 
 
 class UpdateRule(IntEnum):
@@ -62,7 +62,7 @@ class UpdateRule(IntEnum):
 
 
 class Operation(IntEnum):
-    """Centering without a step. Continues `UpdateRule`: one number selects the variant of a Triton kernel."""
+    """Centering without a step. The numbers continue those of `UpdateRule`: one number selects a kernel."""
 
     CENTER = 4
     MEANS = 5
@@ -79,10 +79,10 @@ class Coefficients(ctypes.Structure):
 
 
 class DeviceCoefficients(NamedTuple):
-    """For Triton: coefficients, some of them on the device, where the kernel reads them without synchronizing."""
+    """Coefficients for Triton, some of them on the device, where the kernel reads them without synchronizing."""
 
     coefficients: Coefficients
-    """For a learning rate of 1 and unscaled gradients."""
+    """Coefficients for a learning rate of 1 and unscaled gradients."""
     lr: float | Tensor
     grad_scale: Tensor | None = None
     """Set by a GradScaler on fused optimizers: the gradients are divided by it."""
@@ -99,11 +99,11 @@ class States(NamedTuple):
     steps: list[Tensor] | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> States:
-        """The states with ``function`` applied to every tensor."""
+        """Apply ``function`` to every tensor."""
         return States(*(None if column is None else [*map(function, column)] for column in self))
 
     def same_as(self, other: States) -> bool:
-        """Whether both hold the same tensor objects."""
+        """Return whether both hold the same tensor objects."""
         for mine, others in zip(self, other, strict=True):
             if mine is not others and (mine is None or others is None or not same_objects(mine, others)):
                 return False
@@ -111,17 +111,17 @@ class States(NamedTuple):
 
 
 def same_objects(one: Sequence[object], other: Sequence[object]) -> bool:
-    """Whether two sequences hold the same objects; ``==`` would compare tensors element by element."""
+    """Return whether two sequences hold the same objects; ``==`` would compare tensors element by element."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is only its elements in memory: not a subclass, not sparse, without a lazy negation."""
+    """Return whether a tensor is a plain array in memory: not a subclass, not sparse, without a lazy negation."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_neg()
 
 
 def all_match(parameter: Tensor, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> bool:
-    """Whether one loop serves a parameter and these tensors: plain, with its device, shape and strides."""
+    """Return whether the tensors are plain and have the device, shape and strides of the parameter."""
 
     def strides(tensor: Tensor) -> list[int]:
         return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
@@ -137,7 +137,7 @@ def all_match(parameter: Tensor, tensors: Sequence[Tensor], dtypes: Sequence[tor
 
 
 def is_counter(tensor: object, device: torch.device, dtypes: Sequence[torch.dtype]) -> bool:
-    """Whether this is a step counter as torch makes them, one number of one of some dtypes on the device, or None."""
+    """Return whether this is None or a step counter as torch creates it: one number on the device, of a given dtype."""
     return tensor is None or (
         type(tensor) is Tensor and tensor.numel() == 1 and tensor.device == device and tensor.dtype in dtypes
     )
@@ -150,7 +150,7 @@ _layout = attrgetter("layout")
 
 
 def _form_of(tensors: Sequence[Tensor], properties: Sequence[Property]) -> list[Any]:
-    """The layouts of some tensors and, if all are strided, one list per property: the form that a plan relies on."""
+    """Return the form that a plan relies on: one list per property; for sparse tensors, only their layouts."""
     layouts = set(map(_layout, tensors))
     if layouts != {torch.strided}:  # a sparse tensor has no strides
         return [layouts]
@@ -162,18 +162,18 @@ class BasePlan:
 
     Args:
         rule: the update rule; None for centering.
-        params: the parameters; of a DTensor, the local shard. Empty for centering.
+        params: the parameters, with the local shard of a DTensor; empty for centering.
         grads: their gradients, or the tensors to be centered.
         states: the states of the parameters.
-        loops: for each parameter or tensor its loop and its placement.
+        loops: the loop and the placement of each parameter or tensor.
     """
 
     gradient_properties: ClassVar[tuple[Property, ...]]
     centering_properties: ClassVar[tuple[Property, ...]]
-    """Of the tensors to be centered."""
+    """Properties of the tensors to be centered."""
     parameter_properties: ClassVar[tuple[Property, ...]]
     lasting_properties: ClassVar[tuple[Property, ...]]
-    """Of parameters and states, beside their pointers."""
+    """Properties of parameters and states, besides their pointers."""
     means_dtype: ClassVar[torch.dtype]
 
     def __init__(
@@ -192,11 +192,11 @@ class BasePlan:
         self._prepare(grads, loops)
 
     def _prepare(self, grads: list[Tensor], loops: PlacedLoops) -> None:
-        """Divide the work, as a constructor's last step."""
+        """Divide the work; the last step of the constructor."""
         raise NotImplementedError
 
     def fits(self, grads: list[Tensor], states: States | None = None) -> bool:
-        """Whether gradients, parameters and states (None for centering) still have the form that was planned for."""
+        """Return whether gradients, parameters and states (None for centering) still have the planned form."""
         if _form_of(grads, self._properties) != self._gradient_form:
             return False
         if states is None:
@@ -206,10 +206,10 @@ class BasePlan:
         return states.same_as(self.states) and form == self._lasting_form
 
     def _form_of_lasting(self) -> list[Any]:
-        """Pointers and properties of parameters and states, which show whether the data of a tensor was replaced.
+        """Return pointers and properties of parameters and states, which show whether the data of any was replaced.
 
-        Replacement data coexists with the original, so its pointer differs. The strides of parameters are compared
-        too, because code may view a parameter differently in place.
+        Replacement data is allocated while the original exists, so its pointer differs. The strides of parameters are
+        compared too, because code may change the view of a parameter in place.
         """
         return [
             [*map(Tensor.data_ptr, self._lasting)],
@@ -218,9 +218,10 @@ class BasePlan:
         ]
 
     def _pointers(self, grads: list[Tensor]) -> list[int]:
-        """The pointers to parameters, gradients and each kind of state, one after another; 0 for a missing state.
+        """Return the pointers to parameters, gradients and each kind of state, concatenated; 0 for a missing state.
 
-        Those to parameters and states are the ones that `fits` has just read. Tensors to be centered are both.
+        `fits` has just read those to parameters and states. Tensors to be centered take the place of both parameters
+        and gradients.
         """
         count, lasting = len(grads), iter(self._lasting_pointers)
         gradients = [*map(Tensor.data_ptr, grads)]
@@ -230,13 +231,13 @@ class BasePlan:
         return pointers
 
     def run(self, grads: list[Tensor], coefficients: Any, fresh: list[bool]) -> None:
-        """Take the step. Call `fits` right before.
+        """Take the step. Call `fits` immediately before.
 
         Args:
             grads: the gradients.
             coefficients: `Coefficients`; for Triton, `DeviceCoefficients`.
-            fresh: for each parameter whether its momentum buffer is new, so that the buffer starts as the gradient
-                itself; empty if none is.
+            fresh: whether the momentum buffer of each parameter is new, so that it starts as the gradient itself;
+                empty if none is.
         """
         raise NotImplementedError
 
@@ -249,16 +250,16 @@ class BasePlan:
         torch.autograd.graph.increment_version(tensors)
 
     def means(self, tensors: list[Tensor]) -> Tensor:
-        """The mean of every weight vector of every tensor, one after another."""
+        """Return the means of all weight vectors of all tensors, concatenated."""
         means = torch.empty(self._units, dtype=self.means_dtype, device=self.device)
         self._center(tensors, Operation.MEANS, means)
         return means
 
     def restore_(self, tensors: list[Tensor], means: Tensor) -> None:
-        """Shift every weight vector so that its mean is again the one that `means` returned."""
+        """Shift every weight vector so that its mean is again the value that `means` returned."""
         if means.numel() != self._units:
             raise RuntimeError(
-                "parameters changed their shapes during the step, so their means cannot be restored: change shapes "
+                "parameters changed shape during the step, so their means cannot be restored: change shapes "
                 "between steps"
             )
         self._center(tensors, Operation.RESTORE, means)

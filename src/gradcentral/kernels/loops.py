@@ -1,4 +1,4 @@
-"""The memory of a parameter as four nested loops, the only description of it that the kernels get. Imports no torch."""
+"""Four nested loops that describe a parameter's memory to the kernels. It imports no torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Loop(NamedTuple):
 
 
 def loop_over(vectors: WeightVectors | None, shape: Sequence[int], strides: Sequence[int]) -> Loop | None:
-    """The loop over a tensor of this shape and these strides, or None if it has none (see `loop_of_vectors`).
+    """Return the loop over a tensor of this shape and these strides, or None if it has none (see `loop_of_vectors`).
 
     Args:
         vectors: the tensor's weight vectors; None if it is not centered and every element is updated on its own.
@@ -51,13 +51,13 @@ def loop_over(vectors: WeightVectors | None, shape: Sequence[int], strides: Sequ
 
 
 def loop_of_vectors(vectors: WeightVectors, strides: Sequence[int] | None = None) -> Loop | None:
-    """The loop over a parameter with these weight vectors and strides (None: contiguous).
+    """Return the loop over a parameter with these weight vectors and strides (None: contiguous).
 
-    Axes are taken in memory order, so that a channels_last convolution is plain rows.
+    Axes are taken in memory order, so that a channels_last convolution has the layout "rows".
 
     Returns:
-        None if the parameter is not dense (expanded or sliced), or if its axes alternate between spanned and not
-        spanned more often than the four nested loops can.
+        The loop, or None if the parameter is not dense (expanded or sliced), or if its axes alternate between spanned
+        and not spanned more often than four nested loops can express.
     """
     dims, steps = vectors.dims, strides
     if steps is not None and vectors.view is not None:
@@ -81,9 +81,9 @@ def loop_of_vectors(vectors: WeightVectors, strides: Sequence[int] | None = None
 
 
 def _loop_of_runs(runs: list[tuple[bool, int]]) -> Loop | None:
-    """Fit alternating runs ``(is it spanned, size)`` into ``(groups, outer, units, inner)``."""
+    """Fit alternating runs ``(is spanned, size)`` into ``(groups, outer, units, inner)``."""
     if len(runs) == 1 or (len(runs) == 2 and runs[1][0]):
-        # Rows: one loop over `outer` is faster than one over `units` and `inner`, which would be the same elements.
+        # Rows: one loop over `outer` is faster than loops over `units` and `inner` over the same elements.
         spanned = math.prod(size for is_spanned, size in runs if is_spanned)
         return Loop(math.prod(size for is_spanned, size in runs if not is_spanned), spanned, 1, 1)
     slots, at = [1, 1, 1, 1], 0
@@ -98,7 +98,7 @@ def _loop_of_runs(runs: list[tuple[bool, int]]) -> Loop | None:
 
 
 def split_strides(shape: Sequence[int], strides: Sequence[int], view: Sequence[int]) -> list[int] | None:
-    """The strides of ``view`` if it only splits axes of ``shape``; None if it merges axes."""
+    """Return the strides of ``view`` if it only splits axes of ``shape``, or None if it merges axes."""
     steps: list[int] = []
     at = 0
     for size, stride in zip(shape, strides, strict=True):

@@ -67,17 +67,17 @@ class _CWorkList(ctypes.Structure):
 
 
 def _load(folder: Path) -> tuple[Any, str]:
-    """The library in a folder, or None and the reason why it cannot be used."""
+    """Load the library in a folder; return None and the reason if it cannot be used."""
     found = sorted(folder.glob("_native.*"))
     if not found:
-        return None, "not built, for lack of a C compiler: install a C compiler and reinstall gradcentral"
+        return None, "not built, because no C compiler was found: install a C compiler and reinstall gradcentral"
     try:
         library = ctypes.CDLL(str(found[0]))
         sizes = [library.gradcentral_struct_size(which) for which in range(4)]
     except (OSError, AttributeError) as error:
         return None, f"{found[0].name} does not load ({error}): reinstall gradcentral"
     if sizes != [ctypes.sizeof(kind) for kind in (_CParameter, _CWorkPiece, Coefficients, _CWorkList)]:
-        return None, f"{found[0].name} is of another version: reinstall gradcentral"
+        return None, f"{found[0].name} belongs to another version: reinstall gradcentral"
     library.gradcentral_plan.restype = None
     library.gradcentral_plan.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_void_p]
     work: list[Any] = [c_void_p, c_int64, c_void_p, POINTER(_CWorkList), c_int32]
@@ -94,24 +94,24 @@ if _unavailable == "" and os.environ.get("GRADCENTRAL_KERNELS") == "reference":
 
 
 def unavailable_reason() -> str:
-    """Why these kernels cannot be used; empty if they can."""
+    """Return the reason why these kernels cannot be used; empty if they can."""
     return _unavailable
 
 
 def has_openmp() -> bool:
-    """Whether the library was built to run on several threads."""
+    """Return whether the library was built to run on several threads."""
     return bool(_library is not None and _library.gradcentral_has_openmp())
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether these kernels are for tensors on this one's device."""
+    """Return whether these kernels process tensors on this tensor's device."""
     return tensor.is_cpu and not _unavailable
 
 
 def accepts(parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor], counter: Tensor | None) -> bool:
-    """Whether these kernels update a parameter with such a gradient and state: all of one dtype.
+    """Return whether these kernels can update a parameter with this gradient and state.
 
-    A step counter, if there is one, is f32 or f64.
+    All must have one dtype. A step counter, if there is one, must be f32 or f64.
     """
     return all_match(parameter, [gradient, *buffers], (parameter.dtype,)) and is_counter(
         counter, parameter.device, (torch.float32, torch.float64)
@@ -119,12 +119,12 @@ def accepts(parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor], coun
 
 
 class WorkList:
-    """Parameters with these loops and placements, and the work on them divided into pieces (see c/work_list.h).
+    """The work on parameters with these loops and placements, divided into pieces (see c/work_list.h).
 
     Args:
-        loops: for each parameter its loop and its placement.
+        loops: the loop and the placement of each parameter.
         dtype: one of the values of `DTYPES`.
-        with_scratch: whether to allocate the memory for column sums, without which the work cannot be run.
+        with_scratch: whether to allocate the memory for column sums, which running the work requires.
     """
 
     def __init__(self, loops: Sequence[tuple[Loop, int]], dtype: int, with_scratch: bool = True) -> None:
@@ -150,7 +150,7 @@ class WorkList:
         coefficients: Coefficients | None = None,
         means: Tensor | None = None,
     ) -> None:
-        """Take a step of the parameters at these pointers, or center them."""
+        """Update the tensors at these pointers by one step, or center them."""
         table = array("Q", pointers)
         _library.gradcentral_run(
             self.parameters,
@@ -166,7 +166,7 @@ class WorkList:
 
 
 class NativePlan(BasePlan):
-    """One call of the library. Means are in f64."""
+    """Plan of one call of the library, with means in f64."""
 
     gradient_properties = (Tensor.size, Tensor.stride, attrgetter("dtype"), type, attrgetter("is_cpu"), Tensor.is_neg)
     centering_properties = gradient_properties
@@ -197,10 +197,10 @@ Plan = NativePlan
 
 
 def stream(params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]]) -> None:
-    """Read and write the memory that a step touches, without computing: the lower bound for a step's time.
+    """Read and write the memory that a step touches, without computing: a lower bound of a step's time.
 
-    With states, reads gradients and reads and writes parameters and states; without, reads and writes parameters only.
-    No value changes.
+    With states, it reads gradients, and reads and writes parameters and states; without states, it reads and writes
+    only parameters. No value changes.
     """
     columns = [params, grads, *states]
     pointers = array("Q", [tensor.data_ptr() for column in columns for tensor in column])

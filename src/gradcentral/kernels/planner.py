@@ -1,4 +1,4 @@
-"""The one planner, for centering and for steps: which kernels serve a tensor, and which tensors share a call."""
+"""The planner of centering and steps: it chooses the kernels for each tensor and the tensors that share a call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHOICES = ("reference", "native", "triton")
 
 
 def unavailable_reasons() -> dict[str, str]:
-    """Return, for each kind of kernels, why it cannot be used on this machine; an empty string if it can.
+    """Return, for each kind of kernels, the reason why it cannot be used on this machine; empty if it can.
 
     Examples:
         >>> from gradcentral import kernels
@@ -33,15 +33,15 @@ def unavailable_reasons() -> dict[str, str]:
 
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
-    """Return the module whose kernels serve tensors on this device; None for the reference path."""
+    """Return the module whose kernels process tensors on this tensor's device; None for the reference path."""
     return triton if triton.serves(tensor) else native if native.serves(tensor) else None
 
 
 def loop_of(kernels: ModuleType, tensor: Tensor, vectors: WeightVectors | None) -> Loop | None:
-    """Return the loop over a tensor, or None unless it is plain and dense and the kernels take its dtype.
+    """Return the loop over a tensor, or None unless it is plain and dense and the kernels accept its dtype.
 
     Args:
-        kernels: a module of kernels that serve the tensor's device.
+        kernels: a module of kernels.
         tensor: the tensor.
         vectors: its weight vectors; None if it is not centered.
     """
@@ -61,15 +61,15 @@ _check_choice()
 
 
 class KernelGroup(NamedTuple):
-    """Tensors that one kernel call serves."""
+    """Tensors that one kernel call processes."""
 
     kernels: ModuleType
     positions: list[int]
-    """Of the tensors in the sequence that was grouped."""
+    """Positions of the tensors in the sequence that was grouped."""
     loops: list[Loop]
 
     def select(self, items: Sequence[_T]) -> Sequence[_T]:
-        """Return this group's items of a sequence as long as the one that was grouped."""
+        """Return this group's items of a sequence that is parallel to the grouped one."""
         return items if len(self.positions) == len(items) else [items[position] for position in self.positions]
 
 
@@ -78,16 +78,16 @@ def group_by_kernels(
     vectors: Sequence[WeightVectors | None],
     companions: Callable[[ModuleType, int], Sequence[Tensor] | None] = lambda kernels, position: (),
 ) -> tuple[list[KernelGroup], list[int]]:
-    """Group tensors by the kernels that serve them, their device and their types.
+    """Group tensors by the kernels that process them, their device and their types.
 
     Args:
-        tensors: to be centered, or updated.
+        tensors: the tensors to be centered or updated.
         vectors: their weight vectors; None for a tensor that is not centered.
-        companions: called with the kernels and a position: the tensors that the call needs besides that one (gradient
-            and state), whose types must be the same throughout a group, or None where the kernels cannot take them.
+        companions: a function of the kernels and a position that returns the further tensors of the call (gradient and
+            state), whose types must be the same throughout a group, or None if the kernels cannot accept them.
 
     Returns:
-        The groups, and the positions of the tensors that are left to the reference path.
+        The groups, and the positions of the remaining tensors, for the reference path.
     """
     groups: dict[object, KernelGroup] = {}
     rest: list[int] = []

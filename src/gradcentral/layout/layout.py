@@ -30,7 +30,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
     Attributes:
         entries: one `Entry` per parameter of the model, centered or skipped, in the model's order.
         pending: whether there are lazy parameters whose shapes were unknown when the layout was last refreshed.
-        revision: how many times `refresh` has updated the entries.
+        revision: number of times that `refresh` has updated the entries.
     """
 
     def __init__(self, entries: Sequence[Entry], recipe: Recipe | None = None) -> None:
@@ -53,10 +53,10 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
 
     @classmethod
     def from_shapes(cls, params: ParamsT) -> WeightLayout:
-        """A layout from shapes alone, for parameters without a model: ``"o [i...]"``, the mean over axes 1 and up.
+        """Create a layout from shapes alone, without a model: ``"o [i...]"``, the mean over axes 1 and up.
 
-        Right for plain Linear and convolution layers; **wrong** for embeddings, transposed convolutions and every
-        layer that stores its weights as [in, out]. Prefer `weight_layout`, which inspects the modules.
+        This is right for plain Linear and convolution layers, and **wrong** for embeddings, transposed convolutions and
+        every layer that stores its weights as [in, out]. Prefer `weight_layout`, which inspects the modules.
 
         Args:
             params: parameters, (name, parameter) pairs, or an optimizer's ``param_groups``.
@@ -82,7 +82,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         return cls(entries)
 
     def __getitem__(self, key: Tensor | str) -> WeightVectors:
-        """The weight vectors of a parameter, given it or its name; a KeyError with the reason if it is skipped."""
+        """Return the weight vectors of a parameter or its name; a KeyError gives the reason if it is skipped."""
         if (entry := self._by_key.get(key)) is None:
             what = repr(key) if isinstance(key, str) else f"a tensor of shape {tuple(key.shape)}"
             raise KeyError(f"{what} is not a parameter of the model that this layout was created for")
@@ -118,11 +118,11 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         return tuple(entry for entry in self.entries if entry.unknown)
 
     def in_model(self, parameter: Tensor) -> bool:
-        """Whether the parameter belongs to this layout's model, centered or skipped."""
+        """Return whether the parameter belongs to this layout's model, centered or skipped."""
         return parameter in self._by_key
 
     def refresh(self) -> None:
-        """Decide again for the model as it is now: lazy parameters have shapes, layers may have been added.
+        """Update the entries for the current model: lazy parameters may have shapes now, layers may have been added.
 
         Raises:
             RuntimeError: the layout was copied or created from shapes before the first forward, so it has no model.
@@ -136,7 +136,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
             )
 
     def current_parameters(self) -> dict[str, Tensor] | None:
-        """{name: parameter} of the model as it is now, tied ones under each of their names; None without a model."""
+        """Return {name: parameter} of the current model, tied ones under each of their names; None without a model."""
         model = None if self._recipe is None else self._recipe.model()
         return None if model is None else {site.name: site.tensor for site in sites(model)}
 
@@ -146,13 +146,13 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         return any(entry.origin == _SHAPE_RULE for entry in self.entries)
 
     def __str__(self) -> str:
-        """A table in which repeated layers share a row; `table` can list each of them."""
+        """Return a table in which repeated layers share a row; `table` can list each of them."""
         return self.table()
 
     __repr__ = __str__
 
     def table(self, *, every: bool = False) -> str:
-        """The layout as text: parameter, shape, weight vectors (count × fan-in and pattern), rule or reason.
+        """Format the layout as text: parameter, shape, weight vectors (count × fan-in and pattern), rule or reason.
 
         With ``every``, repeated layers have one row each.
         """
@@ -167,7 +167,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         return tuple(dict.fromkeys(entry.suggestion for entry in self.unknown if entry.suggestion))
 
     def summary(self) -> str:
-        """One line: how much of the model is centered."""
+        """Return one line with the number of centered parameters and their fraction of the elements."""
         line = _fraction_centered(self.entries, " parameters are centered")
         trained = [entry for entry in self.entries if entry.parameter.requires_grad]
         if len(trained) < len(self.entries):
@@ -184,8 +184,9 @@ def weight_layout(
 ) -> WeightLayout:
     """Decide which elements of each of a model's parameters form one weight vector.
 
-    Decided from the modules, not from shapes: by the override; otherwise by the rule for (class, parameter name),
-    walking up the bases of the class; a parameter without a rule is skipped and reported, never guessed.
+    The modules determine the layout, not the shapes. An override takes precedence; otherwise the rule for (class,
+    parameter name) applies, looked up in the class and then in its bases. A parameter without a rule is skipped and
+    reported, never guessed.
 
     Args:
         model: the model.

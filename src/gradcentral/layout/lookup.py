@@ -16,17 +16,17 @@ from gradcentral.layout.rules import Rule, Rules, declared_rules, matching_name,
 
 __all__ = ["LIBRARIES", "find_rule", "is_convolution", "library_rules"]
 
-# Of the tables, only that of torch.nn is not found by the path of a class.
+# All tables except that of torch.nn are looked up by the path of a class.
 LIBRARIES = tuple(file.name for file in iter_modules(libraries.__path__) if file.name != "torch_nn")
-# Of diffusers, timm and torchvision; those of torch.nn have a base class in common.
+# Convolutions of diffusers, timm and torchvision; those of torch.nn share a base class.
 _CONVOLUTIONS = {"MotionConv2d", "SanaWMTemporalShortConvolution", "CondConv2d", "DeformConv2d"}
 
 
 def find_rule(module: nn.Module, name: str) -> tuple[Rule, str] | None:
-    """The rule for a module's parameter and where it comes from, or None.
+    """Return the rule for a module's parameter and its origin, or None.
 
-    Walks the bases of the module's class, from the class itself upwards. For each, in this order: the rules
-    registered for it, those it declares, those of torch.nn, and those of the library that defines it.
+    The search follows the method resolution order of the module's class. For each class it tries, in this order, the
+    rules registered for it, those it declares, those of torch.nn, and those of the library that defines it.
     """
     for cls in type(module).__mro__:
         for origin, rules in (
@@ -41,12 +41,12 @@ def find_rule(module: nn.Module, name: str) -> tuple[Rule, str] | None:
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether the layer is centered under ``only="conv"``: a torch.nn convolution or a library's own."""
+    """Return whether the layer is centered under ``only="conv"``: a torch.nn convolution or a library's own."""
     return isinstance(module, _ConvNd) or any(cls.__name__ in _CONVOLUTIONS for cls in type(module).__mro__)
 
 
 def library_rules(cls: type) -> Rules:
-    """The rules in a library's table for this class itself. The library is not imported."""
+    """Return the rules in a library's table for this class itself. The library is not imported."""
     return _library_rules(f"{cls.__module__}.{cls.__qualname__}")
 
 

@@ -1,4 +1,4 @@
-"""Why parameters that are not weights are skipped, and the names that libraries give them."""
+"""Reasons to skip parameters that are not weights, and the names that libraries give such parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKEN = LeaveAlone("learned token")
 
 
 def each(rule: _Rule, names: str) -> dict[str, _Rule]:
-    """The same rule for several parameters, or the same rules for several classes, with spaces between the names."""
+    """Return one rule for several parameters, or one set of rules for several classes, named in ``names``."""
     return dict.fromkeys(names.split(), rule)
 
 
@@ -38,4 +38,4 @@ NAMES: Rules = {
     "latents": QUERY,
     "*bias": BIAS,
 }
-"""Skipped in every library whose classes were read. Nothing is centered because of its name alone."""
+"""Parameters skipped in every library that has a table. No parameter is centered because of its name alone."""

@@ -44,7 +44,7 @@ class Recipe:
                     raise ValueError(f"{option}: {what} matches no parameter of the model{hint}")
 
     def entries(self, model: nn.Module) -> list[Entry]:
-        """One entry per parameter, in the model's order."""
+        """Return one entry per parameter, in the model's order."""
         places: dict[Tensor, list[Site]] = {}
         for site in sites(model):
             places.setdefault(site.tensor, []).append(site)

@@ -19,13 +19,13 @@ _SMALL_FAN_IN = 4  # up to this fan-in, centering removes a quarter or more of a
 
 
 def as_text(model: nn.Module, layout: WeightLayout, *, every: bool = False) -> str:
-    """The table with totals and suggested rules, and the points to check."""
+    """Format the table with totals and suggested rules, and the points to check."""
     points = "".join(f"\n- {point}" for point in points_to_check(model, layout))
     return layout.table(every=every) + (f"\n\nTo check:{points}" if points else "")
 
 
 def as_json(model: nn.Module, layout: WeightLayout) -> dict[str, Any]:
-    """The same as a dictionary for programs: ``parameters``, ``totals`` and ``to_check``."""
+    """Return the same as a dictionary for programs: ``parameters``, ``totals`` and ``to_check``."""
     return {
         "parameters": [_as_dict(entry) for entry in layout.entries],
         "totals": {
@@ -40,7 +40,7 @@ def as_json(model: nn.Module, layout: WeightLayout) -> dict[str, Any]:
 
 
 def points_to_check(model: nn.Module, layout: WeightLayout) -> list[str]:
-    """Decisions that the user may not expect, one line each, with code that changes them."""
+    """Return decisions that the user may not expect, one line each, with code that changes them."""
     strided = {
         f"{path}.weight" if path else "weight"
         for path, module in model.named_modules()
@@ -59,7 +59,7 @@ def points_to_check(model: nn.Module, layout: WeightLayout) -> list[str]:
 
 
 def _points(entry: Entry, is_strided: bool) -> Iterator[tuple[str, str]]:
-    """What to check, and the effect of the remedy: skips, centers, or none."""
+    """Yield each point to check and the effect of its remedy: "skips", "centers", or none."""
     if entry.vectors is None:
         if entry.unknown or entry.reason.startswith(("tied:", "fan-in 1", "pruned", "lazy")):
             effect = "centers" if entry.reason.startswith("tied:") else ""

@@ -1,4 +1,4 @@
-"""Rules for the parameters of a module class, and how users register rules for their own layers."""
+"""Rules for the parameters of a module class, and their registration for a user's own layers."""
 
 from __future__ import annotations
 
@@ -93,12 +93,12 @@ def register_layout(cls: type[nn.Module], name: str, rule: Rule) -> None:
 
 
 def registered_rules(cls: type) -> Rules:
-    """The rules registered for this class itself, not for its bases."""
+    """Return the rules registered for this class itself, not for its bases."""
     return _registered.get(cls, {})
 
 
 def declared_rules(cls: type) -> Rules:
-    """The rules that the class itself declares in its attribute ``weight_vectors``."""
+    """Return the rules that the class itself declares in its attribute ``weight_vectors``."""
     declared = cls.__dict__.get("weight_vectors")
     if not isinstance(declared, Mapping):  # an unrelated attribute of the same name
         return {}
@@ -122,7 +122,7 @@ def check_rule(rule: object, what: str) -> None:
 
 
 def matching_name(rules: Rules, name: str) -> str | None:
-    """The first name in the rules that matches a parameter's name."""
+    """Return the first name in the rules that matches a parameter's name."""
     pieces = name.split(".")
     for key in rules:
         wildcards = key.split(".")
@@ -132,7 +132,7 @@ def matching_name(rules: Rules, name: str) -> str | None:
 
 
 def apply_rule(rule: Rule, module: nn.Module, tensor: Tensor) -> Decision:
-    """Apply a rule to one tensor: its weight vectors for the tensor's shape, or why it is skipped."""
+    """Apply a rule to one tensor; return its weight vectors, or the reason why it is skipped."""
     decided = rule(module, tensor) if callable(rule) else rule
     if decided is None:
         return LeaveAlone("skipped by a rule")
@@ -145,7 +145,7 @@ def apply_rule(rule: Rule, module: nn.Module, tensor: Tensor) -> Decision:
 
 
 def not_centerable(tensor: Tensor) -> LeaveAlone | None:
-    """The reason to skip a tensor whatever its rule, if there is one."""
+    """Return the reason to skip a tensor regardless of its rule, if there is one."""
     if is_lazy(tensor):
         return LeaveAlone(LAZY)
     if not (tensor.is_floating_point() or tensor.is_complex()):
@@ -154,7 +154,7 @@ def not_centerable(tensor: Tensor) -> LeaveAlone | None:
 
 
 def axes(pattern: str, **sizes: str) -> Rule:
-    """A rule from a pattern (see `WeightVectors.parse`) that takes the sizes of named axes from the module.
+    """Return a rule for a pattern (see `WeightVectors.parse`) that takes the sizes of named axes from the module.
 
     Args:
         pattern: names of the axes, with brackets around those that one weight vector runs over.
@@ -188,7 +188,7 @@ def axes(pattern: str, **sizes: str) -> Rule:
 
 
 def unexpected_shape(module: nn.Module, tensor: Tensor, expected: str) -> LeaveAlone:
-    """Skip as unknown: the layer was modified, or is not the one that the rule was written for."""
+    """Return a decision to skip as unknown: the layer was modified, or the rule was written for another layer."""
     return LeaveAlone(
         f"shape {tuple(tensor.shape)} does not fit {type(module).__name__}: expected {expected}", unknown=True
     )

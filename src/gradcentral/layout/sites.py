@@ -1,4 +1,4 @@
-"""Where the parameters of a model are registered, and which module computes with each of them."""
+"""The places where a model's parameters are registered, and the module that computes with each of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Site(NamedTuple):
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
-    """Every (module, name) under which a parameter is registered; a ValueError if the parameters are flat parts."""
+    """Yield each place where a parameter is registered; raise a ValueError if the parameters are flat parts."""
     modules: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         modules[path] = module
@@ -79,7 +79,7 @@ def _owner(module: nn.Module, path: str, name: str, modules: dict[str, nn.Module
 
 
 def _skipped_original(chain: ParametrizationList, name: str) -> LeaveAlone | None:
-    """Why ``original…`` of a parametrized tensor is skipped; None if the rule of that tensor applies to it."""
+    """Return why ``original…`` of a parametrized tensor is skipped, or None if the rule of that tensor applies."""
     kind = type(chain[0]) if len(chain) == 1 else None
     if kind is parametrizations._WeightNorm:
         return None if name == "original1" else _MAGNITUDE
@@ -91,7 +91,7 @@ def _skipped_original(chain: ParametrizationList, name: str) -> LeaveAlone | Non
 
 
 def _owner_behind_hook(module: nn.Module, name: str) -> Owner | None:
-    """The owner of ``weight_v`` or ``weight_orig``, from which a forward pre-hook computes ``weight``."""
+    """Return the owner of ``weight_v`` or ``weight_orig``, from which a forward pre-hook computes ``weight``."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and name in (f"{hook.name}_g", f"{hook.name}_v"):
             return Owner(module, hook.name, _MAGNITUDE if name.endswith("_g") else None)
@@ -104,7 +104,7 @@ def _owner_behind_hook(module: nn.Module, name: str) -> Owner | None:
 
 
 def _enclosing_owner(path: str, name: str, modules: dict[str, nn.Module]) -> Owner | None:
-    """The direct parent (past ModuleList and ModuleDict), if it has a rule for this parameter of its child."""
+    """Return the direct parent (past ModuleList and ModuleDict), if it has a rule for this parameter of its child."""
     while path:
         path, _, last = path.rpartition(".")
         module, name = modules[path], f"{last}.{name}"

@@ -28,26 +28,26 @@ class _Row(NamedTuple):
 
 
 def render(entries: Sequence[Entry], *, every: bool = False) -> str:
-    """The table: parameter, shape, weight vectors (count × fan-in and pattern), and the rule or the reason."""
+    """Format the table: parameter, shape, weight vectors (count × fan-in and pattern), and the rule or the reason."""
     rows = [_Row(tuple(" = ".join((entry.name, *entry.aliases)).split(".")), _cells(entry)) for entry in entries]
     header = ("parameter", "shape", "weight vectors", "decided by")
     return aligned([header, *((str(row), *row.cells) for row in (rows if every else _merged(rows)))])
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text in columns; the first row is the header."""
+    """Format rows of cells as text in columns; the first row is the header."""
     *widths, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
     text = ["  ".join((*map(str.ljust, line, widths), line[-1])) for line in lines]
     return "\n".join([text[0], "-" * min(max(map(len, text)), 120), *text[1:]])
 
 
 def compact_names(names: Iterable[str]) -> list[str]:
-    """The names, with those of repeated layers combined, as in ``h.{0..2}.attn.bias ×3``."""
+    """Combine the names of repeated layers, as in ``h.{0..2}.attn.bias ×3``."""
     return list(map(str, _merged([_Row(tuple(name.split(".")), ()) for name in names])))
 
 
 def suggestion(site: Site) -> str:
-    """A line of code that skips an unknown parameter, or centers it once edited; empty for fewer than two axes."""
+    """Return a line of code that skips an unknown parameter, or centers it once edited; empty below two axes."""
     tensor = site.tensor
     if is_lazy(tensor) or tensor.ndim <= 1:
         return ""
@@ -68,7 +68,7 @@ def suggestion(site: Site) -> str:
 
 
 def _name_for_all_items(site: Site) -> str:
-    """The parameter's name for `register_layout`, with a wildcard for the items of a list."""
+    """Return the parameter's name for `register_layout`, with a wildcard for the items of a list."""
     pieces = site.owner.name.split(".")
     pieces[1:-1] = ["*"] * (len(pieces) - 2)
     if len(pieces) > 1 and isinstance(site.modules[-1], (nn.ParameterList, nn.ParameterDict)):
@@ -85,14 +85,14 @@ def _cells(entry: Entry) -> tuple[str, ...]:
 
 
 def _merged(rows: list[_Row]) -> list[_Row]:
-    """Combine layers whose rows are all the same, beginning with the innermost numbers."""
+    """Combine layers whose rows are all the same, starting from the innermost numbers."""
     for position in reversed(range(max((len(row.pieces) for row in rows), default=0))):
         rows = _merged_at(rows, position)
     return rows
 
 
 def _merged_at(rows: list[_Row], position: int) -> list[_Row]:
-    contents: dict[tuple[str, ...], list[_Row]] = {}  # of each numbered layer: its rows, without its name
+    contents: dict[tuple[str, ...], list[_Row]] = {}  # rows of each numbered layer, without its name
     for row in rows:
         if position < len(row.pieces) and row.pieces[position].isdecimal():
             content = contents.setdefault(row.pieces[: position + 1], [])

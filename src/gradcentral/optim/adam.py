@@ -15,7 +15,7 @@ __all__ = ["Adam", "AdamW"]
 
 
 class _CentralizedAdam(CentralizedOptimizer):
-    """What Adam and AdamW share: they differ only in whether weight decay is L2 or decoupled."""
+    """Common base of Adam and AdamW, which differ only in whether weight decay is L2 or decoupled."""
 
     def _update_rule(self, group: dict[str, Any]) -> UpdateRule:
         return UpdateRule.AMSGRAD if group["amsgrad"] else UpdateRule.ADAM

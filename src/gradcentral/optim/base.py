@@ -1,4 +1,4 @@
-"""The base of `SGD`, `Adam` and `AdamW`: torch's optimizer of that name, centering inside its step."""
+"""Base class of `SGD`, `Adam` and `AdamW`: torch's optimizer of the same name, with centering inside its step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["CentralizedOptimizer"]
 
 
 class CentralizedOptimizer(FusedOptimizer):
-    """Base of `SGD`, `Adam` and `AdamW`: torch's optimizer of that name, centering inside its step.
+    """Base class of `SGD`, `Adam` and `AdamW`: torch's optimizer of the same name, with centering inside its step.
 
     Args:
         params: a ``torch.nn.Module`` (all its parameters), or what torch takes: parameters, named parameters, groups.
@@ -34,16 +34,16 @@ class CentralizedOptimizer(FusedOptimizer):
         layout: use this layout instead (see `gradcentral.weight_layout`).
         placement: ``"gradient"`` or ``"update"`` (see `gradcentral.centralize`).
 
-    ``p.grad`` is left unchanged. Dense parameters take the fused kernels, including those that are not centered: on the
+    ``p.grad`` is unchanged. The fused kernels update dense parameters, including those that are not centered: on the
     CPU in float32, float64 or bfloat16; on CUDA devices in float32, bfloat16 or float16, if Triton is installed (step
-    counters and a GradScaler's ``found_inf`` stay on the device, and steps can be captured in CUDA graphs). Everything
-    else takes torch's own step.
+    counters and a GradScaler's ``found_inf`` stay on the device, and steps can be captured in CUDA graphs). torch's own
+    step updates everything else.
 
     Without a model and a layout the weight vectors are guessed from shapes (`WeightLayout.from_shapes`), with one
     warning.
 
     Attributes:
-        targets: what is centered; see `Targets`.
+        targets: the parameters that are centered; see `Targets`.
 
     Raises:
         ValueError: an unknown placement; both model and layout; none of the model's parameters is in the optimizer;
@@ -113,7 +113,7 @@ class CentralizedOptimizer(FusedOptimizer):
         cls.__signature__ = signature.replace(parameters=[*inherited, *extra])  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch keeps three attributes only; a copy without its layout would stop centering without an error.
+        # torch keeps only three attributes; a copy without its layout would stop centering without an error.
         own = {"_by_shape": self._by_shape, "_copied": (self.layout, self.placement)}
         return {**super().__getstate__(), **own}
 
@@ -131,8 +131,8 @@ class CentralizedOptimizer(FusedOptimizer):
         if getattr(self, "_by_shape", False):
             self.targets = Targets(WeightLayout.from_shapes(self.param_groups), self.placement)
 
-    # A departure from torch.optim.Optimizer.step: what the kernels serve is planned for all groups before anything is
-    # changed, so that whatever is refused is refused with the weights untouched.
+    # Unlike the steps of torch.optim, this one plans the kernel calls of all groups before it changes anything, so that
+    # an error in planning leaves the weights unchanged.
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step, as torch's optimizer does, with Gradient Centralization. Returns the closure's loss."""
@@ -165,8 +165,8 @@ class CentralizedOptimizer(FusedOptimizer):
         return loss
 
     def _skips_step_on_host(self) -> bool:
-        # Before any state is created. On a CUDA device the kernels read found_inf themselves: reading it here would
-        # wait for the device.
+        # Checked before any state is created. On a CUDA device the kernels read found_inf themselves: reading it here
+        # would synchronize with the device.
         found_inf = getattr(self, "found_inf", None)
         return found_inf is not None and found_inf.is_cpu and bool(found_inf.item())
 
@@ -179,7 +179,7 @@ class CentralizedOptimizer(FusedOptimizer):
         return bool(needs_host) and bool(found_inf.item())
 
     def _any_sharded(self) -> bool:
-        """Whether parameters are DTensors; read from the plans while the groups hold the same parameters."""
+        """Return whether parameters are DTensors; read from the plans while the groups hold the same parameters."""
         for index, group in enumerate(self.param_groups):
             plan, params = self._plans.get(index), group["params"]
             known = plan is not None and same_objects(params, plan.all_params)
@@ -220,7 +220,7 @@ class CentralizedOptimizer(FusedOptimizer):
         if calls is None:
             plan = self._plans[index] = GroupPlan.create(self, group, params, held)
             calls = plan.kernel_calls(self, group, held)
-            assert calls is not None, "a plan fits the tensors it was made for"
+            assert calls is not None, "a plan must fit the tensors it was created for"
         return calls
 
     def _refuse_sparse(self) -> None:
@@ -230,7 +230,7 @@ class CentralizedOptimizer(FusedOptimizer):
                     refuse_sparse(p.grad, p, self.layout)
 
     def _rest_by_torch(self, updated: list[Tensor], held: LocalTensors | None) -> None:
-        """Update all other parameters by torch's own step, with the reference path around it."""
+        """Update all other parameters with torch's own step, centered by the reference path."""
         done = set(updated)
         whole = self.targets.current(self).whole if held is None else held.shards.whole
         targets = [(p, vectors) for p, vectors in whole if p.grad is not None and p not in done]
@@ -259,18 +259,18 @@ class CentralizedOptimizer(FusedOptimizer):
                 restore_means_(local(p), old, vectors)
 
     def _can_be_traced(self) -> bool:
-        """Whether the operators serve: they are not differentiable and do not communicate with other ranks."""
+        """Return whether the custom operators apply: they are not differentiable and do not communicate."""
         sharded = any(any_sharded(group["params"]) for group in self.param_groups)
         return not sharded and not self.defaults.get("differentiable", False)
 
     @torch.no_grad()
     def _traced_step(self) -> None:
-        """The step as ``torch.compile`` traces it: torch's own, with operators that center before or around it.
+        """Take the step that ``torch.compile`` traces: torch's own, with operators that center before or around it.
 
-        Replacing ``p.grad`` would break the graph, so it is overwritten with the centered values and then with its own
-        again, which the compiled code optimizes away. Two traps of Inductor: it loses the second write if an operator
-        centers ``p.grad`` itself in place, and it merges two clones of one tensor, so that centering one would center
-        the other. Hence a copy, and −(−g) for the original.
+        Replacing ``p.grad`` would break the graph, so it is overwritten with the centered values and later with the
+        original ones, which the compiled code optimizes away. Two pitfalls of Inductor: it drops the second write if an
+        operator centers ``p.grad`` itself in place, and it merges two clones of one tensor, so that centering one would
+        center the other. Therefore a copy is centered, and the original is kept as −(−g).
         """
         traced = TracedCentering()
         targets = [(p, vectors) for p, vectors in self.targets.current(self).whole if p.grad is not None]
@@ -290,7 +290,7 @@ class CentralizedOptimizer(FusedOptimizer):
 
 
 def _may_fuse(group: dict[str, Any]) -> bool:
-    """Whether no option of the group selects torch's own implementation."""
+    """Return whether no option of the group selects torch's own implementation."""
     return (
         group["foreach"] is None
         and group["fused"] is not False

@@ -1,4 +1,4 @@
-"""The fused part of a step: which kernel calls update a parameter group, cached while their tensors keep their form."""
+"""The fused part of a step: the kernel calls that update a parameter group, cached until its tensors change form."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ _STATE_KEYS = {
 
 
 class FusedOptimizer(Optimizer):
-    """What an optimizer defines so that the kernels can update its parameters."""
+    """Interface that an optimizer implements so that the kernels can update its parameters."""
 
     targets: Targets
 
     def _update_rule(self, group: dict[str, Any]) -> UpdateRule:
-        """The update rule that a group's options select."""
+        """Return the update rule that a group's options select."""
         raise NotImplementedError
 
     def _coefficients(self, group: dict[str, Any], lr: float) -> Coefficients:
-        """The coefficients for a group's options and this learning rate."""
+        """Return the coefficients for a group's options and this learning rate."""
         raise NotImplementedError
 
     def _create_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         """Return a parameter's state, created as torch creates it if it does not exist.
 
-        A new momentum buffer starts as the first gradient: until that step its parameter is in ``_fresh``.
+        A new momentum buffer starts as the first gradient; until that step its parameter is in ``_fresh``.
         """
         raise NotImplementedError
 
 
 class LocalTensors(NamedTuple):
-    """What this rank holds of DTensors during a step."""
+    """The local shards of DTensors during a step, and their gradients."""
 
     shards: Shards
     centered: dict[Tensor, Tensor]
-    """Local gradients of the parameters whose weight vectors are split between ranks; already centered."""
+    """Local gradients of the parameters whose weight vectors are split between ranks, already centered."""
     old_sums: list[Tensor]
     """Under placement "update": the local sums of their weight vectors before the step."""
 
@@ -68,7 +68,7 @@ class KernelCall(NamedTuple):
     """A plan with the gradients and coefficients of this step."""
 
     plan: Any
-    """A Plan, native or Triton."""
+    """A native or Triton plan."""
     owners: list[Tensor]
     """The parameters whose local shards the plan updates."""
     grads: list[Tensor]
@@ -79,20 +79,20 @@ class _PlannedCall(NamedTuple):
     plan: Any
     owners: list[Tensor]
     states: list[dict[str, Any]]
-    """Of the owners; looking them up by parameter at each step would be slow."""
+    """States of the owners, since looking them up by parameter at each step would be slow."""
 
 
 class GroupPlan(NamedTuple):
     """The kernel calls that update a parameter group, valid while the same parameters have gradients."""
 
     params: list[Tensor]
-    """Those that have gradients."""
+    """The parameters that have gradients."""
     rule: UpdateRule
     calls: list[_PlannedCall]
     all_states: list[Any]
-    """The optimizer's states when the plan was made."""
+    """The optimizer's states when the plan was created."""
     all_params: list[Tensor]
-    """Of the group, with gradients or without."""
+    """All parameters of the group, with or without gradients."""
     sharded: bool
     """Whether some of them are DTensors."""
 
@@ -100,7 +100,7 @@ class GroupPlan(NamedTuple):
     def create(
         cls, optimizer: FusedOptimizer, group: dict[str, Any], params: list[Tensor], held: LocalTensors | None
     ) -> GroupPlan:
-        """Divide a group among kernel calls; what no kernel takes is left to torch's own step."""
+        """Divide a group among kernel calls; parameters that no kernel accepts are left to torch's own step."""
         rule = optimizer._update_rule(group)
         pairs = optimizer.targets.current(optimizer).whole if held is None else held.shards.whole
         targets: dict[Tensor, Any] = dict(pairs)
@@ -108,7 +108,7 @@ class GroupPlan(NamedTuple):
         grads = [_gradient(p, held) for p in params]
 
         def companions(kernels: ModuleType, position: int) -> list[Tensor] | None:
-            """The gradient and state of a parameter, if the kernels can update it with them."""
+            """Return the gradient and state of a parameter, or None if the kernels cannot update it."""
             if kernels is native and group.get("capturable", False):
                 return None
             shard, grad = shards[position], grads[position]
@@ -138,7 +138,7 @@ class GroupPlan(NamedTuple):
     def kernel_calls(
         self, optimizer: FusedOptimizer, group: dict[str, Any], held: LocalTensors | None
     ) -> list[KernelCall] | None:
-        """Return the calls with the gradients and coefficients of now, or None where a plan no longer fits."""
+        """Return the calls with the current gradients and coefficients, or None if a plan no longer fits."""
         if not same_objects([*optimizer.state.values()], self.all_states):
             return None
         calls: list[KernelCall] = []
@@ -166,14 +166,14 @@ def _states_of(rule: UpdateRule, states: Sequence[dict[str, Any]]) -> States:
 
 
 def _coefficients_for(optimizer: FusedOptimizer, group: dict[str, Any], plan: Any) -> Coefficients | DeviceCoefficients:
-    """Return the coefficients as the plan's kernel takes them."""
+    """Return the coefficients in the form that the plan's kernel takes."""
     sign = -1.0 if group["maximize"] else 1.0
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     if isinstance(plan, native.Plan):
         coefficients = optimizer._coefficients(group, float(group["lr"]))
         coefficients.scale = sign / (1.0 if grad_scale is None else float(grad_scale))
         return coefficients
-    # The learning rate and the scaler's results stay on the device, where the kernel reads them without a wait.
+    # The learning rate and the scaler's results stay on the device: reading them here would synchronize.
     coefficients = optimizer._coefficients(group, 1.0)
     coefficients.scale = sign
     return DeviceCoefficients(coefficients, group["lr"], grad_scale, found_inf)

@@ -1,6 +1,6 @@
 """Algorithms 1 and 2 of the paper in plain torch, one parameter at a time, for readers and for tests.
 
-`SGD`, `Adam` and `AdamW` compute the same in one fused pass, and are tested equal to these functions over 100 steps.
+`SGD`, `Adam` and `AdamW` compute the same in one fused pass, and are tested to equal these functions over 100 steps.
 Differences from the paper, all as in torch.optim: SGD has ``dampening`` in place of the paper's factor 1 − β, and its
 momentum starts with the first gradient, undamped; weight decay and AMSGrad are supported.
 """

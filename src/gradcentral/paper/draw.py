@@ -1,4 +1,4 @@
-"""`draw_all`: the figures and statements of the paper for one task."""
+"""`draw_all`: draw the figures and measure the statements of the paper for one task."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STATEMENTS = "statements"
 """The name of the table of statements in ``draw_all(only=…)``."""
 
 _WITHOUT_TRAINING = {"operation", "initial-means", "shares"}
-# Enough steps for the weights to move away from w⁰, and few enough for the statements to take seconds.
+# Enough steps for the weights to move away from w⁰, but few enough to measure the statements in seconds.
 _STATEMENT_STEPS = 300
 
 
@@ -107,7 +107,7 @@ def draw_all(
 
 
 def statement_table(statements: Measurements) -> Any:
-    """A rich table of the statements: each number with its bound, or why the statement was skipped."""
+    """Return a rich table of the statements: each number with its bound, or the reason for skipping it."""
     table = optional("rich.table").Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("statement", "measured", "bound", "without GC", "holds"):
         table.add_column(title, justify="left" if title in ("statement", "holds") else "right")
@@ -121,9 +121,9 @@ def statement_table(statements: Measurements) -> Any:
 
 @contextmanager
 def _tracked(study: Study, name: str) -> Iterator[Study]:
-    """The study with a progress bar on a terminal; afterwards print one line."""
+    """Yield the study with a progress bar on a terminal; afterwards print one line."""
     console = optional("rich.console").Console(quiet=not study.progress, highlight=False)
-    # A terminal has room for one progress display, and a comparison shows its own.
+    # A terminal can show only one progress display, and a comparison has its own.
     disable = not (study.progress and console.is_terminal) or name == "learning"
     with optional("rich.progress").Progress(console=console, transient=True, disable=disable) as bars:
         yield replace(study, track=partial(bars.track, description=name))

@@ -21,7 +21,7 @@ Batch: TypeAlias = "tuple[Any, Any] | Mapping[str, Any]"  # a mapping is used as
 
 
 def gradients_of(model: nn.Module, loss: Loss, batch: Batch, layout: WeightLayout) -> dict[Tensor, Tensor]:
-    """The gradient of each centered parameter that trains; the model is left unchanged."""
+    """Compute the gradient of each trainable, centered parameter, without changing the model."""
     trained = [w for w in layout if w.requires_grad]
     if not trained:
         raise ValueError("layout: none of the parameters that it centers requires a gradient")
@@ -31,7 +31,7 @@ def gradients_of(model: nn.Module, loss: Loss, batch: Batch, layout: WeightLayou
 
 
 def centered_layout(model: nn.Module, layout: WeightLayout | None) -> WeightLayout:
-    """The layout, by default ``weight_layout(model)``, which must center something."""
+    """Return the layout, by default ``weight_layout(model)``; it must center something."""
     layout = weight_layout(model) if layout is None else layout
     if not layout:
         raise ValueError(f"nothing is centered: {layout.summary()}")
@@ -46,10 +46,10 @@ def as_rows(tensor: Tensor, vectors: WeightVectors) -> Tensor:
 
 
 def double_rows(tensor: Tensor, vectors: WeightVectors) -> Tensor:
-    """`as_rows` of the detached tensor in double precision, so that measuring adds no visible rounding."""
+    """Apply `as_rows` to the detached tensor in double precision, so that rounding errors are negligible."""
     return as_rows(tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64)), vectors)
 
 
 def along_e(rows: Tensor) -> Tensor:
-    """|eᵀv| of each row v: the length of its component along e = (1, …, 1)/√M."""
+    """Compute |eᵀv| of each row v: the length of its component along e = (1, …, 1)/√M."""
     return rows.sum(1).abs() / math.sqrt(rows.shape[1])

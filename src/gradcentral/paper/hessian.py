@@ -41,16 +41,18 @@ class Eigenvalue(NamedTuple):
 
 
 def hessian_vector_product(model: Module, loss: Loss, batch: Batch, vector: Mapping[_P, Tensor]) -> dict[_P, Tensor]:
-    """∇²L v, exact, for the Hessian over the parameters that are the keys of ``vector``.
+    """Compute ∇²L v exactly, for the Hessian over the parameters that are the keys of ``vector``.
 
     Args:
-        model: runs in its current mode (dropout draws one mask); left unchanged: gradients, buffers, random numbers.
+        model: runs in its current mode (dropout draws one mask); its gradients, its buffers and the random number
+            generators are not changed.
         loss: ``loss(output, target)`` -> scalar.
         batch: ``(input, target)``, or a mapping, used as ``model(**batch)`` and ``loss(output, batch)``.
         vector: {parameter: its part of v, of the same shape}; the result has the same keys.
 
     Raises:
-        ValueError: there is no parameter; one is not the model's or requires no gradient; a part has another shape.
+        ValueError: there is no parameter; one is not in the model or does not require a gradient; a part has
+            another shape.
         TypeError: a parameter is complex; the batch is neither a pair nor a mapping.
         NotImplementedError: torch cannot differentiate a part of the model twice (``nn.EmbeddingBag``).
 
@@ -82,7 +84,7 @@ def hessian_matrix(
     parameters: Iterable[Tensor] | None = None,
     elements: Sequence[int] | None = None,
 ) -> Tensor:
-    """∇²L as a matrix. It takes one product per column, so it is meant for small networks or few elements.
+    """Compute ∇²L as a matrix, with one product per column, so for small networks or few elements.
 
     Args:
         model, loss, batch: as in `hessian_vector_product`, with the same errors.
@@ -113,7 +115,7 @@ def top_eigenvalue(
     tolerance: float = 1e-3,
     max_iterations: int = 60,
 ) -> Eigenvalue:
-    """The eigenvalue of ∇²L, or of P∇²LP, of largest absolute value: the spectral norm, with a sign.
+    """Compute the eigenvalue of ∇²L, or of P∇²LP, of largest absolute value: the spectral norm, with a sign.
 
     P∇²LP is the curvature within the hyperplane that Gradient Centralization keeps the weights in; P∇²L has the same
     eigenvalues. P centers the parameters in the layout and leaves the others unchanged.
@@ -142,7 +144,7 @@ def top_eigenvalue(
 def projected_norm(
     model: Module, loss: Loss, batch: Batch, layout: WeightLayout, *, tolerance: float = 1e-3, max_iterations: int = 60
 ) -> Eigenvalue:
-    """‖P∇²L‖, the spectral norm of the centered gradient's derivative.
+    """Compute ‖P∇²L‖, the spectral norm of the centered gradient's derivative.
 
     P∇²L is not symmetric; its norm is the square root of the top eigenvalue of (P∇²L)ᵀ(P∇²L) = ∇²L P ∇²L. The
     arguments are those of `top_eigenvalue`; each iteration takes two products with ∇²L.
@@ -168,10 +170,10 @@ def projected_norm(
 
 
 def lanczos(multiply: _Multiply, start: Tensor, tolerance: float, max_iterations: int) -> Eigenvalue:
-    """The eigenvalue of largest absolute value of a symmetric matrix, from products ``multiply``: v -> Av.
+    """Compute the eigenvalue of largest absolute value of a symmetric matrix from products ``multiply``: v -> Av.
 
-    Lanczos iteration with full reorthogonalization. The textbook version follows one end of the spectrum; this one
-    continues until the other end cannot overtake it.
+    This is Lanczos iteration with full reorthogonalization. The textbook version follows one end of the spectrum; this
+    one continues until the other end cannot overtake it.
     """
     if not tolerance > 0:
         raise ValueError(f"tolerance must be positive, not {tolerance}")
@@ -184,7 +186,7 @@ def lanczos(multiply: _Multiply, start: Tensor, tolerance: float, max_iterations
     while True:
         image = multiply(basis[-1])
         diagonal.append(float(basis[-1] @ image))
-        for _ in range(2):  # the second pass removes what the rounding of the first left
+        for _ in range(2):  # the second pass removes the rounding errors of the first
             for earlier in basis:
                 image = image - (earlier @ image) * earlier
         off_diagonal.append(float(image.norm()))
@@ -199,9 +201,9 @@ def lanczos(multiply: _Multiply, start: Tensor, tolerance: float, max_iterations
 
 
 def _spectrum_ends(diagonal: list[float], off_diagonal: list[float], tolerance: float) -> list[Eigenvalue]:
-    """Estimates of both ends of the spectrum, the one of larger absolute value first."""
+    """Estimate both ends of the spectrum; return the one of larger absolute value first."""
     main, beside = (torch.tensor(numbers, dtype=torch.float64) for numbers in (diagonal, off_diagonal[:-1]))
-    values, vectors = torch.linalg.eigh(torch.diag(main) + torch.diag(beside, -1))  # which reads the lower triangle
+    values, vectors = torch.linalg.eigh(torch.diag(main) + torch.diag(beside, -1))  # eigh reads the lower triangle
     ends = [(float(values[end]), off_diagonal[-1] * abs(float(vectors[-1, end]))) for end in (-1, 0)]
     found = [Eigenvalue(value, residual, len(main), residual <= tolerance * abs(value)) for value, residual in ends]
     return sorted(found, key=lambda end: -abs(end.value))
@@ -209,12 +211,12 @@ def _spectrum_ends(diagonal: list[float], off_diagonal: list[float], tolerance: 
 
 @contextmanager
 def _hessian(model: Module, loss: Loss, batch: Batch, parameters: Sequence[Tensor]) -> Iterator[_Multiply]:
-    """v -> ∇²L v on flat vectors. The graph of the gradient is built once and traversed for each product."""
+    """Yield v -> ∇²L v on flat vectors. The graph of the gradient is built once and traversed for each product."""
     # The fused attention kernels cannot be differentiated twice.
     with preserve_state(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         value = loss_of(model, loss, batch)
         gradients = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
-        # The gradient of an embedding table may be sparse. It is a constant if the loss is linear in the parameter.
+        # An embedding table may have a sparse gradient. A gradient is constant if the loss is linear in its parameter.
         curved = {index: g.to_dense() for index, g in enumerate(gradients) if g.requires_grad}
 
         def multiply(vector: Tensor) -> Tensor:
@@ -228,11 +230,11 @@ def _hessian(model: Module, loss: Loss, batch: Batch, parameters: Sequence[Tenso
 
 
 def _projection(parameters: Sequence[Tensor], layout: WeightLayout | None) -> _Multiply:
-    """P on flat vectors: Φ for the parameters in the layout, the identity for the others."""
+    """Return P on flat vectors: Φ for the parameters in the layout, the identity for the others."""
     if layout is None:
         return lambda vector: vector
     if not any(p in layout for p in parameters):
-        raise ValueError("layout: it centers none of the parameters; give weight_layout(model)")
+        raise ValueError("layout: none of the parameters is centered; give weight_layout(model)")
 
     def project(vector: Tensor) -> Tensor:
         parts = zip(parameters, _split(vector, parameters), strict=True)
@@ -242,26 +244,26 @@ def _projection(parameters: Sequence[Tensor], layout: WeightLayout | None) -> _M
 
 
 def _checked(model: Module, parameters: Iterable[Tensor] | None) -> dict[Tensor, str]:
-    """The parameters to differentiate by, by default all that require a gradient, with their names."""
+    """Return the parameters to differentiate by, by default all that require a gradient, with their names."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     chosen = [p for p in names if p.requires_grad] if parameters is None else [*parameters]
     if not chosen:
-        raise ValueError("parameters: there are none to differentiate by")
+        raise ValueError("parameters: empty; give at least one to differentiate by")
     for p in chosen:
         if p not in names:
             raise ValueError(f"parameters: a tensor of shape {tuple(p.shape)} is not a parameter of the model")
         if not p.requires_grad:
-            raise ValueError(f"parameters: {names[p]} requires no gradient; exclude it, or call requires_grad_() on it")
+            raise ValueError(f"parameters: {names[p]} does not require a gradient; exclude it or call requires_grad_()")
         if p.is_complex():
-            raise TypeError(f"parameters: {names[p]} is complex; the Hessian is implemented for real parameters only")
+            raise TypeError(f"parameters: {names[p]} is complex; the Hessian is implemented only for real parameters")
     return {p: names[p] for p in chosen}
 
 
 def _start(parameters: Sequence[Tensor]) -> Tensor:
-    """A random vector, the same on every device: sampled on the CPU, without the global generators."""
+    """Sample a start vector on the CPU, the same for every device, without the global generators."""
     like = _flat(p.detach() for p in parameters)
     sample = torch.randn(like.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    # Never in half precision, in which the basis would not stay orthogonal.
+    # Half precision is not used, because the basis would not remain orthogonal.
     return sample.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 

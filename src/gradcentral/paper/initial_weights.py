@@ -20,7 +20,7 @@ __all__ = ["SCHEMES", "centered_initialization", "initial_means", "initial_means
 
 SECTION_4_1 = "the means of initial weight vectors are near zero"
 SCHEMES = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
-"""The initializations of ``torch.nn.init`` that `initial_means` takes, with their default gains: 1 and √2 (ReLU)."""
+"""The initializations of ``torch.nn.init`` that `initial_means` accepts, with their default gains: 1 and √2 (ReLU)."""
 
 
 class InitialMeans(NamedTuple):
@@ -31,7 +31,7 @@ class InitialMeans(NamedTuple):
 
 
 def initial_means(shape: Sequence[int], scheme: str, *, seed: int = 0) -> InitialMeans:
-    """|mean(w⁰)| of the weight vectors of one layer under an initialization, sampled and in theory.
+    """Sample |mean(w⁰)| of the weight vectors of one initialized layer, and compute its theoretical scale.
 
     The mean of M independent weights has standard deviation σ/√M, where σ² = 2/(fan-in + fan-out) under Xavier and
     2/fan-in under Kaiming initialization.
@@ -63,20 +63,21 @@ def initial_means(shape: Sequence[int], scheme: str, *, seed: int = 0) -> Initia
 
 
 def sampled_means(shapes: Iterable[Sequence[int]], scheme: str, seed: int) -> dict[str, Tensor]:
-    """`initial_means` of all weight vectors of several layers: |mean(w⁰)|, and |mean(w⁰)| in units of σ/√M."""
-    # One seed per layer, or layers of the same shape would get the same weights.
+    """Sample `initial_means` of several layers: |mean(w⁰)|, and |mean(w⁰)| in units of σ/√M."""
+    # Each layer has its own seed; otherwise layers of the same shape would get the same weights.
     samples = [initial_means(shape, scheme, seed=seed + index) for index, shape in enumerate(shapes)]
     absolute = torch.cat([means.absolute for means in samples])
     return {"absolute": absolute, "relative": torch.cat([means.absolute / means.expected for means in samples])}
 
 
 def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None) -> list[Measurement]:
-    """mean(w⁰) ≈ 0 under Xavier and Kaiming initialization, for layers of the model's shapes.
+    """Measure mean(w⁰) ≈ 0 under Xavier and Kaiming initialization, for layers of the model's shapes.
 
-    Measures for each of `SCHEMES` how far the root mean square of mean(w⁰), over all weight vectors, is from σ/√M.
+    For each of `SCHEMES`, this measures the deviation of the root mean square of mean(w⁰), over all weight vectors,
+    from σ/√M.
 
     Args:
-        model: its centered Linear and convolution layers give the shapes; its weights are not used.
+        model: a model whose centered Linear and convolution layers give the shapes; its weights are not used.
         layout: the layers to measure, by their weights; by default ``weight_layout(model)``.
 
     Raises:
@@ -91,7 +92,7 @@ def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None
     layers = plain_layers(model, centered_layout(model, layout)).values()
     shapes = [layer.get_parameter("weight").shape for layer in layers]
     if not shapes:
-        raise NotMeasurableError("model: it has no centered Linear or convolution to initialize")
+        raise NotMeasurableError("model: no centered Linear or convolution layer to initialize")
     found = []
     for scheme in SCHEMES:
         means = sampled_means(shapes, scheme, seed=0)
@@ -105,12 +106,12 @@ def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None
 
 
 def centered_initialization(model: nn.Module, layout: WeightLayout | None = None) -> Measurement:
-    """1ᵀw⁰ = 0 after `center_weights_`, measured on a copy of the model.
+    """Measure 1ᵀw⁰ = 0 after `center_weights_`, on a copy of the model.
 
     Raises:
         ValueError: nothing is centered; the model cannot be copied.
 
-    Source: Yong et al. 2020, section 4.1: the smaller mean(w⁰), the less an output changes with γ.
+    Source: Yong et al. 2020, section 4.1: the smaller |mean(w⁰)|, the less an output changes with γ.
 
     Examples:
         >>> centered_initialization(nn.Linear(50, 20)).holds
@@ -132,6 +133,6 @@ def check_copyable(model: nn.Module) -> None:
             if isinstance(value, Tensor) and not value.is_leaf:
                 raise ValueError(
                     f"model: {f'{name}.{attribute}'.lstrip('.')} is a plain attribute computed from parameters, so the "
-                    "model cannot be copied; in place of torch.nn.utils.weight_norm or spectral_norm, use "
+                    "model cannot be copied; instead of torch.nn.utils.weight_norm or spectral_norm, use "
                     "torch.nn.utils.parametrizations.weight_norm or torch.nn.utils.parametrizations.spectral_norm"
                 )

@@ -13,24 +13,24 @@ __all__ = ["CENTERING", "Measurement", "NotMeasurableError", "coarsest_eps", "me
 
 _PerUnit: TypeAlias = dict[str, Tensor]  # one number per output unit, by the name of the parameter
 CENTERING = 4
-"""Rounding of Φ, in eps of ‖g‖: a mean, accurate to a few bits more than eps, and one rounding of the difference."""
+"""Rounding error of Φ, in eps of ‖g‖: that of a mean, slightly more accurate than eps, and that of the difference."""
 
 
 class NotMeasurableError(ValueError):
-    """The network has none of the layers that a statement is about; other statements can still be measured."""
+    """The network has no layer to which a statement applies; other statements can still be measured."""
 
 
 class Measurement(NamedTuple):
     """The number measured for one statement of the paper.
 
-    An equation is measured by the difference between its sides, which must not exceed what rounding explains.
+    An equation is measured by the difference between its sides, which must not exceed the rounding error.
 
     Attributes:
         source: the equation, theorem or section of Yong et al. 2020.
         statement, formula: the statement in words, and the formula of ``value`` in the paper's symbols.
         value, bound: the largest number found, and the largest for which the statement holds.
-        allowance: how the bound is computed, rounding included.
-        where: the weight vector of the largest number, or how the number was computed.
+        allowance: the computation of the bound, including rounding errors.
+        where: the weight vector of the largest number, or the method of computation.
         without: the same number after the same training without GC, if the statement is about training.
     """
 
@@ -52,7 +52,7 @@ class Measurement(NamedTuple):
 def measure_largest(
     source: str, statement: str, formula: str, values: _PerUnit, factor: int, like: Iterable[Tensor], limit: int = 0
 ) -> Measurement:
-    """The largest value, which rounding in the coarsest dtype of ``like`` may bring ``factor`` eps over the limit."""
+    """Measure the largest value, with a bound of the limit plus ``factor`` eps of the coarsest dtype of ``like``."""
     value, where = largest(values)
     eps, dtype = coarsest_eps(like)
     allowance = f"{limit} + " * (limit != 0) + f"{factor} eps({dtype})"
@@ -60,7 +60,7 @@ def measure_largest(
 
 
 def largest(values: _PerUnit) -> tuple[float, str]:
-    """The largest value and the name of its unit; NaN counts as the largest."""
+    """Return the largest value and the name of its unit; NaN counts as the largest."""
     found = {}
     for name, numbers in values.items():
         unit = int(numbers.argmax())  # the position of a NaN, if there is one
@@ -70,7 +70,7 @@ def largest(values: _PerUnit) -> tuple[float, str]:
 
 
 def coarsest_eps(parameters: Iterable[Tensor]) -> tuple[float, str]:
-    """The largest eps among the dtypes of the parameters, and the name of that dtype."""
+    """Return the largest eps among the dtypes of the parameters, and the name of that dtype."""
     dtype = max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
     return torch.finfo(dtype).eps, str(dtype).removeprefix("torch.")
 

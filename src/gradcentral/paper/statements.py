@@ -30,14 +30,14 @@ class SkippedStatement(NamedTuple):
 
 
 class Measurements(list[Measurement]):
-    """The statements that were measured; ``skipped`` has those that could not be."""
+    """The statements that were measured; ``skipped`` has those that could not be measured."""
 
     def __init__(self, measured: Iterable[Measurement] = ()) -> None:
         super().__init__(measured)
         self.skipped: list[SkippedStatement] = []
 
     def add(self, source: str, statement: str, measure: Callable[[], list[Measurement]]) -> None:
-        """Measure a statement, unless the network has no layer that it is about."""
+        """Measure a statement, or record why it was skipped."""
         try:
             self += measure()
         except (NotMeasurableError, NotImplementedError) as error:
@@ -56,12 +56,12 @@ def measure_all(
     """Measure every statement of the paper on one network.
 
     Two copies of the model are trained, one step per batch, with the same random numbers: one with GC, placement
-    ``"update"``, and one without. Statements about any weights are measured on the first copy and the first batch;
-    statements about training are measured on both copies (``Measurement.without``).
+    ``"update"``, and one without. Statements about arbitrary weights are measured on the first copy and the first
+    batch; statements about training are measured on both copies (``Measurement.without``).
 
     Args:
-        model: freshly initialized; left unchanged. The copies train in training mode; modules that are in evaluation
-            mode while the model is in training mode (frozen BatchNorm) stay in it.
+        model: a freshly initialized model, which is not changed. The copies train in training mode; modules in
+            evaluation mode in a model in training mode (frozen BatchNorm) remain in evaluation mode.
         loss: ``loss(output, target)`` -> scalar.
         batches: pairs ``(input, target)``, or mappings for ``model(**batch)`` and ``loss(output, batch)``; read once.
         optimizer: ``factory(parameters)`` -> a plain ``torch.optim.Optimizer``, without GC.
@@ -84,7 +84,7 @@ def measure_all(
     """
     initial_weights.check_copyable(model)
     with_gc = copy.deepcopy(model)
-    if not model.training:  # modules that are frozen in a training model stay in evaluation mode
+    if not model.training:  # in a training model, frozen modules remain in evaluation mode
         with_gc.train()
     without_gc = copy.deepcopy(with_gc)
     trained = [[p for p in copied.parameters() if p.requires_grad] for copied in (with_gc, without_gc)]

@@ -1,4 +1,4 @@
-"""What all figures share: the training runs of a task, which they inspect at every step, and a figure with its data."""
+"""Common parts of all figures: the training runs of a task, inspected at every step, and a figure with its data."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Study:
     """A task and the settings of the runs that the figures show."""
 
     task: Task
-    source: Task | str | Path  # the task as it was given, for worker processes
+    source: Task | str | Path  # the task as passed by the user, for worker processes
     optimizer: str  # the name of one of the task's optimizers
-    seeds: tuple[int, ...]  # of figures with intervals; figures of a single run use the first
+    seeds: tuple[int, ...]  # figures with intervals use all; figures of a single run use the first
     epochs: int
     device: str = "cpu"
-    runs: Path = Path("runs")  # of a comparison
+    runs: Path = Path("runs")  # the output folder of a comparison
     progress: bool = False
-    # Returns the iterable with its progress shown.
+    # A function that returns the iterable and shows its progress.
     track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda iterable, total: iterable
 
     @property
@@ -63,18 +63,18 @@ class Study:
         return training.steps_of(self.task, self.epochs)
 
     def fresh_model(self) -> nn.Module:
-        """The initial model of a run of the first seed; the global generators are left unchanged."""
+        """Build the initial model of a run of the first seed, without changing the global generators."""
         with preserve_state():
             return training.fresh_model(self.task, self.seeds[0]).to(self.device)
 
     def batches(self, seed: int) -> Iterator[Any]:
-        """All batches of a run in order, the same as in a comparison."""
+        """Yield all batches of a run in order, the same as in a comparison."""
         for order in itertools.islice(training.orders_of(self.task, seed), self.epochs):
             for batch in training.loader_of(self.task, order):
                 yield to_device(batch if isinstance(batch, Mapping) else training.pair_of(batch), self.device)
 
     def train(self, arm: str, seed: int, steps: int | None = None) -> Iterable[TrainingStep]:
-        """Train an arm as a comparison does, for all epochs or some steps: yield after each backward pass."""
+        """Train an arm as a comparison does, for all epochs or some steps; yield after each backward pass."""
         steps = self.steps if steps is None else steps
         return self.track(itertools.islice(self._train(arm, seed), steps), steps)
 
@@ -96,7 +96,7 @@ class Study:
 
     @cached_property
     def example_layers(self) -> tuple[Entry, ...]:
-        """Two layers to show: the largest convolution and the largest linear layer, or else the largest two."""
+        """Two layers to show: the largest convolution and the largest linear layer, or the two largest layers."""
         layout = weight_layout(self.fresh_model())
         centered = [entry for entry in layout.entries if entry.vectors is not None and entry.parameter.requires_grad]
         by_size = sorted(centered, key=lambda entry: -entry.parameter.numel())
@@ -106,12 +106,12 @@ class Study:
 
 
 def layer_label(entry: Entry) -> str:
-    """The kind and name of a layer, such as "convolution 4.weight"."""
+    """Return the kind and name of a layer, such as "convolution 4.weight"."""
     return f"{'convolution' if entry.parameter.ndim > 2 else 'linear'} {entry.name}"
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """A parameter's gradient, dense; zero where the loss does not depend on it."""
+    """Return a parameter's gradient, dense; zero if the loss does not depend on it."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().to_dense()
 
 
@@ -138,7 +138,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) 
 
 @contextmanager
 def drawing(height: float) -> Iterator[Any]:
-    """A new figure of the width of a page, to be drawn in the block."""
+    """Yield a new figure of the width of a page, to be drawn in the block."""
     with style(LIGHT):
         yield new_figure(9.8, height)
 

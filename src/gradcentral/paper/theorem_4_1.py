@@ -20,14 +20,14 @@ __all__ = ["THEOREM_4_1", "hyperplane", "intensity_responses", "intensity_shift"
 
 THEOREM_4_1 = "x → x + γ1 changes an output by γ1ᵀw⁰ alone"
 
-# These classes themselves: a subclass may standardize its weight first, and then its output is not wᵀx.
+# Only these classes: a subclass may standardize its weight first, so that its output is not wᵀx.
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Response(NamedTuple):
     """The change of one layer's outputs under x → x + γ1; tensors have one number per unit, in double precision."""
 
-    name: str  # of the layer's weight
+    name: str  # the name of the layer's weight
     predicted: Tensor  # γ·1ᵀw⁰, from the initial weights w⁰
     measured: Tensor  # the change of the output, averaged over the batch and over positions
     error: Tensor  # the largest |change − predicted| over the batch and over positions
@@ -36,7 +36,7 @@ class Response(NamedTuple):
 
 
 def hyperplane(model: nn.Module, before: nn.Module, steps: int, layout: WeightLayout | None = None) -> Measurement:
-    """eᵀ(w − w⁰) = 0 after training: the weights have not left the hyperplane in which they started.
+    """Measure eᵀ(w − w⁰) = 0 after training: the weights have not left the hyperplane in which they started.
 
     This holds for placement ``"update"``, and for both placements under SGD without weight decay.
 
@@ -73,7 +73,7 @@ def hyperplane(model: nn.Module, before: nn.Module, steps: int, layout: WeightLa
 def intensity_shift(
     model: nn.Module, before: nn.Module, batch: Batch, steps: int, gamma: float = 1, layout: WeightLayout | None = None
 ) -> Measurement:
-    """Theorem 4.1: adding γ to all inputs of a unit changes its output by γ·1ᵀw⁰, however long it was trained.
+    """Measure theorem 4.1: adding γ to all inputs of a unit changes its output by γ·1ᵀw⁰, after any training.
 
     The arguments and errors are those of `hyperplane` and of `intensity_responses`, which has the numbers per unit.
 
@@ -90,7 +90,7 @@ def intensity_shift(
     errors = {response.name: relative(response.error, response.scale) for response in responses}
     statement, formula = f"{THEOREM_4_1} (γ = {gamma:g})", "|wᵀ(x+γ1) − wᵀx − γ1ᵀw⁰| / γ√M‖w‖"
     measured = _after_training("theorem 4.1", statement, formula, errors, steps, layout)
-    # The two outputs that are subtracted are rounded, in double precision, in proportion to x.
+    # The rounding errors of the two subtracted outputs, in double precision, are proportional to x.
     outputs = 8 * (1 + max(response.intensity for response in responses) / abs(gamma))
     return measured._replace(bound=measured.bound + outputs * torch.finfo(torch.float64).eps)
 
@@ -100,17 +100,17 @@ def intensity_responses(
 ) -> list[Response]:
     """Add γ to all inputs of each layer, one layer at a time, and compare the change of its outputs with γ·1ᵀw⁰.
 
-    Each layer gets the inputs that it has when the model runs on ``batch``. Only those positions of a convolution are
-    measured that no zero-padding touches. Where 1ᵀw = 1ᵀw⁰ (see `hyperplane`), the two numbers agree.
+    Each layer gets the inputs that it has when the model runs on ``batch``. Positions of a convolution that
+    zero-padding touches are not measured. Where 1ᵀw = 1ᵀw⁰ (see `hyperplane`), the two numbers agree.
 
     Args:
-        model, before: as in `hyperplane`; left unchanged.
+        model, before: as in `hyperplane`; they are not changed.
         batch: ``(input, target)``, or a mapping, used as ``model(**batch)``; the target is ignored.
         gamma: the constant γ, in the unit of the layers' inputs.
         layout: the layers to measure, by their weights; by default ``weight_layout(model)``.
 
     Returns:
-        One `Response` per Linear and convolution (not their subclasses) that runs and has such positions.
+        One `Response` per Linear and convolution layer (not their subclasses) that runs and has such positions.
 
     Raises:
         NotMeasurableError: there is no such layer.
@@ -142,14 +142,14 @@ def intensity_responses(
                 responses.append(Response(name, predicted, change.mean(0), error, scale, float(x.abs().max())))
     if not responses:
         raise NotMeasurableError(
-            "model: no centered Linear or convolution ran at a position that no padding touches (subclasses and "
+            "model: no centered Linear or convolution layer ran at a position that no padding touches (subclasses and "
             "parametrized layers are skipped)"
         )
     return responses
 
 
 def plain_layers(model: nn.Module, layout: WeightLayout) -> dict[str, nn.Module]:
-    """The Linear and convolution layers whose weight the layout centers, by the name of the weight."""
+    """Return the Linear and convolution layers whose weight the layout centers, by the name of the weight."""
     return {
         f"{name}.weight".lstrip("."): module
         for name, module in model.named_modules()
@@ -161,13 +161,13 @@ def _initial_weight(before: nn.Module, name: str, weight: Tensor) -> Tensor:
     initial = dict(before.named_parameters(remove_duplicate=False)).get(name)
     if initial is None or initial.shape != weight.shape:
         raise ValueError(
-            f"before: it has no {name} of shape {tuple(weight.shape)}; give copy.deepcopy(model), made before training"
+            f"before: no {name} of shape {tuple(weight.shape)}; give copy.deepcopy(model), created before training"
         )
     return initial
 
 
 def _inputs(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
-    """The input of each layer's first call."""
+    """Return the input of each layer's first call."""
     inputs: dict[str, Tensor] = {}
 
     def record(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -182,7 +182,7 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Module], batch: Batch) -> dic
 
 
 def _output(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    """[positions, units], without the bias, which cancels in a difference of outputs."""
+    """Compute ``[positions, units]`` without the bias, which cancels in a difference of outputs."""
     bias = {"bias": weight.new_zeros(len(weight))} if layer._parameters.get("bias") is not None else {}
     y: Tensor = functional_call(layer, {"weight": weight, **bias}, (x,))
     return y.movedim(1 - weight.ndim, -1).reshape(-1, len(weight))
@@ -191,7 +191,7 @@ def _output(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
 def _after_training(
     source: str, statement: str, formula: str, values: dict[str, Tensor], steps: int, layout: WeightLayout
 ) -> Measurement:
-    """Measure an equation that holds up to one rounding of w per optimizer step."""
+    """Measure an equation that holds up to one rounding error of w per optimizer step."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     measured = measure_largest(source, statement, formula, values, steps, layout)

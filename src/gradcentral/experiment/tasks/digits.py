@@ -1,6 +1,6 @@
 """``digits``: a four-layer ReLU CNN without normalization, on the 8×8 digits bundled with scikit-learn (no download).
 
-GC acts strongly here, because the input of every layer after the first is non-negative and so has a large mean.
+GC acts strongly here, because the input of every layer after the first is non-negative and thus has a large mean.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``digits-batchnorm``: the CNN of ``digits`` with BatchNorm after each convolution, as is usual."""
+"""``digits-batchnorm``: the CNN of ``digits`` with BatchNorm after each convolution."""
 
 from __future__ import annotations
 

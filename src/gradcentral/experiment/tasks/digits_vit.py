@@ -16,7 +16,7 @@ WIDTH, HEADS, DEPTH, PATCH, PATCHES = 32, 4, 2, 2, 16
 
 
 class VisionTransformer(nn.Module):
-    """Patches of 2×2 pixels, two blocks, the mean over patches: ``[n, 1, 8, 8]`` to ``[n, 10]``."""
+    """A vision transformer with 2×2 patches, two blocks and mean pooling: ``[n, 1, 8, 8]`` to ``[n, 10]``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        # Normalize pixels to [-1, 1], as is usual for transformers.
+        # Normalize pixels to [-1, 1], as usual for transformers.
         patches = nn.functional.unfold((images - 0.5) / 0.5, PATCH, stride=PATCH).mT
         x = self.blocks(self.patch(patches) + self.position.weight)
         logits: Tensor = self.head(self.norm(x).mean(1))

@@ -1,6 +1,6 @@
-/* bfloat16 is the upper half of a float. Kernels read and write two of them as one 32-bit word,
- * whose halves become floats by a shift and a mask; converting single ones takes shuffles into
- * wider lanes instead. */
+/* A bfloat16 is the upper half of a float. Kernels read and write two of them as one 32-bit word,
+ * whose halves become floats by a shift and a mask; converting single values would require shuffles
+ * into wider lanes. */
 #ifndef GRADCENTRAL_BF16_H
 #define GRADCENTRAL_BF16_H
 #include "kernels.h"
@@ -13,8 +13,9 @@ INLINE float word_as_float(uint32_t word) {
 
 INLINE float bf16_to_float(uint16_t x) { return word_as_float((uint32_t)x << 16); }
 
-/* Rounded to nearest even, in the upper half. A NaN stays a NaN: it comes from a bf16, or from the
- * processor as the default NaN, so its lower half is zero and no carry reaches the upper half. */
+/* Round to nearest even; the result is in the upper half. A NaN remains a NaN: it comes from a bf16
+ * or is the processor's default NaN, so its lower half is zero and no carry reaches the upper half.
+ */
 INLINE uint32_t round_to_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -23,7 +24,7 @@ INLINE uint32_t round_to_bf16(float value) {
 
 INLINE uint16_t float_to_bf16(float value) { return (uint16_t)(round_to_bf16(value) >> 16); }
 
-/* memcpy, because a row may begin at an odd element, where words are not aligned. */
+/* This uses memcpy because a row may begin at an odd element, where words are not aligned. */
 INLINE uint32_t word_of(const void *pair) {
     uint32_t word;
     memcpy(&word, pair, sizeof word);

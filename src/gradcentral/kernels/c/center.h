@@ -1,15 +1,15 @@
 /* Means of weight vectors, and Φ in place: x ← x − (mean(x) − kept), where kept is 0 for CENTER
- * and, for RESTORE, the mean before the step. Restoring it makes the update w ← w + Φ(Δw):
- * placement "update". Included once per dtype. */
+ * and, for RESTORE, the mean before the step. Restoring it turns the step into w ← w + Φ(Δw),
+ * which is placement "update". This file is included once per dtype. */
 #define NAME(name) JOIN2(name, SUFFIX)
 
 #define EACH_STRETCH(from, count, n)                                    \
     for (int64_t from = 0, count = n < STRETCH ? n : STRETCH; from < n; \
          from += count, count = n - from < STRETCH ? n - from : STRETCH)
 
-/* The position of column j's sum and mean. With bf16, a loop over words gives two columns per
- * iteration, and it vectorizes only if their sums are not interleaved: first those of all lower
- * halves, then those of the upper. */
+/* The position of column j's sum and mean. With bf16, a loop over words processes two columns
+ * per iteration and vectorizes only if their sums are not interleaved: the sums of all lower halves
+ * come first, then those of the upper halves. */
 #define SLOT(j, width) ((j) < 2 * PAIRS(width) ? (j) / 2 + ((j) % 2 ? PAIRS(width) : 0) : (j))
 
 INLINE PARTIAL NAME(sum_stretch)(const STORED *restrict x, int64_t n) {
@@ -48,8 +48,7 @@ INLINE void NAME(add_4_rows)(const STORED *restrict x, int64_t width, double *re
         sums[i] += ((PARTIAL)LOAD(x0[i]) + LOAD(x1[i])) + ((PARTIAL)LOAD(x2[i]) + LOAD(x3[i]));
 }
 
-/* The column sums of one block of the gradient; of the tensor itself if it is only to be centered.
- */
+/* Compute the column sums of one block of the gradient, or of the tensor itself in centering. */
 CLONES static void NAME(sum_block)(const Parameter *p, int64_t index, const Coefficients *unused) {
     const Block block = block_of(p, index);
     const int64_t rows = block.rows, width = block.width;
@@ -65,9 +64,9 @@ CLONES static void NAME(sum_block)(const Parameter *p, int64_t index, const Coef
     }
 }
 
-/* The mean of each unit of a group, from the column sums of the group's blocks; written to every
- * column of the unit. In a step with placement "gradient", of the scaled gradient; in centering,
- * coefficients is NULL. */
+/* Compute the mean of each unit of a group from the column sums of the group's blocks, and write it
+ * to every column of the unit. In a step with placement "gradient", it is the mean of the scaled
+ * gradient; in centering, coefficients is NULL. */
 static void NAME(finish_means)(const Parameter *p, int64_t group,
                                const Coefficients *coefficients) {
     const double factor = p->placement == GRADIENT && coefficients ? coefficients->scale : 1;
@@ -85,7 +84,8 @@ static void NAME(finish_means)(const Parameter *p, int64_t group,
     }
 }
 
-/* Subtract from n elements a shift each (`many`, in the order of SLOT) or the same shift. */
+/* Subtract one shift per element (`many`, in the order of SLOT) or the same shift from n elements.
+ */
 INLINE void NAME(subtract)(STORED *restrict x, int64_t n, const REAL *restrict shifts, REAL shift,
                            const int many) {
     const int64_t pairs = PAIRS(n);
@@ -108,7 +108,7 @@ CLONES static void NAME(center_rows)(const Parameter *p, int64_t begin, int64_t 
     }
 }
 
-/* Rows [begin, end) of columns, counted over all groups, from the finished means. */
+/* Center rows [begin, end) of columns, counted over all groups, with the finished means. */
 CLONES static void NAME(center_columns)(const Parameter *p, int64_t begin, int64_t end,
                                         const Coefficients *unused) {
     const int64_t width = width_of(p);

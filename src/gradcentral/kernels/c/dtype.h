@@ -1,15 +1,15 @@
 /*
- * All kernels for one dtype: included once per dtype, with DTYPE defined, which is undefined at the
- * end.
+ * All kernels for one dtype. This file is included once per dtype, with DTYPE defined; the end of
+ * the file undefines it.
  *
  * Tensors hold STORED; arithmetic is in REAL; LOAD and STORE convert. Sums are accumulated in
  * PARTIAL over at most STRETCH elements, and in double beyond.
  *
- * Why not in REAL: a mean in f32 over a fan-in of thousands would be off by several roundings, and
- * PΦ(g) = Φ(g) would hold only approximately; accumulation in double costs nothing here, since the
- * loops wait for memory. bf16 is the exception: two f32 lanes per word are summed where one f64
- * lane would be, and a stretch of 2048 numbers of 8 significant bits loses almost nothing in the 24
- * bits of an f32.
+ * Sums are not accumulated in REAL, because a mean in f32 over a fan-in of thousands would be off
+ * by several rounding errors, and PΦ(g) = Φ(g) would hold only approximately. Accumulation in
+ * double costs nothing here, since the loops are bound by memory. bf16 is the exception: two f32
+ * lanes fit in place of one f64 lane, and a sum of 2048 numbers of 8 significant bits loses almost
+ * nothing in the 24 bits of an f32.
  */
 #if DTYPE == F32
 #define STORED float
@@ -40,9 +40,9 @@
 #define STRETCH 2048
 #endif
 
-/* Of n bf16 elements, the number of words of two that a loop reads and writes (see bf16.h); the
- * rest follows one by one. 0 for other dtypes, for which the compiler drops the loops over words.
- */
+/* The number of two-element words of n bf16 elements that a loop reads and writes (see bf16.h); the
+ * rest is processed element by element. It is 0 for other dtypes, for which the compiler drops the
+ * loops over words. */
 #define PAIRS(n) (DTYPE == BF16 ? (n) / 2 : 0)
 
 #include "center.h"

@@ -2,12 +2,12 @@
  * Gradient Centralization on the CPU: fused optimizer steps, and centering alone, for all
  * parameters in one call.
  *
- * Plain C, called through ctypes: no Python and no torch headers, so one library serves every
- * version of both.
+ * This is plain C, called through ctypes, without Python and torch headers, so that one library
+ * works with every version of both.
  *
  *     step.h       the update rules and the steps     center.h     means and centering
- *     work_list.h  how the work is divided            kernels.h    the structures
- *     dtype.h      what depends on the dtype          bf16.h       two bf16 numbers in a word
+ *     work_list.h  the division of the work           kernels.h    the structures
+ *     dtype.h      definitions per dtype              bf16.h       two bf16 numbers in a word
  */
 #include "kernels.h"
 #include "bf16.h"
@@ -27,7 +27,7 @@
 #define KERNELS_OF(dtype)                                                   \
     {&sgd_##dtype,    &momentum_##dtype, &adam_##dtype,   &amsgrad_##dtype, \
      &center_##dtype, &means_##dtype,    &restore_##dtype}
-/* By dtype, then by UpdateRule or Operation. */
+/* Indexed by dtype, then by UpdateRule or Operation. */
 static const Kernels *const KERNELS[3][7] = {KERNELS_OF(f32), KERNELS_OF(f64), KERNELS_OF(bf16)};
 
 static void run_piece(const Kernels *kernels, Parameter *p, const WorkPiece *piece,
@@ -56,7 +56,7 @@ static void run_piece(const Kernels *kernels, Parameter *p, const WorkPiece *pie
     }
 }
 
-/* pointers: all w, then all g, m, v, x, and Adam's step counters. */
+/* `pointers` holds all w, then all g, m, v, x, and Adam's step counters. */
 static void set_up(Parameter *parameters, int64_t n, void *const *pointers, char *scratch,
                    double *means) {
     for (int64_t i = 0; i < n; i++) {
@@ -75,7 +75,7 @@ static void set_up(Parameter *parameters, int64_t n, void *const *pointers, char
     }
 }
 
-/* Count Adam's step and compute its bias corrections, for each parameter from its own counter. */
+/* Count Adam's step and compute the bias corrections of each parameter from its own counter. */
 static void count_steps(Parameter *parameters, int64_t n, void *const *pointers,
                         const Coefficients *coefficients) {
     double last = -1, step_size = 0, root_correction = 0;
@@ -101,8 +101,8 @@ static void count_steps(Parameter *parameters, int64_t n, void *const *pointers,
 #define EACH
 #endif
 
-/* Parameters of one dtype: an optimizer step (rule is an UpdateRule), or an Operation on each w:
- * CENTER, or write the mean of each weight vector to means (MEANS), or restore these means
+/* Process parameters of one dtype: take an optimizer step (`rule` is an UpdateRule), or center each
+ * w (CENTER), write the mean of each weight vector to `means` (MEANS), or restore these means
  * (RESTORE). */
 EXPORT void gradcentral_run(Parameter *parameters, int64_t n, void *const *pointers,
                             const WorkList *list, int32_t dtype, int32_t rule,
@@ -120,7 +120,7 @@ EXPORT void gradcentral_run(Parameter *parameters, int64_t n, void *const *point
     }
 }
 
-/* For the caller to check that it agrees on the layout of the structures. */
+/* Return the size of a structure, so that the caller can check its own definition. */
 EXPORT int64_t gradcentral_struct_size(int32_t which) {
     static const int64_t sizes[] = {sizeof(Parameter), sizeof(WorkPiece), sizeof(Coefficients),
                                     sizeof(WorkList)};
@@ -135,9 +135,9 @@ EXPORT int32_t gradcentral_has_openmp(void) {
 #endif
 }
 
-/* Read and write the memory of a step without computing: the bound that memory bandwidth sets, for
- * benchmarks. Values do not change, because the argument `zero` is 0; it is an argument so that the
- * compiler cannot drop the accesses. */
+/* Read and write the memory of a step without computing, to measure the bound that memory bandwidth
+ * sets. Values do not change, because `zero` is 0; it is an argument so that the compiler cannot
+ * drop the accesses. */
 EXPORT void gradcentral_stream(void *const *pointers, const int64_t *bytes, int64_t n,
                                int32_t states, uint64_t zero, int32_t threads) {
     enum { CHUNK = 1 << 20 };

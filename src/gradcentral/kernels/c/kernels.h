@@ -1,4 +1,4 @@
-/* What all kernels share: one parameter of a step, an update rule's coefficients, the work list. */
+/* Definitions that all kernels share: a parameter, an update rule's coefficients, the work list. */
 #ifndef GRADCENTRAL_KERNELS_H
 #define GRADCENTRAL_KERNELS_H
 
@@ -13,7 +13,7 @@
 #define INLINE static inline
 #endif
 
-/* The same source for AVX-512, AVX2 and the baseline; the loader selects one at load time. */
+/* Compile a function for AVX-512, AVX2 and the baseline; the loader selects one version. */
 #if defined(GRADCENTRAL_CLONES)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -35,7 +35,7 @@
 enum { PLAIN = 0, GRADIENT = 1, UPDATE = 2 }; /* Placement */
 enum { CENTER = 4, MEANS = 5, RESTORE = 6 };  /* Operation */
 
-/* UpdateRule, and the dtypes. Macros, because the preprocessor compares them. */
+/* UpdateRule, and the dtypes. They are macros because the preprocessor compares them. */
 #define SGD 0
 #define MOMENTUM 1
 #define ADAM 2
@@ -47,12 +47,11 @@ enum { CENTER = 4, MEANS = 5, RESTORE = 6 };  /* Operation */
 /*
  * One parameter of a step (or one tensor to be centered: its w), as the loop of loops.py: element
  * (g, i, u, j) of groups × outer × units × inner lies at ((g·outer + i)·units + u)·inner + j. The
- * output unit is (g, u), and its weight vector runs over i and j. Two forms are told apart by width
- * = units·inner:
+ * output unit is (g, u), and its weight vector runs over i and j. There are two forms,
+ * distinguished by width = units·inner:
  *
  *     rows     width = 1: a weight vector is contiguous; (n, fan-in, 1, 1)
- *     columns  width > 1: `outer` rows of `width` elements per group, each column belonging to one
- * unit
+ *     columns  width > 1: `outer` rows of `width` elements per group; a column belongs to one unit
  */
 typedef struct {
     int64_t groups, outer, units, inner;
@@ -68,7 +67,7 @@ typedef struct {
     double *sums;            /* columns: groups × blocks × width */
     void *means;             /* columns: groups × width, of type REAL (see dtype.h) */
     double *kept;            /* MEANS, RESTORE: its means, in the caller's memory */
-    int64_t missing;         /* columns: number of blocks that are not summed yet */
+    int64_t missing;         /* columns: number of blocks not yet summed */
 } Parameter;
 
 INLINE int64_t width_of(const Parameter *p) { return p->units * p->inner; }
@@ -76,12 +75,12 @@ INLINE int64_t size_of(const Parameter *p) { return p->groups * p->outer * width
 INLINE int is_columns(const Parameter *p) { return p->placement != PLAIN && width_of(p) > 1; }
 
 /*
- * A piece of the work: a range [begin, end) of a parameter's
- *     ELEMENTS    if it is not centered;
- *     ROWS        if its weight vectors are rows;
- *     GROUPS      of columns that one thread sums and then updates;
- *     SUM_BLOCKS  of groups too large for one thread: blocks of rows to sum, and, in a later wave,
- *     STEP_ROWS   the rows of these groups to update.
+ * A piece of the work is a range [begin, end) of one of these kinds:
+ *     ELEMENTS    elements of a parameter that is not centered;
+ *     ROWS        weight vectors that are rows;
+ *     GROUPS      groups of columns that one thread sums and then updates;
+ *     SUM_BLOCKS  blocks of rows to sum, for groups that are too large for one thread;
+ *     STEP_ROWS   rows of these groups to update, in a later wave.
  */
 enum { ELEMENTS, ROWS, GROUPS, SUM_BLOCKS, STEP_ROWS };
 
@@ -108,8 +107,8 @@ typedef struct {
     double scale; /* of the gradient: −1 to maximize, 1/grad_scale to unscale */
 } Coefficients;
 
-/* The functions of one update rule or Operation for one dtype: each for a range of the work, a
- * block or a group. */
+/* The functions of one update rule or Operation for one dtype. Each processes a range of the work,
+ * a block or a group. */
 typedef void RangeFunction(const Parameter *, int64_t begin, int64_t end, const Coefficients *);
 typedef void IndexFunction(const Parameter *, int64_t index, const Coefficients *);
 

@@ -1,6 +1,6 @@
 /*
- * One optimizer step with Gradient Centralization, element by element. Included once per dtype and
- * update rule.
+ * One optimizer step with Gradient Centralization, element by element. This file is included once
+ * per dtype and update rule.
  *
  * Algorithms 1 and 2 of Yong et al. 2020 (SGD with momentum, Adam), with torch's options:
  *
@@ -12,7 +12,7 @@
  *
  * This differs from the paper and from torch in the following ways:
  *
- * 1. Momentum is torch's, m ← μm + (1 − dampening)d, where algorithm 1 has m ← βm + (1 − β)g. A new
+ * 1. Momentum is torch's, m ← μm + (1 − dampening)d; algorithm 1 has m ← βm + (1 − β)g. A new
  * buffer starts as d.
  * 2. The centered gradient is never stored, and p.grad keeps its values: `direction` subtracts
  * scale·mean(g).
@@ -66,8 +66,8 @@ INLINE NAME(Scalars) NAME(scalars)(const Parameter *p, const Coefficients *coeff
     return c;
 }
 
-/* shift is scale·mean(g) if the gradient is centered, else 0; so centering costs no multiplication
- * per element. */
+/* `shift` is scale·mean(g) if the gradient is centered, otherwise 0, so that centering costs no
+ * multiplication per element. */
 INLINE REAL NAME(direction)(REAL g, REAL w, REAL shift, NAME(Scalars) c) {
     return c.scale * g + (c.l2 * w - shift);
 }
@@ -96,7 +96,7 @@ INLINE REAL NAME(change)(NAME(State) s, REAL d, REAL w, NAME(Scalars) c) {
 #endif
 }
 
-/* One element of a step with a known shift: the new weight. */
+/* Take the step of one element with a known shift; return the new weight. */
 INLINE REAL NAME(step)(REAL w, REAL g, NAME(State) * s, REAL shift, NAME(Scalars) c) {
     const REAL d = NAME(direction)(g, w, shift, c);
     *s = NAME(advance)(*s, d, c);
@@ -108,10 +108,10 @@ INLINE REAL NAME(step)(REAL w, REAL g, NAME(State) * s, REAL shift, NAME(Scalars
  * subtracts mean(Δw).
  *
  * In f32 and f64 the first pass stores w + Δw, and the second subtracts the mean from it. In bf16
- * that would round twice, and a mean smaller than the rounding of w (8 bits) would be lost in every
- * weight. So the first pass leaves w alone, and the second computes the same Δw again, from the
- * state as it was rounded on storing (which the first pass uses too, for the sum), and rounds w +
- * (Δw − mean(Δw)) once.
+ * that would round twice, and a mean smaller than the rounding error of w (8 bits) would be lost in
+ * every weight. There the first pass does not change w, and the second computes the same Δw again,
+ * from the state rounded for storage (which the first pass uses too, for the sum), and rounds
+ * w + (Δw − mean(Δw)) once.
  */
 INLINE REAL NAME(first_pass)(REAL w, REAL g, NAME(State) * s, REAL *delta, NAME(Scalars) c) {
     const REAL d = NAME(direction)(g, w, 0, c);
@@ -135,7 +135,7 @@ INLINE REAL NAME(second_pass)(REAL w, REAL g, NAME(State) s, REAL mean, NAME(Sca
 #endif
 }
 
-/* The tensors of one parameter, from one element on. */
+/* The tensors of one parameter, starting at one element. */
 typedef struct {
     STORED *restrict w;
     const STORED *restrict g;

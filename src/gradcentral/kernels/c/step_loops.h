@@ -2,8 +2,8 @@
  * includes this file once per dtype and update rule. Every INLINE function is compiled separately
  * for each constant argument, so that no loop contains a branch. */
 
-/* Update n elements, with a shift each (`many`, in the order of SLOT) or the same shift. With
- * `sum_next`, also return the sum over `next`, the gradient of the row to come. */
+/* Update n elements, with one shift per element (`many`, in the order of SLOT) or the same shift.
+ * With `sum_next`, also return the sum over `next`, the gradient of the next row. */
 INLINE PARTIAL NAME(step_stretch)(NAME(Tensors) t, int64_t n, const REAL *restrict shifts,
                                   REAL shift, const int many, const STORED *restrict next,
                                   const int sum_next, NAME(Scalars) c) {
@@ -22,7 +22,7 @@ INLINE PARTIAL NAME(step_stretch)(NAME(Tensors) t, int64_t n, const REAL *restri
     return total;
 }
 
-/* The first pass of "update" over n elements: the sum of Δw. */
+/* Make the first pass of placement "update" over n elements; return the sum of Δw. */
 INLINE PARTIAL NAME(first_stretch)(NAME(Tensors) t, int64_t n, NAME(Scalars) c) {
     PARTIAL total = 0;
     const int64_t pairs = PAIRS(n);
@@ -37,7 +37,7 @@ INLINE PARTIAL NAME(first_stretch)(NAME(Tensors) t, int64_t n, NAME(Scalars) c) 
     return total;
 }
 
-/* The second pass over n elements, with a mean each (`many`) or the same mean. */
+/* Make the second pass over n elements, with one mean per element (`many`) or the same mean. */
 INLINE void NAME(second_stretch)(NAME(Tensors) t, int64_t n, const REAL *restrict means, REAL mean,
                                  const int many, NAME(Scalars) c) {
     const int64_t pairs = PAIRS(n);
@@ -55,8 +55,8 @@ CLONES static void NAME(plain_elements)(const Parameter *p, int64_t begin, int64
                        NAME(scalars)(p, coefficients));
 }
 
-/* While row r is updated, the gradient of row r + 1 is summed in the same loop, so no phase of a
- * step only reads. */
+/* While row r is updated, the gradient of row r + 1 is summed in the same loop, so that no phase of
+ * a step only reads memory. */
 CLONES static void NAME(gradient_rows)(const Parameter *p, int64_t begin, int64_t end,
                                        const Coefficients *coefficients) {
     const NAME(Scalars) c = NAME(scalars)(p, coefficients);
@@ -91,7 +91,7 @@ static void NAME(rows)(const Parameter *p, int64_t begin, int64_t end,
                                                                          coefficients);
 }
 
-/* The first pass over a block of columns: the column sums of the gradient, or of Δw. */
+/* Make the first pass over a block of columns: compute the column sums of the gradient or of Δw. */
 CLONES static void NAME(sum_block)(const Parameter *p, int64_t index,
                                    const Coefficients *coefficients) {
     if (p->placement == GRADIENT) {
@@ -116,8 +116,8 @@ CLONES static void NAME(sum_block)(const Parameter *p, int64_t index,
     }
 }
 
-/* The second pass over rows [begin, end) of columns, counted over all groups, from the finished
- * means. */
+/* Make the second pass over rows [begin, end) of columns, counted over all groups, with the
+ * finished means. */
 CLONES static void NAME(step_columns)(const Parameter *p, int64_t begin, int64_t end,
                                       const Coefficients *coefficients) {
     const NAME(Scalars) c = NAME(scalars)(p, coefficients);

@@ -1,6 +1,6 @@
 /*
- * How the work is divided: into pieces, batches and waves, the same for any number of threads, so
- * that results never depend on it.
+ * The division of the work into pieces, batches and waves. It is the same for any number of
+ * threads, so that results do not depend on that number.
  *
  *     wave 0   elements, rows   set 0: small groups, sums of large groups
  *     wave 1                    set 1: small groups, sums of large groups   set 0: steps
@@ -13,18 +13,18 @@
  *     block 2  ░░░░░░░░░░░░░  ▸ sums ┘  wave         └▸ some rows  ░░░░░░░░░░░░░
  *
  * A row is summed and updated while it is in the cache of one core. Columns have to be read
- * completely before the first element can be updated. A group of columns that fits one piece is
- * handled by one thread; a larger one is summed in up to BLOCKS blocks of rows, by several threads,
- * and updated in the next wave. Such groups come in sets of about WAVE elements: large enough to
- * keep all threads busy, small enough that the gradients summed in one wave are still in the shared
- * cache in the next.
+ * completely before the first element can be updated. One thread processes a group of columns that
+ * fits one piece; a larger group is summed in up to BLOCKS blocks of rows, by several threads, and
+ * updated in the next wave. Such groups form sets of about WAVE elements: large enough to keep all
+ * threads busy, small enough that the gradients summed in one wave are still in the shared cache in
+ * the next.
  */
 #ifndef GRADCENTRAL_WORK_LIST_H
 #define GRADCENTRAL_WORK_LIST_H
 #include "kernels.h"
 
-/* In elements: the largest piece; the least size of a batch, which is what a thread takes at a
- * time. */
+/* PIECE: elements of the largest piece. BATCH: least number of elements that a thread takes at a
+ * time. BLOCKS: most blocks of a group. WAVE: elements of a set of columns. */
 enum { PIECE = 1 << 18, BATCH = 1 << 16, BLOCKS = 4, WAVE = 1 << 21 };
 
 static const int64_t REAL_SIZES[3] = {4, 8, 4};
@@ -41,8 +41,7 @@ INLINE Block block_of(const Parameter *p, int64_t index) {
     return (Block){group * p->outer + first, last - first, width_of(p)};
 }
 
-/* Count a piece's blocks as summed; true for exactly one caller, the one that completes the
- * parameter. */
+/* Count a piece's blocks as summed; return true only to the caller that completes the parameter. */
 static int all_summed(Parameter *p, const WorkPiece *piece) {
     int64_t missing;
 #if defined(_OPENMP)
@@ -87,8 +86,7 @@ static void end_wave(WorkListBuilder *work) {
     work->in_batch = BATCH; /* no batch extends over two waves */
 }
 
-/* The end of the set of columns that begins at parameter `from`: where WAVE elements are reached.
- */
+/* Return the end of the set of columns that begins at parameter `from` and has WAVE elements. */
 static int64_t end_of_set(const Parameter *parameters, int64_t from, int64_t n_parameters) {
     int64_t elements = 0;
     for (; from < n_parameters && elements < WAVE; from++)
@@ -96,8 +94,8 @@ static int64_t end_of_set(const Parameter *parameters, int64_t from, int64_t n_p
     return from;
 }
 
-/* The first wave of a set: small groups completely, and the sums of large ones. Returns the end of
- * its scratch. */
+/* Add the first wave of a set: small groups completely, and the sums of large ones. Return the end
+ * of its scratch memory. */
 static int64_t add_sums(WorkListBuilder *work, Parameter *parameters, int64_t from, int64_t to,
                         int32_t dtype, int64_t scratch) {
     for (int64_t i = from; i < to; i++) {
@@ -118,7 +116,7 @@ static int64_t add_sums(WorkListBuilder *work, Parameter *parameters, int64_t fr
     return scratch;
 }
 
-/* Its second wave: the rows of its large groups. */
+/* Add the second wave of a set: the rows of its large groups. */
 static void add_steps(WorkListBuilder *work, const Parameter *parameters, int64_t from,
                       int64_t to) {
     for (int64_t i = from; i < to; i++) {
@@ -128,9 +126,9 @@ static void add_steps(WorkListBuilder *work, const Parameter *parameters, int64_
     }
 }
 
-/* Divide the work: fills in blocks and scratch of the parameters, the pieces, the first piece of
- * each batch and the first batch of each wave (followed by the total), and counts: pieces, batches,
- * waves, bytes of scratch. With NULL for the three arrays, only counts. */
+/* Divide the work: fill in `blocks` and `scratch` of the parameters, the pieces, the first piece of
+ * each batch, the first batch of each wave (followed by the total), and `counts`: the numbers of
+ * pieces, batches, waves and bytes of scratch. If the three arrays are NULL, only count. */
 EXPORT void gradcentral_plan(Parameter *parameters, int64_t n_parameters, int32_t dtype,
                              WorkPiece *pieces, int64_t *batches, int64_t *waves, int64_t *counts) {
     WorkListBuilder work = {pieces, batches, waves, 0, 0, 1, BATCH};
@@ -145,8 +143,8 @@ EXPORT void gradcentral_plan(Parameter *parameters, int64_t n_parameters, int32_
             add_pieces(&work, i, ROWS, p->groups, p->outer);
     }
     /* Two sets are in progress at a time. They alternate between two halves of the scratch memory,
-     * the first of which is as large as the largest even-numbered set, which a first run through
-     * the sets finds out. */
+     * the first of which is as large as the largest even-numbered set, which this first pass over
+     * the sets determines. */
     int64_t half = 0, scratch = 0, set = 0;
     for (int64_t from = 0, to; from < n_parameters; from = to, set++) {
         to = end_of_set(parameters, from, n_parameters);

@@ -1,7 +1,8 @@
 """Kernels in Triton for CUDA devices: one launch for all parameters of a step.
 
-Same interface as the native kernels. Triton is imported when the first plan is made. With ``TRITON_INTERPRET=1`` and
-``GRADCENTRAL_KERNELS=triton`` in the environment, Triton's interpreter serves CPU tensors instead: slow, for tests.
+The interface is that of the native kernels. Triton is imported when the first plan is created. With
+``TRITON_INTERPRET=1`` and ``GRADCENTRAL_KERNELS=triton`` in the environment, Triton's interpreter processes CPU tensors
+instead, which is slow and meant for tests.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ __all__ = ["INTERPRETED", "accepts", "serves", "serves_cpu", "unavailable_reason
 _OLDEST = (3, 4)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of the tensors that these kernels take."""
+"""Dtypes of the tensors that these kernels accept."""
 
 _choice = os.environ.get("GRADCENTRAL_KERNELS", "")
 serves_cpu = INTERPRETED and _choice == "triton"
-"""Whether these kernels serve CPU tensors, by Triton's interpreter."""
+"""Whether these kernels process CPU tensors, in Triton's interpreter."""
 
 
 def _static_reason() -> str:
@@ -49,25 +50,26 @@ def _static_reason() -> str:
 
 
 _unavailable = _static_reason()
-"""Why no tensor can be served, whatever its device; computed once because `serves` is called for every tensor."""
+"""The reason why no tensor can be processed; computed once, because `serves` is called for every tensor."""
 
 
 def unavailable_reason() -> str:
-    """Why these kernels cannot be used on this machine; empty if they can."""
+    """Return the reason why these kernels cannot be used on this machine; empty if they can."""
     if _unavailable or serves_cpu or torch.cuda.is_available():
         return _unavailable
     return "no CUDA device"
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether these kernels are for tensors on this one's device."""
+    """Return whether these kernels process tensors on this tensor's device."""
     return not _unavailable and (tensor.device.type == "cpu" if serves_cpu else tensor.is_cuda)
 
 
 def accepts(parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor], counter: Tensor | None) -> bool:
-    """Whether these kernels update a parameter with such a gradient and state, whose dtypes may differ from its own.
+    """Return whether these kernels can update a parameter with this gradient and state, whose dtypes may differ.
 
-    State is f32 or bf16, because in f16 small squares underflow; a step counter is f32, as in torch's fused optimizers.
+    State must be f32 or bf16, because in f16 small squares underflow; a step counter must be f32, as in torch's fused
+    optimizers.
     """
     return (
         all_match(parameter, [gradient], DTYPES)

@@ -1,4 +1,4 @@
-"""How the work of one launch is divided among the programs of the kernel. Imports no Triton.
+"""Division of the work of one launch among the programs of the kernel. It imports no Triton.
 
 Each parameter is cut into *pieces*, one per program. A piece is a few weight vectors, which a program reads twice while
 they are in the cache: once for the mean, once for the update. Weight vectors too long for that are cut into *parts*,
@@ -12,7 +12,7 @@ which are summed by one set of programs and updated by another, which waits for 
                        part 2  │░░│  sums ┘ └ means  update
                                └──┘
 
-A piece is two numbers, its parameter and its index there; the kernel computes the memory it covers (see step.py).
+A piece is two numbers, its parameter and its index in it; the kernel computes the memory it covers (see step.py).
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ TILE = 1024
 PIECE = 8 * TILE
 """Elements of a piece of short weight vectors, if there is enough work for the whole device."""
 SMALL = 1 << 21
-"""Below this many elements in all, pieces are one tile."""
+"""Below this total number of elements, pieces are one tile."""
 LONGEST = 1 << 16
 """Bytes of gradient that a program reads twice; a longer weight vector, or set of columns, is cut into parts."""
 SET = 1 << 21
 """Elements of cut vectors that are summed before they are updated; their gradients must stay in the device's cache."""
 ALIGNMENT = 16
-"""Elements: offsets divisible by it let a thread read 16 bytes at a time."""
+"""Elements. Offsets divisible by it let a thread read 16 bytes at a time."""
 REACH = 1 << 31
-"""Elements: offsets inside a piece are 32-bit numbers."""
+"""Elements. Offsets inside a piece are 32-bit numbers."""
 
 SUM, STEP = 1, 2
 
 
 class TileShape(IntEnum):
-    """The tile that serves a parameter: how many weight vectors and how many elements of each at a time."""
+    """Shape of a parameter's tile: how many weight vectors, and elements of each, are processed at a time."""
 
     PLAIN = 0
     PLAIN_ALIGNED = 1
@@ -62,11 +62,12 @@ class TileShape(IntEnum):
 
 
 class TiledParameter(NamedTuple):
-    """A parameter as the kernel reads it, a row of int64 numbers in this order.
+    """A parameter as the kernel reads it: a row of int64 numbers in this order.
 
-    Element k of a weight vector lies ``k // inner * jump + k % inner`` behind its first. Weight vectors of a group lie
-    ``stride`` apart, groups ``group_stride``. A group has ``units`` weight vectors in ``blocks`` of ``vectors``; a
-    block has ``parts`` of ``rows`` runs of ``inner`` elements each, and each part of a block is a piece.
+    Element k of a weight vector lies ``k // inner * jump + k % inner`` after its first element. The distance between
+    weight vectors of a group is ``stride``, and between groups ``group_stride``. A group has ``units`` weight vectors
+    in ``blocks`` of ``vectors``; a block has ``parts`` of ``rows`` runs of ``inner`` elements each, and each part of a
+    block is a piece.
     """
 
     shape: int
@@ -81,13 +82,13 @@ class TiledParameter(NamedTuple):
     stride: int = 1
     group_stride: int = 0
     slot: int = 0
-    """Where the sums of its parts begin."""
+    """Start of the sums of its parts."""
     counter: int = 0
-    """Where its counters of finished parts begin, one per block."""
+    """Start of its counters of finished parts, one per block."""
     first_mean: int = 0
-    """Where its means begin."""
+    """Start of its means."""
     members: int = 0
-    """Its number of weight vectors."""
+    """Number of its weight vectors."""
 
     @property
     def all_blocks(self) -> int:
@@ -104,7 +105,7 @@ class LaunchTables(NamedTuple):
     parameters: Tensor
     """int64 ``[parameters, FIELDS]``"""
     pieces: Tensor
-    """int32 ``[pieces, 2]``: the parameter times 4 plus what to do (SUM, STEP or both), and the piece's index in it."""
+    """int32 ``[pieces, 2]``: the parameter times 4 plus the action (SUM, STEP or both), and the piece's index in it."""
     slots: int
     """Total number of sums of parts."""
     counters: int
@@ -115,10 +116,10 @@ def divide(loops: Sequence[tuple[Loop, Placement]], itemsize: int) -> LaunchTabl
     """Divide the work on parameters with these loops and placements.
 
     Pieces in parts come first: the sums of one set of blocks, then, alternating, the sums of the next set and the steps
-    of the last. So no piece waits for one that comes after it, and a set's gradients are still in the cache.
+    of the previous one. No piece then waits for a later one, and a set's gradients are still in the cache.
 
     Args:
-        loops: for each parameter its loop and its placement.
+        loops: the loop and the placement of each parameter.
         itemsize: bytes per element of the gradients.
     """
     total = sum(math.prod(loop) for loop, _ in loops)
@@ -143,7 +144,7 @@ def divide(loops: Sequence[tuple[Loop, Placement]], itemsize: int) -> LaunchTabl
 
 
 def _tile(loop: Loop, placement: Placement, itemsize: int, piece: int) -> TiledParameter:
-    """Choose a parameter's tile, and how it is cut into blocks and parts."""
+    """Choose a parameter's tile, and cut it into blocks and parts."""
     groups, outer, units, inner = loop
     if placement == Placement.PLAIN:
         n = math.prod(loop)
@@ -157,7 +158,7 @@ def _tile(loop: Loop, placement: Placement, itemsize: int, piece: int) -> TiledP
     per_part = outer
     if outer > longest:
         per_part = _up(outer, _up(outer, max(1, longest)))
-        if rows:  # each part begins aligned
+        if rows:  # align the start of each part
             per_part = _up(per_part, ALIGNMENT) * ALIGNMENT
         vectors = beside
     return TiledParameter(
@@ -177,7 +178,7 @@ def _tile(loop: Loop, placement: Placement, itemsize: int, piece: int) -> TiledP
 
 
 def _tile_shape(loop: Loop, itemsize: int, piece: int) -> tuple[TileShape, int]:
-    """A parameter's tile shape, and how many weight vectors make a piece."""
+    """Return a parameter's tile shape and the number of weight vectors per piece."""
     fan_in, width = loop.outer * loop.inner, loop.units * loop.inner
     each = max(1, piece // max(fan_in, 1))
     if width == 1:
@@ -195,7 +196,7 @@ def _tile_shape(loop: Loop, itemsize: int, piece: int) -> tuple[TileShape, int]:
 
 
 def columns_beside(itemsize: int) -> int:
-    """How many adjacent columns a program takes: 64 bytes of each row."""
+    """Return the number of adjacent columns that a program takes: 64 bytes of each row."""
     return max(16, 64 // itemsize)
 
 
@@ -213,7 +214,7 @@ def _pieces(position: int, what: int, begin: int, end: int) -> Tensor:
 
 
 def _pieces_in_parts(parameters: Sequence[TiledParameter]) -> Iterator[Tensor]:
-    """The pieces of parameters in parts, set by set: sums of one set, then steps of the set before it."""
+    """Yield the pieces of parameters in parts, set by set: sums of one set, then steps of the previous set."""
     last: list[tuple[int, int, int]] = []
     current: list[tuple[int, int, int]] = []
     elements = 0

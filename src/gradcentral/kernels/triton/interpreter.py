@@ -1,4 +1,4 @@
-"""Whether Triton's interpreter is in use. A module of its own, so that nothing else is imported to find out."""
+"""Detect Triton's interpreter, in a module of its own, so that the check imports nothing else."""
 
 from __future__ import annotations
 

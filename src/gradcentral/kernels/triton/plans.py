@@ -1,6 +1,6 @@
 """Plans for CUDA devices: the tables of one launch, kept on the device while the tensors keep their form.
 
-Pointers are read at every call and uploaded if one has changed, without synchronizing the host.
+Every call reads the pointers and uploads them if one has changed, without synchronizing the host.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _TYPES = {
 }
 _NO_COEFFICIENTS = DeviceCoefficients(Coefficients(), 0.0)
 WARPS, REGISTERS = 8, 64
-"""Per program. With so few registers per thread, four programs share a multiprocessor and hide each other's latency."""
+"""Warps per program and registers per thread: so few that four programs share a multiprocessor and hide latency."""
 
 
 class _PointerTable:
     """The pointers of a launch, in a table on the device.
 
-    While a CUDA graph is captured, uploading is captured too: every replay uploads again, from the same pinned memory.
-    So a captured step has a table of its own, which later steps do not change.
+    While a CUDA graph is captured, the upload is captured too, and every replay repeats it from the same pinned memory.
+    A captured step therefore has its own table, which later steps do not change.
     """
 
     def __init__(self, device: torch.device, size: int) -> None:
@@ -57,7 +57,7 @@ class _PointerTable:
         self._captured: list[tuple[Tensor, Tensor]] = []
 
     def uploaded(self, values: list[int]) -> tuple[Tensor, bool]:
-        """The table with these pointers, and whether all of them are divisible by 16."""
+        """Return the table with these pointers, and whether all of them are divisible by 16."""
         if values != self._values or _capturing(self._device):
             aligned = all(value % 16 == 0 for value in values)
             if _capturing(self._device):
@@ -73,7 +73,7 @@ class _PointerTable:
     def _for_capture(self, values: list[int]) -> Tensor:
         if self._spare is None:  # pinned memory cannot be allocated during a capture
             raise RuntimeError(
-                "two steps of one optimizer were captured in CUDA graphs without a step outside of a capture between "
+                "two steps of one optimizer were captured in CUDA graphs without a step outside a capture between "
                 "them: capture one step per graph, and call optimizer.step() once before each capture"
             )
         host, table = self._spare
@@ -99,7 +99,7 @@ def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
 
 
 def _numbers(c: Coefficients) -> tuple[float, ...]:
-    """The coefficients in the order in which the kernel unpacks them; those of d and m in Δw are without the lr."""
+    """Return the coefficients in the order in which the kernel unpacks them; those of d and m in Δw omit the lr."""
     of_d, of_m = -1.0, -1.0
     if c.momentum != 0:
         of_d, of_m = -float(c.nesterov), -(c.momentum if c.nesterov else 1.0)
@@ -108,7 +108,7 @@ def _numbers(c: Coefficients) -> tuple[float, ...]:
 
 
 def _logarithms(c: Coefficients) -> tuple[float, ...]:
-    """ln β₁ and ln β₂, each as the sum of two f32, because kernel arguments cannot be f64."""
+    """Return ln β₁ and ln β₂, each as the sum of two f32, because kernel arguments cannot be f64."""
     parts: list[float] = []
     for beta in (c.beta1, c.beta2):
         whole = math.log(beta) if beta > 0 else -math.inf
@@ -118,10 +118,10 @@ def _logarithms(c: Coefficients) -> tuple[float, ...]:
 
 
 class TritonPlan(BasePlan):
-    """One launch of the kernel, on the current stream and without synchronizing the host. Means are in f32."""
+    """Plan of one launch on the current stream, without synchronizing the host, with means in f32."""
 
-    # A step must not cost the host more time than the device, so only what can differ is compared: torch itself
-    # ensures that a gradient has the shape and the device of its parameter.
+    # A step must not take the host longer than the device, so only properties that can differ are compared: torch
+    # itself ensures that a gradient has the shape and the device of its parameter.
     gradient_properties = (Tensor.numel, Tensor.stride, attrgetter("dtype"), type, Tensor.is_neg)
     centering_properties = (Tensor.size, Tensor.get_device, *gradient_properties)
     parameter_properties = (Tensor.stride,)
@@ -132,7 +132,7 @@ class TritonPlan(BasePlan):
         device = self.device
         if _capturing(device):
             raise RuntimeError(
-                "the tensors of this step have a different form than those of the step before, and no plan can be made "
+                "the tensors of this step differ in form from those of the last step, and no plan can be created "
                 "while a CUDA graph is captured: call optimizer.step() once with such tensors before the capture"
             )
         gradient = grads[0].dtype
@@ -211,7 +211,7 @@ class TritonPlan(BasePlan):
         if self._stream is None:
             import numpy
 
-            with numpy.errstate(all="ignore"):  # the interpreter computes with NumPy, which warns of infinities
+            with numpy.errstate(all="ignore"):  # the interpreter uses NumPy, which warns about infinities
                 yield
             return
         current = torch.cuda.current_stream(self.device)

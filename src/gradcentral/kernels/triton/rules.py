@@ -11,15 +11,15 @@ Algorithms 1 and 2 of Yong et al. 2020 (SGD with momentum, Adam), with torch's o
 
 The differences from the paper and from torch are those that step.h lists, and two more:
 
-1. Sums are f32, not f64, which many GPUs compute at 1/32 or 1/64 of the rate. Little is lost: each of the 1024 lanes of
-   a tile adds only its share of the elements, and the lanes are added as a tree.
+1. Sums are f32, not f64, which many GPUs compute at 1/32 or 1/64 of the rate. The loss of accuracy is small: each of
+   the 1024 lanes of a tile adds only its share of the elements, and the lanes are added in a tree.
 2. Adam's bias corrections are computed on the device, from the step counters there, so that steps need no
    synchronization and can be captured in CUDA graphs.
 
-A step reads a weight vector twice: `first_pass` returns what is to be averaged, `second_pass` uses the mean. Centering
-without a step is a rule of its own (CENTER, MEANS, RESTORE), whose first pass returns the tensor. Tensors are passed as
-the tuple ``(w, g, m, v, x)`` of pointers to weight, gradient, momentum, squares and largest squares, coefficients as
-the tuple that `step.py` makes.
+A step reads a weight vector twice: `first_pass` returns the values to be averaged, `second_pass` uses the mean.
+Centering without a step is a rule of its own (CENTER, MEANS, RESTORE), whose first pass returns the tensor. Tensors are
+passed as the tuple ``(w, g, m, v, x)`` of pointers to weight, gradient, momentum, squares and largest squares;
+coefficients are passed as the tuple that `step.py` creates.
 """
 
 import triton
@@ -30,7 +30,7 @@ from gradcentral.kernels.triton.interpreter import INTERPRETED
 
 __all__ = ["first_pass", "second_pass", "step"]
 
-# The interpreter truncates f32 to bf16, while a GPU rounds to nearest: under it, bf16 is u16 and rounded explicitly.
+# A GPU rounds f32 to the nearest bf16, but the interpreter truncates. There, bf16 is u16 and rounded explicitly.
 _BY_HAND = tl.constexpr(INTERPRETED)
 
 MOMENTUM = tl.constexpr(int(UpdateRule.MOMENTUM))
@@ -49,7 +49,7 @@ def _as_f32(stored, pointer):
 
 @triton.jit
 def _as_stored(x, pointer):
-    """Rounded to nearest even."""
+    """Convert to the stored type, rounding to nearest even."""
     if _BY_HAND and pointer.dtype.element_ty == tl.uint16:
         bits = x.to(tl.uint32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
@@ -58,13 +58,13 @@ def _as_stored(x, pointer):
 
 @triton.jit
 def _rounded(x, pointer):
-    """The value that is read again after storing x."""
+    """Return the value that a load after storing x returns."""
     return _as_f32(_as_stored(x, pointer), pointer)
 
 
 @triton.jit
 def _load(pointer, offsets, mask, EVICT: tl.constexpr = ""):
-    """Elements as f32; 0 outside the mask."""
+    """Load elements as f32, with 0 outside the mask."""
     return _as_f32(tl.load(pointer + offsets, mask=mask, other=0, eviction_policy=EVICT), pointer)
 
 
@@ -125,7 +125,7 @@ def _change(m, v, x, d, w, c, RULE: tl.constexpr):
 
 @triton.jit
 def step(tensors, offsets, mask, shift, c, RULE: tl.constexpr):
-    """Update elements; shift is scale · mean(g) if the gradient is centered, else 0."""
+    """Update elements; ``shift`` is scale · mean(g) if the gradient is centered, otherwise 0."""
     w_at, g_at, _, _, _ = tensors
     scale, l2, _, _, _, _, _, _, _, _, _, _, _ = c
     w = _load(w_at, offsets, mask, "evict_first")
@@ -139,11 +139,11 @@ def step(tensors, offsets, mask, shift, c, RULE: tl.constexpr):
 
 @triton.jit
 def first_pass(tensors, offsets, mask, c, RULE: tl.constexpr, PLACEMENT: tl.constexpr):
-    """What is to be averaged: the gradient or, with placement "update", the change of w, after advancing the state.
+    """Return the values to be averaged: the gradient or, with placement "update", Δw, after advancing the state.
 
-    In f32, w + Δw is stored here and `second_pass` subtracts the mean from it. In a narrow dtype that would round
-    twice, and a mean smaller than the rounding of w would be lost in every weight: there `second_pass` computes the
-    same Δw again, from the state as it was rounded on storing, and rounds w + (Δw − mean(Δw)) once.
+    In f32, this pass stores w + Δw, and `second_pass` subtracts the mean from it. In a narrow dtype that would round
+    twice, and a mean smaller than the rounding error of w would be lost in every weight. There `second_pass` computes
+    the same Δw again, from the state rounded for storage, and rounds w + (Δw − mean(Δw)) once.
     """
     w_at, g_at, m_at, v_at, x_at = tensors
     scale, l2, _, _, _, _, _, _, _, _, _, _, _ = c
@@ -171,7 +171,7 @@ def first_pass(tensors, offsets, mask, c, RULE: tl.constexpr, PLACEMENT: tl.cons
 
 @triton.jit
 def second_pass(tensors, offsets, mask, mean, c, RULE: tl.constexpr, PLACEMENT: tl.constexpr):
-    """Use the mean of what `first_pass` returned: center, or step with a centered gradient, or center the change."""
+    """Apply the mean of the first pass: center, or step with a centered gradient, or center the change."""
     w_at, g_at, _, _, _ = tensors
     scale, l2, _, _, _, _, _, _, _, _, _, _, _ = c
     if RULE >= CENTER:

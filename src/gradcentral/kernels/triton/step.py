@@ -1,18 +1,18 @@
 # Triton reads the annotations of its functions: no `from __future__ import annotations` here.
 """The kernel: one launch for all parameters of a step, in which each program does one piece of the work (division.py).
 
-Programs that update a part of long weight vectors wait for the programs that sum the other parts, inside the kernel:
-one launch instead of two, and gradients that are still in the cache. On a GPU, which starts programs in no particular
-order and never suspends one in favor of another, waiting can deadlock: if waiting programs filled the device, those
-they wait for would never start. It cannot here, because
+Programs that update a part of long weight vectors wait inside the kernel for the programs that sum the other parts.
+This takes one launch instead of two, and the gradients are still in the cache. A GPU starts programs in no particular
+order and never suspends one in favor of another, so waiting can deadlock in general: if waiting programs filled the
+device, the programs they wait for would never start. It cannot happen here, because
 
-1. a program does not take the piece of its program id, but of a ticket that it draws when it starts (``progress[0]``):
-   pieces start in the order of the list;
+1. a program takes the piece not of its program id, but of a ticket that it draws when it starts (``progress[0]``), so
+   that pieces start in the order of the list;
 2. in the list, the sums of a block come before its steps, and a program that sums never waits.
 
-So whoever waits, waits for programs that have already started and that finish on their own. Memory is ordered by the
-counter of the block: a sum is stored to the L2 cache (``.cg``) by all threads (barrier) before the counter is
-incremented (release), and read after the counter was seen to be complete (acquire). The last program of a launch
+A program therefore waits only for programs that have already started and that finish without waiting. The counter of
+the block orders memory: all threads (barrier) store a sum to the L2 cache (``.cg``) before the counter is incremented
+(release), and it is read after the counter has reached the number of parts (acquire). The last program of a launch
 (``progress[1]``) resets the counters.
 """
 
@@ -38,7 +38,7 @@ _ACROSS_ALIGNED = tl.constexpr(int(TileShape.ACROSS_ALIGNED))
 _SUM = tl.constexpr(SUM)
 _STEP = tl.constexpr(STEP)
 
-# The memory of a tile: contiguous rows; runs of `inner` elements, `jump` apart; weight vectors beside each other.
+# Memory of a tile: contiguous rows; runs of `inner` elements at distance `jump`; adjacent columns.
 _ROWS = tl.constexpr(0)
 _RUNS = tl.constexpr(1)
 _BESIDE = tl.constexpr(2)
@@ -64,7 +64,7 @@ def _at(tensors, offset):
 
 @triton.jit
 def _tile(v, k, nv, nk, size, V: tl.constexpr, K: tl.constexpr, MEMORY: tl.constexpr):
-    """Offsets and mask of K elements, from k on, of V weight vectors, from v on."""
+    """Return offsets and mask of K elements, starting at k, of V weight vectors, starting at v."""
     run, jump, stride = size
     vs = v + tl.arange(0, V)
     ks = k + tl.arange(0, K)
@@ -104,7 +104,7 @@ def _vectors(
     RULE: tl.constexpr,
     PLACEMENT: tl.constexpr,
 ):
-    """Some weight vectors, or a part of a few long ones: sum, wait for the other parts if there are any, update."""
+    """Process some weight vectors, or a part of a few long ones: sum, wait for any other parts, update."""
     fan_in, part, parts, count, partial, counter, means_at = places
     axis: tl.constexpr = 0 if MEMORY == _BESIDE else 1
     for v in range(0, nv, V):
@@ -148,7 +148,7 @@ def _vectors(
 def _coefficients(
     pointers, n_parameters, parameter, fresh, lr, grad_scale, rule, logs, RULE: tl.constexpr, DAMPENED: tl.constexpr
 ):
-    """The scalars of kernels/c/step.h. Adam's 1 − βᵗ, where t is the parameter's counter plus 1, is computed in f64."""
+    """Compute the scalars of kernels/c/step.h. Adam's 1 − βᵗ, where t is the counter plus 1, is computed in f64."""
     sign, l2, decay, momentum, keep, of_d, of_m, one_minus_beta1, beta2, one_minus_beta2, epsilon = rule
     log1, log1_rest, log2, log2_rest = logs
     scale = sign
@@ -186,7 +186,7 @@ def _coefficients(
 
 @triton.jit
 def _finish(pointers, progress, fresh, n_parameters, n_counters, skipped, RULE: tl.constexpr, DAMPENED: tl.constexpr):
-    """What the last program does after all others: reset the counters for the next launch, and count Adam's steps."""
+    """Reset the counters for the next launch and count Adam's steps; called by the last program after all others."""
     each = tl.arange(0, 1024)
     for i in range(0, n_counters + 2, 1024):
         tl.store(progress + i + each, 0, mask=i + each < n_counters + 2)
@@ -228,25 +228,25 @@ def run(
     BESIDE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One piece of the work.
+    """Do one piece of the work.
 
     Args:
         pointers: int64 ``[6, n_parameters]``: weights, gradients, momenta, squares, largest squares, step counters.
         parameters, pieces: the tables of division.py.
-        progress: int32: tickets drawn, programs done, then for each block in parts how many parts are summed; all 0
-            between two launches.
+        progress: int32: tickets drawn, programs finished, then the number of summed parts of each block in parts; all
+            0 between two launches.
         partials: sums of parts.
-        means: of all weight vectors, written by MEANS, read by RESTORE.
+        means: means of all weight vectors, written by MEANS, read by RESTORE.
         fresh: int32 ``[n_parameters]``, with dampening: whether a momentum buffer is new.
         lr_at, grad_scale, found_inf: None, or one number on the device that replaces lr, divides the gradient, or makes
             the step change nothing if it is not 0.
         rule: the coefficients of the update rule.
         logs: ln β₁ and ln β₂ as two f32 each.
         DAMPENED: SGD with dampening, which does not apply to the first step.
-        WAITS: whether some weight vectors are in parts.
+        WAITS: whether some weight vectors are cut into parts.
         ALIGNED: whether all pointers are divisible by 16 bytes.
-        BESIDE: how many adjacent columns a program takes.
-        TILE: elements at a time.
+        BESIDE: number of adjacent columns that a program takes.
+        TILE: number of elements that are processed at a time.
     """
     if lr_at is not None:
         lr = tl.load(lr_at).to(tl.float32)
@@ -272,7 +272,7 @@ def run(
         base = group * group_stride + unit * stride + part * rows * jump
         nv = tl.minimum(vectors, units - unit).to(tl.int32)
         nk = (tl.minimum(rows, outer - part * rows) * inner).to(tl.int32)
-        # The position of this piece's first weight vector among the parameter's, and how many those are.
+        # The position of this piece's first weight vector in the parameter, and the number of the parameter's vectors.
         here, count = group * units + unit, tl.load(row + 14)
         places = (
             (outer * inner).to(tl.float32),
@@ -291,7 +291,7 @@ def run(
             _pointer(pointers, 3, n_parameters, parameter, STATE, ALIGNED),
             _pointer(pointers, 4, n_parameters, parameter, STATE, ALIGNED),
         )
-        # Of what is aligned, the compiler infers from the multiplication that it is divisible by 16.
+        # The multiplication by 16 lets the compiler infer that aligned values are divisible by 16.
         at, at16 = _at(starts, base), _at(starts, base // 16 * 16)
         near, far = jump.to(tl.int32), stride.to(tl.int32)  # offsets inside a piece are below 2³¹
         size, size16 = (inner.to(tl.int32), near, far), (1, near // 16 * 16, far // 16 * 16)
@@ -315,6 +315,6 @@ def run(
         else:
             _vectors(at16, c, nv16, nk, size16, what, places, BESIDE, TILE // BESIDE, _BESIDE, RULE, PLACEMENT)
     if WAITS or (RULE >= ADAM and RULE < CENTER) or DAMPENED:
-        tl.debug_barrier()  # all threads have read what the last program resets
+        tl.debug_barrier()  # all threads have read the values that the last program resets
         if tl.atomic_add(progress + 1, 1) == tl.num_programs(0) - 1:
             _finish(pointers, progress, fresh, n_parameters, n_counters, skipped, RULE, DAMPENED)

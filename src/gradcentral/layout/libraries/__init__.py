@@ -1,4 +1,4 @@
 """Rule tables: for a module class and a parameter name, which elements form one weight vector.
 
-The file of a library bears its import name and defines ``TABLE``.
+Each file is named after the import name of its library and defines ``TABLE``.
 """

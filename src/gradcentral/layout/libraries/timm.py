@@ -10,7 +10,7 @@ from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes, unexpected_
 
 
 def _conditional_convolution(module: nn.Module, tensor: Tensor) -> str | LeaveAlone:
-    """[experts, out · in/groups · k · k]: each expert is a whole convolution, flattened."""
+    """Return the pattern for [experts, out · in/groups · k · k]: each expert is a whole convolution, flattened."""
     shape = getattr(module, "weight_shape", None)
     if tensor.ndim != 2 or not isinstance(shape, tuple) or math.prod(shape) != tensor.shape[1]:
         return unexpected_shape(module, tensor, f"[experts, elements of weight_shape = {shape}]")

@@ -8,7 +8,7 @@ from gradcentral.layout.rules import LeaveAlone, LibraryTable, axes, unexpected_
 
 
 def _relations(module: nn.Module, tensor: Tensor) -> str | LeaveAlone:
-    """One matrix [in, out] per relation or basis; with ``num_blocks``, one per block of each."""
+    """Return the pattern for one matrix [in, out] per relation or basis; with ``num_blocks``, per block of each."""
     pattern = "r [i] o" if getattr(module, "num_blocks", None) is None else "r b [i] o"
     return pattern if tensor.ndim == len(pattern.split()) else unexpected_shape(module, tensor, repr(pattern))
 

@@ -13,7 +13,7 @@ _NORM: Rules = {"weight": skip.NORM_GAIN, "bias": skip.BIAS}
 TABLE: dict[type[nn.Module], Rules] = {
     nn.Linear: {"weight": axes("o [i]"), "bias": skip.BIAS},
     nn.Bilinear: {"weight": axes("o [i i]"), "bias": skip.BIAS},
-    # With groups, axis i of a convolution holds in/groups channels, so that a filter is one weight vector as it is.
+    # With groups, axis i of a convolution holds in/groups channels, so that a whole filter is one weight vector.
     _ConvNd: {"weight": axes("o [i k...]", k="kernel_size"), "bias": skip.BIAS},
     # A transposed convolution stores all input channels; those of other groups do not reach an output channel.
     _ConvTransposeNd: {"weight": axes("(g [i]) o [k...]", g="groups", k="kernel_size"), "bias": skip.BIAS},

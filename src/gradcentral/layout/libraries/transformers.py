@@ -12,10 +12,11 @@ _HIDDEN_SIZES = ("intermediate_dim", "intermediate_size", "expert_dim", "moe_int
 
 
 def experts(transposed: bool | None = None) -> Rules:
-    """Rules for experts stored as ``"e o [i]"``, or as ``"e [i] o"`` if transposed, under the same names.
+    """Return rules for experts stored as ``"e o [i]"``, or as ``"e [i] o"`` if transposed, under the same names.
 
     The module's own ``is_transposed`` takes precedence over the argument. The size of the hidden layer, an output of
-    the first projections and an input of the last one, must not contradict them, and decides where both are missing.
+    the first projections and an input of the last one, must not contradict them, and determines the order if both are
+    missing.
     """
     first = partial(_pattern, transposed, "o")
     return {
@@ -47,7 +48,7 @@ def _pattern(
 
 TABLE: LibraryTable = {
     "*.Conv1D": {"weight": axes("[i] o", i="nx", o="nf"), "bias": skip.BIAS},
-    # The other experts have an attribute is_transposed, or their sizes tell.
+    # All other experts have an attribute is_transposed, or sizes that determine the order.
     **each(experts(True), "*.GptOssExperts *.OpenAIPrivacyFilterExperts *.AriaExperts *.Llama4TextExperts"),
     **each(experts(False), "*.MixtralExperts *.LongcatFlashExperts *.Step3p7Experts *.InklingSharedExperts"),
     "*Experts": experts(),

@@ -1,1 +1,1 @@
-"""The figures: each function measures what it shows in the runs of a `Study` and returns a `Figure`."""
+"""The figures: each function takes measurements in the runs of a `Study` and returns a `Figure`."""

@@ -23,7 +23,7 @@ _UNITS, _WEIGHTS = 24, 72
 
 
 def operation_figure(study: Study) -> Figure:
-    """Figure 1 of the paper: Φ as matrices before and after, with the real gradients of the first training step."""
+    """Draw figure 1 of the paper: the gradients of the first training step as matrices, before and after centering."""
     (step,) = study.train(NONE, study.seeds[0], steps=1)
     layers, numbers = study.example_layers, []
     with drawing(0.4 + 2.9 * len(layers)) as image:
@@ -31,7 +31,7 @@ def operation_figure(study: Study) -> Figure:
             parameter = step.model.get_parameter(entry.name)
             g, vectors, label = gradient_of(parameter).cpu(), step.layout[parameter], layer_label(entry)
             rows, centered = as_rows(g, vectors), as_rows(center(g, vectors), vectors)
-            # The units with the longest gradients, in the layer's order: many of the others would be blank.
+            # Show the units with the longest gradients, in the layer's order: many of the others would be blank.
             units = rows.norm(dim=1).topk(min(_UNITS, vectors.count)).indices.sort().values
             shown = min(_WEIGHTS, vectors.fan_in)
             before, after = rows[units, :shown], centered[units, :shown]
@@ -48,7 +48,7 @@ def _draw_operation(panel: Any, before: Tensor, after: Tensor, means: list[float
     panel.set_facecolor("none")
     *matrices, bar, bars = panel.subplots(1, 4, width_ratios=[10, 10, 0.4, 3.2])
     both = torch.cat([before, after]).abs()
-    # With the full range of colors, a few extreme entries would leave all others pale.
+    # If colors covered the full range, a few extreme entries would make all others pale.
     reach = float(both.quantile(0.995)) or float(both.max()) or 1.0
     for axis, matrix, title in zip(matrices, (before, after), ("∇L", "Φ(∇L) = P∇L"), strict=True):
         colors = axis.imshow(matrix.tolist(), cmap="RdBu_r", aspect="auto", interpolation="none")
@@ -69,7 +69,7 @@ def _draw_operation(panel: Any, before: Tensor, after: Tensor, means: list[float
 
 
 def initial_means_figure(study: Study) -> Figure:
-    """Figure 3 of the paper: log₁₀ |mean(w⁰)| of every weight vector of ResNet-50.
+    """Draw figure 3 of the paper: log₁₀ |mean(w⁰)| of every weight vector of ResNet-50.
 
     The weights are sampled in the shapes of the layers, so no network is built. The paper shows pretrained
     weights, which would have to be downloaded, in place of Xavier initialization.
@@ -100,7 +100,7 @@ def initial_means_figure(study: Study) -> Figure:
 
 
 def _resnet50_shapes() -> Iterator[tuple[int, ...]]:
-    """The shapes of ResNet-50's convolutions and of its linear layer (He et al. 2016)."""
+    """Yield the shapes of ResNet-50's convolutions and of its linear layer (He et al. 2016)."""
     yield 64, 3, 7, 7
     channels = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -113,7 +113,7 @@ def _resnet50_shapes() -> Iterator[tuple[int, ...]]:
 
 
 def shares_figure(study: Study) -> Figure:
-    """The share of each layer's gradient that GC removes before training: the plot of `gradcentral.probe`."""
+    """Draw the share of each layer's gradient that GC removes before training: the plot of `gradcentral.probe`."""
     (report,) = study.track((probe_task(study.task, seed=seed, device=study.device) for seed in study.seeds[:1]), 1)
     columns = ("name", "kind", "share", "spread", "finding")
     rows = [[getattr(layer, column) for column in columns] for layer in report.layers]

@@ -31,14 +31,14 @@ _COLUMNS = ("norm_median", "norm_low", "norm_high", "largest_median", "largest_l
 # In multiples of the optimizer's step. Santurkar et al. 2018 move along the gradient instead.
 _REACH = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 _POINTS = 24
-# A product with the Hessian costs a few passes over the batch, and 1 % is below the width of a line.
+# A product with the Hessian costs a few passes over the batch, and an error of 1 % is less than the width of a line.
 _LANCZOS: dict[str, Any] = {"tolerance": 1e-2, "max_iterations": 30}
 
 
 def geometry_figure(study: Study) -> Figure:
-    """Figure 2 of the paper: the trajectory of a real neuron, and the hyperplane on which GC keeps it.
+    """Draw figure 2 of the paper: the trajectory of a real neuron, and the hyperplane on which GC keeps it.
 
-    It is the neuron of the largest linear layer whose first gradient has the largest mean, which GC changes most.
+    The neuron is the one in the largest linear layer whose first gradient has the largest mean; GC changes it most.
     """
     name = study.example_layers[-1].name
     changes, unit = {}, -1
@@ -97,7 +97,7 @@ def _draw_paths(paths: dict[str, list[list[float]]]) -> Any:
 
 
 def gradient_norms_figure(study: Study) -> Figure:
-    """Figure 4 of the paper: L2 norm and largest entry of the gradient that the optimizer receives, along training."""
+    """Draw figure 4 of the paper: L2 norm and largest entry of the gradient that the optimizer receives."""
     labels = {entry.name: layer_label(entry) for entry in study.example_layers}
     places = [*labels.values(), "whole network"]
     values, rows = {}, []
@@ -112,7 +112,7 @@ def gradient_norms_figure(study: Study) -> Figure:
 
 
 def _norms(step: TrainingStep, arm: str, names: Iterable[str]) -> list[list[float]]:
-    """Norm and largest entry of the gradient that the optimizer receives, of each named layer and of all parameters."""
+    """Measure norm and largest entry of the gradient that the optimizer receives, per named layer and in total."""
     trained = [entry for entry in step.layout.entries if entry.parameter.requires_grad]
     gradients = [(gradient_of(entry.parameter), None if arm == NONE else entry.vectors) for entry in trained]
     parts = dict(zip((entry.name for entry in trained), effects(gradients), strict=True))
@@ -142,13 +142,13 @@ def _draw_norms(places: list[str], values: dict[str, Tensor]) -> Any:
 
 
 def _smoothed(values: Tensor, width: int) -> list[list[float]]:
-    """The quartiles over the seeds and over ``width`` neighboring steps; zeros have no place on a logarithmic axis."""
+    """Compute quartiles over the seeds and ``width`` neighboring steps, without zeros, for a logarithmic axis."""
     windows = torch.split(values.where(values > 0, math.nan), width, dim=1)
     return torch.stack([torch.nanquantile(window.flatten(), _QUARTILES) for window in windows], dim=1).tolist()
 
 
 def learning_figure(study: Study) -> Figure:
-    """Learning curves of a comparison of all arms, as Figures 5 to 7 of the paper show for its data sets."""
+    """Draw learning curves of a comparison of all arms, as in figures 5 to 7 of the paper for its data sets."""
     options: dict[str, Any] = {"device": study.device, "out": study.runs, "progress": study.progress}
     comparison = compare(study.source, seeds=study.seeds, epochs=study.epochs, optimizers=[study.optimizer], **options)
     with drawing(3.7) as image:
@@ -176,13 +176,13 @@ class _Point(NamedTuple):
 
 
 def landscape_figure(study: Study) -> Figure:
-    """How the loss and its gradient vary along the steps of training, which theorem 4.2 bounds at fixed weights."""
+    """Draw the variation of the loss and its gradient along training steps (theorem 4.2 bounds it at fixed weights)."""
     points: list[_Point] = []
     every = max(1, study.steps // _POINTS)
     for arm in _ARMS:
         last: tuple[TrainingStep, list[Tensor]] | None = None
         for step in study.train(arm, study.seeds[0]):
-            if last is not None:  # only now the optimizer has made the last step
+            if last is not None:  # the optimizer has taken the last step only now
                 points.append(_measure(study, arm, *last))
             starts_here = step.number % every == 0
             last = (step, [w.detach().clone() for w in step.model.parameters()]) if starts_here else None
@@ -191,7 +191,7 @@ def landscape_figure(study: Study) -> Figure:
 
 
 def _measure(study: Study, arm: str, step: TrainingStep, start: list[Tensor]) -> _Point:
-    """Measure a step that the optimizer has made, on its batch, from its start to `_REACH` times its length."""
+    """Measure a step that the optimizer has taken, on its batch, from its start to `_REACH` times its length."""
     model, layout, loss_function = step.model, step.layout if arm != NONE else None, study.task.loss
     losses, gradients = [], []
     with preserve_state(model):
@@ -202,7 +202,7 @@ def _measure(study: Study, arm: str, step: TrainingStep, start: list[Tensor]) ->
                     w.copy_(before + reach * delta if reach > 0 else before)
             if reach == 0:
                 curvature = top_eigenvalue(model, loss_function, step.batch, layout=layout, **_LANCZOS)
-            torch.manual_seed(0)  # the same dropout at every point
+            torch.manual_seed(0)  # use the same dropout at every point
             loss = loss_of(model, loss_function, step.batch)
             losses.append(float(loss.detach()))
             gradients.append(_gradient(model, loss, layout))
@@ -212,7 +212,7 @@ def _measure(study: Study, arm: str, step: TrainingStep, start: list[Tensor]) ->
 
 
 def _gradient(model: nn.Module, loss: Tensor, layout: WeightLayout | None) -> Tensor:
-    """The gradient that the optimizer receives, flat: centered if there is a layout."""
+    """Compute the gradient that the optimizer receives, flat, and centered if there is a layout."""
     trained = [w for w in model.parameters() if w.requires_grad]
     gradients = [g.to_dense() for g in torch.autograd.grad(loss, trained, materialize_grads=True)]
     parts = zip(trained, gradients, strict=True)
