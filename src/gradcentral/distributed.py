@@ -1,8 +1,8 @@
-"""Sharded parameters (DTensors): local centering where possible, and one collective for the rest.
+"""Sharded parameters (DTensors): local centering where possible, one all-reduce for the rest.
 
 If each weight vector lies entirely on one rank, that rank centers its shard like any other tensor. If weight vectors
-are split between ranks, each rank sums its part of them, one all-reduce per process group adds the sums of all split
-parameters, and the means are subtracted from the shards.
+are split between ranks, each rank sums its part of them, one all-reduce per process group and dtype adds the sums
+of all split parameters, and the means are subtracted from the shards.
 """
 
 from __future__ import annotations

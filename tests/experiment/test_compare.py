@@ -244,7 +244,7 @@ def test_divergence_is_a_result_not_an_error(tiny: Callable[..., Task], tmp_path
     result = compare(task, seeds=2, jobs=1, out=tmp_path)
     assert all(run.diverged_at is not None for run in result.all_runs)
     assert all(run.final("test_metric") is None for run in result.all_runs)
-    assert "2 of 2 runs diverged (none: 2), no pair finished" in result.verdicts[0].sentence
+    assert "2 of 2 runs diverged (without GC: 2), no pair finished" in result.verdicts[0].sentence
     assert "2 of 2 diverged" in str(result)
     for line in (tmp_path / RESULTS).read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

@@ -59,7 +59,7 @@ def test_the_verdict_precedes_figures_tables_and_command(finished: Comparison) -
 
 def test_diverged_runs_are_listed(finished: Comparison) -> None:
     html = finished.report.read_text()
-    assert "1 of 5 runs diverged (none: 0)" in html
+    assert "1 of 5 runs diverged (without GC: 0)" in html
     assert "custom, update, seed 2 (epoch 3)" in html
     assert "<td>1 of 5</td>" in html
 

@@ -138,15 +138,17 @@ def test_diverged_runs_are_reported_first_and_exclude_better() -> None:
     assert verdict(paired(BASE, better)).outcome == "better"
     found = verdict(paired(BASE, [None, *better[1:]]))
     assert found.outcome == "diverges more often"
-    assert found.sentence.startswith("diverges more often: 1 of 5 runs diverged (none: 0); of the pairs that finished")
+    assert found.sentence.startswith(
+        "diverges more often: 1 of 5 runs diverged (without GC: 0); of the pairs that finished"
+    )
     assert found.evidence.mean == pytest.approx(0.0305)
     found = verdict(paired([None, *BASE[1:]], better))
     assert found.outcome == "better"
-    assert found.sentence.startswith("0 of 5 runs diverged (none: 1)")
+    assert found.sentence.startswith("0 of 5 runs diverged (without GC: 1)")
     found = verdict(paired(BASE, [None, *(a - b for a, b in zip(BASE[1:], (0.2, 0.21, 0.22, 0.2), strict=True))]))
     assert found.outcome == "worse"
     found = verdict(paired(BASE, [None] * 5))
-    assert found.sentence == "diverges more often: 5 of 5 runs diverged (none: 0), no pair finished."
+    assert found.sentence == "diverges more often: 5 of 5 runs diverged (without GC: 0), no pair finished."
 
 
 def test_lower_is_better_reverses_the_verdict() -> None:

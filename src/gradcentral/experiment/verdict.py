@@ -40,7 +40,7 @@ def judge(evidence: Paired, optimizer: str, arm: str, metric: str, higher_is_bet
     outcome = _outcome(evidence, higher_is_better)
     sentence = _claim(evidence, outcome, metric)
     if evidence.diverged or evidence.baseline_diverged:
-        count = f"{evidence.diverged} of {evidence.pairs} runs diverged (none: {evidence.baseline_diverged})"
+        count = f"{evidence.diverged} of {evidence.pairs} runs diverged (without GC: {evidence.baseline_diverged})"
         rest = f"; of the pairs that finished, {sentence}" if evidence.differences else ", no pair finished."
         sentence = f"diverges more often: {count}{rest}" if outcome == "diverges more often" else count + rest
     return Verdict(optimizer, arm, metric, outcome, sentence, evidence)
@@ -64,7 +64,7 @@ def _claim(evidence: Paired, outcome: Outcome, metric: str) -> str:
     if evidence.interval is None or evidence.p is None or evidence.detectable is None:
         change = _signed(mean, _places(abs(mean) / 10))
         if n == 1:
-            return f"inconclusive: 1 pair has no spread ({metric} {change}); use more seeds."
+            return f"inconclusive: one pair gives no estimate of the spread ({metric} {change}); use more seeds."
         if not any(evidence.differences):
             return f"no change: {metric} is identical in all {n} pairs."
         return (
