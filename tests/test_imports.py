@@ -12,8 +12,8 @@ import gradcentral
 
 PACKAGE = Path(gradcentral.__file__).parent
 
-# From the top down, as in docs/architecture.md. A module may import modules of its own room and of lower rooms.
-ROOMS = (
+# From the top down, as in docs/architecture.md. A module may import modules of its own part and of lower parts.
+PARTS = (
     "__main__",
     "cli",
     "gradcentral",  # __init__.py, the public names
@@ -63,21 +63,21 @@ def _imports(module: str) -> Iterator[str]:
 GRAPH = {module: sorted({*_imports(module)} - {module}) for module in MODULES}
 
 
-def _room(module: str) -> str:
+def _part(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
-def test_every_module_is_in_a_room() -> None:
-    assert {_room(module) for module in MODULES} == set(ROOMS)
+def test_every_module_is_in_a_part() -> None:
+    assert {_part(module) for module in MODULES} == set(PARTS)
 
 
 def test_imports_go_down_only() -> None:
-    floor = {room: height for height, room in enumerate(reversed(ROOMS))}
+    floor = {part: height for height, part in enumerate(reversed(PARTS))}
     upward = [
         f"{module} imports {imported}"
         for module, found in GRAPH.items()
         for imported in found
-        if floor[_room(imported)] > floor[_room(module)]
+        if floor[_part(imported)] > floor[_part(module)]
     ]
     assert not upward
 
@@ -114,5 +114,5 @@ def test_importing_the_package_imports_torch_and_nothing_else() -> None:
 def test_importing_the_package_does_not_import_what_needs_extras() -> None:
     code = "import sys, gradcentral; print(*(name for name in sys.modules if name.startswith('gradcentral.')))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    rooms = {_room(module) for module in run.stdout.split()}
-    assert not rooms & {"bench", "cli", "paper", "experiment", "diagnostics", "plotting"}
+    parts = {_part(module) for module in run.stdout.split()}
+    assert not parts & {"bench", "cli", "paper", "experiment", "diagnostics", "plotting"}
