@@ -57,7 +57,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "test {metric}": lambda row: spread(row.test_metric),
     "final training loss": lambda row: spread(row.train_loss),
     "epochs to none's final loss": lambda row: _epochs(row.epochs_to_baseline),
-    "generalization gap": lambda row: spread(row.gap),
+    "train-test gap": lambda row: spread(row.gap),
     "share removed": lambda row: f"{mean_std(row.share)[0]:.0%}" if row.share else NOTHING,
 }
 
