@@ -225,7 +225,7 @@ INLINE void NAME(second_pass_at_pair)(NAME(Tensors) t, int64_t j, REAL low_mean,
 }
 #undef HALF
 
-#include "step_loops.h"
+#include "loops.h"
 
 #undef NAME
 #undef HAS_M
