@@ -278,7 +278,7 @@ _TRACED = TracedCentering()
 
 def _center_gradients(layout: WeightLayout, shards: Shards, centering: Centering) -> None:
     traced = torch.compiler.is_compiling()
-    if not shards.names and not traced:
+    if not shards.sharded and not traced:
         # Nothing is sharded. Sparse and expanded gradients, which need the checks below, never fit a plan.
         pairs = [(p.grad, vectors) for p, vectors in shards.whole if p.grad is not None]
         if centering.center_if_planned_(pairs):

@@ -101,9 +101,14 @@ class Shards(NamedTuple):
     names: Mapping[Tensor, str]
     """Names of the layout's parameters; empty if nothing is sharded."""
 
+    @property
+    def sharded(self) -> bool:
+        """Whether some of the parameters are DTensors."""
+        return bool(self.names)
+
     def local_pairs(self) -> list[Pair]:
         """Return the local shards of the whole parameters with their weight vectors."""
-        if not self.names:
+        if not self.sharded:
             return self.whole
         return [(local(parameter), vectors) for parameter, vectors in self.whole]
 

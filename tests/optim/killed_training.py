@@ -20,8 +20,8 @@ import torch._dynamo  # imported once here, because otherwise every fork imports
 from torch import nn
 from torch.optim import Optimizer
 
-import gradcentral
 from gradcentral.experiment.tasks.digits import cnn, train
+from tests.optim.creation import create_optimizer
 
 STEPS, SAVE_EVERY, KILLS, REPEATS = 14, 3, 2, 2
 SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
@@ -32,12 +32,7 @@ def make(case: str, model: nn.Module) -> Optimizer:
     """Create the optimizer of a case, written "who-centers kind placement"."""
     who, kind, placement = case.split()
     options = SGD if kind == "SGD" else {"lr": 1e-2}
-    if who == "gradcentral":
-        optimizer: Optimizer = getattr(gradcentral, kind)(model, placement=placement, **options)
-        return optimizer
-    optimizer = getattr(torch.optim, kind)(model.parameters(), **options)
-    gradcentral.centralize(optimizer, model, placement)
-    return optimizer
+    return create_optimizer(who, kind, model, placement, options)
 
 
 CASES = [

@@ -15,6 +15,7 @@ import gradcentral
 from gradcentral.kernels import native
 from gradcentral.projection import center, restore_means_, unit_means
 from gradcentral.targets import PLACEMENTS
+from tests.optim.creation import create_optimizer
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
@@ -33,12 +34,7 @@ VARIANTS: dict[str, tuple[str, bool | None]] = {
 def _make(variant: str, kind: str, model: nn.Module, placement: str) -> Optimizer:
     who, fused = VARIANTS[variant]
     options = OPTIONS[kind] | {"fused": fused}
-    if who == "gradcentral":
-        optimizer: Optimizer = getattr(gradcentral, kind)(model, placement=placement, **options)
-        return optimizer
-    optimizer = getattr(torch.optim, kind)(model.parameters(), **options)
-    gradcentral.centralize(optimizer, model, placement)
-    return optimizer
+    return create_optimizer(who, kind, model, placement, options)
 
 
 def _network(dtype: torch.dtype = torch.float32) -> nn.Sequential:

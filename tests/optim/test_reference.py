@@ -25,6 +25,8 @@ WEIGHTS: dict[str, tuple[tuple[int, ...], WeightVectors | None]] = {
     "columns": ((6, 4), WeightVectors((0,))),
     "grouped": ((8, 3, 2, 2), WeightVectors((1, 3, 4), view=(2, 4, 3, 2, 2))),  # a transposed convolution, 2 groups
     "not_centered": ((5,), None),
+    "channels_last": ((4, 3, 2, 2), WeightVectors((1, 2, 3))),
+    "channels_last_transposed": ((3, 4, 2, 2), WeightVectors((0, 2, 3))),
 }
 
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,6 +54,9 @@ def _numbers(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return random tensors with the shapes of `WEIGHTS` and a nonzero mean, which centering removes."""
     generator = torch.Generator().manual_seed(seed)
     numbers = {name: torch.randn(shape, generator=generator) + 0.5 for name, (shape, _) in WEIGHTS.items()}
+    for name in numbers:
+        if name.startswith("channels_last"):
+            numbers[name] = numbers[name].contiguous(memory_format=torch.channels_last)
     return {name: tensor.to(dtype) for name, tensor in numbers.items()}
 
 

@@ -19,13 +19,14 @@ from gradcentral.targets import Targets
 
 __all__ = ["FusedOptimizer", "GroupPlan", "KernelCall", "LocalTensors"]
 
-_STATE_KEYS = {
-    UpdateRule.SGD: (None, None, None, None),
-    UpdateRule.MOMENTUM: ("momentum_buffer", None, None, None),
-    UpdateRule.ADAM: ("exp_avg", "exp_avg_sq", None, "step"),
-    UpdateRule.AMSGRAD: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"),
+_ADAM_KEYS = {"momentum": "exp_avg", "squares": "exp_avg_sq", "steps": "step"}
+_STATE_KEYS: dict[UpdateRule, dict[str, str]] = {
+    UpdateRule.SGD: {},
+    UpdateRule.MOMENTUM: {"momentum": "momentum_buffer"},
+    UpdateRule.ADAM: _ADAM_KEYS,
+    UpdateRule.AMSGRAD: _ADAM_KEYS | {"largest_squares": "max_exp_avg_sq"},
 }
-"""The keys under which torch keeps the fields of `States` in an optimizer's state."""
+"""For each field of `States`, the key under which torch keeps it in an optimizer's state."""
 
 
 class FusedOptimizer(Optimizer):
@@ -113,7 +114,8 @@ class GroupPlan(NamedTuple):
                 return None
             shard, grad = shards[position], grads[position]
             states = _states_of(rule, [optimizer._create_state(group, params[position])]).map(local)
-            buffers = [column[0] for column in states[:3] if column is not None]
+            columns = (states.momentum, states.squares, states.largest_squares)
+            buffers = [column[0] for column in columns if column is not None]
             counter = None if states.steps is None else states.steps[0]
             accepted = kernels.accepts(shard, grad, buffers, counter)
             return [grad, *buffers] if accepted and len({buffer.dtype for buffer in buffers}) <= 1 else None
@@ -162,7 +164,7 @@ def _gradient(p: Tensor, held: LocalTensors | None) -> Tensor:
 
 
 def _states_of(rule: UpdateRule, states: Sequence[dict[str, Any]]) -> States:
-    return States(*[None if key is None else [state[key] for state in states] for key in _STATE_KEYS[rule]])
+    return States(**{field: [state[key] for state in states] for field, key in _STATE_KEYS[rule].items()})
 
 
 def _coefficients_for(optimizer: FusedOptimizer, group: dict[str, Any], plan: Any) -> Coefficients | DeviceCoefficients:
