@@ -146,11 +146,14 @@ class CentralizedOptimizer(FusedOptimizer):
             self._traced_step()
             return loss
         self.targets.check(self)
-        if not traced and self._skips_step_on_host():
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        # Checked before any state is created. On a CUDA device the kernels read found_inf themselves: reading it here
+        # would synchronize with the device.
+        if found_inf is not None and not traced and found_inf.is_cpu and found_inf.item():
             return loss
         held = self._local_tensors() if self._any_sharded() else None
         calls, complete = ([], False) if traced else self._kernel_calls(held)
-        if self._skips_first_step(calls):
+        if found_inf is not None and self._needs_found_inf(calls) and found_inf.item():
             return loss
         if not complete:
             self._refuse_sparse()
@@ -164,19 +167,10 @@ class CentralizedOptimizer(FusedOptimizer):
                 held.shards.restore_split_means_(held.old_sums)
         return loss
 
-    def _skips_step_on_host(self) -> bool:
-        # Checked before any state is created. On a CUDA device the kernels read found_inf themselves: reading it here
-        # would synchronize with the device.
-        found_inf = getattr(self, "found_inf", None)
-        return found_inf is not None and found_inf.is_cpu and bool(found_inf.item())
-
-    def _skips_first_step(self, calls: list[KernelCall]) -> bool:
+    def _needs_found_inf(self, calls: list[KernelCall]) -> bool:
+        """Return whether the host must read found_inf: kernels run on the CPU, or a momentum buffer is new."""
         # A skipped first step would still count as the first, so synchronize once to find out.
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is None:
-            return False
-        needs_host = self._fresh or any(isinstance(call.plan, native.Plan) for call in calls)
-        return bool(needs_host) and bool(found_inf.item())
+        return bool(self._fresh) or any(isinstance(call.plan, native.Plan) for call in calls)
 
     def _any_sharded(self) -> bool:
         """Return whether parameters are DTensors; read from the plans while the groups hold the same parameters."""
