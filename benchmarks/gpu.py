@@ -12,24 +12,33 @@ bench.md, bench.json and tests.txt after every result. If one part fails, it rep
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 
 # The most important models first, because the time limit cuts off the last ones.
 MODELS = ("ResNet-50", "GPT-2", "4096×11008", "ViT-S", "MobileNetV2", "tiny CNN", "DCGAN")
+WORKERS = 14
+"""Processes that compile at the same time."""
+
 # Values to try for the kernel's settings: each alone, then one pair.
 VALUES = {"WARPS": (4,), "REGISTERS": (48, 96, 128), "PIECE": (4096, 16384), "LONGEST": (1 << 15, 1 << 17)}
 SETTINGS = [{}, *({name: value} for name in VALUES for value in VALUES[name]), {"TILE": 2048, "REGISTERS": 128}]
@@ -75,15 +84,21 @@ def tests(run: Run) -> Any:
     """Run the kernel tests on the device; in a dry run, some of them in Triton's interpreter."""
     files = ["tests/kernels/test_triton.py", "tests/kernels/test_triton_division.py"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "--durations=5"]
+    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "-o", "filterwarnings="]
+    options += ["--durations=5"]
+    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling variants of the kernel
+        options += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
     if run.dry:
         environment |= {"TRITON_INTERPRET": "1", "GRADCENTRAL_KERNELS": "triton"}
         options += ["-k", "one_launch or plain_dense or tiles_fit"]
     command = [sys.executable, "-m", "pytest", *options, *files]
-    limit = max(30.0, min(240.0, run.left))
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
-    (run.out / "tests.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
-    last = [line for line in done.stdout.splitlines() if line][-1:]
+    limit = max(30.0, min(200.0, run.left))
+    log = run.out / "tests.txt"
+    with log.open("w", encoding="utf-8") as output:  # a file keeps what was printed before a timeout
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=limit, check=False
+        )
+    last = [line for line in log.read_text(encoding="utf-8").splitlines() if line][-1:]
     run.report(f"Tests on the device: {' '.join(last)} (exit code {done.returncode})\n")
     return {"exit code": done.returncode, "summary": last}
 
@@ -96,7 +111,7 @@ def steps(run: Run) -> Any:
 
     benchmark = Benchmark(machine=describe_machine(run.device))
     models, dtypes = (["tiny CNN"], ["f32"]) if run.dry else (MODELS, ["f32", "bf16"])
-    how: dict[str, Any] = {"rounds": 3, "seconds": 0.5} if run.dry else {"rounds": 30, "seconds": 3.0}
+    how: dict[str, Any] = {"rounds": 3, "seconds": 0.5} if run.dry else {"rounds": 30, "seconds": 1.0}
     failed: dict[str, str] = {}
     for model, dtype, algorithm in itertools.product(models, dtypes, ("SGD", "AdamW")):
         name = f"{model} {dtype} {algorithm}"
@@ -128,7 +143,7 @@ def iteration(run: Run) -> Any:
     from gradcentral.bench import iteration as measure
 
     dry: dict[str, Any] = {"rounds": 2, "batch": 2}
-    case = measure(device=run.device, **(dry if run.dry else {"rounds": 20, "seconds": 30.0, "dtype": "bf16"}))
+    case = measure(device=run.device, **(dry if run.dry else {"rounds": 20, "seconds": 8.0, "dtype": "bf16"}))
     ratios = ", ".join(f"{name} {found}" for name, found in case.ratios.items())
     run.report(
         f"ResNet-18 iteration, {case.dtype}: {case.milliseconds:.2f} ms; ÷ that: {ratios}; noise ±{case.noise:.0%}\n"
@@ -136,30 +151,77 @@ def iteration(run: Run) -> Any:
     return asdict(case)
 
 
-def settings(run: Run) -> Any:
-    """Measure the time of the fused GC step relative to torch's fused step for several settings of the kernel."""
-    from gradcentral.bench.benchmark import BENCH_DTYPES
+def host(run: Run) -> Any:
+    """Measure the time that a step takes the host, which does not wait for the device."""
     from gradcentral.bench.shapes import MODELS as SHAPES
-    from gradcentral.bench.steps import BASELINE, OURS, optimizer_steps
-    from gradcentral.bench.timing import clock_for, interleave, ratio
-    from gradcentral.kernels.triton import division, plans
+    from gradcentral.bench.steps import ATTACHED, BASELINE, LOOP, OURS, TORCH_DEFAULT, optimizer_steps
 
     found: dict[str, float] = {}
-    cases = [("tiny CNN", "SGD")] if run.dry else [("ResNet-50", "AdamW"), ("GPT-2", "SGD")]
+    for model, algorithm in itertools.product(["tiny CNN"] if run.dry else ["ResNet-50", "tiny CNN"], ("SGD", "AdamW")):
+        runs = optimizer_steps(SHAPES[model](), algorithm, torch.float32, run.device)
+        for name in (BASELINE, TORCH_DEFAULT, LOOP, ATTACHED, OURS):
+            times = []
+            for _ in range(20):
+                if not run.dry:
+                    torch.cuda.synchronize()
+                started = time.perf_counter()
+                runs[name]()
+                times.append(time.perf_counter() - started)
+            found[f"{model} {algorithm} {name}"] = microseconds = 1e6 * statistics.median(times)
+            run.report(f"- host, {model} {algorithm}, {name}: {microseconds:.0f} µs")
+    return found
+
+
+def variant(model: str, algorithm: str, dtype: str, device: str, setting: dict[str, int]) -> dict[str, Any]:
+    """Return the steps of a model with other settings of the kernel, after the first step, which compiles it."""
+    from gradcentral.bench.benchmark import BENCH_DTYPES
+    from gradcentral.bench.shapes import MODELS as SHAPES
+    from gradcentral.bench.steps import BASELINE, OURS, OURS_UPDATE, optimizer_steps
+    from gradcentral.kernels.triton import division, plans
+
+    with ExitStack() as changed:
+        for module, name in itertools.product((division, plans), setting):
+            if hasattr(module, name):
+                changed.enter_context(mock.patch.object(module, name, setting[name]))
+        runs = optimizer_steps(SHAPES[model](), algorithm, BENCH_DTYPES[dtype], device)
+        for name in (OURS, OURS_UPDATE):
+            runs[name]()
+    return {name: runs[name] for name in (BASELINE, OURS, OURS_UPDATE)}
+
+
+def compile_variant(arguments: tuple[Any, ...]) -> None:
+    """Compile a variant in a process of its own, into Triton's cache."""
+    sys.path.insert(0, str(ROOT / "src"))
+    variant(*arguments)
+
+
+def settings(run: Run) -> Any:
+    """Measure the time of captured GC steps relative to torch's fused step for several settings of the kernel."""
+    from gradcentral.bench.cuda import capture
+    from gradcentral.bench.steps import BASELINE
+    from gradcentral.bench.timing import clock_for, interleave, ratio
+
+    cases = [("tiny CNN", "SGD")] if run.dry else [("ResNet-50", "AdamW"), ("GPT-2", "SGD"), ("ViT-S", "SGD")]
     dtypes = ["f32"] if run.dry else ["f32", "bf16"]
-    for (model, algorithm), dtype, setting in itertools.product(cases, dtypes, SETTINGS):
-        if run.left < 20 and not run.dry:
+    variants = [(*case, dtype, run.device, s) for s, case, dtype in itertools.product(SETTINGS, cases, dtypes)]
+    if not run.dry:
+        with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
+            list(pool.map(compile_variant, variants))
+        run.report(f"Compiled {len(variants)} variants; {run.left:.0f} s left\n")
+    found: dict[str, float] = {}
+    for arguments in variants:
+        if run.left < 10 and not run.dry:
             break
-        with ExitStack() as changed:
-            for module, name in itertools.product((division, plans), setting):
-                if hasattr(module, name):
-                    changed.enter_context(mock.patch.object(module, name, setting[name]))
-            runs = optimizer_steps(SHAPES[model](), algorithm, BENCH_DTYPES[dtype], run.device)
-            chosen = {name: runs[name] for name in (BASELINE, OURS)}
-            times = interleave(chosen, 10, 1.0, clock=clock_for(run.device))
-        took = ratio(times[OURS], times[BASELINE])
-        found[f"{model} {dtype} {algorithm} {setting}"] = took.median
-        run.report(f"- {model} {dtype} {algorithm}, {setting or 'default settings'}: {took}")
+        model, algorithm, dtype, device, setting = arguments
+        runs = variant(*arguments)
+        if not run.dry:
+            runs = {name: capture(call) for name, call in runs.items()}
+        times = interleave(runs, 10, 0.3, clock=clock_for(device))
+        for name, took in times.items():
+            if name != BASELINE:
+                against = ratio(took, times[BASELINE])
+                found[f"{model} {dtype} {algorithm} {setting} {name}"] = against.median
+                run.report(f"- {model} {dtype} {algorithm}, {name}, {setting or 'default settings'}: {against}")
     return found
 
 
@@ -172,11 +234,9 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT / "src"))
     run = Run(arguments.out, arguments.minutes, arguments.dry_run)
-    import torch
-
     if not run.dry and not torch.cuda.is_available():
         sys.exit("torch finds no CUDA device; --dry-run tests the script without one")
-    for part in (tests, steps, iteration, settings):
+    for part in (tests, steps, host, iteration, settings):
         run.part(part.__name__, part)
     run.results["complete"] = True
     run.write()

@@ -215,10 +215,17 @@ def describe_machine(device: str = "cpu") -> dict[str, str]:
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "gradcentral": metadata.version("gradcentral"),
+        "gradcentral": _version(),
         "kernels": kernels,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("gradcentral")
+    except metadata.PackageNotFoundError:  # run from the source tree
+        return "not installed"
 
 
 def _processor() -> str:

@@ -10,7 +10,7 @@ import torch
 
 from gradcentral.bench.timing import Call, clock_for, interleave, ratio
 
-__all__ = ["copy_bytes", "describe_gpu", "measure"]
+__all__ = ["capture", "copy_bytes", "describe_gpu", "measure"]
 
 
 def copy_bytes(touched: int, device: str | torch.device) -> Call:
@@ -36,7 +36,7 @@ def describe_gpu(device: str) -> dict[str, str]:
 
 def measure(runs: dict[str, Call], ours: str, baseline: str, rounds: int, seconds: float) -> dict[str, Any]:
     """Measure the launches and the memory of every alternative, and the times of two CUDA graphs."""
-    replays = {name: _capture(runs[name]) for name in (baseline, ours)}
+    replays = {name: capture(runs[name]) for name in (baseline, ours)}
     times = interleave(replays, rounds, seconds, clock=clock_for("cuda"))
     return {
         "launches": {name: _count_launches(run) for name, run in runs.items()},
@@ -66,7 +66,8 @@ def _peak_memory(run: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _capture(run: Call) -> Call:
+def capture(run: Call) -> Call:
+    """Return a call that replays one call of ``run`` from a CUDA graph."""
     # torch requires warm-up calls on a side stream before capture.
     side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
