@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton", reason="needs the extra triton")
 
 from gradcentral.kernels.forms import Operation, Placement, UpdateRule  # noqa: E402
 from gradcentral.kernels.triton import INTERPRETED  # noqa: E402
-from gradcentral.kernels.triton.division import TILE, columns_beside  # noqa: E402
+from gradcentral.kernels.triton.division import TILE, elements_beside  # noqa: E402
 from gradcentral.kernels.triton.plans import REGISTERS, WARPS  # noqa: E402
 from gradcentral.kernels.triton.step import run  # noqa: E402
 
@@ -32,7 +32,7 @@ def compiled(capability: int, rule: int, placement: int, dtype: Any, extras: boo
         "WEIGHT": dtype,
         "GRAD": dtype,
         "STATE": dtype,
-        "BESIDE": columns_beside(dtype.primitive_bitwidth // 8),
+        "BESIDE": elements_beside(dtype.primitive_bitwidth // 8),
         "TILE": TILE,
     }
     optional = {"lr_at": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32", "fresh": "*i32"}

@@ -32,11 +32,15 @@ __all__ = ["FIELDS", "LONGEST", "TILE", "LaunchTables", "TileShape", "divide"]
 
 TILE = 1024
 """Elements that a program holds in registers at a time: 16 bytes of f32 for each of 256 threads."""
-PIECE = 8 * TILE
+PIECE = 4 * TILE
 """Elements of a piece of short weight vectors, if there is enough work for the whole device."""
-SMALL = 1 << 21
+SMALL = 1 << 23
 """Below this total number of elements, pieces are one tile."""
-LONGEST = 1 << 16
+SEGMENT = 256
+"""Bytes that a program reads side by side; with 64, columns took 1.6 times as long on an H200."""
+LONG = 1 << 9
+"""Elements of a row from which a program takes one row at a time."""
+LONGEST = 1 << 17
 """Bytes of gradient that a program reads twice; a longer weight vector, or set of columns, is cut into parts."""
 SET = 1 << 21
 """Elements of cut vectors that are summed before they are updated; their gradients must stay in the device's cache."""
@@ -183,21 +187,21 @@ def _tile_shape(loop: Loop, itemsize: int, piece: int) -> tuple[TileShape, int]:
     each = max(1, piece // max(fan_in, 1))
     if width == 1:
         aligned = fan_in % ALIGNMENT == 0
-        if aligned and fan_in >= TILE // 2:
+        if aligned and fan_in >= LONG:
             return TileShape.LONG_ALIGNED, each
-        if aligned and fan_in > 64:
-            return TileShape.MIDDLE_ALIGNED, _multiple(each, 16)
+        if aligned and fan_in > 16:
+            return TileShape.MIDDLE_ALIGNED, _multiple(each, TILE // elements_beside(itemsize))
     elif loop.inner == 1 and fan_in > 32:
         shape = TileShape.ACROSS if width % ALIGNMENT else TileShape.ACROSS_ALIGNED
-        return shape, columns_beside(itemsize)
+        return shape, elements_beside(itemsize)
     if fan_in >= TILE // 8:
         return TileShape.LONG, each
     return TileShape.SHORT, _multiple(each, TILE // 16)
 
 
-def columns_beside(itemsize: int) -> int:
-    """Return the number of adjacent columns that a program takes: 64 bytes of each row."""
-    return max(16, 64 // itemsize)
+def elements_beside(itemsize: int) -> int:
+    """Return the number of adjacent elements that a program reads from each of several rows."""
+    return SEGMENT // itemsize
 
 
 def _up(n: int, by: int) -> int:

@@ -25,7 +25,7 @@ from gradcentral.kernels.forms import (
     Placement,
     UpdateRule,
 )
-from gradcentral.kernels.triton.division import TILE, columns_beside, divide
+from gradcentral.kernels.triton.division import TILE, elements_beside, divide
 from gradcentral.kernels.triton.interpreter import INTERPRETED
 from gradcentral.kernels.triton.step import run
 
@@ -152,7 +152,7 @@ class TritonPlan(BasePlan):
             "WEIGHT": _TYPES[weight],
             "GRAD": _TYPES[gradient],
             "STATE": _TYPES[state],
-            "BESIDE": columns_beside(gradient.itemsize),
+            "BESIDE": elements_beside(gradient.itemsize),
             "TILE": TILE,
             "num_warps": WARPS,
             **({"maxnreg": REGISTERS} if device.type == "cuda" else {}),

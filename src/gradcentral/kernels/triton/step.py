@@ -245,7 +245,7 @@ def run(
         DAMPENED: SGD with dampening, which does not apply to the first step.
         WAITS: whether some weight vectors are cut into parts.
         ALIGNED: whether all pointers are divisible by 16 bytes.
-        BESIDE: number of adjacent columns that a program takes.
+        BESIDE: number of adjacent elements that a program takes from each of several rows.
         TILE: number of elements that are processed at a time.
     """
     if lr_at is not None:
@@ -307,7 +307,7 @@ def run(
         elif shape == _LONG_ALIGNED:
             _vectors(at16, c, nv, nk16, size16, what, places, 1, TILE, _ROWS, RULE, PLACEMENT)
         elif shape == _MIDDLE_ALIGNED:
-            _vectors(at16, c, nv, nk16, size16, what, places, 16, TILE // 16, _ROWS, RULE, PLACEMENT)
+            _vectors(at16, c, nv, nk16, size16, what, places, TILE // BESIDE, BESIDE, _ROWS, RULE, PLACEMENT)
         elif shape == _SHORT:
             _vectors(at, c, nv, nk, size, what, places, TILE // 16, 16, _RUNS, RULE, PLACEMENT)
         elif shape == _ACROSS:
