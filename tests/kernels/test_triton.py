@@ -350,17 +350,16 @@ def test_update_keeps_the_mean_of_narrow_weights() -> None:
 
 @pytest.mark.parametrize("name", ["momentum dampened", "adamw"])
 def test_one_launch_performs_the_whole_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradcentral.kernels.triton import plans, step
+    from gradcentral.kernels.triton.plans import TritonPlan
 
     launches: list[Any] = []
-    kernel: Any = step.run
+    start = TritonPlan._start
 
-    class Counting:
-        def __getitem__(self, grid: Any) -> Any:
-            launches.append(grid)
-            return kernel[grid]
+    def counting(self: TritonPlan, *arguments: Any) -> None:
+        launches.append(arguments)
+        start(self, *arguments)
 
-    monkeypatch.setattr(plans, "run", Counting())
+    monkeypatch.setattr(TritonPlan, "_start", counting)
     model = model_of(torch.float32)
     optimizer = make(name, model)
     for _ in range(2):
@@ -392,25 +391,22 @@ def test_a_plan_follows_replaced_tensors() -> None:
         torch.testing.assert_close(p.double(), q, rtol=1e-5, atol=1e-5)
 
 
-def test_a_captured_step_has_its_own_pointer_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_captured_step_has_its_own_pointer_table() -> None:
     """Later steps with other gradients do not change the pointers that a CUDA graph reads at each replay."""
     from gradcentral.kernels.triton import plans
 
     table = plans._PointerTable(torch.device(DEVICE), 3)
-    eager, _ = table.uploaded([16, 32, 48])
-    with monkeypatch.context() as capture:
-        capture.setattr(plans, "_capturing", lambda device: True)
-        captured, aligned = table.uploaded([64, 80, 97])
-        assert not aligned
-        with pytest.raises(RuntimeError, match="capture one step per graph"):
-            table.uploaded([1, 2, 3])
-    assert table.uploaded([16, 32, 48]) == (eager, True)
-    table.uploaded([112, 128, 144])
+    eager, _ = table.uploaded([16, 32, 48], capturing=False)
+    captured, aligned = table.uploaded([64, 80, 97], capturing=True)
+    assert not aligned
+    with pytest.raises(RuntimeError, match="capture one step per graph"):
+        table.uploaded([1, 2, 3], capturing=True)
+    assert table.uploaded([16, 32, 48], capturing=False) == (eager, True)
+    table.uploaded([112, 128, 144], capturing=False)
     assert captured.tolist() == [64, 80, 97]
     assert eager.tolist() == [112, 128, 144]
-    with monkeypatch.context() as capture:  # the remedy: one step outside of a capture before the next capture
-        capture.setattr(plans, "_capturing", lambda device: True)
-        assert table.uploaded([1, 2, 3])[0].tolist() == [1, 2, 3]
+    # The remedy: one step outside of a capture before the next capture.
+    assert table.uploaded([1, 2, 3], capturing=True)[0].tolist() == [1, 2, 3]
 
 
 def test_a_plan_made_before_the_capture_is_used_during_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -588,6 +584,33 @@ def test_a_captured_step_equals_an_eager_one(name: str) -> None:
         else:
             graph.replay()
         take(eager, twin, gradients)
+    for p, q in zip(model, twin, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+@on_a_gpu
+def test_a_graph_replays_after_the_plan_was_replaced() -> None:
+    model = model_of(torch.float32, NAMES)
+    optimizer = make("nesterov", model, NAMES)
+    take(optimizer, model, gradients_of(model))
+    twin = copy.deepcopy(model)
+    other = make("nesterov", twin, NAMES)
+    other.load_state_dict(optimizer.state_dict())
+    static = gradients_of(model)
+    for p, g in zip(model, static, strict=True):
+        p.grad = g
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    model[0].grad = None  # needs another plan, without this parameter
+    optimizer.step()
+    twin[0].grad = None
+    for q, g in zip(list(twin)[1:], static[1:], strict=True):
+        q.grad = g
+    other.step()
+    torch.cuda.empty_cache()
+    graph.replay()
+    take(other, twin, static)
     for p, q in zip(model, twin, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=0)
 

@@ -12,7 +12,6 @@ import operator
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from itertools import islice
-from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -146,15 +145,13 @@ def is_counter(tensor: object, device: torch.device, dtypes: Sequence[torch.dtyp
 Property = Callable[[Tensor], Any]
 """A property of a tensor that a plan relies on, such as ``Tensor.stride``."""
 
-_layout = attrgetter("layout")
 
-
-def _form_of(tensors: Sequence[Tensor], properties: Sequence[Property]) -> list[Any]:
-    """Return the form that a plan relies on: one list per property; for sparse tensors, only their layouts."""
-    layouts = set(map(_layout, tensors))
-    if layouts != {torch.strided}:  # a sparse tensor has no strides
-        return [layouts]
-    return [[*map(get, tensors)] for get in properties]
+def _form_of(tensors: Sequence[Tensor], properties: Sequence[Property]) -> list[Any] | None:
+    """Return the form that a plan relies on, one list per property, or None if a tensor has no strides."""
+    try:
+        return [[*map(get, tensors)] for get in properties]
+    except RuntimeError:  # sparse tensors have no strides
+        return None
 
 
 class BasePlan:

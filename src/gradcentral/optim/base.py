@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import warnings
 from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -199,21 +201,29 @@ class CentralizedOptimizer(FusedOptimizer):
         calls: list[KernelCall] = []
         wanted = 0
         for index, group in enumerate(self.param_groups):
-            params = [p for p in group["params"] if p.grad is not None]
+            params, grads = group["params"], [*map(_grad_of, group["params"])]
+            if any(map(operator.is_, grads, repeat(None))):
+                params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+                grads = [grad for grad in grads if grad is not None]
             wanted += len(params)
             if _may_fuse(group):
-                calls += self._calls_of_group(index, group, params, held)
+                calls += self._calls_of_group(index, group, params, grads, held)
         return calls, wanted == sum(len(call.owners) for call in calls)
 
     def _calls_of_group(
-        self, index: int, group: dict[str, Any], params: list[Tensor], held: LocalTensors | None
+        self,
+        index: int,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        held: LocalTensors | None,
     ) -> list[KernelCall]:
         plan, calls = self._plans.get(index), None
         if plan is not None and plan.rule == self._update_rule(group) and same_objects(params, plan.params):
-            calls = plan.kernel_calls(self, group, held)
+            calls = plan.kernel_calls(self, group, grads, held)
         if calls is None:
             plan = self._plans[index] = GroupPlan.create(self, group, params, held)
-            calls = plan.kernel_calls(self, group, held)
+            calls = plan.kernel_calls(self, group, grads, held)
             assert calls is not None, "a plan must fit the tensors it was created for"
         return calls
 
@@ -281,6 +291,9 @@ class CentralizedOptimizer(FusedOptimizer):
         _unwrapped_step(self._torch_optimizer)(self)
         for gradient, value in zip(grads, negated, strict=True):
             gradient.copy_(-value)
+
+
+_grad_of = operator.attrgetter("grad")
 
 
 def _may_fuse(group: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
@@ -138,9 +139,9 @@ class GroupPlan(NamedTuple):
         return cls(params, rule, calls, [*optimizer.state.values()], everything, any_sharded(everything))
 
     def kernel_calls(
-        self, optimizer: FusedOptimizer, group: dict[str, Any], held: LocalTensors | None
+        self, optimizer: FusedOptimizer, group: dict[str, Any], gradients: list[Tensor], held: LocalTensors | None
     ) -> list[KernelCall] | None:
-        """Return the calls with the current gradients and coefficients, or None if a plan no longer fits."""
+        """Return the calls with these gradients of ``params``, or None if a plan no longer fits."""
         if not same_objects([*optimizer.state.values()], self.all_states):
             return None
         calls: list[KernelCall] = []
@@ -148,7 +149,11 @@ class GroupPlan(NamedTuple):
             # The local shard of a DTensor may have been replaced since.
             if held is not None and not same_objects([local(p) for p in owners], plan.params):
                 return None
-            grads: list[Any] = [p.grad for p in owners] if held is None else [held.gradient(p) for p in owners]
+            grads = gradients
+            if held is not None:
+                grads = [held.gradient(p) for p in owners]
+            elif len(owners) < len(gradients):
+                grads = [cast("Tensor", p.grad) for p in owners]
             try:
                 states = _states_of(self.rule, owners_states)
             except KeyError:  # a state has been cleared
@@ -164,7 +169,7 @@ def _gradient(p: Tensor, held: LocalTensors | None) -> Tensor:
 
 
 def _states_of(rule: UpdateRule, states: Sequence[dict[str, Any]]) -> States:
-    return States(**{field: [state[key] for state in states] for field, key in _STATE_KEYS[rule].items()})
+    return States(**{field: [*map(itemgetter(key), states)] for field, key in _STATE_KEYS[rule].items()})
 
 
 def _coefficients_for(optimizer: FusedOptimizer, group: dict[str, Any], plan: Any) -> Coefficients | DeviceCoefficients:

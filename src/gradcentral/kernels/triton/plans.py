@@ -5,15 +5,20 @@ Every call reads the pointers and uploads them if one has changed, without synch
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import operator
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import c_float
 from operator import attrgetter
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from gradcentral.kernels.forms import (
     POINTERS,
@@ -25,7 +30,7 @@ from gradcentral.kernels.forms import (
     Placement,
     UpdateRule,
 )
-from gradcentral.kernels.triton.division import TILE, elements_beside, divide
+from gradcentral.kernels.triton.division import TILE, divide, elements_beside
 from gradcentral.kernels.triton.interpreter import INTERPRETED
 from gradcentral.kernels.triton.step import run
 
@@ -37,6 +42,11 @@ _TYPES = {
     torch.bfloat16: tl.uint16 if INTERPRETED else tl.bfloat16,  # see rules.py
 }
 _NO_COEFFICIENTS = DeviceCoefficients(Coefficients(), 0.0)
+_HERE = nullcontext()
+
+_captured: list[tuple[object, ...]] = []
+"""The tables of captured steps, which every replay reads, even after the plan has been replaced. They are kept forever,
+because nothing tells when a CUDA graph is destroyed."""
 WARPS, REGISTERS = 8, 64
 """Warps per program and registers per thread: so few that four programs share a multiprocessor and hide latency."""
 
@@ -56,16 +66,15 @@ class _PointerTable:
         self._spare: tuple[Tensor, Tensor] | None = self._pair()
         self._captured: list[tuple[Tensor, Tensor]] = []
 
-    def uploaded(self, values: list[int]) -> tuple[Tensor, bool]:
+    def uploaded(self, values: list[int], capturing: bool) -> tuple[Tensor, bool]:
         """Return the table with these pointers, and whether all of them are divisible by 16."""
-        if values != self._values or _capturing(self._device):
-            aligned = all(value % 16 == 0 for value in values)
-            if _capturing(self._device):
-                return self._for_capture(values), aligned
-            host, _ = self._pair()
-            host.copy_(torch.tensor(values))
+        if capturing:
+            return self._for_capture(values), _all_aligned(values)
+        if values != self._values:
+            host = self._pinned()
+            _fill(host, values)
             self._current.copy_(host, non_blocking=True)
-            self._values, self._aligned = values, aligned
+            self._values, self._aligned = values, _all_aligned(values)
         if self._spare is None:
             self._spare = self._pair()
         return self._current, self._aligned
@@ -77,7 +86,7 @@ class _PointerTable:
                 "them: capture one step per graph, and call optimizer.step() once before each capture"
             )
         host, table = self._spare
-        host.copy_(torch.tensor(values))
+        _fill(host, values)
         table.copy_(host, non_blocking=True)
         self._captured.append(self._spare)
         self._spare = None
@@ -87,7 +96,23 @@ class _PointerTable:
         return torch.zeros(self._size, dtype=torch.int64, device=self._device)
 
     def _pair(self) -> tuple[Tensor, Tensor]:
-        return torch.zeros(self._size, dtype=torch.int64, pin_memory=self._device.type == "cuda"), self._empty()
+        return self._pinned(), self._empty()
+
+    def _pinned(self) -> Tensor:
+        return torch.empty(self._size, dtype=torch.int64, device="cpu", pin_memory=self._device.type == "cuda")
+
+
+def _fill(host: Tensor, values: list[int]) -> None:
+    host.copy_(torch.frombuffer(array("q", values), dtype=torch.int64))
+
+
+def _all_aligned(pointers: list[int]) -> bool:
+    return functools.reduce(operator.or_, pointers, 0) % 16 == 0
+
+
+def _specialization(optional: Sequence[Tensor | None], constants: tuple[object, ...]) -> tuple[object, ...]:
+    """Return what selects a compiled variant: dtypes and alignment of the optional tensors, and the constants."""
+    return (*(t if t is None else (t.dtype, t.data_ptr() % 16) for t in optional), *constants)
 
 
 def _capturing(device: torch.device) -> bool:
@@ -139,24 +164,27 @@ class TritonPlan(BasePlan):
         weight = self.params[0].dtype if self.params else gradient
         state = weight if self.states.momentum is None else self.states.momentum[0].dtype
         tables = divide(loops, gradient.itemsize)
-        self._parameters, self._pieces = tables.parameters.to(device), tables.pieces.to(device)
-        self._progress = torch.zeros(2 + tables.counters, dtype=torch.int32, device=device)
-        self._partials = torch.empty(max(1, tables.slots), dtype=torch.float32, device=device)
+        self._tables = (
+            tables.parameters.to(device),
+            tables.pieces.to(device),
+            torch.zeros(2 + tables.counters, dtype=torch.int32, device=device),
+            torch.empty(max(1, tables.slots), dtype=torch.float32, device=device),
+        )
         self._n_pieces, self._n_counters = len(tables.pieces), tables.counters
         self._table = _PointerTable(device, POINTERS * len(loops))
         self._fresh = torch.zeros(len(loops), dtype=torch.int32, device=device)
-        self._stream = None if device.type != "cuda" else torch.cuda.current_stream(device)
-        self._options = {
-            "PLACEMENT": int(max((placement for _, placement in loops), default=0)) or int(Placement.GRADIENT),
-            "WAITS": tables.counters > 0,
-            "WEIGHT": _TYPES[weight],
-            "GRAD": _TYPES[gradient],
-            "STATE": _TYPES[state],
-            "BESIDE": elements_beside(gradient.itemsize),
-            "TILE": TILE,
-            "num_warps": WARPS,
-            **({"maxnreg": REGISTERS} if device.type == "cuda" else {}),
-        }
+        self._stream = None if device.type != "cuda" else driver.active.get_current_stream(device.index)
+        self._constants = (
+            int(max((placement for _, placement in loops), default=0)) or int(Placement.GRADIENT),
+            tables.counters > 0,
+            _TYPES[weight],
+            _TYPES[gradient],
+            _TYPES[state],
+            elements_beside(gradient.itemsize),
+            TILE,
+        )
+        self._options = {"num_warps": WARPS, **({"maxnreg": REGISTERS} if device.type == "cuda" else {})}
+        self._variants: dict[tuple[object, ...], Callable[..., None]] = {}
 
     def run(self, grads: list[Tensor], coefficients: DeviceCoefficients, fresh: list[bool]) -> None:
         """Take the step (see `BasePlan.run`)."""
@@ -181,43 +209,51 @@ class TritonPlan(BasePlan):
         if self._n_pieces == 0:
             return
         with self._on_device():
-            table, aligned = self._table.uploaded(self._pointers(grads))
+            capturing = _capturing(self.device)
+            table, aligned = self._table.uploaded(self._pointers(grads), capturing)
+            if capturing:
+                _captured.append((self._table, self._fresh, *self._tables))
             lr = coefficients.lr
-            on_device = isinstance(lr, Tensor) and lr.device == self.device
-            run[(self._n_pieces,)](
-                table,
-                self._parameters,
-                self._pieces,
-                self._progress,
-                self._partials,
-                self._partials if means is None else means,
+            lr_at = lr if isinstance(lr, Tensor) and lr.device == self.device else None
+            optional = (
+                self._tables[-1] if means is None else means,
                 fresh,
-                lr if on_device else None,
+                lr_at,
                 _on(self.device, coefficients.grad_scale),
                 _on(self.device, coefficients.found_inf),
+            )
+            numbers = (
                 len(grads),
                 self._n_counters,
-                0.0 if on_device else float(lr),
+                float(lr) if lr_at is None else 0.0,
                 _numbers(coefficients.coefficients),
                 _logarithms(coefficients.coefficients) if rule > UpdateRule.MOMENTUM else (0.0, 0.0, 0.0, 0.0),
-                RULE=int(rule),
-                DAMPENED=fresh is not None,
-                ALIGNED=aligned,
-                **self._options,
             )
+            constants = (int(rule), fresh is not None, aligned, *self._constants)
+            self._start((table, *self._tables, *optional, *numbers, *constants), _specialization(optional, constants))
 
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
+    def _start(self, arguments: tuple[Any, ...], variant: tuple[object, ...]) -> None:
+        """Launch the kernel, which is compiled for each variant of the arguments.
+
+        Triton's own launch inspects all arguments each time, which takes the host longer than the rest of a step.
+        """
+        launch = self._variants.get(variant)
+        if launch is not None:
+            launch(*arguments)
+            return
+        compiled = run[(self._n_pieces,)](*arguments, **self._options)
+        if compiled is not None:  # the interpreter does not compile
+            self._variants[variant] = compiled[(self._n_pieces, 1, 1)]
+
+    def _on_device(self) -> AbstractContextManager[Any]:
         if self._stream is None:
             import numpy
 
-            with numpy.errstate(all="ignore"):  # the interpreter uses NumPy, which warns about infinities
-                yield
-            return
-        current = torch.cuda.current_stream(self.device)
-        if current != self._stream and not torch.cuda.is_current_stream_capturing():
-            for tensor in (self._parameters, self._pieces, self._progress, self._partials):
+            return numpy.errstate(all="ignore")  # the interpreter uses NumPy, which warns about infinities
+        stream = driver.active.get_current_stream(self.device.index)
+        if stream != self._stream and not torch.cuda.is_current_stream_capturing():
+            current = torch.cuda.current_stream(self.device)
+            for tensor in self._tables:
                 tensor.record_stream(current)
         elsewhere = torch.cuda.current_device() != self.device.index
-        with torch.cuda.device(self.device) if elsewhere else nullcontext():
-            yield
+        return torch.cuda.device(self.device) if elsewhere else _HERE
