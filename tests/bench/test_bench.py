@@ -7,16 +7,19 @@ import math
 import re
 from collections.abc import Callable, Collection
 from importlib import metadata
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from gradcentral.bench import Benchmark, Case, bench
+from gradcentral.bench.against import against_table, check_same_machine
 from gradcentral.bench.benchmark import BENCH_DTYPES, resnet18
 from gradcentral.bench.cuda import copy_bytes
-from gradcentral.bench.report import NOISY, conclusion, markdown_table, plot_benchmark, terminal_table
+from gradcentral.bench.report import NOISY, conclusion, markdown_table, plot_benchmark, short_table, terminal_table
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import (
     ATTACHED,
@@ -161,6 +164,7 @@ def test_a_noisy_machine_gives_no_conclusion() -> None:
 def test_tables_and_plot() -> None:
     benchmark = Benchmark([_case(Ratio(0.8, 0.7, 0.9), 0.02)], {"threads": "2"})
     assert terminal_table(benchmark).row_count == 1
+    assert short_table(benchmark).row_count == 1
     assert "| tiny CNN | f32 | SGD | 1.00 | – | – | – | **0.80** | – | – | ±2% |" in markdown_table(benchmark)
     assert plot_benchmark(benchmark).startswith(b"\x89PNG")
 
@@ -175,3 +179,50 @@ def test_the_command_writes_its_results(tmp_path: Path) -> None:
     assert "kernels" in written["machine"]
     assert (tmp_path / "bench.md").read_text(encoding="utf-8").count("\n") == 3
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_short_table_marks_the_slowest_case_and_fits_100_columns() -> None:
+    ratios = {("f32", "SGD"): 0.8, ("f32", "AdamW"): 1.25, ("bf16", "SGD"): 1.1, ("bf16", "AdamW"): 0.9}
+    cases = [
+        Case(model, dtype, algorithm, 1.0, {OURS: Ratio(found, found, found + (model == "DCGAN") / 100)}, 0.01)
+        for model in MODELS
+        for (dtype, algorithm), found in ratios.items()
+    ]
+    console = Console(width=100, record=True, file=StringIO())
+    console.print(short_table(Benchmark(cases[:-1])))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 100
+    assert sum(any(model in line for model in MODELS) for line in lines) == len(MODELS)
+    assert [line.split()[1] for line in lines if "1.25 ◀" in line] == ["ResNet-50"]
+    assert "–" in lines[-2]
+
+
+def test_an_earlier_benchmark_is_compared_case_by_case(tmp_path: Path) -> None:
+    before = Benchmark([_case(Ratio(1.0, 0.95, 1.05), 0.02)], {"processor": "P", "threads": "2"})
+    before.write(tmp_path / "bench.json")
+    earlier = Benchmark.read(tmp_path / "bench.json")
+    assert earlier == before
+    slower, same = _case(Ratio(1.2, 1.1, 1.3), 0.02), _case(Ratio(1.04, 1.0, 1.1), 0.02)
+    new = Case("DCGAN", "f32", "SGD", 1.0, {OURS: Ratio(1, 1, 1)}, 0.02)
+    console = Console(width=100, record=True, file=StringIO())
+    console.print(against_table(Benchmark([slower, same, new]), earlier))
+    text = console.export_text()
+    assert "1.00 → 1.20 │ slower +20%" in text
+    assert re.search(r"1\.00 → 1\.04 │\s+\+4%", text)
+    assert re.search(r"1\.00 │\s+new", text)
+    with pytest.raises(ValueError, match="threads '2', this one '4': compare benchmarks of the same machine"):
+        check_same_machine({"processor": "P", "threads": "4"}, earlier.machine)
+
+
+def test_the_command_compares_with_its_own_file_and_refuses_others(tmp_path: Path) -> None:
+    arguments = ["bench", "--models", "tiny CNN", "--optimizers", "SGD", "--dtypes", "f32", "--rounds", "3"]
+    arguments += ["--seconds", "0.3", "--no-iteration", "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    run = CliRunner().invoke(app, [*arguments, "--all", "--against", str(tmp_path / "bench.json")])
+    assert run.exit_code == 0, run.output
+    assert "earlier and now" in run.output
+    (tmp_path / "bench.json").write_text("[1]", encoding="utf-8")
+    for file, reason in (("bench.json", "is not a bench.json"), ("missing.json", "cannot be read")):
+        run = CliRunner().invoke(app, [*arguments, "--against", str(tmp_path / file)])
+        assert run.exit_code == 2
+        assert reason in run.output

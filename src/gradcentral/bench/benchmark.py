@@ -64,6 +64,31 @@ class Benchmark:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
+    @classmethod
+    def read(cls, path: Path) -> Benchmark:
+        """Read a benchmark that `write` has written.
+
+        Raises:
+            ValueError: the file cannot be read or is not such a file.
+        """
+        try:
+            written = json.loads(path.read_text(encoding="utf-8"))
+            return cls([_read_case(case) for case in written["cases"]], dict(written["machine"]))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not a bench.json that gradcentral bench has written") from error
+
+
+def _read_case(written: dict[str, Any]) -> Case:
+    ratios = {name: Ratio(**ratio) for name, ratio in written["ratios"].items()}
+    others = {
+        name: Ratio(**written[name])
+        for name in ("over_streaming", "attaching", "captured")
+        if written[name] is not None
+    }
+    return Case(**{**written, **others, "ratios": ratios})
+
 
 def bench(
     models: Sequence[str] = tuple(MODELS),

@@ -12,7 +12,7 @@ from gradcentral.bench.steps import ATTACHED, BASELINE, LOOP, OURS, OURS_UPDATE,
 from gradcentral.bench.timing import Ratio
 from gradcentral.plotting import LIGHT, new_figure, style, to_png
 
-__all__ = ["NOISY", "conclusion", "markdown_table", "plot_benchmark", "terminal_table"]
+__all__ = ["NOISY", "conclusion", "markdown_table", "plot_benchmark", "short_table", "terminal_table"]
 
 NOISY = 0.10  # if two timings of the same step differ by more, the ratios are too noisy to interpret
 
@@ -25,6 +25,25 @@ _SERIES = {
     TORCH_DEFAULT: ("none", "D", "none"),
 }
 _TICKS = (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10)
+
+
+def short_table(benchmark: Benchmark) -> Table:
+    """Return a table with one row per model: the ratio of the fused GC step, with the slowest case marked."""
+    columns = list(dict.fromkeys((case.dtype, case.algorithm) for case in benchmark.cases))
+    found = {(case.model, case.dtype, case.algorithm): case.ratios[OURS] for case in benchmark.cases}
+    worst = max(found, key=lambda case: found[case].median, default=None)
+    grid = Table(title=f"{OURS} ÷ {BASELINE}: less is faster, ◀ is the slowest", title_justify="left")
+    grid.add_column("model", no_wrap=True)
+    for dtype, algorithm in columns:
+        grid.add_column(f"{dtype} {algorithm}", justify="right")
+    for model in dict.fromkeys(case.model for case in benchmark.cases):
+        cells = []
+        for column in columns:
+            ratio = found.get((model, *column))
+            mark = " ◀" if (model, *column) == worst else ""
+            cells.append(Text(f"{_median(ratio)}{mark}", style=_color(ratio)))
+        grid.add_row(model, *cells)
+    return grid
 
 
 def terminal_table(benchmark: Benchmark) -> Table:
@@ -67,8 +86,11 @@ def _median(found: Ratio | None, missing: str = "–") -> str:
 def _quartiles(found: Ratio | None, colored: bool) -> Text:
     if found is None:
         return Text("–")
-    color = "green" if found.high < 1 else "red" if found.low > 1 else "yellow"
-    return Text(f"{found.median:.2f} ({found.low:.2f}–{found.high:.2f})", style=color if colored else "")
+    return Text(f"{found.median:.2f} ({found.low:.2f}–{found.high:.2f})", style=_color(found) if colored else "")
+
+
+def _color(found: Ratio | None) -> str:
+    return "" if found is None else "green" if found.high < 1 else "red" if found.low > 1 else "yellow"
 
 
 def plot_benchmark(benchmark: Benchmark) -> bytes:

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from gradcentral import bench as benchmarks
 from gradcentral import weight_layout
-from gradcentral.bench.report import conclusion, markdown_table, plot_benchmark, terminal_table
+from gradcentral.bench.against import against_table, check_same_machine
+from gradcentral.bench.report import conclusion, markdown_table, plot_benchmark, short_table, terminal_table
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import OURS
 from gradcentral.cli.layout import build_model
@@ -155,6 +156,8 @@ def bench(
     iteration: Annotated[bool, typer.Option(help="Also measure a training iteration of ResNet-18.")] = True,
     peers: Annotated[bool, typer.Option("--peers", help="Also measure the GC of pytorch_optimizer.")] = False,
     device: Annotated[str, typer.Option(help="Device to use: cpu or cuda.")] = "cpu",
+    every: Annotated[bool, typer.Option("--all", help="Print all alternatives with their quartiles.")] = False,
+    against: Annotated[Path | None, typer.Option(help="Also compare with this bench.json of the same machine.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.md and bench.png.")] = Path("runs/bench"),
 ) -> None:
     """Measure optimizer steps with and without GC on this machine, as ratios of interleaved timings."""
@@ -164,8 +167,11 @@ def bench(
         torch.set_num_threads(threads)
     chosen = _names(models), _names(optimizers), _names(dtypes)
     try:
+        earlier = None if against is None else benchmarks.Benchmark.read(against)
         cases = benchmarks.bench(*chosen, rounds=rounds, seconds=seconds, peers=peers, device=device)
         benchmark = benchmarks.Benchmark(machine=benchmarks.describe_machine(device))
+        if earlier is not None:
+            check_same_machine(benchmark.machine, earlier.machine)
         typer.echo(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()))
         for case in cases:
             benchmark.cases.append(case)
@@ -178,7 +184,10 @@ def bench(
     benchmark.write(out / "bench.json")
     (out / "bench.png").write_bytes(plot_benchmark(benchmark))
     (out / "bench.md").write_text(markdown_table(benchmark), encoding="utf-8")
-    Console(width=210, highlight=False).print(terminal_table(benchmark))
+    console = Console(width=210 if every else None, highlight=False)
+    console.print(terminal_table(benchmark) if every else short_table(benchmark))
+    if earlier is not None:
+        console.print(against_table(benchmark, earlier))
     typer.echo(f"{conclusion(benchmark)}\n\n{out / 'bench.json'}, bench.md and bench.png")
 
 

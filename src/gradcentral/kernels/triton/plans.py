@@ -47,7 +47,7 @@ _HERE = nullcontext()
 _captured: list[tuple[object, ...]] = []
 """The tables of captured steps, which every replay reads, even after the plan has been replaced. They are kept forever,
 because nothing tells when a CUDA graph is destroyed."""
-WARPS, REGISTERS = 8, 64
+WARPS, REGISTERS = 4, 64
 """Warps per program and registers per thread: so few that four programs share a multiprocessor and hide latency."""
 
 
