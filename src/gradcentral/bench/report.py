@@ -32,7 +32,7 @@ def short_table(benchmark: Benchmark) -> Table:
     columns = list(dict.fromkeys((case.dtype, case.algorithm) for case in benchmark.cases))
     found = {(case.model, case.dtype, case.algorithm): case.ratios[OURS] for case in benchmark.cases}
     worst = max(found, key=lambda case: found[case].median, default=None)
-    grid = Table(title=f"{OURS} ÷ {BASELINE}: less is faster, ◀ is the slowest", title_justify="left")
+    grid = Table(title=f"{OURS} ÷ {BASELINE}; ◀ slowest", title_justify="left")
     grid.add_column("model", no_wrap=True)
     for dtype, algorithm in columns:
         grid.add_column(f"{dtype} {algorithm}", justify="right")
