@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 from typer.testing import CliRunner
 
+from gradcentral import weight_layout
 from gradcentral.bench import Benchmark, Case, bench
 from gradcentral.bench.against import against_table, check_same_machine
 from gradcentral.bench.benchmark import BENCH_DTYPES, resnet18
@@ -49,6 +51,16 @@ def test_shapes_are_those_of_the_published_models(model: str, tensors: int, elem
     shapes = list(MODELS[model]())
     assert len(shapes) == tensors
     assert sum(math.prod(shape) for shape, _ in shapes) == elements
+
+
+def test_weight_vectors_of_dcgan_are_those_of_its_layers() -> None:
+    sizes = [(100, 512, 1, 0), (512, 256, 2, 1), (256, 128, 2, 1), (128, 64, 2, 1), (64, 3, 2, 1)]
+    with torch.device("meta"):
+        model = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, s, p, bias=False) for i, o, s, p in sizes)
+    layout = weight_layout(model)
+    listed = [vectors for _, vectors in MODELS["DCGAN"]() if vectors is not None]
+    assert [layout[p].pattern for p in model.parameters()] == [vectors.pattern for vectors in listed]
+    assert [tuple(p.shape) for p in model.parameters()] == [vectors.shape for vectors in listed]
 
 
 def test_resnet18_is_the_variant_for_small_images() -> None:

@@ -30,6 +30,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], WeightVectors]] = {
     "one row": ((1, 7), WeightVectors((1,))),
     "one vector": ((3, 5), WeightVectors((0, 1))),
     "grouped transposed convolution": ((8, 3, 2, 2), WeightVectors((1, 3, 4), view=(2, 4, 3, 2, 2))),
+    "phases": ((4, 3, 4, 4), WeightVectors((0, 2, 4), view=(4, 3, 2, 2, 2, 2))),
     "groups that shards cut": ((6, 5), WeightVectors((1,), view=(3, 2, 5))),
     "slow factor of an axis": ((8, 3), WeightVectors((0,), view=(4, 2, 3))),
     "fast factor of an axis": ((5, 12), WeightVectors((2,), view=(5, 4, 3))),

@@ -40,14 +40,14 @@ def _reset_compiler() -> Iterator[None]:
 
 
 class Net(nn.Module):
-    """Rows, grouped transposed filters (a view of the weight), and parameters that are skipped."""
+    """Rows, the phases of grouped transposed filters (a view of the weight), and parameters that are skipped."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(1, 4, 3)
-        self.up = nn.ConvTranspose2d(4, 4, 2, groups=2)
+        self.up = nn.ConvTranspose2d(4, 4, 4, stride=2, padding=3, groups=2)
         self.norm = nn.GroupNorm(2, 4)
-        self.head = nn.Linear(4 * 49, 3)
+        self.head = nn.Linear(4 * 64, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.norm(self.up(self.conv(x).relu())).flatten(1))

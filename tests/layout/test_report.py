@@ -7,7 +7,7 @@ import re
 
 import torch
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 from gradcentral import WeightLayout, weight_layout
 from gradcentral.layout.report import as_json, as_text, points_to_check
@@ -20,6 +20,7 @@ class Net(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(9, 4)
         self.up = nn.ConvTranspose2d(4, 4, 2, stride=2)
+        self.uneven = nn.ConvTranspose2d(4, 4, 3, stride=2)
         self.depth = nn.Conv2d(4, 4, 1, groups=4)
         self.narrow = nn.Linear(2, 8)
         self.raw = nn.Parameter(torch.zeros(4, 3))
@@ -35,7 +36,8 @@ def test_surprising_decisions_are_points_to_check() -> None:
     assert "embed.weight: skipped (tied: " in points
     assert "depth.weight: skipped (fan-in 1" in points
     assert "narrow.weight: centered with fan-in 2" in points
-    assert "up.weight: centered as whole filters" in points
+    assert "uneven.weight: centered over the taps of several phases" in points
+    assert "up.weight: centered over" not in points
 
 
 def test_options_named_in_the_points_change_the_decision() -> None:
@@ -47,7 +49,16 @@ def test_options_named_in_the_points_change_the_decision() -> None:
         layout = eval(option, {"weight_layout": weight_layout, "model": model})
         assert isinstance(layout, WeightLayout)
         assert option not in "".join(points_to_check(model, layout))
-    assert len(options) == 2
+    assert len(options) == 4
+
+
+def test_uneven_phases_are_reported_behind_parametrizations_but_not_for_an_override() -> None:
+    model = parametrizations.spectral_norm(nn.ConvTranspose2d(4, 4, 3, stride=2))
+    name = "parametrizations.weight.original"
+    (point,) = points_to_check(model, weight_layout(model))
+    assert point.startswith(f"{name}: centered over the taps of several phases")
+    chosen = weight_layout(model, overrides={name: "[i] o [k k]"})
+    assert points_to_check(model, chosen) == []
 
 
 def test_lazy_and_pruned_parameters_are_points_to_check() -> None:
@@ -70,10 +81,10 @@ def test_json_has_the_same_content() -> None:
     report = json.loads(json.dumps(as_json(model, layout)))
     by_name = {parameter["name"]: parameter for parameter in report["parameters"]}
     assert by_name["up.weight"]["weight_vectors"] == {
-        "count": 4,
-        "fan_in": 16,
-        "pattern": "[i] o [k k]",
-        "span": [0, 2, 3],
+        "count": 16,
+        "fan_in": 4,
+        "pattern": "[i] o k k",
+        "span": [0],
         "view": None,
     }
     assert by_name["up.weight"]["rule"] == "ConvTranspose2d.weight"

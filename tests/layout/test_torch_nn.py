@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from gradcentral import WeightLayout, centralize, weight_layout
+from gradcentral import WeightLayout, WeightVectors, centralize, weight_layout
 
 Double = Callable[[nn.Module], nn.Module]
 
@@ -34,6 +35,7 @@ CENTERED: list[tuple[str, Callable[[], nn.Module], dict[str, tuple[int, int]]]] 
     ("ConvTranspose2d", lambda: nn.ConvTranspose2d(4, 6, 3), {"weight": (6, 36)}),
     ("ConvTranspose2d grouped", lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), {"weight": (6, 18)}),
     ("ConvTranspose3d", lambda: nn.ConvTranspose3d(2, 3, 2), {"weight": (3, 16)}),
+    ("ConvTranspose2d strided", lambda: nn.ConvTranspose2d(4, 6, 4, stride=2, groups=2), {"weight": (24, 8)}),
     (
         "LSTM",
         lambda: nn.LSTM(4, 6, 2, bidirectional=True, proj_size=3),
@@ -304,13 +306,130 @@ def test_theorem_holds_for_bilinear_layers_in_the_products_of_their_inputs() -> 
     )
 
 
-def test_strided_transposed_convolution_keeps_only_the_sum_over_phases() -> None:
-    """With stride 2, each output depends on a quarter of the filter, four outputs on all of it: a documented limit."""
-    before = nn.ConvTranspose2d(3, 2, 4, stride=2).double()
+# Transposed convolutions: an output depends only on the taps of its phase, so each phase has its own weight vector.
+
+
+class Up(NamedTuple):
+    """A transposed convolution, its expected pattern, and the pattern of whole filters."""
+
+    make: Callable[[], nn.Module]
+    pattern: str
+    filters: str
+    size: tuple[int, ...]
+
+
+PHASES = {
+    "1d, k=s": Up(lambda: nn.ConvTranspose1d(6, 4, 2, stride=2), "[i] o k", "[i] o [k]", (9,)),
+    "1d, k=2s": Up(lambda: nn.ConvTranspose1d(6, 4, 16, 8, padding=4), "[i] o ([m] 8)", "[i] o [k]", (9,)),
+    "2d, k=s": Up(lambda: nn.ConvTranspose2d(6, 4, 2, stride=2), "[i] o k k", "[i] o [k k]", (5, 6)),
+    "2d, k=2s": Up(
+        lambda: nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1), "[i] o ([m] 2) ([m] 2)", "[i] o [k k]", (7, 6)
+    ),
+    "output_padding": Up(
+        lambda: nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1, output_padding=1),
+        "[i] o ([m] 2) ([m] 2)",
+        "[i] o [k k]",
+        (7, 6),
+    ),
+    "k=s, groups": Up(
+        lambda: nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2), "(2 [i]) o k k", "(2 [i]) o [k k]", (5, 6)
+    ),
+    "k=2s, groups": Up(
+        lambda: nn.ConvTranspose2d(6, 4, 4, stride=2, groups=2),
+        "(2 [i]) o ([m] 2) ([m] 2)",
+        "(2 [i]) o [k k]",
+        (7, 6),
+    ),
+    "k=2s, depthwise": Up(
+        lambda: nn.ConvTranspose1d(6, 6, 4, stride=2, groups=6), "(6 [i]) o ([m] 2)", "(6 [i]) o [k]", (9,)
+    ),
+    "mixed strides": Up(
+        lambda: nn.ConvTranspose2d(6, 4, (3, 4), stride=(1, 2)), "[i] o [k] ([m] 2)", "[i] o [k k]", (7, 6)
+    ),
+    "3d, k=s": Up(lambda: nn.ConvTranspose3d(4, 3, 2, stride=2), "[i] o k k k", "[i] o [k k k]", (3, 4, 3)),
+    "3d, k=2s": Up(
+        lambda: nn.ConvTranspose3d(2, 3, (4, 4, 2), stride=2), "[i] o ([m] 2) ([m] 2) k", "[i] o [k k k]", (4, 4, 3)
+    ),
+    "stride beyond the kernel": Up(lambda: nn.ConvTranspose1d(6, 4, 2, stride=3), "[i] o k", "[i] o [k]", (9,)),
+    "dilation 3, stride 2": Up(
+        lambda: nn.ConvTranspose1d(6, 4, 4, stride=2, dilation=3), "[i] o ([m] 2)", "[i] o [k]", (9,)
+    ),
+    "dilation 2, stride 4": Up(
+        lambda: nn.ConvTranspose1d(6, 4, 4, stride=4, dilation=2), "[i] o ([m] 2)", "[i] o [k]", (9,)
+    ),
+}
+
+
+def _drift(layer: nn.Module, before: nn.Module, x: Tensor) -> float:
+    """Return how much training has changed the response to γ, at positions that all taps of their phase reach."""
+    with torch.no_grad():
+        counts = copy.deepcopy(layer)
+        for parameter in counts.parameters():
+            parameter.fill_(float(parameter.ndim > 1))  # no bias
+        reached = counts(torch.ones_like(x)).round()
+        response, initial = (m(x + GAMMA) - m(x) for m in (layer, before))
+        inside = reached == weight_layout(layer)["weight"].fan_in
+        assert inside.any()
+        return float((response - initial)[inside].abs().max())
+
+
+@pytest.mark.parametrize("up", PHASES.values(), ids=PHASES)
+def test_theorem_holds_for_strided_transposed_convolutions(up: Up) -> None:
+    torch.manual_seed(0)
+    before = up.make().double()
+    shape = before.get_parameter("weight").shape
+    assert weight_layout(before)["weight"].agrees_with(WeightVectors.parse(up.pattern, shape))
+    x = torch.randn(2, shape[0], *up.size, dtype=torch.float64) + 0.5
+
+    def loss(layer: nn.Module) -> Tensor:
+        output: Tensor = layer(x)
+        return output.tanh().square().mean() * 10
+
+    layer = copy.deepcopy(before)
+    _train(layer, loss)
+    assert not torch.equal(layer.get_parameter("weight"), before.get_parameter("weight"))
+    assert _drift(layer, before, x) <= 1e-14
+
+    filters = copy.deepcopy(before)
+    _train(filters, loss, weight_layout(filters, overrides={"weight": up.filters}))
+    assert _drift(filters, before, x) > 1e-4
+
+
+def test_dilation_by_the_stride_leaves_one_phase() -> None:
+    layer = nn.ConvTranspose2d(6, 4, 4, stride=2, dilation=2)
+    assert weight_layout(layer)["weight"].pattern == "[i] o [k k]"
+
+
+def test_depthwise_up_convolutions_with_one_tap_per_output_are_skipped() -> None:
+    layout = weight_layout(nn.ConvTranspose2d(6, 6, 2, stride=2, groups=6))
+    assert "fan-in 1" in layout.skipped["weight"]
+
+
+def test_lazy_and_parametrized_transposed_convolutions_have_the_same_weight_vectors() -> None:
+    lazy = nn.LazyConvTranspose2d(4, 4, stride=2, padding=1)
+    layout = weight_layout(lazy)
+    assert "lazy" in layout.skipped["weight"]
+    lazy(torch.zeros(1, 6, 5, 5))
+    layout.refresh()
+    assert layout["weight"].pattern == "[i] o ([m] 2) ([m] 2)"
+    normed = parametrizations.spectral_norm(nn.ConvTranspose2d(6, 4, 4, stride=2))
+    assert weight_layout(normed)["parametrizations.weight.original"].pattern == "[i] o ([m] 2) ([m] 2)"
+
+
+def test_a_stride_assigned_as_one_number_holds_for_all_axes() -> None:
+    layer = nn.ConvTranspose2d(6, 4, 4)
+    layer.stride = 2  # type: ignore[assignment]  # torch accepts it too
+    assert weight_layout(layer)["weight"].pattern == "[i] o ([m] 2) ([m] 2)"
+
+
+def test_transposed_convolution_with_uneven_phases_keeps_only_the_sum_over_phases() -> None:
+    """With kernel 3 and stride 2, outputs see one or two taps along an axis: a documented limit."""
+    before = nn.ConvTranspose2d(3, 2, (3, 4), stride=2).double()
     layer = copy.deepcopy(before)
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     _train(layer, lambda m: m(x + 0.5).tanh().square().sum())
-    change = (layer(x + GAMMA) - layer(x))[:, :, 4:-4, 4:-4]
-    phases = change.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).sum((3, 5))
-    expected = GAMMA * before.get_parameter("weight").sum((0, 2, 3))
-    torch.testing.assert_close(phases, expected[None, :, None, None].expand_as(phases), rtol=0, atol=1e-12)
+    change = (layer(x + GAMMA) - layer(x))[:, :, 4:-5, 4:-4]
+    phases = change.unflatten(2, (-1, 2)).sum(3)  # only the even axis has a weight vector per phase
+    taps = before.get_parameter("weight").unflatten(3, (2, 2))
+    expected = (GAMMA * taps.sum((0, 2, 3)))[None, :, None, :].repeat(1, 1, 1, phases.shape[3] // 2)
+    torch.testing.assert_close(phases, expected.expand_as(phases), rtol=0, atol=1e-12)

@@ -125,7 +125,7 @@ def _standard(model: nn.Module, name: str, parameter: Tensor) -> Expected:
             if parameter[0].numel() == 1:
                 return "fan-in 1"
             return tuple(range(1, parameter.ndim))
-        if isinstance(module, _ConvTransposeNd) and module.groups == 1:
+        if isinstance(module, _ConvTransposeNd) and module.groups == max(module.stride) == 1:
             return (0, *range(2, parameter.ndim))
     if isinstance(module, nn.MultiheadAttention) and local == "in_proj_weight":
         return (1,)

@@ -20,12 +20,11 @@ def _skipped(*shapes: tuple[int, ...]) -> list[ParameterShape]:
     return [ParameterShape(shape, None) for shape in shapes]
 
 
-def _layers(*shapes: tuple[int, ...], unit_axis: int = 0, per_unit: int = 1) -> Iterator[ParameterShape]:
-    """Yield weights with one output unit per index of ``unit_axis`` and ``per_unit`` skipped parameters per unit."""
+def _layers(*shapes: tuple[int, ...], pattern: str = "o [i...]", per_unit: int = 1) -> Iterator[ParameterShape]:
+    """Yield weights, each followed by ``per_unit`` skipped parameters with one element per output channel."""
     for shape in shapes:
-        span = tuple(axis for axis in range(len(shape)) if axis != unit_axis)
-        yield ParameterShape(shape, WeightVectors(span, shape=shape))
-        yield from _skipped(*per_unit * [(shape[unit_axis],)])
+        yield ParameterShape(shape, WeightVectors.parse(pattern, shape))
+        yield from _skipped(*per_unit * [(shape[pattern.split().index("o")],)])
 
 
 _conv_norms = partial(_layers, per_unit=2)
@@ -88,9 +87,14 @@ def _gpt2() -> Iterator[ParameterShape]:
 
 
 def _dcgan() -> Iterator[ParameterShape]:
-    """Yield DCGAN's generator: 3.6 M parameters, transposed convolutions (Radford et al. 2016)."""
-    yield from _layers((100, 512, 4, 4), (512, 256, 4, 4), (256, 128, 4, 4), (128, 64, 4, 4), unit_axis=1, per_unit=2)
-    yield from _layers((64, 3, 4, 4), unit_axis=1, per_unit=0)
+    """Yield DCGAN's generator: 3.6 M parameters, transposed convolutions (Radford et al. 2016).
+
+    The first has stride 1, the others kernel 4 and stride 2, and hence four weight vectors per output channel.
+    """
+    up = "[i] o ([m] 2) ([m] 2)"
+    yield from _conv_norms((100, 512, 4, 4), pattern="[i] o [k k]")
+    yield from _conv_norms((512, 256, 4, 4), (256, 128, 4, 4), (128, 64, 4, 4), pattern=up)
+    yield from _layers((64, 3, 4, 4), pattern=up, per_unit=0)
 
 
 MODELS: dict[str, Callable[[], Iterable[ParameterShape]]] = {

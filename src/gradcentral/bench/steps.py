@@ -100,7 +100,7 @@ def _layout(shapes: Iterable[ParameterShape], dtype: torch.dtype, device: str) -
 
 def _loop(layout: WeightLayout) -> Call:
     """Return a call that centers one gradient after another, as the usual implementations do."""
-    pairs = [(p.grad, vectors.span) for p, vectors in layout.items() if p.grad is not None]
+    pairs = [(p.grad.view(vectors.dims), vectors.span) for p, vectors in layout.items() if p.grad is not None]
 
     def center() -> None:
         for gradient, span in pairs:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from gradcentral.layout.layout import WeightLayout
+from gradcentral.layout.libraries.torch_nn import has_uneven_phases
 from gradcentral.layout.rules import Entry
+from gradcentral.layout.sites import sites
 from gradcentral.layout.table import compact_names
 
 __all__ = ["as_json", "as_text", "points_to_check"]
@@ -41,14 +42,10 @@ def as_json(model: nn.Module, layout: WeightLayout) -> dict[str, Any]:
 
 def points_to_check(model: nn.Module, layout: WeightLayout) -> list[str]:
     """Return decisions that the user may not expect, one line each, with code that changes them."""
-    strided = {
-        f"{path}.weight" if path else "weight"
-        for path, module in model.named_modules()
-        if isinstance(module, _ConvTransposeNd) and max(module.stride) > 1 and max(module.kernel_size) > 1
-    }
+    modules = {site.tensor: site.owner.module for site in sites(model)}
     groups: dict[tuple[str, str], list[str]] = {}
     for entry in layout.entries:
-        for point in _points(entry, entry.name in strided):
+        for point in _points(entry, modules.get(entry.parameter)):
             groups.setdefault(point, []).append(entry.name)
     lines = []
     for (text, effect), names in groups.items():
@@ -58,7 +55,7 @@ def points_to_check(model: nn.Module, layout: WeightLayout) -> list[str]:
     return lines
 
 
-def _points(entry: Entry, is_strided: bool) -> Iterator[tuple[str, str]]:
+def _points(entry: Entry, module: nn.Module | None) -> Iterator[tuple[str, str]]:
     """Yield each point to check and the effect of its remedy: "skips", "centers", or none."""
     if entry.vectors is None:
         if entry.unknown or entry.reason.startswith(("tied:", "fan-in 1", "pruned", "lazy")):
@@ -67,8 +64,8 @@ def _points(entry: Entry, is_strided: bool) -> Iterator[tuple[str, str]]:
         return
     if entry.vectors.fan_in <= _SMALL_FAN_IN:
         yield f"centered with fan-in {entry.vectors.fan_in}, which leaves few directions", "skips"
-    if is_strided:
-        yield "centered as whole filters, although with a stride each output depends only on some taps", ""
+    if entry.origin != "override" and module is not None and has_uneven_phases(module, entry.parameter):
+        yield "centered over the taps of several phases, since the kernel is not a multiple of the stride", "skips"
 
 
 def _as_dict(entry: Entry) -> dict[str, Any]:
