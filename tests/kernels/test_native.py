@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor
 
 import gradcentral
 from gradcentral import WeightLayout, WeightVectors, center
-from gradcentral.kernels import Centering, native, unavailable_reasons
+from gradcentral.kernels import Centering, native, planner, unavailable_reasons
 from gradcentral.kernels.loops import Loop, loop_of_vectors
 from gradcentral.kernels.planner import loop_of
 from tests.strategies import Case, cases
@@ -74,6 +76,9 @@ def center_means(tensor: Tensor, vectors: WeightVectors) -> Tensor:
     return tensor.double() - center(tensor.double(), vectors)
 
 
+# A transposed convolution with kernel 4 and stride 2.
+PHASES = WeightVectors.parse("[i] o ([m] 2) ([m] 2)", (300, 120, 4, 4))
+
 # Large enough for every path through the kernels: several pieces, blocks and waves; odd widths; runs of taps.
 LARGE = [
     ((3, 700_001), ROWS),
@@ -85,6 +90,11 @@ LARGE = [
     ((128, 65, 5, 5), WeightVectors((0, 2, 3))),
     ((64, 3, 47, 47), WeightVectors((0, 2, 3))),
     ((96, 40, 3, 3), WeightVectors((1, 3, 4), view=(3, 32, 40, 3, 3))),
+    # Phases: with several blocks, with as many groups as channels, in three axes, in memory of either order.
+    ((300, 120, 4, 4), PHASES),
+    ((120, 1, 16), WeightVectors((1, 3), view=(120, 1, 1, 2, 8))),
+    ((20, 7, 4, 2, 6), WeightVectors((0, 2, 5), view=(20, 7, 2, 2, 2, 3, 2))),
+    ((40, 2, 3, 6), WeightVectors((0, 2, 4), view=(40, 2, 3, 2, 3))),
     ((6, 700, 300), WeightVectors((1,))),
     ((2, 1200, 1001), WeightVectors((1,))),
 ]
@@ -146,6 +156,33 @@ def test_results_do_not_depend_on_the_number_of_threads(placement: str, dtype: t
             optimizer.step()
         results.append([p.detach() for p in model])
     assert all(torch.equal(p, q) for other in results[1:] for p, q in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+def test_steps_of_channels_last_phases_equal_those_of_contiguous_ones(placement: str) -> None:
+    conv = torch.nn.ConvTranspose2d(30, 9, 4, stride=2)
+    other = copy.deepcopy(conv).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    nets = (conv, other)
+    optimizers = [gradcentral.AdamW(net, lr=0.1, placement=placement) for net in nets]
+    for _ in range(3):
+        gradient = torch.randn(conv.weight.shape)
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            net.weight.grad = torch.empty_like(net.weight).copy_(gradient)
+            assert loop_of(native, net.weight, gradcentral.weight_layout(net)["weight"]) is not None
+            optimizer.step()
+    torch.testing.assert_close(other.weight, conv.weight)
+
+
+def test_triton_leaves_phases_to_the_reference_path() -> None:
+    """The planner refuses them whatever the device, although the loops without phases are accepted."""
+    weight = torch.randn(6, 4, 4, 4)
+    accepting = types.SimpleNamespace(serves=lambda tensor: True, DTYPES=native.DTYPES)
+    phases, filters = WeightVectors.parse("[i] o ([m] 2) ([m] 2)", weight.shape), WeightVectors((0, 2, 3))
+    for name, refuses in (("triton", True), ("another", False)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(planner, name, accepting, raising=False)
+            assert (loop_of(accepting, weight, phases) is None) is refuses  # type: ignore[arg-type]
+            assert loop_of(accepting, weight, filters) is not None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("fan_in", [2, 9, 27, 1000, 4608, 100_000, 10_000_000])

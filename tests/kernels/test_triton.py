@@ -22,6 +22,7 @@ import gradcentral
 from gradcentral import WeightVectors, center, weight_layout
 from gradcentral.kernels import Centering, native, triton
 from gradcentral.kernels.forms import Placement
+from gradcentral.kernels.loops import Loop
 from gradcentral.kernels.planner import loop_of
 from gradcentral.kernels.triton import division
 from gradcentral.kernels.triton.division import TileShape
@@ -528,8 +529,8 @@ def test_attaching_to_a_torch_optimizer(placement: str) -> None:
 
 def test_only_plain_dense_tensors_are_served() -> None:
     whole = randn(4, 6)
-    assert loop_of(triton, whole, ROWS) == (4, 6, 1, 1)
-    assert loop_of(triton, whole, None) == (24, 1, 1, 1)
+    assert loop_of(triton, whole, ROWS) == Loop(4, 6, 1, 1)
+    assert loop_of(triton, whole, None) == Loop(24, 1, 1, 1)
     for refused in (
         whole[:, 1:],
         whole.double(),

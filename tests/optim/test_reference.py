@@ -24,6 +24,9 @@ WEIGHTS: dict[str, tuple[tuple[int, ...], WeightVectors | None]] = {
     "rows": ((5, 7), WeightVectors((1,))),
     "columns": ((6, 4), WeightVectors((0,))),
     "grouped": ((8, 3, 2, 2), WeightVectors((1, 3, 4), view=(2, 4, 3, 2, 2))),  # a transposed convolution, 2 groups
+    # Transposed convolutions with kernel 4 and stride 2, one weight vector per phase.
+    "phases": ((3, 2, 4, 4), WeightVectors((0, 2, 4), view=(3, 2, 2, 2, 2, 2))),
+    "channels_last_phases": ((3, 2, 4, 4), WeightVectors((0, 2, 4), view=(3, 2, 2, 2, 2, 2))),
     "not_centered": ((5,), None),
     "channels_last": ((4, 3, 2, 2), WeightVectors((1, 2, 3))),
     "channels_last_transposed": ((3, 4, 2, 2), WeightVectors((0, 2, 3))),

@@ -185,7 +185,7 @@ class BasePlan:
         self._lasting_pointers = self._lasting_form[0]
         self._properties = self.gradient_properties if params else self.centering_properties
         self._gradient_form = _form_of(grads, self._properties)
-        self._units = sum(loop.groups * loop.units for loop, _ in loops)
+        self._vectors = sum(loop.groups * loop.units * loop.phases for loop, _ in loops)
         self._prepare(grads, loops)
 
     def _prepare(self, grads: list[Tensor], loops: PlacedLoops) -> None:
@@ -248,13 +248,13 @@ class BasePlan:
 
     def means(self, tensors: list[Tensor]) -> Tensor:
         """Return the means of all weight vectors of all tensors, concatenated."""
-        means = torch.empty(self._units, dtype=self.means_dtype, device=self.device)
+        means = torch.empty(self._vectors, dtype=self.means_dtype, device=self.device)
         self._center(tensors, Operation.MEANS, means)
         return means
 
     def restore_(self, tensors: list[Tensor], means: Tensor) -> None:
         """Shift every weight vector so that its mean is again the value that `means` returned."""
-        if means.numel() != self._units:
+        if means.numel() != self._vectors:
             raise RuntimeError(
                 "parameters changed shape during the step, so their means cannot be restored: change shapes "
                 "between steps"

@@ -1,17 +1,18 @@
-"""Four nested loops that describe a parameter's memory to the kernels. It imports no torch."""
+"""Nested loops that describe a parameter's memory to the kernels. It imports no torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["Loop", "loop_of_vectors", "loop_over"]
 
 
-class Loop(NamedTuple):
+@dataclass(frozen=True)
+class Loop:
     """A parameter in memory order as four nested loops; a weight vector runs over ``outer`` and ``inner``.
 
     Element ``(g, i, u, j)`` of ``groups × outer × units × inner`` lies at offset
@@ -24,12 +25,40 @@ class Loop(NamedTuple):
     columns                 ``(1, fan_in, n, 1)``
     transposed convolution  ``(groups, in per group, out, taps)``
     ======================  ======================================
+
+    Iterating over it yields these four sizes, whose product is the number of elements.
+
+    With ``taps``, the weight vectors of a unit share its inner loop: ``taps`` are the sizes of the axes that the inner
+    loop consists of, the first of which lies inside a weight vector, the second counts weight vectors, and so on. A
+    transposed convolution with kernel 4 and stride 2 has the taps ``(2, 2, 2, 2)``.
     """
 
     groups: int
     outer: int
     units: int
     inner: int
+    taps: tuple[int, ...] = ()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.groups, self.outer, self.units, self.inner))
+
+    @property
+    def phases(self) -> int:
+        """Number of weight vectors per unit."""
+        return math.prod(self.taps[1::2])
+
+    def first_of_phase(self) -> list[int]:
+        """Return, for each position of the inner loop, the first position in the same weight vector.
+
+        Examples:
+            >>> Loop(1, 6, 3, 4, taps=(2, 2)).first_of_phase()
+            [0, 1, 0, 1]
+        """
+        first, step = [0], self.inner
+        for axis, size in enumerate(self.taps or (self.inner,)):
+            step //= size
+            first = [position + at * step * (axis % 2) for position in first for at in range(size)]
+        return first
 
 
 def loop_over(vectors: WeightVectors | None, shape: Sequence[int], strides: Sequence[int]) -> Loop | None:
@@ -56,8 +85,7 @@ def loop_of_vectors(vectors: WeightVectors, strides: Sequence[int] | None = None
     Axes are taken in memory order, so that a channels_last convolution has the layout "rows".
 
     Returns:
-        The loop, or None if the parameter is not dense (expanded or sliced), or if its axes alternate between spanned
-        and not spanned more often than four nested loops can express.
+        The loop, or None if the parameter is not dense (expanded or sliced) or the view merges axes.
     """
     dims, steps = vectors.dims, strides
     if steps is not None and vectors.view is not None:
@@ -80,21 +108,15 @@ def loop_of_vectors(vectors: WeightVectors, strides: Sequence[int] | None = None
     return _loop_of_runs(runs)
 
 
-def _loop_of_runs(runs: list[tuple[bool, int]]) -> Loop | None:
-    """Fit alternating runs ``(is spanned, size)`` into ``(groups, outer, units, inner)``."""
-    if len(runs) == 1 or (len(runs) == 2 and runs[1][0]):
+def _loop_of_runs(runs: list[tuple[bool, int]]) -> Loop:
+    """Fit alternating runs ``(is spanned, size)`` into a loop."""
+    if len(runs) <= 1 or (len(runs) == 2 and runs[1][0]):
         # Rows: one loop over `outer` is faster than loops over `units` and `inner` over the same elements.
         spanned = math.prod(size for is_spanned, size in runs if is_spanned)
         return Loop(math.prod(size for is_spanned, size in runs if not is_spanned), spanned, 1, 1)
-    slots, at = [1, 1, 1, 1], 0
-    for is_spanned, size in runs:
-        while at < 4 and (at % 2 == 1) != is_spanned:
-            at += 1
-        if at == 4:
-            return None
-        slots[at] = size
-        at += 1
-    return Loop(*slots)
+    first_is_spanned, _ = runs[0]
+    groups, outer, units, *taps = [*[1] * first_is_spanned, *(size for _, size in runs)]
+    return Loop(groups, outer, units, math.prod(taps), tuple(taps) if len(taps) > 1 else ())
 
 
 def split_strides(shape: Sequence[int], strides: Sequence[int], view: Sequence[int]) -> list[int] | None:

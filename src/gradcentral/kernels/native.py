@@ -44,7 +44,8 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 class _CParameter(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in Loop._fields),
+        *((name, c_int64) for name in ("groups", "outer", "units", "inner", "phases")),
+        ("same_as", c_void_p),
         *((name, c_int32) for name in ("placement", "fresh", "step_is_f64", "blocks")),
         ("scratch", c_int64),
         *((name, c_void_p) for name in ("w", "g", "m", "v", "x")),
@@ -129,8 +130,13 @@ class WorkList:
 
     def __init__(self, loops: Sequence[tuple[Loop, int]], dtype: int, with_scratch: bool = True) -> None:
         self.parameters = (_CParameter * len(loops))()
+        self._same_as: list[array[int]] = []
         for parameter, (loop, placement) in zip(self.parameters, loops, strict=True):
             parameter.groups, parameter.outer, parameter.units, parameter.inner = loop
+            parameter.phases = loop.phases
+            if loop.taps:
+                self._same_as.append(array("q", loop.first_of_phase()))
+                parameter.same_as = self._same_as[-1].buffer_info()[0]
             parameter.placement = placement
         counts = (c_int64 * 4)()
         _library.gradcentral_plan(self.parameters, len(loops), dtype, None, None, None, counts)

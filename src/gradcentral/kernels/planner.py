@@ -38,7 +38,7 @@ def kernels_for(tensor: Tensor) -> ModuleType | None:
 
 
 def loop_of(kernels: ModuleType, tensor: Tensor, vectors: WeightVectors | None) -> Loop | None:
-    """Return the loop over a tensor, or None unless it is plain and dense and the kernels accept its dtype.
+    """Return the loop over a tensor, or None unless it is plain and dense and the kernels accept its dtype and loop.
 
     Args:
         kernels: a module of kernels.
@@ -46,7 +46,8 @@ def loop_of(kernels: ModuleType, tensor: Tensor, vectors: WeightVectors | None) 
         vectors: its weight vectors; None if it is not centered.
     """
     taken = kernels.serves(tensor) and is_plain(tensor) and tensor.dtype in kernels.DTYPES
-    return loop_over(vectors, tensor.shape, tensor.stride()) if taken else None
+    loop = loop_over(vectors, tensor.shape, tensor.stride()) if taken else None
+    return None if loop is not None and loop.taps and kernels is triton else loop  # Triton has no kernel for phases
 
 
 def _check_choice() -> None:

@@ -64,23 +64,32 @@ CLONES static void NAME(sum_block)(const Parameter *p, int64_t index, const Coef
     }
 }
 
-/* Compute the mean of each unit of a group from the column sums of the group's blocks, and write it
- * to every column of the unit. In a step with placement "gradient", it is the mean of the scaled
- * gradient; in centering, coefficients is NULL. */
+/* Visit each column j of a group; `first` is the first column of the same weight vector. */
+#define EACH_COLUMN(j, first, p)                                                                 \
+    for (int64_t unit = 0; unit < width_of(p); unit += p->inner)                                 \
+        for (int64_t j = unit, first = unit;                                                     \
+             j < unit + p->inner && (first = unit + (p->same_as ? p->same_as[j - unit] : 0), 1); \
+             j++)
+
+/* Compute the mean of each weight vector of a group from the column sums of the group's blocks, and
+ * write it to every column of the vector. In a step with placement "gradient", it is the mean of
+ * the scaled gradient; in centering, coefficients is NULL. */
 static void NAME(finish_means)(const Parameter *p, int64_t group,
                                const Coefficients *coefficients) {
     const double factor = p->placement == GRADIENT && coefficients ? coefficients->scale : 1;
     const int64_t width = width_of(p);
-    const double fan_in = (double)p->outer * (double)p->inner;
-    const double *sums = p->sums + group * p->blocks * width;
+    const double fan_in = (double)p->outer * (double)(p->inner / p->phases);
+    double *sums = p->sums + group * p->blocks * width;
     REAL *means = (REAL *)p->means + group * width;
-    for (int64_t u = 0; u < p->units; u++) {
-        double total = 0;
+    EACH_COLUMN(j, first, p) { /* the sum of a vector replaces that of its first column */
+        double total = j == first ? 0 : sums[SLOT(first, width)];
         for (int64_t block = 0; block < p->blocks; block++)
-            for (int64_t k = 0; k < p->inner; k++)
-                total += sums[block * width + SLOT(u * p->inner + k, width)];
-        for (int64_t k = 0; k < p->inner; k++)
-            means[SLOT(u * p->inner + k, width)] = (REAL)(factor * (total / fan_in));
+            total += sums[block * width + SLOT(j, width)];
+        sums[SLOT(first, width)] = total;
+    }
+    EACH_COLUMN(j, first, p) {
+        const REAL mean = (REAL)(factor * (sums[SLOT(first, width)] / fan_in));
+        means[SLOT(j, width)] = mean;
     }
 }
 
@@ -127,8 +136,9 @@ static void NAME(keep_means)(const Parameter *p, int64_t group, const Coefficien
     NAME(finish_means)(p, group, unused);
     const int64_t width = width_of(p);
     const REAL *means = (const REAL *)p->means + group * width;
-    for (int64_t u = 0; u < p->units; u++)
-        p->kept[group * p->units + u] = means[SLOT(u * p->inner, width)];
+    double *kept = p->kept + group * p->units * p->phases;
+    EACH_COLUMN(j, first, p)
+    if (j == first) *kept++ = means[SLOT(j, width)];
 }
 
 /* Turn means into shifts that restore the kept ones. */
@@ -136,9 +146,13 @@ static void NAME(restore_means)(const Parameter *p, int64_t group, const Coeffic
     NAME(finish_means)(p, group, unused);
     const int64_t width = width_of(p);
     REAL *means = (REAL *)p->means + group * width;
-    for (int64_t u = 0; u < p->units; u++)
-        for (int64_t k = 0; k < p->inner; k++)
-            means[SLOT(u * p->inner + k, width)] -= (REAL)p->kept[group * p->units + u];
+    const double *kept = p->kept + group * p->units * p->phases;
+    EACH_COLUMN(j, first, p) {
+        if (j == first)
+            means[SLOT(j, width)] -= (REAL)*kept++;
+        else
+            means[SLOT(j, width)] = means[SLOT(first, width)];
+    }
 }
 
 static const Kernels NAME(center) = {NULL, NAME(center_rows), NAME(sum_block), NAME(finish_means),

@@ -73,3 +73,4 @@
 #undef PAIRS
 #undef SLOT
 #undef EACH_STRETCH
+#undef EACH_COLUMN

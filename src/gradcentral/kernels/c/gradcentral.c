@@ -67,7 +67,7 @@ static void set_up(Parameter *parameters, int64_t n, void *const *pointers, char
         p->v = pointers[i + n * 3];
         p->x = pointers[i + n * 4];
         p->kept = means;
-        if (means) means += p->groups * p->units;
+        if (means) means += vectors_of(p);
         if (!is_columns(p)) continue;
         p->sums = (double *)(scratch + p->scratch);
         p->means = p->sums + p->groups * p->blocks * width_of(p);

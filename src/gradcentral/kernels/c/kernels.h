@@ -52,9 +52,15 @@ enum { CENTER = 4, MEANS = 5, RESTORE = 6 };  /* Operation */
  *
  *     rows     width = 1: a weight vector is contiguous; (n, fan-in, 1, 1)
  *     columns  width > 1: `outer` rows of `width` elements per group; a column belongs to one unit
+ *
+ * In a strided transposed convolution, a unit has several weight vectors, one per phase. They share
+ * its `inner` columns, and same_as tells them apart.
  */
 typedef struct {
     int64_t groups, outer, units, inner;
+    int64_t phases;         /* weight vectors per unit */
+    const int64_t *same_as; /* for each of the `inner` columns, the first one of the same phase;
+                               NULL if phases = 1 */
     int32_t placement;
     int32_t fresh;       /* MOMENTUM: the buffer is new and starts as the direction itself */
     int32_t step_is_f64; /* Adam: the step counter is f64, not f32 */
@@ -72,6 +78,7 @@ typedef struct {
 
 INLINE int64_t width_of(const Parameter *p) { return p->units * p->inner; }
 INLINE int64_t size_of(const Parameter *p) { return p->groups * p->outer * width_of(p); }
+INLINE int64_t vectors_of(const Parameter *p) { return p->groups * p->units * p->phases; }
 INLINE int is_columns(const Parameter *p) { return p->placement != PLAIN && width_of(p) > 1; }
 
 /*
