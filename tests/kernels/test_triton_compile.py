@@ -40,7 +40,7 @@ def compiled(capability: int, rule: int, placement: int, dtype: Any, extras: boo
         constants |= dict.fromkeys(optional)
     signature: dict[str, Any] = {
         **dict.fromkeys(("pointers", "parameters"), "*i64"),
-        **dict.fromkeys(("pieces", "progress"), "*i32"),
+        **dict.fromkeys(("pieces", "progress", "tap_map"), "*i32"),
         **dict.fromkeys(("partials", "means"), "*fp32"),
         **optional,
         "n_parameters": "i32",
@@ -70,7 +70,6 @@ def compiled(capability: int, rule: int, placement: int, dtype: Any, extras: boo
 )
 def test_the_kernel_compiles(capability: int, rule: int, placement: Placement, dtype: str, extras: bool) -> None:
     ptx = compiled(capability, rule, placement, getattr(triton.language, dtype), extras)
-    wide = "v4.b32" if dtype == "float32" else "v2.b32"  # a thread's 4 elements of a tile
-    assert re.search(rf"ld\.global\S*\.{wide}", ptx)
-    assert re.search(rf"st\.global\S*\.{wide}", ptx)
+    assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
+    assert re.search(r"st\.global\S*\.v4\.b32", ptx)
     assert f".maxnreg {REGISTERS}" in ptx

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_int32, c_int64, c_uint64, c_void_p
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+MOST_TAPS = sys.maxsize
+"""Largest ``inner`` of a loop that these kernels accept."""
 
 
 # Structures of c/kernels.h.

@@ -47,7 +47,7 @@ def loop_of(kernels: ModuleType, tensor: Tensor, vectors: WeightVectors | None) 
     """
     taken = kernels.serves(tensor) and is_plain(tensor) and tensor.dtype in kernels.DTYPES
     loop = loop_over(vectors, tensor.shape, tensor.stride()) if taken else None
-    return None if loop is not None and loop.taps and kernels is triton else loop  # Triton has no kernel for phases
+    return loop if loop is not None and loop.inner <= kernels.MOST_TAPS else None
 
 
 def _check_choice() -> None:

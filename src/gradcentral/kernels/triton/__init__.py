@@ -23,6 +23,9 @@ __all__ = ["INTERPRETED", "accepts", "serves", "serves_cpu", "unavailable_reason
 
 _OLDEST = (3, 4)
 
+MOST_TAPS = 64
+"""Largest ``inner`` of a loop that these kernels accept: a unit must fit the columns that a program takes."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of the tensors that these kernels accept."""
 

@@ -13,6 +13,10 @@ which are summed by one set of programs and updated by another, which waits for 
                                └──┘
 
 A piece is two numbers, its parameter and its index in it; the kernel computes the memory it covers (see step.py).
+
+A parameter with ``units * inner > 1`` is a matrix of columns. In a transposed convolution, the adjacent ``inner``
+columns of a unit, its *taps*, belong to one weight vector, or to one per phase: a block holds whole units, and the
+kernel adds the sums of the columns of one weight vector.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ TILE = 1024
 PIECE = 4 * TILE
 """Elements of a piece of short weight vectors, if there is enough work for the whole device."""
 SMALL = 1 << 23
-"""Below this total number of elements, pieces are one tile."""
+"""Below this total number of elements, pieces of short weight vectors are one tile, and parts of long ones shorter."""
 SEGMENT = 256
 """Bytes that a program reads side by side; with 64, columns took 1.6 times as long on an H200."""
 LONG = 1 << 9
@@ -68,10 +72,10 @@ class TileShape(IntEnum):
 class TiledParameter(NamedTuple):
     """A parameter as the kernel reads it: a row of int64 numbers in this order.
 
-    Element k of a weight vector lies ``k // inner * jump + k % inner`` after its first element. The distance between
-    weight vectors of a group is ``stride``, and between groups ``group_stride``. A group has ``units`` weight vectors
-    in ``blocks`` of ``vectors``; a block has ``parts`` of ``rows`` runs of ``inner`` elements each, and each part of a
-    block is a piece.
+    It consists of *lines*, its rows or columns, of ``outer`` elements at distance ``jump``. The distance between the
+    first elements of the lines of a group is ``stride``, and between groups ``group_stride``. A group has ``units``
+    lines in ``blocks`` of ``vectors``; a block has ``parts`` of ``rows`` elements of each line, and each part of a
+    block is a piece. A weight vector is a line, or several of ``taps`` adjacent columns.
     """
 
     shape: int
@@ -81,7 +85,6 @@ class TiledParameter(NamedTuple):
     parts: int = 1
     rows: int = 1
     outer: int = 1
-    inner: int = 1
     jump: int = 1
     stride: int = 1
     group_stride: int = 0
@@ -92,12 +95,18 @@ class TiledParameter(NamedTuple):
     first_mean: int = 0
     """Start of its means."""
     members: int = 0
-    """Number of its weight vectors."""
+    """Number of its lines."""
+    taps: int = 1
+    """Number of adjacent columns that form one or more weight vectors."""
+    phases: int = 1
+    """Number of weight vectors that they form."""
+    first_tap: int = 0
+    """Start of its part of ``taps`` in `LaunchTables`."""
 
     @property
     def all_blocks(self) -> int:
         """The number of blocks of all groups; 0 if the parameter has no elements."""
-        return self.members // self.units * self.blocks if self.members * self.outer * self.inner else 0
+        return self.members // self.units * self.blocks if self.members * self.outer else 0
 
 
 FIELDS = len(TiledParameter._fields)
@@ -114,6 +123,8 @@ class LaunchTables(NamedTuple):
     """Total number of sums of parts."""
     counters: int
     """Total number of blocks in parts."""
+    taps: Tensor
+    """int32 ``[taps, 2]``: for each tap of a unit, the first tap of its weight vector, and its phase."""
 
 
 def divide(loops: Sequence[tuple[Loop, Placement]], itemsize: int) -> LaunchTables:
@@ -129,10 +140,14 @@ def divide(loops: Sequence[tuple[Loop, Placement]], itemsize: int) -> LaunchTabl
     total = sum(math.prod(loop) for loop, _ in loops)
     parameters: list[TiledParameter] = []
     slots = counters = means = 0
+    taps: list[tuple[int, int]] = []
     for loop, placement in loops:
-        tiled = _tile(loop, placement, itemsize, TILE if total < SMALL else PIECE)
-        tiled = tiled._replace(slot=slots, counter=counters, first_mean=means)
-        means += tiled.members if placement else 0
+        piece, longest = (TILE, LONGEST // 8) if total < SMALL else (PIECE, LONGEST)
+        tiled = _tile(loop, placement, itemsize, piece, longest)
+        tiled = tiled._replace(slot=slots, counter=counters, first_mean=means, first_tap=len(taps))
+        if placement:
+            means += tiled.members // tiled.taps * tiled.phases
+            taps += _taps(loop) if loop.inner > 1 else []
         if tiled.parts > 1:
             slots += tiled.parts * tiled.members
             counters += tiled.all_blocks
@@ -144,27 +159,35 @@ def divide(loops: Sequence[tuple[Loop, Placement]], itemsize: int) -> LaunchTabl
     ]
     rows = torch.tensor(parameters, dtype=torch.int64).reshape(len(parameters), FIELDS)
     pieces = torch.cat([torch.zeros(0, 2, dtype=torch.int32), *_pieces_in_parts(parameters), *whole])
-    return LaunchTables(rows, pieces, slots, counters)
+    return LaunchTables(rows, pieces, slots, counters, torch.tensor(taps or [(0, 0)], dtype=torch.int32))
 
 
-def _tile(loop: Loop, placement: Placement, itemsize: int, piece: int) -> TiledParameter:
+def _taps(loop: Loop) -> list[tuple[int, int]]:
+    """Return, for each tap of a unit, the first tap of its weight vector, and the number of its phase."""
+    firsts = loop.first_of_phase()
+    phases = {first: phase for phase, first in enumerate(dict.fromkeys(firsts))}
+    return [(first, phases[first]) for first in firsts]
+
+
+def _tile(loop: Loop, placement: Placement, itemsize: int, piece: int, longest: int) -> TiledParameter:
     """Choose a parameter's tile, and cut it into blocks and parts."""
     groups, outer, units, inner = loop
     if placement == Placement.PLAIN:
         n = math.prod(loop)
         shape = TileShape.PLAIN if n % ALIGNMENT else TileShape.PLAIN_ALIGNED
         return TiledParameter(shape, n, piece, blocks=_up(n, piece), members=n)
-    rows = units * inner == 1
-    per_group, jump, stride = (groups, 1, outer) if rows else (units, units * inner, inner)
-    shape, vectors = _tile_shape(loop, itemsize, piece)
-    beside = vectors if shape in (TileShape.ACROSS, TileShape.ACROSS_ALIGNED) else 1
-    longest = min(LONGEST // (itemsize * beside * inner), (REACH - 1) // jump)
+    width = units * inner
+    rows = width == 1
+    shape, vectors = _rows_shape(outer, itemsize, piece) if rows else _columns_shape(width, inner, itemsize)
+    per_group, jump, stride = (groups, 1, outer) if rows else (width, width, 1)
+    beside = 1 if rows else elements_beside(itemsize)
+    most = max(1, min(longest // (itemsize * beside), (REACH - 1) // jump))
     per_part = outer
-    if outer > longest:
-        per_part = _up(outer, _up(outer, max(1, longest)))
+    if outer > most:
+        per_part = _up(outer, _up(outer, most))
         if rows:  # align the start of each part
             per_part = _up(per_part, ALIGNMENT) * ALIGNMENT
-        vectors = beside
+            vectors = 1
     return TiledParameter(
         shape,
         per_group,
@@ -173,30 +196,33 @@ def _tile(loop: Loop, placement: Placement, itemsize: int, piece: int) -> TiledP
         parts=_up(outer, per_part) if outer else 1,
         rows=per_part,
         outer=outer,
-        inner=inner,
         jump=jump,
         stride=stride,
-        group_stride=0 if rows else outer * units * inner,
-        members=groups * units,
+        group_stride=0 if rows else outer * width,
+        members=groups * width,
+        taps=inner,
+        phases=loop.phases,
     )
 
 
-def _tile_shape(loop: Loop, itemsize: int, piece: int) -> tuple[TileShape, int]:
-    """Return a parameter's tile shape and the number of weight vectors per piece."""
-    fan_in, width = loop.outer * loop.inner, loop.units * loop.inner
+def _rows_shape(fan_in: int, itemsize: int, piece: int) -> tuple[TileShape, int]:
+    """Return the tile shape of rows, and the number of rows per piece."""
     each = max(1, piece // max(fan_in, 1))
-    if width == 1:
-        aligned = fan_in % ALIGNMENT == 0
-        if aligned and fan_in >= LONG:
-            return TileShape.LONG_ALIGNED, each
-        if aligned and fan_in > 16:
-            return TileShape.MIDDLE_ALIGNED, _multiple(each, TILE // elements_beside(itemsize))
-    elif loop.inner == 1 and fan_in > 32:
-        shape = TileShape.ACROSS if width % ALIGNMENT else TileShape.ACROSS_ALIGNED
-        return shape, elements_beside(itemsize)
+    aligned = fan_in % ALIGNMENT == 0
+    if aligned and fan_in >= LONG:
+        return TileShape.LONG_ALIGNED, each
+    if aligned and fan_in > 16:
+        return TileShape.MIDDLE_ALIGNED, _multiple(each, TILE // elements_beside(itemsize))
     if fan_in >= TILE // 8:
         return TileShape.LONG, each
     return TileShape.SHORT, _multiple(each, TILE // 16)
+
+
+def _columns_shape(width: int, taps: int, itemsize: int) -> tuple[TileShape, int]:
+    """Return the tile shape of columns, and the number of columns per piece: as many whole units as fit."""
+    columns = elements_beside(itemsize) // taps * taps
+    aligned = width % ALIGNMENT == 0 and columns % ALIGNMENT == 0
+    return TileShape.ACROSS_ALIGNED if aligned else TileShape.ACROSS, columns
 
 
 def elements_beside(itemsize: int) -> int:
@@ -225,7 +251,7 @@ def _pieces_in_parts(parameters: Sequence[TiledParameter]) -> Iterator[Tensor]:
     for position, tiled in enumerate(parameters):
         if tiled.parts == 1:
             continue
-        each = tiled.vectors * tiled.outer * tiled.inner  # elements of a block
+        each = tiled.vectors * tiled.outer  # elements of a block
         at_a_time = max(1, SET // each)
         for begin in range(0, tiled.all_blocks, at_a_time):
             end = min(tiled.all_blocks, begin + at_a_time)

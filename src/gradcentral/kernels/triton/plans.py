@@ -169,6 +169,7 @@ class TritonPlan(BasePlan):
             tables.pieces.to(device),
             torch.zeros(2 + tables.counters, dtype=torch.int32, device=device),
             torch.empty(max(1, tables.slots), dtype=torch.float32, device=device),
+            tables.taps.to(device),
         )
         self._n_pieces, self._n_counters = len(tables.pieces), tables.counters
         self._table = _PointerTable(device, POINTERS * len(loops))
@@ -216,7 +217,7 @@ class TritonPlan(BasePlan):
             lr = coefficients.lr
             lr_at = lr if isinstance(lr, Tensor) and lr.device == self.device else None
             optional = (
-                self._tables[-1] if means is None else means,
+                self._tables[3] if means is None else means,
                 fresh,
                 lr_at,
                 _on(self.device, coefficients.grad_scale),

@@ -38,10 +38,9 @@ _ACROSS_ALIGNED = tl.constexpr(int(TileShape.ACROSS_ALIGNED))
 _SUM = tl.constexpr(SUM)
 _STEP = tl.constexpr(STEP)
 
-# Memory of a tile: contiguous rows; runs of `inner` elements at distance `jump`; adjacent columns.
+# Memory of a tile: contiguous rows, or adjacent columns.
 _ROWS = tl.constexpr(0)
-_RUNS = tl.constexpr(1)
-_BESIDE = tl.constexpr(2)
+_BESIDE = tl.constexpr(1)
 
 _MEANS = tl.constexpr(int(Operation.MEANS))
 _RESTORE = tl.constexpr(int(Operation.RESTORE))
@@ -64,17 +63,13 @@ def _at(tensors, offset):
 
 @triton.jit
 def _tile(v, k, nv, nk, size, V: tl.constexpr, K: tl.constexpr, MEMORY: tl.constexpr):
-    """Return offsets and mask of K elements, starting at k, of V weight vectors, starting at v."""
-    run, jump, stride = size
+    """Return offsets and mask of K elements, starting at k, of V lines, starting at v."""
+    jump, stride = size
     vs = v + tl.arange(0, V)
     ks = k + tl.arange(0, K)
     if MEMORY == _BESIDE:
         offsets = ks[:, None] * jump + vs[None, :]
         mask = (ks < nk)[:, None] & (vs < nv)[None, :]
-    elif MEMORY == _RUNS:
-        within = ks // run * jump + ks % run
-        offsets = vs[:, None] * stride + within[None, :]
-        mask = (vs < nv)[:, None] & (ks < nk)[None, :]
     else:
         offsets = vs[:, None] * stride + ks[None, :]
         mask = (vs < nv)[:, None] & (ks < nk)[None, :]
@@ -87,6 +82,13 @@ def _plain(tensors, n, c, K: tl.constexpr, RULE: tl.constexpr):
     for k in range(0, n, K):
         ks = k + tl.arange(0, K)
         step(tensors, ks, ks < n, 0.0, c, RULE)
+
+
+@triton.jit
+def _merge(sums, vector, V: tl.constexpr):
+    """Return for each column the sum of the sums of all columns of the same weight vector."""
+    same = vector[:, None] == vector[None, :]
+    return tl.sum(tl.where(same, tl.broadcast_to(sums[None, :], (V, V)), 0.0), axis=1)
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def _vectors(
     PLACEMENT: tl.constexpr,
 ):
     """Process some weight vectors, or a part of a few long ones: sum, wait for any other parts, update."""
-    fan_in, part, parts, count, partial, counter, means_at = places
+    fan_in, part, parts, count, partial, counter, means_at, taps, phases, tap_at = places
     axis: tl.constexpr = 0 if MEMORY == _BESIDE else 1
     for v in range(0, nv, V):
         vs = v + tl.arange(0, V)
@@ -127,13 +129,20 @@ def _vectors(
                 for other in range(parts):
                     sums += tl.load(partial + other * count + vs, mask=here, other=0.0, cache_modifier=".cg")
         if what & _STEP:
+            mean_of = vs
+            is_first = here
+            if MEMORY == _BESIDE and taps > 1:
+                first = tl.load(tap_at + vs % taps * 2)
+                mean_of = vs // taps * phases + tl.load(tap_at + vs % taps * 2 + 1)
+                is_first = here & (first == vs % taps)
+                sums = _merge(sums, vs // taps * taps + first, V)
             means = sums / fan_in
             if RULE == _MEANS:
                 if part == 0:
-                    tl.store(means_at + vs, means, mask=here)
+                    tl.store(means_at + mean_of, means, mask=is_first)
             else:
                 if RULE == _RESTORE:
-                    means -= tl.load(means_at + vs, mask=here, other=0.0)
+                    means -= tl.load(means_at + mean_of, mask=here, other=0.0)
                 if PLACEMENT == _UPDATE:
                     tl.debug_barrier()  # a thread may read what another wrote in the first pass
                 for k in range(0, nk, K):
@@ -207,6 +216,7 @@ def run(
     pieces,
     progress,
     partials,
+    tap_map,
     means,
     fresh,
     lr_at,
@@ -236,6 +246,7 @@ def run(
         progress: int32: tickets drawn, programs finished, then the number of summed parts of each block in parts; all
             0 between two launches.
         partials: sums of parts.
+        tap_map: the taps of division.py.
         means: means of all weight vectors, written by MEANS, read by RESTORE.
         fresh: int32 ``[n_parameters]``, with dampening: whether a momentum buffer is new.
         lr_at, grad_scale, found_inf: None, or one number on the device that replaces lr, divides the gradient, or makes
@@ -263,25 +274,27 @@ def run(
         row = parameters + parameter * _FIELDS
         shape, units, vectors = tl.load(row), tl.load(row + 1), tl.load(row + 2)
         blocks, parts, rows = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
-        outer, inner, jump = tl.load(row + 6), tl.load(row + 7), tl.load(row + 8)
-        stride, group_stride = tl.load(row + 9), tl.load(row + 10)
-        slot, counter, first_mean = tl.load(row + 11), tl.load(row + 12), tl.load(row + 13)
+        outer, jump, stride, group_stride = tl.load(row + 6), tl.load(row + 7), tl.load(row + 8), tl.load(row + 9)
+        slot, counter, first_mean = tl.load(row + 10), tl.load(row + 11), tl.load(row + 12)
+        count, taps, phases, first_tap = tl.load(row + 13), tl.load(row + 14), tl.load(row + 15), tl.load(row + 16)
 
         part, block = index % parts, index // parts
         group, unit = block // blocks, block % blocks * vectors
         base = group * group_stride + unit * stride + part * rows * jump
         nv = tl.minimum(vectors, units - unit).to(tl.int32)
-        nk = (tl.minimum(rows, outer - part * rows) * inner).to(tl.int32)
-        # The position of this piece's first weight vector in the parameter, and the number of the parameter's vectors.
-        here, count = group * units + unit, tl.load(row + 14)
+        nk = tl.minimum(rows, outer - part * rows).to(tl.int32)
+        here = group * units + unit  # the position of this piece's first line in the parameter
         places = (
-            (outer * inner).to(tl.float32),
+            (outer * taps // phases).to(tl.float32),
             part,
             parts,
             count,
             partials + slot + here,
             progress + 2 + counter + block,
-            means + first_mean + here,
+            means + first_mean + here // taps * phases,
+            taps.to(tl.int32),
+            phases.to(tl.int32),
+            tap_map + 2 * first_tap,
         )
         c = _coefficients(pointers, n_parameters, parameter, fresh, lr, grad_scale, rule, logs, RULE, DAMPENED)
         starts = (
@@ -294,7 +307,7 @@ def run(
         # The multiplication by 16 lets the compiler infer that aligned values are divisible by 16.
         at, at16 = _at(starts, base), _at(starts, base // 16 * 16)
         near, far = jump.to(tl.int32), stride.to(tl.int32)  # offsets inside a piece are below 2³¹
-        size, size16 = (inner.to(tl.int32), near, far), (1, near // 16 * 16, far // 16 * 16)
+        size, size16 = (near, far), (near // 16 * 16, far // 16 * 16)
         nv16, nk16 = nv // 16 * 16, nk // 16 * 16
         if shape == _PLAIN:
             if RULE < CENTER:
@@ -303,13 +316,13 @@ def run(
             if RULE < CENTER:
                 _plain(at16, nv16, c, TILE, RULE)
         elif shape == _LONG:
-            _vectors(at, c, nv, nk, size, what, places, 1, TILE, _RUNS, RULE, PLACEMENT)
+            _vectors(at, c, nv, nk, size, what, places, 1, TILE, _ROWS, RULE, PLACEMENT)
         elif shape == _LONG_ALIGNED:
             _vectors(at16, c, nv, nk16, size16, what, places, 1, TILE, _ROWS, RULE, PLACEMENT)
         elif shape == _MIDDLE_ALIGNED:
             _vectors(at16, c, nv, nk16, size16, what, places, TILE // BESIDE, BESIDE, _ROWS, RULE, PLACEMENT)
         elif shape == _SHORT:
-            _vectors(at, c, nv, nk, size, what, places, TILE // 16, 16, _RUNS, RULE, PLACEMENT)
+            _vectors(at, c, nv, nk, size, what, places, TILE // 16, 16, _ROWS, RULE, PLACEMENT)
         elif shape == _ACROSS:
             _vectors(at, c, nv, nk, size, what, places, BESIDE, TILE // BESIDE, _BESIDE, RULE, PLACEMENT)
         else:
