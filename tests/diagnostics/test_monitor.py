@@ -119,6 +119,21 @@ def test_monitor_and_drift_agree() -> None:
     assert monitor.records[-1].layers["0.weight"].drift == pytest.approx(of_one, rel=1e-12)
 
 
+def test_phases_of_a_transposed_convolution_do_not_drift() -> None:
+    """Each phase is a weight vector of its own: its sum stays, which the sum of a whole filter would not show."""
+    model = nn.ConvTranspose1d(4, 3, 8, stride=4).double()
+    start = model.weight.detach().clone()
+    monitor = Monitor(model, optimizer := gradcentral.AdamW(model, lr=0.1, placement="update"), every=1)
+    for _ in range(3):
+        model.zero_grad()
+        torch.autograd.backward(model(torch.linspace(-1, 2, 20, dtype=torch.float64).reshape(4, 5)).square().sum())
+        optimizer.step()
+    assert monitor.records[-1].layers["weight"].largest_drift < 1e-14
+    phases, before = (weight.reshape(4, 3, 2, 4).sum((0, 2)) for weight in (model.weight.detach(), start))
+    torch.testing.assert_close(phases, before, rtol=0, atol=1e-14)
+    assert not torch.allclose(model.weight.detach(), start)
+
+
 def test_drift_is_zero_under_update_and_not_under_plain_sgd() -> None:
     drifts = {}
     for placement in (None, "gradient", "update"):

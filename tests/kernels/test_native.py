@@ -219,6 +219,19 @@ def test_nan_and_inf_stay_in_their_weight_vector(bad: float, dtype: torch.dtype)
         torch.testing.assert_close(kept, expected, rtol=0, atol=float(8 * torch.finfo(dtype).eps))
 
 
+@pytest.mark.parametrize("dtype", SERVED)
+def test_nan_stays_in_its_phase(dtype: torch.dtype) -> None:
+    tensor = torch.randn(40, 3, 4, 4).to(dtype)
+    vectors = WeightVectors.parse("[i] o ([m] 2) ([m] 2)", tensor.shape)
+    expected = center(tensor, vectors)
+    tensor[5, 1, 3, 2] = math.nan
+    Centering().center_all_([(tensor, vectors)])
+    phase = torch.zeros(tensor.shape, dtype=torch.bool)
+    phase[:, 1, 1::2, ::2] = True
+    assert tensor[phase].isnan().all()
+    torch.testing.assert_close(tensor[~phase], expected[~phase], rtol=0, atol=float(8 * torch.finfo(dtype).eps))
+
+
 @given(
     loops=st.lists(
         st.tuples(st.builds(Loop, *[st.integers(1, size) for size in (9, 3000, 3000, 30)]), st.sampled_from([0, 1, 2])),
