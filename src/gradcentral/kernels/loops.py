@@ -71,7 +71,7 @@ def loop_over(vectors: WeightVectors | None, shape: Sequence[int], strides: Sequ
 
     Examples:
         >>> loop_over(None, (4, 3), (3, 1))
-        Loop(groups=12, outer=1, units=1, inner=1)
+        Loop(groups=12, outer=1, units=1, inner=1, taps=())
     """
     if vectors is not None:
         return loop_of_vectors(vectors.for_shape(shape), strides)
