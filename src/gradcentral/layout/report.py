@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from gradcentral.layout.layout import WeightLayout
-from gradcentral.layout.rules import Entry
+from gradcentral.layout.rules import Entry, shape_of
 from gradcentral.layout.table import compact_names
 
 __all__ = ["as_json", "as_text", "points_to_check"]
@@ -61,7 +61,7 @@ def points_to_check(model: nn.Module, layout: WeightLayout) -> list[str]:
 def _points(entry: Entry, is_strided: bool) -> Iterator[tuple[str, str]]:
     """Yield each point to check and the effect of its remedy: "skips", "centers", or none."""
     if entry.vectors is None:
-        if entry.unknown or entry.reason.startswith(("tied:", "fan-in 1", "pruned", "lazy")):
+        if entry.unknown or entry.reason.startswith(("tied:", "fan-in ", "pruned", "lazy")):
             effect = "centers" if entry.reason.startswith("tied:") else ""
             yield f"skipped{' as unknown' * entry.unknown} ({entry.reason})", effect
         return
@@ -72,11 +72,12 @@ def _points(entry: Entry, is_strided: bool) -> Iterator[tuple[str, str]]:
 
 
 def _as_dict(entry: Entry) -> dict[str, Any]:
+    sizes = shape_of(entry.parameter)
     numbers = ("count", "fan_in", "pattern", "span", "view")
     return {
         "name": entry.name,
         "aliases": list(entry.aliases),
-        "shape": None if is_lazy(entry.parameter) else list(entry.parameter.shape),
+        "shape": sizes and list(sizes),
         "trained": entry.parameter.requires_grad,
         "weight_vectors": entry.vectors and {name: getattr(entry.vectors, name) for name in numbers},
         "rule": entry.origin or None,
