@@ -106,7 +106,7 @@ def _choices(sites: Sequence[Site]) -> str:
     shapes = list(dict.fromkeys(tuple(site.tensor.shape) for site in sites))
     text = ", ".join("×".join(map(str, shape)) for shape in shapes[:3]) + ", …" * (len(shapes) > 3)
     if _probable(sites[0]):
-        return f"{text}: the usual axes of {sites[0].owner.cls.__name__}, to check; None to skip it"
+        return f"{text}: the probable axes, to check; None to skip it"
     match len(shapes[0]):
         case 1:
             rows = _common_divisor([size for (size,) in shapes])
