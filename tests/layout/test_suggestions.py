@@ -188,7 +188,7 @@ def _check(model: nn.Module, expected: list[str], monkeypatch: pytest.MonkeyPatc
 def test_all_suggestions_pasted_together_decide_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each line keeps its effect, whatever is pasted after it."""
     model = nn.ModuleDict(
-        {"one": Plain(), "two": Variables(kernel=(3, 3, 2, 6), dense=(18, 4)), "three": _local_class()}
+        {"one": _local_class(), "two": Variables(kernel=(3, 3, 2, 6), dense=(18, 4)), "three": Plain()}
     )
     monkeypatch.setattr("gradcentral.layout.rules._registered", {})
     code = "\n".join(weight_layout(model).suggestions)

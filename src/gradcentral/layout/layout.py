@@ -165,7 +165,10 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
     @property
     def suggestions(self) -> tuple[str, ...]:
         """Code to paste for the unknown parameters: one line for each kind, or a call with overrides."""
-        return tuple(dict.fromkeys(entry.suggestion for entry in self.unknown if entry.suggestion))
+        code = dict.fromkeys(entry.suggestion for entry in self.unknown if entry.suggestion)
+        return tuple(
+            sorted(code, key=lambda text: "register_layout" not in text)
+        )  # rules precede the layout's creation
 
     def summary(self) -> str:
         """Return one line with the number of centered parameters and their fraction of the elements."""

@@ -44,7 +44,19 @@ NAMES: Rules = {
 """Parameters skipped in every library that has a table. No parameter is centered because of its name alone."""
 
 _MIN_FLAT = 8  # a layer whose weights are flattened has more of them; fewer are coefficients of a mixture
-_WEIGHTS = {"weight", "weights", "w", "kernel", "kernels", "params", "parameters", "matrix"}
+_WEIGHTS = {
+    "weight",
+    "weights",
+    "w",
+    "kernel",
+    "kernels",
+    "filter",
+    "filters",
+    "params",
+    "parameters",
+    "theta",
+    "matrix",
+}
 _NORMS = {"norm", "norms", "normalization", "ln", "bn", "gn", "grn", "frn"}
 _COEFFICIENTS = {"scale", "scaler", "scaling", "gain", "affine", "gamma", "beta", "alpha", "mix", "mixing", "loss"}
 _COEFFICIENTS |= {"activation", "act"}
