@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -77,12 +79,6 @@ def _local_class() -> nn.Module:
         pass
 
     return Local()
-
-
-def _of_main(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    monkeypatch.setattr(InMain, "__module__", "__main__")
-    monkeypatch.setattr("__main__.InMain", InMain, raising=False)
-    return InMain()
 
 
 def _changed_shape(layer: nn.Module, *shape: int) -> nn.Module:
@@ -164,8 +160,13 @@ def test_suggestions_run_unchanged_and_with_each_suggested_edit(
     _check(model, expected, monkeypatch)
 
 
-def test_suggestions_for_a_class_of_a_script_need_no_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(_of_main(monkeypatch))
+@pytest.mark.parametrize("name", ["__main__", "task_file"])
+def test_suggestions_for_a_class_of_a_script_need_no_import(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = types.ModuleType(name)  # executed, so that it cannot be imported
+    monkeypatch.setitem(sys.modules, name, script)
+    monkeypatch.setattr(script, "InMain", InMain, raising=False)
+    monkeypatch.setattr(InMain, "__module__", name)
+    model = nn.Sequential(InMain())
     _check(model, ["gradcentral.register_layout(InMain"], monkeypatch)
     assert not any("import" in code for code in weight_layout(model).suggestions)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from glob import escape
 from typing import NamedTuple
@@ -81,7 +82,9 @@ def _decides_one_kind(target: _Target, found: Sequence[Site], unknown: set[int])
 def _registration(target: _Target, sites: Sequence[Site]) -> str:
     module, path = target.cls.__module__, target.cls.__qualname__
     line = f"gradcentral.register_layout({path}, {_quoted(target.name)}, {_rule(sites[0])})  # {_choices(sites)}"
-    return line if module == "__main__" else f"from {module} import {path.partition('.')[0]}; {line}"
+    # Scripts and task files are executed, not imported: the line belongs inside them.
+    is_executed = module == "__main__" or getattr(sys.modules[module], "__spec__", None) is None
+    return line if is_executed else f"from {module} import {path.partition('.')[0]}; {line}"
 
 
 def _overrides(sites: Sequence[Site]) -> str:
