@@ -198,22 +198,20 @@ def axes(pattern: str, **sizes: str) -> Rule:
     check_pattern(pattern)
 
     def rule(module: nn.Module, tensor: Tensor) -> Decision:
-        found = {name: _size(module, attribute) for name, attribute in sizes.items()}
+        found = {name: size_of(module, attribute) for name, attribute in sizes.items()}
         # A tuple gives the sizes of a repeated axis; elsewhere it has another meaning, such as bipartite channels.
         kinds = {name: (int, tuple) if f"{name}..." in pattern else int for name in sizes}
         known = {name: size for name, size in found.items() if isinstance(size, kinds[name])}
         try:
             return WeightVectors.parse(pattern, tensor.shape, **known)
         except ValueError:
-            where = ", ".join(f"{name} = {sizes[name]} = {size}" for name, size in found.items() if size is not None)
-            lacks = ", ".join(sizes[name] for name, size in found.items() if size is None)
-            expected = f"{pattern!r}{' with ' * bool(where)}{where}"
-            return unexpected_shape(module, tensor, expected + f" (the module lacks {lacks})" * bool(lacks))
+            return unexpected_sizes(module, tensor, pattern, sizes)
 
     return rule
 
 
-def _size(module: nn.Module, attribute: str) -> Any:
+def size_of(module: nn.Module, attribute: str) -> Any:
+    """Return an attribute, or the quotient of two, such as ``in_channels/groups``; None if the module lacks it."""
     name, _, divisor = attribute.partition("/")
     size = getattr(module, name, None)
     if not divisor:
@@ -226,3 +224,12 @@ def unexpected_shape(module: nn.Module, tensor: Tensor, expected: str) -> LeaveA
     """Return a decision to skip as unknown: the layer was modified, or the rule was written for another layer."""
     name = getattr(module, "original_name", type(module).__name__)  # of a scripted module
     return LeaveAlone(f"shape {tuple(tensor.shape)} does not fit {name}: expected {expected}", unknown=True)
+
+
+def unexpected_sizes(module: nn.Module, tensor: Tensor, pattern: str, sizes: Mapping[str, str]) -> LeaveAlone:
+    """Return the same with the sizes of the axes that are named in a pattern, given the attributes that hold them."""
+    found = {name: size_of(module, attribute) for name, attribute in sizes.items()}
+    where = ", ".join(f"{name} = {sizes[name]} = {size}" for name, size in found.items() if size is not None)
+    lacks = ", ".join(sizes[name] for name, size in found.items() if size is None)
+    expected = f"{pattern!r}{' with ' * bool(where)}{where}"
+    return unexpected_shape(module, tensor, expected + f" (the module lacks {lacks})" * bool(lacks))
