@@ -112,8 +112,10 @@ def _choices(sites: Sequence[Site]) -> str:
         return f"{text}: the probable axes, to check; None to skip it"
     match len(shapes[0]):
         case 1:
-            rows = _common_divisor([size for (size,) in shapes])
-            choices = f', or the number of units that it consists of, row by row, as in "({rows} [i])"' if rows else ""
+            units = _common_divisor([size for (size,) in shapes])
+            choices = ', "[i]" if it is one unit' + f', "({units} [i])" if it is {units} units, row by row' * bool(
+                units
+            )
         case 2:
             choices = ', "o [i]" if used as linear(x, w), "[i] o" if as x @ w'
         case dims:
