@@ -13,7 +13,6 @@ from torch import nn
 
 from gradcentral.layout.classes import is_importable
 from gradcentral.layout.probable import probable_pattern
-from gradcentral.layout.rules import matching_name
 from gradcentral.layout.sites import Site
 
 __all__ = ["suggestions"]
@@ -23,7 +22,18 @@ class _Target(NamedTuple):
     """The parameters that one registered rule decides."""
 
     cls: type[nn.Module]
-    name: str  # with wildcards
+    pieces: tuple[str | None, ...]  # of the parameter's name in the class; None for any
+
+    @property
+    def name(self) -> str:
+        return ".".join("*" if piece is None else escape(piece) for piece in self.pieces)
+
+    def decides(self, name: tuple[str, ...]) -> bool:
+        return len(name) == len(self.pieces) and all(map(_matches, self.pieces, name))
+
+
+def _matches(wanted: str | None, piece: str) -> bool:
+    return wanted in (None, piece)
 
 
 def suggestions(unknown: Sequence[Site], found: Sequence[Site]) -> dict[str, str]:
@@ -32,6 +42,9 @@ def suggestions(unknown: Sequence[Site], found: Sequence[Site]) -> dict[str, str
     The code skips the parameter, or centers it if its axes are probable or once it is edited. A rule for a class is
     suggested only if it decides parameters of the same kind; all other parameters share one call with overrides.
     """
+    named: dict[tuple[str, ...], list[Site]] = {}  # by the name in the class
+    for site in found:
+        named.setdefault(tuple(site.owner.name.split(".")), []).append(site)
     tensors = {id(site.tensor) for site in unknown}
     targets: dict[_Target, list[Site]] = {}
     accepted: dict[_Target, bool] = {}
@@ -39,14 +52,16 @@ def suggestions(unknown: Sequence[Site], found: Sequence[Site]) -> dict[str, str
     for site in (site for site in unknown if site.tensor.requires_grad):
         for target in _targets(site):
             if target not in accepted:
-                accepted[target] = _decides_one_kind(target, found, tensors)
+                accepted[target] = _decides_one_kind(target, named, tensors)
             if accepted[target]:
                 targets.setdefault(target, []).append(site)
                 break
         else:
             by_name.append(site)
-    code = {site.name: _registration(target, sites) for target, sites in targets.items() for site in sites}
-    return code | dict.fromkeys((site.name for site in by_name), _overrides(by_name))
+    code = dict.fromkeys((site.name for site in by_name), _overrides(by_name))
+    for target, sites in targets.items():
+        code |= dict.fromkeys((site.name for site in sites), _registration(target, sites))
+    return code
 
 
 def _targets(site: Site) -> Iterable[_Target]:
@@ -54,28 +69,23 @@ def _targets(site: Site) -> Iterable[_Target]:
     cls, name = site.owner.cls, site.owner.name
     if site.owner.skip is not None or cls.__module__.startswith("torch.") or not is_importable(cls):
         return
-    pieces = [escape(piece) for piece in name.split(".")]
-    if len(pieces) > 1 and isinstance(site.modules[-1], (nn.ParameterList, nn.ParameterDict)):
-        yield _Target(cls, ".".join([pieces[0], *["*"] * (len(pieces) - 1)]))
-    if len(pieces) > 2:
-        yield _Target(cls, ".".join([pieces[0], *["*"] * (len(pieces) - 2), pieces[-1]]))
-    yield _Target(cls, ".".join(pieces))
+    first, *rest = name.split(".")
+    if rest and isinstance(site.modules[-1], (nn.ParameterList, nn.ParameterDict)):
+        yield _Target(cls, (first, *[None] * len(rest)))
+    if len(rest) > 1:
+        yield _Target(cls, (first, *[None] * len(rest[:-1]), rest[-1]))
+    yield _Target(cls, (first, *rest))
 
 
-def _decides_one_kind(target: _Target, found: Sequence[Site], unknown: set[int]) -> bool:
+def _decides_one_kind(target: _Target, named: dict[tuple[str, ...], list[Site]], unknown: set[int]) -> bool:
     """Return whether a rule decides unknown parameters only, which have the same axes."""
-    rule = {target.name: None}
-    decided = [
-        site
-        for site in found
-        if issubclass(site.owner.cls, target.cls) and matching_name(rule, site.owner.name) is not None
-    ]
+    names = filter(target.decides, named)
+    decided = [site for name in names for site in named[name] if issubclass(site.owner.cls, target.cls)]
     if not all(id(site.tensor) in unknown for site in decided):
         return False
     # The items of a list may be of different kinds although they have the same number of axes.
-    is_list = "*" in target.name.split(".")
     shapes = {tuple(site.tensor.shape) for site in decided}
-    is_alike = len(shapes if is_list else set(map(len, shapes))) == 1
+    is_alike = len(shapes if None in target.pieces else set(map(len, shapes))) == 1
     return is_alike and len({_probable(site) for site in decided}) == 1
 
 
