@@ -77,7 +77,7 @@ def _as_dict(entry: Entry) -> dict[str, Any]:
     return {
         "name": entry.name,
         "aliases": list(entry.aliases),
-        "shape": sizes and list(sizes),
+        "shape": None if sizes is None else list(sizes),
         "trained": entry.parameter.requires_grad,
         "weight_vectors": entry.vectors and {name: getattr(entry.vectors, name) for name in numbers},
         "rule": entry.origin or None,
