@@ -181,6 +181,15 @@ CASES = {
         "model[0] = nn.Embedding(9, 4, {0})\noptimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
         "centralize(optimizer, layout=weight_layout(model, overrides={{'0.weight': ROWS}}))",
     ),
+    "a sparse gradient of a parameter with brackets in its name": Case(
+        "model = nn.ModuleDict({'[user]*': nn.Linear(4, 3), 'item': nn.Linear(3, 2)})\n"
+        "model.forward = lambda x: model['item'](model['[user]*'](x))\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\ncentralize(optimizer, model)\nbackward()\n"
+        "weight = model['[user]*'].weight\nweight.grad = weight.grad.to_sparse()",
+        "optimizer.step()",
+        r"skip it with (layout=weight_layout\(model, exclude=\[.+?\]\))",
+        "gradcentral.attached(optimizer)[0].remove()\ncentralize(optimizer, {0})",
+    ),
     "a sparse gradient under the shape rule": Case(
         SPARSE + "params = [*model.parameters()]\n"
         "optimizer = gradcentral.SGD(params, lr=0.1, layout=WeightLayout.from_shapes(params))",

@@ -156,9 +156,35 @@ def test_options_that_are_suggested_in_a_refusal_are_accepted() -> None:
     assert "head.weight" not in weight_layout(Attention(), exclude=names)
 
 
-def test_a_name_with_wildcard_characters_selects_its_parameter() -> None:
-    model = nn.ParameterDict({"w[0]": torch.zeros(3, 4)})
-    assert weight_layout(model, overrides={"w[0]": "o [i]"})["w[0]"].fan_in == 4
+_ODD_NAMES = ["w[0]", "w0", "a*", "ab", "[user]", "u", '"', "'", "\\", "ü😀", "\n", "x?", "xy"]
+
+
+@pytest.mark.parametrize("name", _ODD_NAMES)
+def test_a_name_with_wildcard_characters_selects_its_parameter_alone(name: str) -> None:
+    model = nn.ParameterDict({odd: torch.zeros(3, 4) for odd in _ODD_NAMES})
+    assert [model[name]] == [*weight_layout(model, overrides={name: "o [i]"})]
+    others = weight_layout(model, overrides={"*": "o [i]"}, exclude=[name])
+    assert len(others) == len(_ODD_NAMES)  # an override takes precedence over exclude
+    excluded = weight_layout(model, exclude=[name])
+    assert [entry.name for entry in excluded.entries if entry.reason == "excluded"] == [name]
+
+
+def test_brackets_in_the_name_of_a_module_are_not_wildcards() -> None:
+    model = nn.ModuleDict({"[user]": nn.Linear(3, 2), "item": nn.Linear(3, 2), "u": nn.Linear(3, 2)})
+    assert _centered_names(model, ["[user].*"]) == ["item.weight", "u.weight"]
+    assert _centered_names(model, ["[iu]*.weight"]) == ["[user].weight"]
+
+
+def test_a_rule_for_an_exact_name_takes_precedence_over_wildcards() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_parameter("w[0]", nn.Parameter(torch.zeros(3, 4)))
+            self.register_parameter("w", nn.Parameter(torch.zeros(3, 4)))
+
+    register_layout(Odd, "w*", "o [i]")
+    register_layout(Odd, "w[0]", "[i] o")
+    assert {name: weight_layout(Odd())[name].fan_in for name in ("w[0]", "w")} == {"w[0]": 3, "w": 4}
 
 
 def test_parameters_instead_of_a_model_are_refused() -> None:

@@ -132,3 +132,14 @@ def test_lora_on_experts_keeps_the_experts_separate() -> None:
     layout = weight_layout(nn.Sequential(wrapper))
     assert layout["0.lora_A.default.weight"].span == (1,)
     assert layout["0.lora_B.default.weight"] == WeightVectors((1,), view=(5, 4, 3), shape=(5, 12))
+
+
+def test_a_router_that_also_selects_shared_experts() -> None:
+    path = "transformers.models.inkling.modeling_inkling.InklingTopkRouter"
+    router = _layer(path, {"weight": (10, 8)}, num_experts=8, n_total_experts=10, hidden_dim=8)
+    assert weight_layout(router)["weight"].fan_in == 8
+
+
+def test_numbered_tokens_are_skipped() -> None:
+    layer = _layer("timm.models.crossvit.CrossVit", {"cls_token_0": (1, 1, 8), "cls_token_1": (1, 1, 4)})
+    assert {*weight_layout(layer).skipped.values()} == {"learned token"}

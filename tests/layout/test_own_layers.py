@@ -1,18 +1,14 @@
-"""Custom layers: class attributes, rules for submodules, and suggested rules."""
+"""Custom layers: class attributes, and rules for submodules."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-import gradcentral
-from gradcentral import LeaveAlone, WeightLayout, WeightVectors, register_layout, weight_layout
+from gradcentral import LeaveAlone, WeightVectors, register_layout, weight_layout
 from gradcentral.layout import axes
 
 
@@ -31,15 +27,6 @@ class Declared(nn.Module):
         self.scale = nn.Parameter(torch.zeros(1, 4))
         self.items = nn.ParameterList([torch.zeros(5, 6)])
         self.other = nn.Parameter(torch.zeros(2, 2, 2))
-
-
-class Plain(nn.Module):
-    """A layer that declares nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Parameter(torch.zeros(4, 3))
-        self.parts = nn.ParameterList([torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)])
 
 
 def test_a_class_can_declare_its_weight_vectors() -> None:
@@ -108,76 +95,6 @@ def test_rules_can_take_the_sizes_of_split_axes_from_the_module() -> None:
     assert patterns == ["[i] o [k k]", "(2 [i]) o [k k]"]
     reason = "shape (8, 3, 5, 5) does not fit Grouped: expected '(g [i]) o [k...]' with g = groups = 3, k = kernel_size"
     assert weight_layout(Grouped(3)).unknown[0].reason == f"{reason} = (5, 5)"
-
-
-def test_one_rule_is_suggested_for_each_kind_of_unknown_parameter() -> None:
-    layout = weight_layout(nn.Sequential(Plain(), Plain()))
-    mix, parts = layout.suggestions
-    register = f"from {Plain.__module__} import Plain; gradcentral.register_layout(Plain, "
-    assert mix.startswith(f'{register}"mix", None)  # 4×3: ')
-    assert parts.startswith(f'{register}"parts.*", None)  # 2×3×4: ')
-    assert mix in str(layout)
-
-
-class Parametrized(nn.Module):
-    """A layer whose rule does not apply to the parameter behind a custom parametrization."""
-
-    weight_vectors: ClassVar = {"weight": "o [i]"}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(4, 3))
-        parametrize.register_parametrization(self, "weight", nn.Softplus())
-
-
-def _local_class() -> nn.Module:
-    class Local(Plain):
-        pass
-
-    return Local()
-
-
-def _of_main() -> nn.Module:
-    model: nn.Module = type("InMain", (Plain,), {"__module__": "__main__"})()
-    return model
-
-
-def _reshaped_linear() -> nn.Module:
-    layer = nn.Linear(4, 3)
-    layer.weight = nn.Parameter(torch.zeros(3, 2, 2))
-    return layer
-
-
-@pytest.mark.parametrize(
-    ("make", "kind"),
-    [
-        (lambda: Plain(), "register_layout(Plain"),
-        (_of_main, "register_layout(InMain"),
-        (_local_class, 'overrides={"0.mix": None}'),
-        (_reshaped_linear, 'overrides={"0.weight": None}'),
-        (lambda: Parametrized(), 'overrides={"0.parametrizations.weight.original": None}'),
-        (lambda: nn.ParameterDict({"w[0]": torch.zeros(3, 4)}), 'overrides={"0.w[0]": None}'),
-    ],
-)
-def test_suggested_rules_run_unchanged_and_with_each_suggested_edit(
-    make: Callable[[], nn.Module], kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = nn.Sequential(make())
-    before = weight_layout(model)
-    assert any(kind in line for line in before.suggestions)
-    for line in before.suggestions:
-        suggested = re.findall(r'"[^"]*\[[^"]*"', line.partition("  # ")[2])
-        assert suggested
-        for rule in ["None", *suggested]:
-            monkeypatch.setattr("gradcentral.layout.rules._registered", {})
-            names = {"gradcentral": gradcentral, "model": model, type(model[0]).__name__: type(model[0])}
-            exec(line.replace("None", rule, 1), names)
-            after = names.get("layout", weight_layout(model))
-            assert isinstance(after, WeightLayout)
-            for entry in before.unknown:
-                if entry.suggestion == line:
-                    assert (entry.parameter in after) is (rule != "None")
-                    assert entry.name not in [unknown.name for unknown in after.unknown]
 
 
 def test_repeated_layers_share_a_row() -> None:

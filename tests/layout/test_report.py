@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -40,8 +42,9 @@ def test_surprising_decisions_are_points_to_check() -> None:
     assert "up.weight: centered over" not in points
 
 
-def test_options_named_in_the_points_change_the_decision() -> None:
-    model = Net()
+@pytest.mark.parametrize("make", [Net, lambda: nn.ModuleDict({'[a]*"': Net(), "a": nn.Linear(9, 9)})])
+def test_options_named_in_the_points_change_the_decision(make: Callable[[], nn.Module]) -> None:
+    model = make()
     options = re.findall(
         r"; (weight_layout\(model, .*\)) (?:centers|skips) it", "\n".join(points_to_check(model, weight_layout(model)))
     )

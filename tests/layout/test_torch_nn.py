@@ -139,7 +139,56 @@ def test_parameters_behind_two_parametrizations_are_unknown() -> None:
 def test_weights_of_unexpected_shape_are_unknown() -> None:
     layer = nn.Linear(4, 3)
     layer.weight = nn.Parameter(torch.zeros(12))
-    assert weight_layout(layer).unknown[0].reason == "shape (12,) does not fit Linear: expected 'o [i]'"
+    expected = "'o [i]' with o = out_features = 3, i = in_features = 4"
+    assert weight_layout(layer).unknown[0].reason == f"shape (12,) does not fit Linear: expected {expected}"
+
+
+def _with_shape(layer: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Module:
+    layer.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "shape"),
+    [
+        (nn.Linear(6, 4), "weight", (6, 4)),
+        (nn.Bilinear(4, 5, 3), "weight", (4, 5, 3)),
+        (nn.Conv1d(4, 6, 3), "weight", (3, 4, 6)),
+        (nn.Conv2d(4, 6, 3), "weight", (3, 3, 4, 6)),
+        (nn.Conv2d(3, 8, 3), "weight", (3, 3, 3, 8)),
+        (nn.Conv2d(3, 8, 5), "weight", (8, 5, 5, 3)),
+        (nn.Conv2d(4, 6, 3, groups=2), "weight", (6, 4, 3, 3)),  # a dense kernel, masked to its groups
+        (nn.Conv2d(4, 6, 3, groups=2), "weight", (4, 3, 3, 3)),  # [in, out/groups]
+        (nn.ConvTranspose2d(4, 6, 3), "weight", (6, 4, 3, 3)),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2), "weight", (4, 6, 3, 3)),
+        (nn.LSTM(4, 5), "weight_ih_l0", (4, 20)),
+        (nn.LSTM(4, 5), "weight_hh_l0", (5, 20)),
+        (nn.LSTM(4, 6, proj_size=3), "weight_hr_l0", (6, 3)),
+        (nn.GRU(4, 5, 2, bidirectional=True), "weight_ih_l1_reverse", (10, 15)),
+        (nn.RNN(4, 5, 2, bidirectional=True), "weight_ih_l1", (10, 5)),
+        (nn.LSTMCell(4, 5), "weight_ih", (4, 20)),
+        (nn.GRUCell(4, 5), "weight_hh", (5, 15)),
+        (nn.MultiheadAttention(4, 2), "in_proj_weight", (4, 12)),
+        (nn.MultiheadAttention(4, 2, kdim=3, vdim=5), "k_proj_weight", (3, 4)),
+        (nn.MultiheadAttention(4, 2, kdim=3, vdim=5), "v_proj_weight", (5, 4)),
+        (nn.Embedding(9, 4), "weight", (4, 9)),
+        (nn.EmbeddingBag(9, 4), "weight", (4, 9)),
+    ],
+)
+def test_weights_that_contradict_the_sizes_of_their_layer_are_unknown(
+    layer: nn.Module, name: str, shape: tuple[int, ...]
+) -> None:
+    """As in a subclass that stores them in another order: its axes are not those of the layer."""
+    subclass = type("Mine", (type(layer),), {})
+    layer.__class__ = subclass
+    layout = weight_layout(_with_shape(layer, name, shape))
+    (entry,) = [entry for entry in layout.entries if entry.name == name]
+    assert entry.unknown
+    assert entry.reason.startswith(f"shape {shape} does not fit Mine: expected ")
+
+
+def test_an_embedding_with_more_rows_remains_a_lookup_table() -> None:
+    assert "lookup" in weight_layout(_with_shape(nn.Embedding(9, 4), "weight", (12, 4))).skipped["weight"]
 
 
 # Theorem 4.1 of the paper: after any number of GC steps, adding γ to every input of a unit changes its

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from textwrap import indent
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradcentral.layout import table
 from gradcentral.layout.recipe import Recipe, Selector
-from gradcentral.layout.rules import LAZY, Entry, LeaveAlone, Rule, apply_rule, check_rule, not_centerable
+from gradcentral.layout.rules import LAZY, Entry, LeaveAlone, Rule, apply_rule, check_rule, not_centerable, too_few_axes
 from gradcentral.layout.sites import refuse_flat, sites
 from gradcentral.weight_vectors import WeightVectors
 
@@ -75,7 +76,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         for position, (name, tensor) in enumerate(_named(params)):
             refuse_flat(name or f"parameter {position}", tensor)
             decision = not_centerable(tensor) or (
-                apply_rule("o [i...]", nn.Module(), tensor) if tensor.ndim > 1 else LeaveAlone("one-dimensional")
+                apply_rule("o [i...]", nn.Module(), tensor) if tensor.ndim > 1 else too_few_axes(tensor)
             )
             vectors, reason = (None, decision.reason) if isinstance(decision, LeaveAlone) else (decision, "")
             entries.append(Entry(name or str(position), tensor, vectors, _SHAPE_RULE, reason))
@@ -114,7 +115,7 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
 
     @property
     def unknown(self) -> tuple[Entry, ...]:
-        """The entries skipped only because no rule covers them: raw parameters and unexpected shapes."""
+        """The trained entries skipped only because no rule covers them: raw parameters and unexpected shapes."""
         return tuple(entry for entry in self.entries if entry.unknown)
 
     def in_model(self, parameter: Tensor) -> bool:
@@ -159,12 +160,15 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         text = f"{table.render(self.entries, every=every)}\n\n{self.summary()}"
         if self.suggestions:
             text += "\n\nRules for the unknown parameters, to paste and edit:"
-        return "\n  ".join([text, *self.suggestions])
+        return "\n".join([text, *(indent(code, "  ") for code in self.suggestions)])
 
     @property
     def suggestions(self) -> tuple[str, ...]:
-        """One line of code to paste for each kind of unknown parameter."""
-        return tuple(dict.fromkeys(entry.suggestion for entry in self.unknown if entry.suggestion))
+        """Code to paste for the unknown parameters: one line for each kind, or a call with overrides."""
+        code = dict.fromkeys(entry.suggestion for entry in self.unknown if entry.suggestion)
+        return tuple(
+            sorted(code, key=lambda text: "register_layout" not in text)
+        )  # rules precede the layout's creation
 
     def summary(self) -> str:
         """Return one line with the number of centered parameters and their fraction of the elements."""
@@ -193,8 +197,9 @@ def weight_layout(
         only: ``"all"``, or ``"conv"`` for convolutions of any dimension. This differs from ``gc_conv_only`` in the
             authors' code, which centers the parameters with more than three axes and so skips Conv1d.
         overrides: {selector: rule}, where the selector is a parameter or its name, with wildcards as in `fnmatch`
-            (``"encoder.*.weight"``), and the rule is a pattern such as ``"[i] o"`` (see `WeightVectors.parse`),
-            `WeightVectors`, `LeaveAlone`, None (skip) or a function of (module, tensor). The last match applies.
+            (``"encoder.*.weight"``) unless it is the exact name of a parameter, and the rule is a pattern such as
+            ``"[i] o"`` (see `WeightVectors.parse`), `WeightVectors`, `LeaveAlone`, None (skip) or a function of
+            (module, tensor). The last match applies.
         exclude: what to skip: parameters, names with or without wildcards, or modules (all of their parameters).
 
     Returns:

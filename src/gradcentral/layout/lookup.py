@@ -22,27 +22,29 @@ LIBRARIES = tuple(file.name for file in iter_modules(libraries.__path__) if file
 _CONVOLUTIONS = {"MotionConv2d", "SanaWMTemporalShortConvolution", "CondConv2d", "DeformConv2d"}
 
 
-def find_rule(module: nn.Module, name: str) -> tuple[Rule, str] | None:
-    """Return the rule for a module's parameter and its origin, or None.
+def find_rule(module: nn.Module, defined_by: type[nn.Module], name: str) -> tuple[Rule, str] | None:
+    """Return the rule for a parameter of a module that a class defines, and the rule's origin; or None.
 
-    The search follows the method resolution order of the module's class. For each class it tries, in this order, the
-    rules registered for it, those it declares, those of torch.nn, and those of the library that defines it.
+    The search follows the method resolution order of the class. For each class it tries, in this order, the rules
+    registered for it, those it declares, those of torch.nn, and those of the library that defines it.
     """
-    for cls in type(module).__mro__:
+    # A traced or exported module lacks the sizes that tell whether a subclass keeps its weights as torch.nn does.
+    is_sized = isinstance(module, defined_by) or defined_by.__module__.startswith("torch.nn.")
+    for cls in defined_by.__mro__:
         for origin, rules in (
             ("registered", registered_rules(cls)),
             ("declared", declared_rules(cls)),
-            ("", torch_nn.TABLE.get(cls, {})),
+            ("", torch_nn.TABLE.get(cls, {}) if is_sized else {}),
             (cls.__module__.partition(".")[0], library_rules(cls)),
         ):
             if (key := matching_name(rules, name)) is not None:
-                return rules[key], f"{origin} {type(module).__name__}.{name}".strip()
+                return rules[key], f"{origin} {defined_by.__name__}.{name}".strip()
     return None
 
 
-def is_convolution(module: nn.Module) -> bool:
-    """Return whether the layer is centered under ``only="conv"``: a torch.nn convolution or a library's own."""
-    return isinstance(module, _ConvNd) or any(cls.__name__ in _CONVOLUTIONS for cls in type(module).__mro__)
+def is_convolution(cls: type[nn.Module]) -> bool:
+    """Return whether a layer is centered under ``only="conv"``: a torch.nn convolution or a library's own."""
+    return issubclass(cls, _ConvNd) or any(base.__name__ in _CONVOLUTIONS for base in cls.__mro__)
 
 
 def library_rules(cls: type) -> Rules:

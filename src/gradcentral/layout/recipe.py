@@ -10,12 +10,12 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from gradcentral.layout.lookup import find_rule, is_convolution
+from gradcentral.layout.reasons import without_rule
 from gradcentral.layout.rules import Decision, Entry, LeaveAlone, Rule, apply_rule, not_centerable
 from gradcentral.layout.sites import Site, sites
-from gradcentral.layout.table import suggestion
+from gradcentral.layout.suggestions import suggestions
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["Recipe", "Selector"]
@@ -35,9 +35,10 @@ class Recipe:
     def check_selectors(self, model: nn.Module) -> None:
         """Refuse selectors that match no parameter."""
         found = list(sites(model))
+        named = self._named(found)
         for option, selectors in (("overrides", self.overrides), ("exclude", self.exclude)):
             for selector in selectors:
-                if not _matches(selector, found):
+                if not _matches(selector, found, named):
                     what = f"{selector!r}" if isinstance(selector, str) else f"a {type(selector).__name__}"
                     near = difflib.get_close_matches(str(selector), [site.name for site in found], n=3)
                     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -45,32 +46,41 @@ class Recipe:
 
     def entries(self, model: nn.Module) -> list[Entry]:
         """Return one entry per parameter, in the model's order."""
+        found = list(sites(model))
+        named = self._named(found)
         places: dict[Tensor, list[Site]] = {}
-        for site in sites(model):
+        for site in found:
             places.setdefault(site.tensor, []).append(site)
-        return [
-            replace(self._entry_of_tied(tied), aliases=tuple(site.name for site in tied[1:]))
+        entries = [
+            replace(self._entry_of_tied(tied, named), aliases=tuple(site.name for site in tied[1:]))
             for tied in places.values()
         ]
+        code = suggestions([places[entry.parameter][0] for entry in entries if entry.uncovered], found)
+        return [replace(entry, suggestion=code.get(entry.name, "")) for entry in entries]
 
-    def _entry_of_tied(self, places: list[Site]) -> Entry:
+    def _named(self, found: list[Site]) -> dict[str, set[str]]:
+        """Return the names of parameters that each textual selector means."""
+        names = [site.name for site in found]
+        return {text: _selected(text, names) for text in (*self.overrides, *self.exclude) if isinstance(text, str)}
+
+    def _entry_of_tied(self, places: list[Site], named: Mapping[str, set[str]]) -> Entry:
         first = places[0]
         if (reason := not_centerable(first.tensor)) is not None:
             return _entry(first, reason)
         # The last override that matches applies, so that exceptions can follow a general rule.
         for selector, rule in reversed(list(self.overrides.items())):
-            if _matches(selector, places):
+            if _matches(selector, places, named):
                 decision = _apply(rule, first, f"overrides: {first.name}")
                 if isinstance(rule, (str, WeightVectors)) and isinstance(decision, LeaveAlone):
                     shape = tuple(first.tensor.shape)
                     raise ValueError(f"overrides: {first.name} of shape {shape}: {decision.reason}")
                 return _entry(first, decision, "override")
-        if any(_matches(selector, places) for selector in self.exclude):
+        if any(_matches(selector, places, named) for selector in self.exclude):
             return _entry(first, LeaveAlone("excluded"), "exclude")
         decided, *others = (_entry_by_rule(site, self.only) for site in places)
         for other, site in zip(others, places[1:], strict=True):
             if not _agree(decided.vectors, other.vectors):
-                owners = " and ".join(f"{_owner_class(tied)} ({tied.name})" for tied in (first, site))
+                owners = " and ".join(f"{tied.owner.cls.__name__} ({tied.name})" for tied in (first, site))
                 return _entry(first, LeaveAlone(f"tied: {owners} use it differently"), decided.origin)
         return decided
 
@@ -78,19 +88,17 @@ class Recipe:
 def _entry(site: Site, decision: Decision, origin: str = "") -> Entry:
     if isinstance(decision, WeightVectors):
         return Entry(site.name, site.tensor, decision, origin)
-    line = suggestion(site) if decision.unknown else ""
-    return Entry(site.name, site.tensor, None, origin, decision.reason, decision.unknown, suggestion=line)
+    return Entry(site.name, site.tensor, None, origin, decision.reason, decision.unknown)
 
 
 def _entry_by_rule(site: Site, only: str) -> Entry:
-    module, name, skip = site.owner
-    found = find_rule(module, name)
+    module, cls, name, skip = site.owner
+    found = find_rule(module, cls, name)
     if found is None:
-        unknown = LeaveAlone(f"no rule for {_owner_class(site)}.{name}", unknown=True)
-        return _entry(site, LeaveAlone("one-dimensional") if site.tensor.ndim <= 1 else unknown)
+        return _entry(site, without_rule(module, cls, name, site.name, site.tensor))
     rule, origin = found
     decision = skip or _apply(rule, site, f"{site.name}: the rule for {origin}")
-    if only == "conv" and isinstance(decision, WeightVectors) and not is_convolution(module):
+    if only == "conv" and isinstance(decision, WeightVectors) and not is_convolution(cls):
         decision = LeaveAlone('not a convolution (only="conv")')
     return _entry(site, decision, origin)
 
@@ -106,11 +114,20 @@ def _agree(one: WeightVectors | None, other: WeightVectors | None) -> bool:
     return one is other if one is None or other is None else one.agrees_with(other)
 
 
-def _matches(selector: Selector, places: list[Site]) -> bool:
+def _selected(text: str, names: list[str]) -> set[str]:
+    """Return the name itself if there is one, else the names that match it as a pattern.
+
+    Names from a ModuleDict or ParameterDict may have brackets, so that these are wildcards only as a second choice.
+    """
+    if text in names:
+        return {text}
+    for pattern in (text.replace("[", "[[]"), text):
+        if matching := {name for name in names if fnmatchcase(name, pattern)}:
+            return matching
+    return set()
+
+
+def _matches(selector: Selector, places: list[Site], named: Mapping[str, set[str]]) -> bool:
     if isinstance(selector, str):
-        return any(selector == site.name or fnmatchcase(site.name, selector) for site in places)
+        return any(site.name in named[selector] for site in places)
     return any(selector is found for site in places for found in (site.tensor, *site.modules))
-
-
-def _owner_class(site: Site) -> str:
-    return str(type_before_parametrizations(site.owner.module).__name__)

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from gradcentral.layout.layout import WeightLayout
 from gradcentral.layout.libraries.torch_nn import has_uneven_phases
-from gradcentral.layout.rules import Entry
+from gradcentral.layout.rules import Entry, shape_of
 from gradcentral.layout.sites import sites
 from gradcentral.layout.table import compact_names
 
@@ -58,7 +58,7 @@ def points_to_check(model: nn.Module, layout: WeightLayout) -> list[str]:
 def _points(entry: Entry, module: nn.Module | None) -> Iterator[tuple[str, str]]:
     """Yield each point to check and the effect of its remedy: "skips", "centers", or none."""
     if entry.vectors is None:
-        if entry.unknown or entry.reason.startswith(("tied:", "fan-in 1", "pruned", "lazy")):
+        if entry.unknown or entry.reason.startswith(("tied:", "fan-in ", "pruned", "lazy")):
             effect = "centers" if entry.reason.startswith("tied:") else ""
             yield f"skipped{' as unknown' * entry.unknown} ({entry.reason})", effect
         return
@@ -69,11 +69,12 @@ def _points(entry: Entry, module: nn.Module | None) -> Iterator[tuple[str, str]]
 
 
 def _as_dict(entry: Entry) -> dict[str, Any]:
+    sizes = shape_of(entry.parameter)
     numbers = ("count", "fan_in", "pattern", "span", "view")
     return {
         "name": entry.name,
         "aliases": list(entry.aliases),
-        "shape": None if is_lazy(entry.parameter) else list(entry.parameter.shape),
+        "shape": None if sizes is None else list(sizes),
         "trained": entry.parameter.requires_grad,
         "weight_vectors": entry.vectors and {name: getattr(entry.vectors, name) for name in numbers},
         "rule": entry.origin or None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -39,9 +39,14 @@ class Entry:
     vectors: WeightVectors | None  # None if the parameter is skipped
     origin: str  # the rule that decided, as Class.parameter after the name of its library
     reason: str = ""  # why the parameter is skipped; empty if it is centered
-    unknown: bool = False  # skipped because no rule covers it: the user should check it
+    uncovered: bool = False  # skipped because no rule covers it
     aliases: tuple[str, ...] = ()  # further names of a tied parameter
-    suggestion: str = ""  # a line of code to paste, with a rule for an unknown parameter
+    suggestion: str = ""  # code to paste, with a rule for an unknown parameter
+
+    @property
+    def unknown(self) -> bool:
+        """Whether the user should check the parameter: no rule covers it, and it is trained."""
+        return self.uncovered and self.parameter.requires_grad
 
 
 Decision: TypeAlias = "WeightVectors | LeaveAlone"
@@ -62,10 +67,10 @@ def register_layout(cls: type[nn.Module], name: str, rule: Rule) -> None:
 
     Args:
         cls: the layer's class. The rule also applies to subclasses that have no rule of their own.
-        name: the parameter's attribute name, with wildcards as in `fnmatch`, which do not match dots.
-            A name with dots refers to items of a ParameterList (``"experts.*"``) or to parameters of direct
-            submodules (``"proj.weight"``, or ``"blocks.*.weight"`` for a ModuleList), and takes precedence over
-            their own rules.
+        name: the parameter's attribute name, with wildcards as in `fnmatch`, which do not match dots. The exact name
+            takes precedence over wildcards. A name with dots refers to items of a ParameterList (``"experts.*"``) or
+            to parameters of direct submodules (``"proj.weight"``, or ``"blocks.*.weight"`` for a ModuleList), and
+            takes precedence over their own rules.
         rule: a pattern such as ``"[i] o"`` (see `WeightVectors.parse`) or a `WeightVectors`; `LeaveAlone` or None to
             skip the parameter; or a function of (module, tensor) that returns one of these, such as
             `gradcentral.layout.axes`, which takes the sizes of split axes from the module.
@@ -122,7 +127,9 @@ def check_rule(rule: object, what: str) -> None:
 
 
 def matching_name(rules: Rules, name: str) -> str | None:
-    """Return the first name in the rules that matches a parameter's name."""
+    """Return the name in the rules that is a parameter's name, or else the first one that matches it."""
+    if name in rules:
+        return name
     pieces = name.split(".")
     for key in rules:
         wildcards = key.split(".")
@@ -141,16 +148,32 @@ def apply_rule(rule: Rule, module: nn.Module, tensor: Tensor) -> Decision:
     if not isinstance(decided, (str, WeightVectors)):
         raise TypeError(f"must return a pattern, WeightVectors, LeaveAlone or None, not {decided!r}")
     vectors = as_vectors(decided, tuple(tensor.shape))
-    return vectors if vectors.fan_in > 1 else LeaveAlone("fan-in 1: its centered gradient is always zero")
+    if vectors.fan_in > 1:
+        return vectors
+    return LeaveAlone(
+        f"fan-in {vectors.fan_in}: {'its centered gradient is always zero' if vectors.fan_in else 'empty'}"
+    )
 
 
 def not_centerable(tensor: Tensor) -> LeaveAlone | None:
     """Return the reason to skip a tensor regardless of its rule, if there is one."""
     if is_lazy(tensor):
         return LeaveAlone(LAZY)
+    if tensor.is_nested:
+        return LeaveAlone("nested tensor: its parts differ in shape")
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return LeaveAlone(f"dtype {str(tensor.dtype).removeprefix('torch.')} has no mean")
     return None
+
+
+def too_few_axes(tensor: Tensor) -> LeaveAlone:
+    """Return the reason to skip a tensor of fewer than two axes without a rule."""
+    return LeaveAlone("one-dimensional" if tensor.ndim else "a single number")
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return the shape of a parameter; None if it is lazy or a nested tensor, which have no fixed shape."""
+    return None if is_lazy(tensor) or tensor.is_nested else tuple(tensor.shape)
 
 
 def axes(pattern: str, **sizes: str) -> Rule:
@@ -158,8 +181,9 @@ def axes(pattern: str, **sizes: str) -> Rule:
 
     Args:
         pattern: names of the axes, with brackets around those that one weight vector runs over.
-        sizes: for a named axis, the attribute of the module that holds its size, as in ``o="out_features"``; ignored
-            if the module lacks it. A parameter that does not fit is skipped as unknown.
+        sizes: for a named axis, the attribute of the module that holds its size, as in ``o="out_features"``, or a
+            quotient of two, as in ``i="in_channels/groups"``; ignored if the module lacks it. A parameter that does
+            not fit is skipped as unknown.
 
     Examples:
         >>> import torch
@@ -174,21 +198,38 @@ def axes(pattern: str, **sizes: str) -> Rule:
     check_pattern(pattern)
 
     def rule(module: nn.Module, tensor: Tensor) -> Decision:
-        found = {name: getattr(module, attribute, None) for name, attribute in sizes.items()}
+        found = {name: size_of(module, attribute) for name, attribute in sizes.items()}
         # A tuple gives the sizes of a repeated axis; elsewhere it has another meaning, such as bipartite channels.
         kinds = {name: (int, tuple) if f"{name}..." in pattern else int for name in sizes}
         known = {name: size for name, size in found.items() if isinstance(size, kinds[name])}
         try:
             return WeightVectors.parse(pattern, tensor.shape, **known)
         except ValueError:
-            where = ", ".join(f"{name} = {attribute} = {found[name]}" for name, attribute in sizes.items())
-            return unexpected_shape(module, tensor, f"{pattern!r}{' with ' * bool(where)}{where}")
+            return unexpected_sizes(module, tensor, pattern, sizes)
 
     return rule
 
 
+def size_of(module: nn.Module, attribute: str) -> Any:
+    """Return an attribute, or the quotient of two, such as ``in_channels/groups``; None if the module lacks it."""
+    name, _, divisor = attribute.partition("/")
+    size = getattr(module, name, None)
+    if not divisor:
+        return size
+    parts = getattr(module, divisor, None)
+    return size // parts if isinstance(size, int) and isinstance(parts, int) and parts else None
+
+
 def unexpected_shape(module: nn.Module, tensor: Tensor, expected: str) -> LeaveAlone:
     """Return a decision to skip as unknown: the layer was modified, or the rule was written for another layer."""
-    return LeaveAlone(
-        f"shape {tuple(tensor.shape)} does not fit {type(module).__name__}: expected {expected}", unknown=True
-    )
+    name = getattr(module, "original_name", type(module).__name__)  # of a scripted module
+    return LeaveAlone(f"shape {tuple(tensor.shape)} does not fit {name}: expected {expected}", unknown=True)
+
+
+def unexpected_sizes(module: nn.Module, tensor: Tensor, pattern: str, sizes: Mapping[str, str]) -> LeaveAlone:
+    """Return the same with the sizes of the axes that are named in a pattern, given the attributes that hold them."""
+    found = {name: size_of(module, attribute) for name, attribute in sizes.items()}
+    where = ", ".join(f"{name} = {sizes[name]} = {size}" for name, size in found.items() if size is not None)
+    lacks = ", ".join(sizes[name] for name, size in found.items() if size is None)
+    expected = f"{pattern!r}{' with ' * bool(where)}{where}"
+    return unexpected_shape(module, tensor, expected + f" (the module lacks {lacks})" * bool(lacks))

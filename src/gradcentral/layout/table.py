@@ -1,19 +1,13 @@
-"""A layout as a table of text, with one row for layers that repeat, and rules to paste for unknown parameters."""
+"""A layout as a table of text, with one row for layers that repeat."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from torch import nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import type_before_parametrizations
+from gradcentral.layout.rules import Entry, shape_of
 
-from gradcentral.layout.rules import Entry
-from gradcentral.layout.sites import Site
-
-__all__ = ["aligned", "compact_names", "render", "suggestion"]
+__all__ = ["aligned", "compact_names", "render"]
 
 
 class _Row(NamedTuple):
@@ -46,38 +40,9 @@ def compact_names(names: Iterable[str]) -> list[str]:
     return list(map(str, _merged([_Row(tuple(name.split(".")), ()) for name in names])))
 
 
-def suggestion(site: Site) -> str:
-    """Return a line of code that skips an unknown parameter, or centers it once edited; empty below two axes."""
-    tensor = site.tensor
-    if is_lazy(tensor) or tensor.ndim <= 1:
-        return ""
-    cls: type = type_before_parametrizations(site.owner.module)
-    module, path = cls.__module__, cls.__qualname__
-    importable = all(piece.isidentifier() for piece in f"{module}.{path}".split("."))
-    if site.owner.skip is None and importable and not module.startswith("torch.nn."):
-        line = f"gradcentral.register_layout({path}, {json.dumps(_name_for_all_items(site))}, None)"
-        if module != "__main__":
-            line = f"from {module} import {path.partition('.')[0]}; {line}"
-    else:  # a rule for the class would be too broad, or would not be applied
-        line = f"layout = gradcentral.weight_layout(model, overrides={{{json.dumps(site.name)}: None}})"
-    if tensor.ndim == 2:
-        choices = '"o [i]" if used as linear(x, w), "[i] o" if as x @ w'
-    else:
-        choices = f'or brackets around the axes that one output unit sums over, as in "o [i{" i" * (tensor.ndim - 2)}]"'
-    return f"{line}  # {'×'.join(map(str, tensor.shape))}: None to skip it, {choices}"
-
-
-def _name_for_all_items(site: Site) -> str:
-    """Return the parameter's name for `register_layout`, with a wildcard for the items of a list."""
-    pieces = site.owner.name.split(".")
-    pieces[1:-1] = ["*"] * (len(pieces) - 2)
-    if len(pieces) > 1 and isinstance(site.modules[-1], (nn.ParameterList, nn.ParameterDict)):
-        pieces[-1] = "*"
-    return ".".join(pieces)
-
-
 def _cells(entry: Entry) -> tuple[str, ...]:
-    shape = "?" if is_lazy(entry.parameter) else "×".join(map(str, entry.parameter.shape))
+    sizes = shape_of(entry.parameter)
+    shape = "?" if sizes is None else "×".join(map(str, sizes))
     frozen = "" if entry.parameter.requires_grad else "; not trained"
     if (vectors := entry.vectors) is None:
         return shape, "–", f"{entry.reason}{frozen}"

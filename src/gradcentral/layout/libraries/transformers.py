@@ -55,6 +55,7 @@ TABLE: LibraryTable = {
     "*ParallelExperts": {"weight": axes("e o [i]", e="num_experts", o="output_size", i="input_size")},
     # [experts · inner, hidden]; w2 is used as x @ w on the rows of each expert.
     "*.DbrxExpertGLU": {"[wv]1": axes("o [i]", i="hidden_size"), "w2": axes("(e [i]) o", i="ffn_hidden_size")},
+    "*.InklingTopkRouter": {"weight": axes("o [i]", o="n_total_experts", i="hidden_dim")},
     "models.*Router": {"weight": axes("o [i]", o="num_experts", i="hidden_dim")},
     # One linear map per group, layer or codebook.
     "*.GroupedLinearLayer": {"weight": axes("g [i] o", g="num_groups", i="group_in_dim", o="group_out_dim")},
