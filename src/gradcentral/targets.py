@@ -101,10 +101,10 @@ class Targets:
                 stacklevel=5,
             )
 
-    def attach(self, optimizer: Optimizer) -> Shards:
+    def attach(self, optimizer: Optimizer, required: bool = True) -> Shards:
         """Return `current` for an optimizer that centering is being attached to, and remember its parameters.
 
-        The optimizer may also hold parameters of other models, but something must be left to center.
+        The optimizer may also hold parameters of other models, but if ``required``, something must be left to center.
 
         Raises:
             ValueError: none of the model's parameters is in the optimizer, or none of them is centered.
@@ -114,7 +114,7 @@ class Targets:
         self._at_attach = [(names[p], p, vectors.shape) for p, vectors in shards.pairs]
         # With several ranks, one may hold only biases (ZeroRedundancyOptimizer, pipeline stages).
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if shards.pairs or layout.pending:
+        if shards.pairs or layout.pending or not required:
             return shards
         held = {names[p] for p in self._parameters if layout.in_model(p)}
         if not held and (self._parameters or not several):
@@ -126,7 +126,10 @@ class Targets:
             )
         if not several:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in layout.skipped.items() if name in held)
-            raise ValueError(f"nothing is left to center in this optimizer ({reasons})")
+            raise ValueError(
+                f"nothing is left to center in this optimizer ({reasons}): leave it as it is, or pass all optimizers "
+                "of the model together, gradcentral.centralize([optimizer, ...], model)"
+            )
         return shards
 
     def check(self, optimizer: Optimizer) -> None:
@@ -141,7 +144,10 @@ class Targets:
             return
         in_model = self.layout.current_parameters()
         held = {p for group in optimizer.param_groups for p in group["params"]}
-        if not any(p in held for _, p, _ in self._at_attach):
+        if in_model is not None and held and held <= set(in_model.values()):
+            # The optimizer has received the model's new parameters (accelerate's FSDP2, a functional step).
+            self._at_attach = [found for found in self._at_attach if found[1] in held]
+        elif not any(p in held for _, p, _ in self._at_attach):
             raise RuntimeError(
                 "the optimizer no longer holds any of the parameters to center: they were replaced after Gradient "
                 f"Centralization was attached, as DeepSpeed's ZeRO does; {_KEEPS_SHAPES}"
