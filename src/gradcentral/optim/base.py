@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from gradcentral.kernels import native
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.kernels.forms import same_objects
+from gradcentral.kernels.planner import dispatch_is_observed
 from gradcentral.layout import WeightLayout
 from gradcentral.local_shard import any_sharded, local, with_local
 from gradcentral.optim.fused import FusedOptimizer, GroupPlan, KernelCall, LocalTensors
@@ -152,7 +153,7 @@ class CentralizedOptimizer(FusedOptimizer):
         if found_inf is not None and not traced and found_inf.is_cpu and found_inf.item():
             return loss
         held = self._local_tensors() if self._any_sharded() else None
-        calls, complete = ([], False) if traced else self._kernel_calls(held)
+        calls, complete = ([], False) if traced or dispatch_is_observed() else self._kernel_calls(held)
         if found_inf is not None and self._needs_found_inf(calls) and found_inf.item():
             return loss
         if not complete:
