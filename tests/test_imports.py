@@ -29,6 +29,7 @@ PARTS = (
     "step_hooks",
     "gradients",
     "targets",
+    "groups",
     "distributed",
     "local_shard",
     "kernels",

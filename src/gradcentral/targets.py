@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradcentral.distributed import Shards, shards_of
+from gradcentral.groups import OPTION, check_keys, excluded_parameters
 from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.local_shard import any_sharded
@@ -43,6 +44,7 @@ class Targets:
         layout: the weight vectors of the model's parameters.
         placement: one of `PLACEMENTS`.
         paused: whether steps currently do not center.
+        excluded: the parameters of groups with ``"centralize": False``.
     """
 
     def __init__(self, layout: WeightLayout, placement: str) -> None:
@@ -50,6 +52,8 @@ class Targets:
         self.layout = layout
         self.placement = placement
         self.paused = False
+        self.excluded: set[Tensor] = set()
+        self._options: list[bool | None] = []
         # The last result of `current` and the inputs it was computed from, which rarely change.
         self._shards = Shards([], [], [], {})
         self._parameters: list[Tensor] = []
@@ -68,9 +72,14 @@ class Targets:
             ValueError: a parameter is sharded in a way that cannot be centered (with its name and a remedy).
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if not self._is_current(parameters):
-            self._find_new(parameters, warn)
-            pairs = [(p, vectors) for p in parameters if (vectors := self.layout.get(p)) is not None]
+        options = [group.get(OPTION) for group in optimizer.param_groups]
+        if options != self._options or not self._is_current(parameters):
+            check_keys(optimizer)
+            self.excluded = excluded_parameters(optimizer, self.excluded)
+            self._options = options
+            self._find_new([p for p in parameters if p not in self.excluded], warn)
+            centered = [(p, self.layout.get(p)) for p in parameters if p not in self.excluded]
+            pairs = [(p, vectors) for p, vectors in centered if vectors is not None]
             self._shards = shards_in_layout(self.layout, pairs)
             self._trained = _trained(pairs) if any_sharded(p for p, _ in pairs) else None
             self._parameters, self._revision = parameters, self.layout.revision
@@ -125,7 +134,8 @@ class Targets:
                 + (f"; flat partitions, such as DeepSpeed's ZeRO, cannot be centered: {_KEEPS_SHAPES}" if flat else "")
             )
         if not several:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in layout.skipped.items() if name in held)
+            skipped = {**layout.skipped, **{names[p]: "excluded by its group" for p in self.excluded if p in names}}
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items() if name in held)
             raise ValueError(
                 f"nothing is left to center in this optimizer ({reasons}): leave it as it is, or pass all optimizers "
                 "of the model together, gradcentral.centralize([optimizer, ...], model)"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradcentral.groups import OPTION
 from gradcentral.kernels import native
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.kernels.forms import same_objects
@@ -70,7 +71,7 @@ class CentralizedOptimizer(FusedOptimizer):
             params = model.parameters()
         by_shape = model is None and layout is None
         chosen = None if by_shape else layout_to_use(model, layout)
-        self._plans: dict[int, GroupPlan] = {}
+        self._plans: dict[tuple[int, bool | None], GroupPlan] = {}
         self._fresh: set[Tensor] = set()
         super().__init__(params, *args, **kwargs)
         self._by_shape = by_shape
@@ -176,7 +177,7 @@ class CentralizedOptimizer(FusedOptimizer):
     def _any_sharded(self) -> bool:
         """Return whether parameters are DTensors; read from the plans while the groups hold the same parameters."""
         for index, group in enumerate(self.param_groups):
-            plan, params = self._plans.get(index), group["params"]
+            plan, params = self._plans.get((index, group.get(OPTION))), group["params"]
             known = plan is not None and same_objects(params, plan.all_params)
             if plan.sharded if known and plan is not None else any_sharded(params):
                 return True
@@ -209,11 +210,12 @@ class CentralizedOptimizer(FusedOptimizer):
     def _calls_of_group(
         self, index: int, group: dict[str, Any], params: list[Tensor], held: LocalTensors | None
     ) -> list[KernelCall]:
-        plan, calls = self._plans.get(index), None
+        key = (index, group.get(OPTION))
+        plan, calls = self._plans.get(key), None
         if plan is not None and plan.rule == self._update_rule(group) and same_objects(params, plan.params):
             calls = plan.kernel_calls(self, group, held)
         if calls is None:
-            plan = self._plans[index] = GroupPlan.create(self, group, params, held)
+            plan = self._plans[key] = GroupPlan.create(self, group, params, held)
             calls = plan.kernel_calls(self, group, held)
             assert calls is not None, "a plan must fit the tensors it was created for"
         return calls
