@@ -94,15 +94,11 @@ class Handle:
     """Handle of the centering that `centralize` attached: the layout in use, and methods to pause and remove it.
 
     To change the settings, remove the handle and attach again. A copy of a handle is attached to nothing.
-
-    Attributes:
-        layout: the layout in use.
-        placement: ``"gradient"`` or ``"update"``.
     """
 
     def __init__(self, layout: WeightLayout, placement: str) -> None:
-        self.layout = layout
-        self.placement = placement
+        self._layout = layout
+        self._placement = placement
         self._attachments: list[Attachment] = []
         self._removed = False
         self._paused = False
@@ -110,6 +106,16 @@ class Handle:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_attachments": []}
+
+    @property
+    def layout(self) -> WeightLayout:
+        """The layout in use."""
+        return self._layout
+
+    @property
+    def placement(self) -> str:
+        """``"gradient"`` or ``"update"``."""
+        return self._placement
 
     def remove(self) -> None:
         """Stop centering: the optimizer steps as it did before. Calling this twice is harmless."""

@@ -77,7 +77,9 @@ class Targets:
             check_keys(optimizer)
             self.excluded = excluded_parameters(optimizer, self.excluded)
             self._options = options
-            self._find_new([p for p in parameters if p not in self.excluded], warn)
+            new = self._find_new([p for p in parameters if p not in self.excluded])
+            if new and warn:
+                self._warn_about(optimizer, new)
             centered = [(p, self.layout.get(p)) for p in parameters if p not in self.excluded]
             pairs = [(p, vectors) for p, vectors in centered if vectors is not None]
             self._shards = shards_in_layout(self.layout, pairs)
@@ -93,22 +95,31 @@ class Targets:
             and (self._trained is None or self._trained == _trained(self._shards.pairs))
         )
 
-    def _find_new(self, parameters: list[Tensor], warn: bool) -> None:
-        """Look up parameters that are missing from the layout in the current model."""
+    def _find_new(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Look up parameters that are missing from the layout in the current model; return those not found there."""
         layout = self.layout
         new = [p for p in parameters if not layout.in_model(p) and p not in self._not_in_model]
         if not new and not layout.pending:
-            return
+            return []
         layout.refresh()
         missing = [p for p in new if not layout.in_model(p)]
         self._not_in_model.update(missing)
-        if missing and warn:
-            shapes = ", ".join(str(tuple(p.shape)) for p in missing)
-            warnings.warn(
-                f"the optimizer received parameters that are not in the model, of shape {shapes}: they are not "
-                "centered; call gradcentral.centralize(optimizer, their_model) for them too",
-                stacklevel=5,
+        return missing
+
+    def _warn_about(self, optimizer: Optimizer, missing: list[Tensor]) -> None:
+        if getattr(optimizer, "targets", None) is self:
+            remedy = (
+                "create it with all models, model=torch.nn.ModuleList([model, their_model]), or leave them out with "
+                '"centralize": False in their group'
             )
+        else:
+            remedy = "call gradcentral.centralize(optimizer, their_model) for them too"
+        shapes = ", ".join(str(tuple(p.shape)) for p in missing)
+        warnings.warn(
+            f"the optimizer holds parameters that are not in the model, of shape {shapes}: they are not centered; "
+            f"{remedy}",
+            stacklevel=6,
+        )
 
     def attach(self, optimizer: Optimizer, required: bool = True) -> Shards:
         """Return `current` for an optimizer that centering is being attached to, and remember its parameters.
@@ -118,7 +129,12 @@ class Targets:
         Raises:
             ValueError: none of the model's parameters is in the optimizer, or none of them is centered.
         """
+        # gradcentral's own optimizers have one model; centralize may be called again for another one.
+        own = getattr(optimizer, "targets", None) is self
         shards, layout = self.current(optimizer, warn=False), self.layout
+        others = [p for p in self._parameters if p in self._not_in_model and p.ndim > 1]
+        if own and others and shards.pairs:
+            self._warn_about(optimizer, others)
         names = layout.names
         self._at_attach = [(names[p], p, vectors.shape) for p, vectors in shards.pairs]
         # With several ranks, one may hold only biases (ZeroRedundancyOptimizer, pipeline stages).

@@ -223,7 +223,8 @@ def weight_layout(
     if only not in ("all", "conv"):
         raise ValueError(f"unknown only={only!r}; choose from 'all', 'conv'")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        several = "; pass several models as torch.nn.ModuleList(models)" if isinstance(model, (list, tuple)) else ""
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}{several}")
     overrides = dict(overrides or {})
     for selector, rule in overrides.items():
         check_rule(rule, f"overrides[{selector!r}]")
