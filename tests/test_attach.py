@@ -548,6 +548,24 @@ def test_complex_and_channels_last_parameters_are_centered() -> None:
     assert linear.weight.grad.mean(1).abs().max() < 1e-6
 
 
+def test_a_mask_that_is_applied_again_after_centering_keeps_frozen_entries() -> None:
+    """As in docs/optimizers.md: centering gives the entries that a hook has masked a gradient."""
+    for again in (False, True):
+        model = _model()
+        weight = model[0].weight
+        mask = torch.ones_like(weight).tril()
+        weight.register_hook(lambda g, mask=mask: g * mask)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        centralize(optimizer, model)
+        if again:
+            optimizer.register_step_pre_hook(lambda *_, weight=weight, mask=mask: weight.grad.mul_(mask))
+        before = weight.detach().clone()
+        _backward(model)
+        optimizer.step()
+        assert not torch.equal(weight, before)
+        assert torch.equal(weight[mask == 0], before[mask == 0]) is again
+
+
 # Errors.
 
 
