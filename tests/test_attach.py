@@ -558,7 +558,9 @@ def test_a_mask_that_is_applied_again_after_centering_keeps_frozen_entries() -> 
         optimizer = SGD(model.parameters(), lr=0.1)
         centralize(optimizer, model)
         if again:
-            optimizer.register_step_pre_hook(lambda *_, weight=weight, mask=mask: weight.grad.mul_(mask))
+            optimizer.register_step_pre_hook(
+                lambda *_, weight=weight, mask=mask: setattr(weight, "grad", weight.grad * mask)
+            )
         before = weight.detach().clone()
         _backward(model)
         optimizer.step()

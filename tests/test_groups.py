@@ -131,3 +131,12 @@ def test_keys_of_the_optimizer_itself_are_its_own() -> None:
     optimizer = Own(model.parameters())
     centralize(optimizer, model)
     assert _centered(model, optimizer) == [True, True]
+
+
+@pytest.mark.parametrize("options", [{"placement": "update"}, {}])
+def test_wrappers_may_copy_the_arguments_of_an_own_optimizer_into_its_groups(options: dict[str, str]) -> None:
+    """SAM and ZeroRedundancyOptimizer do."""
+    model = _model()
+    arguments = {"lr": 0.1, "model": model, **options}
+    optimizer = gradcentral.SGD([{"params": layer.parameters(), **arguments} for layer in model], **arguments)
+    assert _centered(model, optimizer) == [True, True]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from difflib import get_close_matches
 
 from torch import Tensor
@@ -14,15 +14,24 @@ OPTION = "centralize"
 _OF_THE_WHOLE_OPTIMIZER = ("placement", "layout", "model", "strength")
 
 
-def check_keys(optimizer: Optimizer) -> None:
+def check_keys(optimizer: Optimizer, settings: Mapping[str, object], *, own: bool) -> None:
     """Refuse keys of parameter groups that look like an option of gradcentral and would have no effect.
+
+    Args:
+        optimizer: the optimizer.
+        settings: the placement and the layout in use; keys with these values are harmless. Wrappers (SAM,
+            ``ZeroRedundancyOptimizer``) copy the arguments of the optimizer that they create into its groups.
+        own: whether it is gradcentral's own optimizer, whose ``model=`` they copy too.
 
     Raises:
         ValueError: with the key and a remedy.
     """
-    for index, group in enumerate(optimizer.param_groups):
-        for key in group:
-            if key in optimizer.defaults or key == OPTION:
+    groups = optimizer.param_groups
+    for index, group in enumerate(groups):
+        for key, value in group.items():
+            if key in optimizer.defaults or key == OPTION or (key in settings and value == settings[key]):
+                continue
+            if key == "model" and own and all(other.get(key) is value for other in groups):
                 continue
             problem = f"parameter group {index} has the key {key!r}"
             if key in _OF_THE_WHOLE_OPTIMIZER:

@@ -74,7 +74,8 @@ class Targets:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         options = [group.get(OPTION) for group in optimizer.param_groups]
         if options != self._options or not self._is_current(parameters):
-            check_keys(optimizer)
+            own = getattr(optimizer, "targets", None) is self
+            check_keys(optimizer, {"placement": self.placement, "layout": self.layout}, own=own)
             self.excluded = excluded_parameters(optimizer, self.excluded)
             self._options = options
             new = self._find_new([p for p in parameters if p not in self.excluded])
