@@ -117,11 +117,10 @@ class Attachment:
 
     def _check_centered(self, optimizer: Optimizer) -> None:
         """Raise if this step used gradients that did not exist when its hooks could center them."""
-        pairs = self.targets.current(optimizer).pairs
-        missed = not self._found_gradients and any(p.grad is not None for p, _ in pairs)
-        if self._closure_calls == 0 and self._calls_closures:
-            missed = True
-        self._calls_closures = self._calls_closures or bool(self._closure_calls)
+        missed = self._closure_calls == 0 and self._calls_closures
+        if not self._found_gradients:
+            missed |= any(p.grad is not None for p, _ in self.targets.current(optimizer).pairs)
+        self._calls_closures |= bool(self._closure_calls)
         if missed:
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step() used gradients that were not centered, because they were computed "

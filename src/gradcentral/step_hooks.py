@@ -35,7 +35,7 @@ def hooked_optimizer(optimizer: Any) -> Optimizer:
     Raises:
         TypeError: there is no ``torch.optim.Optimizer`` with step hooks.
     """
-    found = [current for _, current in _chain(optimizer) if _has_hooks(current)]
+    found: list[Optimizer] = [current for _, current in _chain(optimizer) if _has_hooks(current)]
     if not found:
         several = getattr(optimizer, "optimizers", None)
         if isinstance(several, (list, tuple)) and any(map(_has_hooks, several)):
@@ -45,7 +45,7 @@ def hooked_optimizer(optimizer: Any) -> Optimizer:
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer with step hooks, not {type(optimizer).__name__}; {remedy}"
         )
-    hooked: Optimizer = found[0]
+    hooked = found[0]
     for base in found[1:]:
         if base is getattr(hooked, "base_optimizer", None) and _share_parameters(hooked, base):
             hooked = base

@@ -223,8 +223,10 @@ def weight_layout(
     if only not in ("all", "conv"):
         raise ValueError(f"unknown only={only!r}; choose from 'all', 'conv'")
     if not isinstance(model, nn.Module):
-        several = "; pass several models as torch.nn.ModuleList(models)" if isinstance(model, (list, tuple)) else ""
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}{several}")
+        raise TypeError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}; pass several models as "
+            "torch.nn.ModuleList(models)"
+        )
     overrides = dict(overrides or {})
     for selector, rule in overrides.items():
         check_rule(rule, f"overrides[{selector!r}]")
