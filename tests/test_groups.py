@@ -88,6 +88,17 @@ def test_options_of_the_whole_optimizer_raise(kind: str, key: str) -> None:
         _optimizer(model, kind, {key: "update"})
 
 
+def test_the_remedy_for_two_placements_works() -> None:
+    model = _model()
+    with pytest.raises(ValueError, match="create one optimizer per placement"):
+        _optimizer(model, "attached", {"placement": "update"})
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model]
+    for optimizer, placement in zip(optimizers, PLACEMENTS, strict=True):
+        centralize(optimizer, model, placement)
+    assert _centered(model, optimizers[0]) == [True, True]  # the second layer does not move
+    assert _centered(model, optimizers[1]) == [True, True]
+
+
 @KINDS
 @pytest.mark.parametrize("key", ["centralise", "centralized", "Centralize"])
 def test_misspelled_keys_raise_and_the_remedy_works(kind: str, key: str) -> None:

@@ -182,8 +182,13 @@ def test_wrappers_around_no_torch_optimizer_raise_with_a_remedy() -> None:
     model = _model()
     wrappers: list[Any] = [Plain("opt", object()), Hookless("optimizer", None), object(), SGD]
     for optimizer in wrappers:
-        with pytest.raises(TypeError, match=r"call gradcentral.centralize_gradients\(model\) before each step"):
+        with pytest.raises(TypeError, match=r"call gradcentral.centralize_gradients\(model\) before each") as raised:
             centralize(optimizer, model)
+        _backward(model)
+        found = re.search("call (.+) before", str(raised.value))
+        assert found
+        eval(found[1])
+        assert model[0].weight.grad.mean(1).abs().max() < 1e-15
     loop = Plain("opt", None)
     loop.opt = loop  # type: ignore[attr-defined]
     with pytest.raises(TypeError, match="must be a torch.optim.Optimizer with step hooks, not Plain"):
@@ -382,6 +387,23 @@ def test_placement_update_refuses_schedule_free_optimizers() -> None:
     assert found
     eval(f"centralize(optimizer, model, {found[1]})", globals(), {"optimizer": optimizer, "model": model})
     assert len(attached(optimizer)) == 1
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_the_optimizer_of_accelerate_is_followed(placement: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = _model()
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = accelerator.prepare_optimizer(SGD(model.parameters(), lr=0.1))
+    handle = centralize(optimizer, model, placement)
+    assert attached(optimizer.optimizer) == [handle]
+    start, before = _means(model), model[0].weight.detach().clone()
+    _backward(model)
+    optimizer.step()
+    _assert_means_kept(model, start, before)
+    wrapped = accelerator.prepare_optimizer(ScheduleFree(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="ScheduleFree keeps a second"):
+        centralize(wrapped, model, "update")
 
 
 def test_placement_update_names_the_optimizer_inside_a_schedule_free_wrapper() -> None:

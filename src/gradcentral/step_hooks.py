@@ -142,8 +142,9 @@ def _has_hooks(candidate: Any) -> bool:
 
 def _has_two_sequences(optimizer: Any) -> bool:
     """Return whether the weights that are evaluated differ from those that are trained (Schedule-Free)."""
-    switches = (getattr(optimizer, name, None) for name in ("train", "eval"))
-    return all(map(callable, switches)) and not isinstance(optimizer, nn.Module)
+    if isinstance(optimizer, nn.Module) or type(optimizer).__module__.startswith("accelerate."):
+        return False  # accelerate's wrapper passes train() and eval() on to the optimizer inside, if it has them
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
 def _share_parameters(one: Optimizer, other: Optimizer) -> bool:
