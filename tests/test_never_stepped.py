@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import warnings
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing  # registers tensors with the pickler of multiprocessing
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -117,7 +121,7 @@ def test_usual_training_does_not_warn() -> None:
         if step % 4 == 3:  # gradients are accumulated
             optimizer.step()
             optimizer.zero_grad()
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 @pytest.mark.usefixtures("_no_warnings")
@@ -143,7 +147,7 @@ def test_optimizers_that_are_not_in_use_do_not_warn() -> None:
     assert "not attached" in repr(handle)
     plain = SGD(model.parameters(), lr=0.1)
     _train(model, plain.step)
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 @pytest.mark.usefixtures("_no_warnings")
@@ -152,3 +156,14 @@ def test_models_without_a_parameter_to_watch_can_be_attached_to() -> None:
     centralize(SGD(frozen.parameters(), lr=0.1), frozen)
     lazy = nn.Sequential(nn.LazyLinear(3))
     centralize(SGD(lazy.parameters(), lr=0.1), lazy)
+
+
+@pytest.mark.usefixtures("_no_warnings")
+def test_a_model_with_a_watched_parameter_can_be_copied_and_sent() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not any(p._backward_hooks for p in twin.parameters())
+    ForkingPickler.dumps(model)  # as when a process is started

@@ -38,16 +38,20 @@ def watch_for_steps(stepping: Stepping, optimizer: Optimizer, parameters: Iterab
 
 
 class _Watch:
+    __torch_unserializable__ = True  # a model that is sent to another process leaves the hook behind
+
     def __init__(self, stepping: Stepping, optimizer: Optimizer, parameter: Tensor) -> None:
+        self._parameter = weakref.ref(parameter)
         self._stepping = weakref.ref(stepping)
         self._optimizer = weakref.ref(optimizer)
         self._weights: Tensor | None = None
         self._changes = 0
-        self._hook = parameter.register_post_accumulate_grad_hook(self)  # type: ignore[no-untyped-call]
+        # Not register_post_accumulate_grad_hook, since other libraries refuse parameters that have such hooks.
+        self._hook = parameter.register_hook(self)  # type: ignore[no-untyped-call]
 
-    def __call__(self, parameter: Tensor) -> None:
-        stepping, optimizer = self._stepping(), self._optimizer()
-        if stepping is None or optimizer is None or stepping.stepped:
+    def __call__(self, gradient: Tensor) -> None:
+        stepping, optimizer, parameter = self._stepping(), self._optimizer(), self._parameter()
+        if stepping is None or optimizer is None or parameter is None or stepping.stepped:
             self._hook.remove()
             return
         # The comparison below synchronizes with the device.
