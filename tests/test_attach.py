@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from gradcentral import WeightLayout, WeightVectors, center, centralize, centralize_gradients, weight_layout
-from gradcentral.attach import attached
+import gradcentral
+from gradcentral import WeightLayout, WeightVectors, attached, center, centralize, centralize_gradients, weight_layout
 
 ROWS = WeightVectors((1,))
 
@@ -176,6 +177,125 @@ def test_paused_steps_do_not_center(placement: str) -> None:
     _backward(model)
     optimizer.step()
     assert "active" in repr(handle)
+    assert all(torch.allclose(m, s, rtol=0, atol=1e-15) for m, s in zip(_means(model), start, strict=True))
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+def test_pause_and_resume(placement: str) -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = centralize(optimizer, model, placement)
+
+    def centers() -> bool:
+        _backward(model)
+        start = _means(model)
+        optimizer.step()
+        return all(torch.allclose(m, s, rtol=0, atol=1e-15) for m, s in zip(_means(model), start, strict=True))
+
+    assert centers()
+    handle.pause()
+    handle.pause()
+    assert "paused" in repr(handle)
+    assert not centers()
+    with handle.paused():
+        assert not centers()
+    assert not centers()  # the block does not resume
+    handle.resume()
+    assert "active" in repr(handle)
+    assert centers()
+    with handle.paused():
+        handle.resume()
+        assert not centers()  # until the block ends
+    assert centers()
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copied_handle_is_attached_to_nothing(copier: Any) -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = centralize(optimizer, model)
+    twin = copier(handle)
+    assert "not attached" in repr(twin)
+    twin.pause()
+    twin.remove()
+    assert "active" in repr(handle)
+    assert attached(optimizer) == [handle]
+
+
+# Several optimizers of one model.
+
+
+def test_several_optimizers_have_one_handle() -> None:
+    model = _model()
+    one, two = SGD(model[0].parameters(), lr=0.1), Adam(model[2].parameters(), lr=0.1)
+    handle = centralize([one, two], model, "update")
+    assert attached(one) == attached(two) == [handle]
+    assert "active on 2 optimizers" in repr(handle)
+    assert centralize((one, two), model, "update") is centralize(two, model, "update") is handle
+
+    def step() -> list[bool]:
+        _backward(model)
+        start = _means(model)
+        one.step()
+        two.step()
+        return [torch.allclose(m, s, rtol=0, atol=1e-15) for m, s in zip(_means(model), start, strict=True)]
+
+    assert step() == [True, True]
+    with handle.paused():
+        assert step() == [False, False]
+    assert step() == [True, True]
+    handle.remove()
+    assert attached(one) == attached(two) == []
+    assert step() == [False, False]
+
+
+def test_only_optimizers_that_all_have_nothing_to_center_raise() -> None:
+    model = _model()
+    weights, rest = ([p for p in model.parameters() if p.ndim == ndim] for ndim in (2, 1))
+    one, two = SGD(weights, lr=0.1), SGD(rest, lr=0.1)
+    with pytest.raises(ValueError, match=r"nothing is left to center in this optimizer .*\(0.bias") as raised:
+        centralize(two, model)
+    found = re.search(r"together, (.+)$", str(raised.value))
+    assert found
+    handle = eval(
+        found[1].replace("...", "one"), {"gradcentral": gradcentral, "optimizer": two, "one": one, "model": model}
+    )
+    assert attached(one) == [handle]
+    handle.remove()
+    with pytest.raises(ValueError, match=r"nothing is left to center"):
+        centralize([SGD(rest[:1], lr=0.1), SGD(rest[1:], lr=0.1)], model)
+    with pytest.raises(ValueError, match=r"none of the model's parameters is in the optimizer"):
+        centralize([one, two], copy.deepcopy(model))
+    with pytest.raises(ValueError, match=r"the list of optimizers is empty: call centralize after they"):
+        centralize([], model)
+    assert attached(one) == attached(two) == []
+
+
+def test_several_optimizers_of_which_one_is_centered_otherwise_raise() -> None:
+    model = _model()
+    optimizer = [SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)]
+    first = centralize(optimizer[1], model)
+    for placement in ("gradient", "update"):  # the first optimizer is not centered yet
+        with pytest.raises(ValueError, match="2.weight is already centered") as raised:
+            centralize(optimizer, model, placement)
+    assert attached(optimizer[0]) == []
+    exec(str(raised.value).split("first: ")[1], {"gradcentral": gradcentral, "optimizer": optimizer})
+    assert attached(optimizer[1]) == []
+    assert "removed" in repr(first)
+    centralize(optimizer, model)
+
+
+def test_one_optimizer_per_parameter_that_steps_in_backward() -> None:
+    model = _model()
+    optimizers = {p: SGD([p], lr=0.1) for p in model.parameters()}
+    for p, optimizer in optimizers.items():
+        p.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    handle = centralize([*optimizers.values()], model)
+    start, before = _means(model), _weights(model)
+    for _ in range(3):
+        _backward(model)
+    assert "active on 4 optimizers" in repr(handle)
+    assert not any(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
     assert all(torch.allclose(m, s, rtol=0, atol=1e-15) for m, s in zip(_means(model), start, strict=True))
 
 
@@ -354,44 +474,6 @@ def test_scaled_steps_are_centered_and_skipped_on_overflow(fused: bool) -> None:
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
 
 
-# Hand-written loops.
-
-
-def test_centralize_gradients_in_a_hand_written_loop() -> None:
-    model = _model()
-    _backward(model)
-    expected = [center(p.grad, ROWS) for p in model.parameters() if p.ndim == 2 and p.grad is not None]
-    centralize_gradients(model)
-    found = [p.grad for p in model.parameters() if p.ndim == 2]
-    assert all(g is not None and torch.equal(g, e) for g, e in zip(found, expected, strict=True))
-    model.append(nn.Linear(3, 2).double())
-    _backward(model)
-    centralize_gradients(model)
-    assert model[3].weight.grad is not None
-    assert model[3].weight.grad.mean(1).abs().max() < 1e-15
-
-
-def test_centralize_gradients_keeps_no_model_alive() -> None:
-    model = _model()
-    _backward(model)
-    centralize_gradients(model)
-    alive = weakref.ref(model)
-    del model
-    gc.collect()
-    assert alive() is None
-
-
-def test_centralize_gradients_with_a_layout() -> None:
-    model = _model()
-    _backward(model)
-    raw = model[2].weight.grad
-    assert raw is not None
-    raw = raw.clone()
-    centralize_gradients(layout=weight_layout(model, exclude=["2.*"]))
-    assert torch.equal(model[2].weight.grad, raw)
-    assert model[0].weight.grad.mean(1).abs().max() < 1e-15
-
-
 # Unusual gradients and parameters.
 
 
@@ -464,6 +546,26 @@ def test_complex_and_channels_last_parameters_are_centered() -> None:
     optimizer.step()
     assert linear.weight.grad is not None
     assert linear.weight.grad.mean(1).abs().max() < 1e-6
+
+
+def test_a_mask_that_is_applied_again_after_centering_keeps_frozen_entries() -> None:
+    """As in docs/optimizers.md: centering gives the entries that a hook has masked a gradient."""
+    for again in (False, True):
+        model = _model()
+        weight = model[0].weight
+        mask = torch.ones_like(weight).tril()
+        weight.register_hook(lambda g, mask=mask: g * mask)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        centralize(optimizer, model)
+        if again:
+            optimizer.register_step_pre_hook(
+                lambda *_, weight=weight, mask=mask: setattr(weight, "grad", weight.grad * mask)
+            )
+        before = weight.detach().clone()
+        _backward(model)
+        optimizer.step()
+        assert not torch.equal(weight, before)
+        assert torch.equal(weight[mask == 0], before[mask == 0]) is again
 
 
 # Errors.

@@ -45,6 +45,10 @@ SPARSE = (
     "model, batch = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2)), torch.tensor([1, 2])\n"
     "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
 )
+TWO_MODELS = (
+    "their_model = nn.Linear(4, 3)\nparams += their_model.parameters()\n"
+    "backward = lambda: (model(batch).square().mean() + their_model(batch).square().mean()).backward()\n"
+)
 
 
 class Case(NamedTuple):
@@ -143,6 +147,32 @@ CASES = {
         "step()",
         r"call (gradcentral.centralize\(optimizer, their_model\)) for them",
         "their_model = other\n{0}",
+    ),
+    "parameters of another model in an own optimizer": Case(
+        TWO_MODELS,
+        "gradcentral.SGD(params, lr=0.1, model=model)",
+        r"create it with all models, (model=.+?), or",
+        "optimizer = gradcentral.SGD(params, lr=0.1, {0})",
+    ),
+    "parameters of another model added to an own optimizer": Case(
+        TWO_MODELS + "optimizer = gradcentral.SGD(model, lr=0.1)\n"
+        "optimizer.add_param_group({'params': their_model.parameters()})",
+        "step()",
+        r"create it with all models, (model=.+?), or",
+        "optimizer = gradcentral.SGD(params, lr=0.1, {0})",
+    ),
+    "parameters of another model that are left out": Case(
+        TWO_MODELS,
+        "gradcentral.SGD(params, lr=0.1, model=model)",
+        r'leave them out with ("centralize": False) in their group',
+        "groups = [{{'params': model.parameters()}}, {{'params': their_model.parameters(), {0}}}]\n"
+        "optimizer = gradcentral.SGD(groups, lr=0.1, model=model)",
+    ),
+    "a list of models": Case(
+        TWO_MODELS + "models = [model, their_model]\noptimizer = torch.optim.SGD(params, lr=0.1)",
+        "centralize(optimizer, models)",
+        r"pass several models as (.+)$",
+        "centralize(optimizer, {0})",
     ),
     "lazy parameters": Case(
         LAZY + "centralize(optimizer, model, 'update')",

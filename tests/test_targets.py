@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import stateless
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import SGD, Optimizer
 
 import gradcentral
 from gradcentral import centralize
+from gradcentral.targets import PLACEMENTS
+
+can_swap = importlib.util.find_spec("torch.optim._stateless") is not None
+if can_swap:
+    from torch.optim._stateless import swap_in_optimizer_params_and_state
 
 
 def _model() -> Any:
@@ -132,3 +142,70 @@ def test_a_second_step_raises_again() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="the model no longer uses"):
             optimizer.step()
+
+
+def _swapped(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], Any]:
+    """Return new parameters for a functional step, and the context in which model and optimizer hold them."""
+    params = {name: torch.randn_like(p, requires_grad=True) for name, p in model.named_parameters()}
+    contexts = ExitStack()
+    contexts.enter_context(stateless._reparametrize_module(model, params))
+    state = copy.deepcopy(optimizer.state_dict())
+    contexts.enter_context(swap_in_optimizer_params_and_state(optimizer, params, state))
+    return params, contexts
+
+
+@pytest.mark.skipif(not can_swap, reason="needs a torch with torch.optim._stateless")
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("kind", ["hook", "fused"])
+def test_the_first_step_after_a_checkpoint_may_be_functional(kind: str, placement: str) -> None:
+    model = _model()
+    optimizer = _optimizer(model, kind, placement)
+    torch.autograd.backward(model(torch.randn(9, 4)).square().sum())
+    optimizer.step()
+    checkpoint = optimizer.state_dict()
+    model = _model()
+    optimizer = _optimizer(model, kind, placement)
+    optimizer.load_state_dict(checkpoint)
+    params, contexts = _swapped(model, optimizer)
+    with contexts:
+        before = {name: p.detach().clone() for name, p in params.items()}
+        for p in model.parameters():
+            p.grad = torch.rand_like(p) + 0.5
+        optimizer.step()
+    _assert_means_kept(before, params)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.autograd.backward(model(torch.randn(9, 4)).square().sum())
+    optimizer.step()  # a usual step
+    _assert_means_kept(before, dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("kind", ["hook", "fused"])
+def test_an_optimizer_may_receive_the_new_parameters_of_the_model(kind: str, placement: str) -> None:
+    """accelerate replaces the parameters of the model (FSDP2) and then those of the optimizer."""
+    model = _model()
+    optimizer = _optimizer(model, kind, placement)
+    for layer in (model[0], model[2]):
+        for name, p in [*layer.named_parameters()]:
+            setattr(layer, name, nn.Parameter(p.detach().clone()))
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    for _ in range(2):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        torch.autograd.backward(model(torch.randn(9, 4)).square().sum())
+        optimizer.step()
+        _assert_means_kept(before, dict(model.named_parameters()))
+
+
+def _optimizer(model: nn.Module, kind: str, placement: str) -> Optimizer:
+    if kind == "fused":
+        return gradcentral.SGD(model, lr=0.1, momentum=0.9, placement=placement)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    centralize(optimizer, model, placement)
+    return optimizer
+
+
+def _assert_means_kept(before: dict[str, Tensor], now: Mapping[str, Tensor]) -> None:
+    for name, w in before.items():
+        assert not torch.equal(now[name], w)
+        if w.ndim == 2:
+            torch.testing.assert_close(now[name].detach().mean(1), w.mean(1), rtol=0, atol=1e-6)

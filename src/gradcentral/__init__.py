@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gradcentral.attach import Handle, attached, centralize, centralize_gradients
+from gradcentral.attach import Handle, attached, centralize
+from gradcentral.gradients import centralize_gradients
 from gradcentral.initialization import center_weights_
 from gradcentral.layout import Entry, LeaveAlone, WeightLayout, register_layout, weight_layout
 from gradcentral.optim import SGD, Adam, AdamW

@@ -1,42 +1,25 @@
-"""Attach Gradient Centralization to any torch optimizer, or center gradients in a hand-written loop."""
+"""`centralize`: Gradient Centralization on any torch optimizer, and the handle that it returns."""
 
 from __future__ import annotations
 
-import functools
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from gradcentral.distributed import Shards
-from gradcentral.kernels import Centering, Means
-from gradcentral.kernels.compiled import TracedCentering
-from gradcentral.layout import WeightLayout, weight_layout
-from gradcentral.local_shard import is_expanded, local
-from gradcentral.projection import Pair, center
-from gradcentral.targets import Targets, check_placement, layout_to_use, refuse_sparse, shards_in_layout
+from gradcentral.attachment import Attachment, attachments_of
+from gradcentral.layout import WeightLayout
+from gradcentral.projection import Pair
+from gradcentral.step_hooks import hooked_optimizer, refuse_unhookable
+from gradcentral.targets import Targets, check_placement, layout_to_use
 
-__all__ = [
-    "Handle",
-    "attached",
-    "centering_of",
-    "centralize",
-    "centralize_gradients",
-    "closure_of",
-    "hooked_optimizer",
-    "replace_closure",
-]
-
-HookedCall = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of a step, which a pre-hook may replace."""
+__all__ = ["Handle", "attached", "centering_of", "centralize"]
 
 
 def centralize(
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     model: nn.Module | None = None,
     placement: str = "gradient",
     *,
@@ -46,10 +29,12 @@ def centralize(
 
     Every subsequent ``optimizer.step()`` centers. Clipping that runs before ``step()`` sees the gradients as autograd
     left them, as in the authors' code. A closure (LBFGS; Lightning always passes one) is wrapped, so that the gradients
-    it computes are centered too.
+    it computes are centered too. A wrapper without step hooks is followed to the optimizer inside it, and so is SAM.
 
     Args:
-        optimizer: holds parameters of the model; its other parameters are not centered.
+        optimizer: holds parameters of the model; its other parameters are not centered. A list of optimizers, such as
+            Muon and AdamW for different layers of one model, gives one handle for all of them. A parameter group with
+            ``"centralize": False`` is not centered.
         model: determines the layout (see `weight_layout`).
         placement: ``"gradient"``: the optimizer receives Φ(∂L/∂w), written into ``p.grad`` in place (algorithms 1 and
             2 of the paper). ``"update"``: w ← w + Φ(Δw), Δw the whole change that the step makes, weight decay
@@ -58,12 +43,13 @@ def centralize(
             ``WeightLayout.from_shapes(params)`` if there is no model.
 
     Returns:
-        A `Handle`: ``.layout``, ``.remove()``, ``.paused()``. Attaching again with the same settings returns the
-        existing handle.
+        A `Handle`: ``.layout``, ``.remove()``, ``.pause()``, ``.resume()``, ``.paused()``. Attaching again with the
+        same settings returns the existing handle.
 
     Raises:
         ValueError: an unknown placement; neither or both of model and layout; none of the model's parameters is in the
-            optimizer; nothing is left to center; a parameter is already centered with other settings.
+            optimizer; nothing is left to center; a parameter is already centered with other settings; a differentiable
+            optimizer; placement ``"update"`` for an optimizer with ``train()`` and ``eval()`` (Schedule-Free).
         TypeError: the optimizer has no step hooks.
 
     Note:
@@ -80,159 +66,97 @@ def centralize(
         >>> bool(model.weight.grad.mean(1).abs().max() < 1e-6)
         True
     """
-    optimizer = hooked_optimizer(optimizer)
-    if isinstance(getattr(optimizer, "targets", None), Targets):
-        raise ValueError(f"gradcentral.{type(optimizer).__name__} already centers: pass placement= when you create it")
-    if getattr(optimizer, "_overlap_with_ddp", False):
-        raise ValueError(
-            "this ZeroRedundancyOptimizer steps inside DDP's communication, where no hook fires: create it with "
-            "overlap_with_ddp=False"
-        )
     check_placement(placement)
+    several = isinstance(optimizer, (list, tuple))
+    given: list[Any] = [*optimizer] if isinstance(optimizer, (list, tuple)) else [optimizer]
+    if not given:
+        raise ValueError("the list of optimizers is empty: call centralize after they have been created")
+    hooked = [hooked_optimizer(one) for one in given]
+    for one, inner in zip(given, hooked, strict=True):
+        if isinstance(getattr(inner, "targets", None), Targets):
+            raise ValueError(f"gradcentral.{type(inner).__name__} already centers: pass placement= when you create it")
+        refuse_unhookable(one, placement)
     handle = Handle(layout_to_use(model, layout), placement)
-    shards = handle.targets.attach(optimizer)
-    if (existing := _same_as_attached(optimizer, handle, shards.pairs)) is not None:
+    optimizers = [*dict.fromkeys(hooked)]
+    attachments = [Attachment(handle, handle.layout, placement) for _ in optimizers]
+    pairs = [each.targets.attach(one, required=False).pairs for each, one in zip(attachments, optimizers, strict=True)]
+    if not any(pairs):
+        attachments[0].targets.attach(optimizers[0])
+    if (existing := _attached_alike(optimizers, pairs, handle, several)) is not None:
         return existing
-    handle._attach(optimizer)
+    for attachment, one in zip(attachments, optimizers, strict=True):
+        attachment.register(one)
+    handle._attachments = attachments
     return handle
-
-
-def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout | None = None) -> None:
-    """Center every gradient of a model now: in a hand-written loop, after ``unscale_`` and around clipping.
-
-    Args:
-        model: its layout is determined at the first call and kept until its parameters change.
-        layout: use this layout instead.
-
-    Raises:
-        ValueError: neither or both of model and layout; nothing to center; a sparse gradient (with its name).
-
-    Examples:
-        >>> import torch, gradcentral
-        >>> model = torch.nn.Linear(4, 2)
-        >>> model(torch.randn(8, 4)).square().sum().backward()
-        >>> gradcentral.centralize_gradients(model)
-    """
-    layout = _remembered_layout(model) if model is not None and layout is None else layout_to_use(model, layout)
-    if not layout and not layout.pending:
-        raise ValueError(f"nothing to center: {layout.summary()}")
-    _center_gradients(layout, shards_in_layout(layout, list(layout.items())), Centering())
-
-
-class _BeforeStep(NamedTuple):
-    """State that placement "update" keeps during a step: the tensors and the means of their weight vectors."""
-
-    shards: Shards
-    pairs: list[Pair]
-    means: Means
-    split_sums: list[Tensor]
 
 
 class Handle:
     """Handle of the centering that `centralize` attached: the layout in use, and methods to pause and remove it.
 
-    To change the settings, remove the handle and attach again.
-
-    Attributes:
-        targets: the parameters that are centered; see `Targets`.
+    To change the settings, remove the handle and attach again. A copy of a handle is attached to nothing.
     """
 
     def __init__(self, layout: WeightLayout, placement: str) -> None:
-        self.targets = Targets(layout, placement)
-        self._pauses = 0
-        self._hooks: list[Any] = []
-        self._centering = Centering()
-        self._before: _BeforeStep | None = None
+        self._layout = layout
+        self._placement = placement
+        self._attachments: list[Attachment] = []
+        self._removed = False
+        self._paused = False
+        self._paused_blocks = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_attachments": []}
 
     @property
     def layout(self) -> WeightLayout:
         """The layout in use."""
-        return self.targets.layout
+        return self._layout
 
     @property
     def placement(self) -> str:
         """``"gradient"`` or ``"update"``."""
-        return self.targets.placement
+        return self._placement
 
     def remove(self) -> None:
         """Stop centering: the optimizer steps as it did before. Calling this twice is harmless."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._before = None
+        for attachment in self._attachments:
+            attachment.remove()
+        self._removed = True
+
+    def pause(self) -> None:
+        """Stop centering until `resume`. Calling this twice is harmless."""
+        self._set_paused(True, self._paused_blocks)
+
+    def resume(self) -> None:
+        """Center again, from the next step or from the end of the enclosing `paused` block."""
+        self._set_paused(False, self._paused_blocks)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Return a context manager: steps inside the ``with`` block do not center."""
-        self._pauses += 1
-        self.targets.paused = True
+        self._set_paused(self._paused, self._paused_blocks + 1)
         try:
             yield
         finally:
-            self._pauses -= 1
-            self.targets.paused = self._pauses > 0
+            self._set_paused(self._paused, self._paused_blocks - 1)
+
+    def _set_paused(self, paused: bool, blocks: int) -> None:
+        self._paused, self._paused_blocks = paused, blocks
+        for attachment in self._attachments:
+            attachment.targets.paused = paused or blocks > 0
 
     def __repr__(self) -> str:
-        state = "removed" if not self._hooks else "paused" if self.targets.paused else "active"
-        return f"<gradcentral handle, {state}: placement {self.placement!r}, {self.layout.summary()}>"
-
-    def _attach(self, optimizer: Optimizer) -> None:
-        self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
-        if self.placement == "update":
-            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
-
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCall | None:
-        self._before = None
-        self.targets.check(optimizer)
-        if self.targets.paused:
-            return None
-        closure = closure_of(args, kwargs)
-        if self.placement == "update":
-            self._keep_means(optimizer, closure)
-        elif closure is not None:
-            return replace_closure(args, kwargs, self._centering_closure(optimizer, closure))
+        if self._removed or not any(attachment.active for attachment in self._attachments):
+            state = "removed" if self._removed else "not attached"
         else:
-            self._center(optimizer)
-        return None
-
-    def _keep_means(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
-        shards = self.targets.current(optimizer)
-        if closure is not None and self.layout.pending:
-            raise RuntimeError(
-                "lazy parameters receive their values inside this step's closure, so there are no means to keep yet: "
-                "run one forward pass of the model before the first step"
-            )
-        with torch.no_grad():
-            pairs = shards.local_pairs()
-            means = _eager_or_traced(self._centering).means(pairs)
-            self._before = _BeforeStep(shards, pairs, means, shards.split_sums())
-
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (before := self._before) is not None:
-            with torch.no_grad():
-                _eager_or_traced(self._centering).restore_(before.pairs, before.means)
-                before.shards.restore_split_means_(before.split_sums)
-        self._before = None
-
-    def _centering_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        # The gradients appear inside step(), each time it calls the closure.
-        @functools.wraps(closure)
-        def centering_closure() -> Any:
-            loss = closure()
-            self._center(optimizer)
-            return loss
-
-        return centering_closure
-
-    def _center(self, optimizer: Optimizer) -> None:
-        _center_gradients(self.layout, self.targets.current(optimizer), self._centering)
+            state = "paused" if self._paused or self._paused_blocks else "active"
+            state += f" on {n} optimizers" if (n := len(self._attachments)) > 1 else ""
+        return f"<gradcentral handle, {state}: placement {self.placement!r}, {self.layout.summary()}>"
 
 
 def attached(optimizer: Optimizer) -> list[Handle]:
     """Return the handles that `centralize` has attached to an optimizer and that have not been removed."""
-    hooks = getattr(hooked_optimizer(optimizer), "_optimizer_step_pre_hooks", {})
-    owners = (getattr(hook, "__self__", None) for hook in hooks.values())
-    return [owner for owner in owners if isinstance(owner, Handle)]
+    return [each.handle for each in attachments_of(hooked_optimizer(optimizer)) if isinstance(each.handle, Handle)]
 
 
 def centering_of(optimizer: Optimizer) -> list[Targets]:
@@ -241,94 +165,27 @@ def centering_of(optimizer: Optimizer) -> list[Targets]:
     The list is empty for a plain optimizer. All code that needs to find out what an optimizer centers calls this.
     """
     own = getattr(optimizer, "targets", None)
-    of_handles = [handle.targets for handle in attached(optimizer)]
+    of_handles = [attachment.targets for attachment in attachments_of(hooked_optimizer(optimizer))]
     return [own, *of_handles] if isinstance(own, Targets) else of_handles
 
 
-def hooked_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer whose step hooks fire: itself, or the one inside a wrapper such as accelerate's.
-
-    Raises:
-        TypeError: it is not a ``torch.optim.Optimizer`` with step hooks.
-    """
-    inner: Any = optimizer
-    while isinstance(inner, Optimizer) and not hasattr(inner, "_optimizer_step_pre_hooks"):
-        inner = getattr(inner, "optimizer", None)
-    if not isinstance(inner, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer with step hooks, not {type(optimizer).__name__}")
-    return inner
-
-
-def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
-    """Return the closure among a step hook's arguments: torch passes (optimizer, *arguments of step)."""
-    return args[1] if len(args) > 1 else kwargs.get("closure")
-
-
-def replace_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[[], Any]) -> HookedCall:
-    """Return what a step pre-hook must return so that ``step`` receives this closure instead of its own."""
-    return (args[0], closure, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
-
-
-def _eager_or_traced(centering: Centering) -> Centering | TracedCentering:
-    return _TRACED if torch.compiler.is_compiling() else centering
-
-
-_TRACED = TracedCentering()
-
-
-def _center_gradients(layout: WeightLayout, shards: Shards, centering: Centering) -> None:
-    traced = torch.compiler.is_compiling()
-    if not shards.sharded and not traced:
-        # Nothing is sharded. Sparse and expanded gradients, which need the checks below, never fit a plan.
-        pairs = [(p.grad, vectors) for p, vectors in shards.whole if p.grad is not None]
-        if centering.center_if_planned_(pairs):
-            return
-    with torch.no_grad():
-        shards.place_gradients(p for p, _ in shards.pairs)
-        _eager_or_traced(centering).center_all_(_writable_gradients(layout, shards.whole))
-        shards.center_split_gradients_()
-
-
-def _writable_gradients(layout: WeightLayout, targets: list[Pair]) -> list[Pair]:
-    """Return the local gradients that can be centered in place; expanded ones are replaced by centered copies."""
-    pairs = []
-    for parameter, vectors in targets:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        refuse_sparse(gradient, parameter, layout)
-        held = local(gradient)
-        if is_expanded(held):
-            parameter.grad = center(gradient, vectors)
-        else:
-            pairs.append((held, vectors))
-    return pairs
-
-
-_layouts: weakref.WeakKeyDictionary[nn.Module, WeightLayout] = weakref.WeakKeyDictionary()
-
-
-def _remembered_layout(model: nn.Module) -> WeightLayout:
-    layout = _layouts.get(model)
-    if layout is None:
-        layout = _layouts[model] = weight_layout(model)
-    elif layout.pending or set(layout.names) != set(model.parameters()):
-        layout.refresh()
-    return layout
-
-
-def _same_as_attached(optimizer: Optimizer, handle: Handle, targets: list[Pair]) -> Handle | None:
-    """Return an attached handle with the same parameters and settings; raise if one centers them differently."""
-    wanted = dict(targets)
-    for position, other in enumerate(attached(optimizer)):
-        present = dict(other.targets.current(optimizer).pairs)
-        if wanted and wanted == present and other.placement == handle.placement:
-            return other
-        for parameter in wanted:
-            if parameter in present:
-                raise ValueError(
-                    f"{handle.layout.names[parameter]} is already centered in this optimizer (placement "
-                    f"{other.placement!r}, {len(present)} parameters; requested: {handle.placement!r}, {len(wanted)}): "
-                    f"remove that handle first: gradcentral.attached(optimizer)[{position}].remove()"
-                )
+def _attached_alike(
+    optimizers: list[Optimizer], pairs: list[list[Pair]], handle: Handle, several: bool
+) -> Handle | None:
+    """Return the handle that centers the same parameters in the same way; raise if one centers them differently."""
+    for index, (optimizer, wanted) in enumerate(zip(optimizers, pairs, strict=True)):
+        for position, other in enumerate(attachments_of(optimizer)):
+            present = dict(other.targets.current(optimizer).pairs)
+            shared = next((p for p, _ in wanted if p in present), None)
+            if shared is None:
+                continue
+            alike = present == dict(wanted) and other.targets.placement == handle.placement
+            if alike and isinstance(other.handle, Handle) and all(other.handle in attached(one) for one in optimizers):
+                return other.handle
+            name = f"optimizer[{index}]" if several else "optimizer"
+            raise ValueError(
+                f"{handle.layout.names[shared]} is already centered in this optimizer (placement "
+                f"{other.targets.placement!r}, {len(present)} parameters; requested: {handle.placement!r}, "
+                f"{len(wanted)}): remove that handle first: gradcentral.attached({name})[{position}].remove()"
+            )
     return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradcentral.distributed import Shards, shards_of
+from gradcentral.groups import OPTION, check_keys, excluded_parameters
 from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.local_shard import any_sharded
@@ -43,6 +44,7 @@ class Targets:
         layout: the weight vectors of the model's parameters.
         placement: one of `PLACEMENTS`.
         paused: whether steps currently do not center.
+        excluded: the parameters of groups with ``"centralize": False``.
     """
 
     def __init__(self, layout: WeightLayout, placement: str) -> None:
@@ -50,6 +52,8 @@ class Targets:
         self.layout = layout
         self.placement = placement
         self.paused = False
+        self.excluded: set[Tensor] = set()
+        self._options: list[bool | None] = []
         # The last result of `current` and the inputs it was computed from, which rarely change.
         self._shards = Shards([], [], [], {})
         self._parameters: list[Tensor] = []
@@ -68,9 +72,17 @@ class Targets:
             ValueError: a parameter is sharded in a way that cannot be centered (with its name and a remedy).
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if not self._is_current(parameters):
-            self._find_new(parameters, warn)
-            pairs = [(p, vectors) for p in parameters if (vectors := self.layout.get(p)) is not None]
+        options = [group.get(OPTION) for group in optimizer.param_groups]
+        if options != self._options or not self._is_current(parameters):
+            own = getattr(optimizer, "targets", None) is self
+            check_keys(optimizer, {"placement": self.placement, "layout": self.layout}, own=own)
+            self.excluded = excluded_parameters(optimizer, self.excluded)
+            self._options = options
+            new = self._find_new([p for p in parameters if p not in self.excluded])
+            if new and warn:
+                self._warn_about(optimizer, new)
+            centered = [(p, self.layout.get(p)) for p in parameters if p not in self.excluded]
+            pairs = [(p, vectors) for p, vectors in centered if vectors is not None]
             self._shards = shards_in_layout(self.layout, pairs)
             self._trained = _trained(pairs) if any_sharded(p for p, _ in pairs) else None
             self._parameters, self._revision = parameters, self.layout.revision
@@ -84,37 +96,51 @@ class Targets:
             and (self._trained is None or self._trained == _trained(self._shards.pairs))
         )
 
-    def _find_new(self, parameters: list[Tensor], warn: bool) -> None:
-        """Look up parameters that are missing from the layout in the current model."""
+    def _find_new(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Look up parameters that are missing from the layout in the current model; return those not found there."""
         layout = self.layout
         new = [p for p in parameters if not layout.in_model(p) and p not in self._not_in_model]
         if not new and not layout.pending:
-            return
+            return []
         layout.refresh()
         missing = [p for p in new if not layout.in_model(p)]
         self._not_in_model.update(missing)
-        if missing and warn:
-            shapes = ", ".join(str(tuple(p.shape)) for p in missing)
-            warnings.warn(
-                f"the optimizer received parameters that are not in the model, of shape {shapes}: they are not "
-                "centered; call gradcentral.centralize(optimizer, their_model) for them too",
-                stacklevel=5,
-            )
+        return missing
 
-    def attach(self, optimizer: Optimizer) -> Shards:
+    def _warn_about(self, optimizer: Optimizer, missing: list[Tensor]) -> None:
+        if getattr(optimizer, "targets", None) is self:
+            remedy = (
+                "create it with all models, model=torch.nn.ModuleList([model, their_model]), or leave them out with "
+                '"centralize": False in their group'
+            )
+        else:
+            remedy = "call gradcentral.centralize(optimizer, their_model) for them too"
+        shapes = ", ".join(str(tuple(p.shape)) for p in missing)
+        warnings.warn(
+            f"the optimizer holds parameters that are not in the model, of shape {shapes}: they are not centered; "
+            f"{remedy}",
+            stacklevel=6,
+        )
+
+    def attach(self, optimizer: Optimizer, required: bool = True) -> Shards:
         """Return `current` for an optimizer that centering is being attached to, and remember its parameters.
 
-        The optimizer may also hold parameters of other models, but something must be left to center.
+        The optimizer may also hold parameters of other models, but if ``required``, something must be left to center.
 
         Raises:
             ValueError: none of the model's parameters is in the optimizer, or none of them is centered.
         """
+        # gradcentral's own optimizers have one model; centralize may be called again for another one.
+        own = getattr(optimizer, "targets", None) is self
         shards, layout = self.current(optimizer, warn=False), self.layout
+        others = [p for p in self._parameters if p in self._not_in_model and p.ndim > 1]
+        if own and others and shards.pairs:
+            self._warn_about(optimizer, others)
         names = layout.names
         self._at_attach = [(names[p], p, vectors.shape) for p, vectors in shards.pairs]
         # With several ranks, one may hold only biases (ZeroRedundancyOptimizer, pipeline stages).
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if shards.pairs or layout.pending:
+        if shards.pairs or layout.pending or not required:
             return shards
         held = {names[p] for p in self._parameters if layout.in_model(p)}
         if not held and (self._parameters or not several):
@@ -125,8 +151,12 @@ class Targets:
                 + (f"; flat partitions, such as DeepSpeed's ZeRO, cannot be centered: {_KEEPS_SHAPES}" if flat else "")
             )
         if not several:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in layout.skipped.items() if name in held)
-            raise ValueError(f"nothing is left to center in this optimizer ({reasons})")
+            skipped = {**layout.skipped, **{names[p]: "excluded by its group" for p in self.excluded if p in names}}
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items() if name in held)
+            raise ValueError(
+                f"nothing is left to center in this optimizer ({reasons}): leave it as it is, or pass all optimizers "
+                "of the model together, gradcentral.centralize([optimizer, ...], model)"
+            )
         return shards
 
     def check(self, optimizer: Optimizer) -> None:
@@ -141,7 +171,10 @@ class Targets:
             return
         in_model = self.layout.current_parameters()
         held = {p for group in optimizer.param_groups for p in group["params"]}
-        if not any(p in held for _, p, _ in self._at_attach):
+        if in_model is not None and held and held <= set(in_model.values()):
+            # The optimizer has received the model's new parameters (accelerate's FSDP2, a functional step).
+            self._at_attach = [found for found in self._at_attach if found[1] in held]
+        elif not any(p in held for _, p, _ in self._at_attach):
             raise RuntimeError(
                 "the optimizer no longer holds any of the parameters to center: they were replaced after Gradient "
                 f"Centralization was attached, as DeepSpeed's ZeRO does; {_KEEPS_SHAPES}"

@@ -48,7 +48,9 @@ def watched_parameters(optimizer: Optimizer, model_layout: WeightLayout, layout:
     attached = [_refreshed(targets.layout, parameters) for targets in centering_of(optimizer)]
     attached = [one for one in attached if any(map(one.in_model, parameters))]
     layouts = attached or [model_layout] if layout is None else [layout]
-    return [Watched(names[p], p, next((found[p] for found in layouts if p in found), None)) for p in parameters]
+    excluded = {p for targets in centering_of(optimizer) if layout is None for p in targets.excluded}
+    vectors = {p: found[p] for found in reversed(layouts) for p in parameters if p in found and p not in excluded}
+    return [Watched(names[p], p, vectors.get(p)) for p in parameters]
 
 
 def _refreshed(layout: WeightLayout, parameters: list[Tensor]) -> WeightLayout:

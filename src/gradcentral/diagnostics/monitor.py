@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gradcentral.attach import HookedCall, closure_of, hooked_optimizer, replace_closure
 from gradcentral.diagnostics.drift import Drift
 from gradcentral.diagnostics.measurement import measure, watched_parameters
 from gradcentral.diagnostics.record import Record, plot_records
 from gradcentral.diagnostics.writers import RecordFile, TensorBoard, read_records, writers_for
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.plotting import LIGHT, Theme
+from gradcentral.step_hooks import HookedCall, closure_of, hooked_optimizer, replace_closure
 
 __all__ = ["EVERY", "Monitor", "RecordBuffer"]
 
@@ -104,8 +104,11 @@ class Monitor(AbstractContextManager["Monitor"]):
         self._writers = writers_for(to)
         self.step = 0 if step is None else _checked_integer("step", step, at_least=0)
         self._may_append = step is not None
+        self._if_not_called: Record | None = None  # the record of this step, unless it calls its closure
+        self._calls_closures = False
         # Dynamo would recompile a compiled training step whenever self.step changes.
-        hook = torch.compiler.disable(self._before_step)  # type: ignore[no-untyped-call]
+        hook, after = map(torch.compiler.disable, (self._before_step, self._after_step))
+        self._after_hook: Any = optimizer.register_step_post_hook(after)
         self._hook: Any = optimizer.register_step_pre_hook(hook)
         # The hook must run before that of centralize, which may be attached before or after it.
         optimizer._optimizer_step_pre_hooks.move_to_end(self._hook.id, last=False)  # type: ignore[attr-defined]
@@ -148,6 +151,7 @@ class Monitor(AbstractContextManager["Monitor"]):
     def remove(self) -> None:
         """Detach the monitor and keep its records. Calling it twice is harmless."""
         self._hook.remove()
+        self._after_hook.remove()
         for writer in self._writers:
             if isinstance(writer, TensorBoard) and writer.owned:
                 writer.writer.close()
@@ -172,6 +176,7 @@ class Monitor(AbstractContextManager["Monitor"]):
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCall | None:
         self._check_files()
+        self._if_not_called = None
         step = self.step
         self.step += 1
         if step % self._every:
@@ -181,10 +186,14 @@ class Monitor(AbstractContextManager["Monitor"]):
             self._record(optimizer, step)
             return None
         unrecorded = [step]
+        # Some optimizers accept a closure and do not call it: they use the gradients that exist now.
+        if not self._calls_closures and any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
+            self._if_not_called = self._measure(optimizer, step)
 
         @functools.wraps(closure)
         def recording_closure() -> Any:
             loss = closure()
+            self._if_not_called, self._calls_closures = None, True
             if unrecorded:  # later calls, as in LBFGS, use other weights than those the step started from
                 self._record(optimizer, unrecorded.pop())
             return loss
@@ -202,10 +211,20 @@ class Monitor(AbstractContextManager["Monitor"]):
                 )
         self._may_append = True
 
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record, self._if_not_called = self._if_not_called, None
+        if record is not None:
+            self._write(record)
+
     def _record(self, optimizer: Optimizer, step: int) -> None:
+        self._write(self._measure(optimizer, step))
+
+    def _measure(self, optimizer: Optimizer, step: int) -> Record:
         with torch.no_grad():
             watched = watched_parameters(optimizer, self._model_layout, self._layout)
-            record = measure(optimizer, watched, self._drift, step)
+            return measure(optimizer, watched, self._drift, step)
+
+    def _write(self, record: Record) -> None:
         for write in (self._buffer.add, *self._writers):
             write(record)
 

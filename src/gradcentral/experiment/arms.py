@@ -67,8 +67,9 @@ class CheckedArm:
             raise ArmError(f"arm {self.arm!r} was changed during the run: {found} is attached to the optimizer")
         if not self._received or not all(_is_finite(gradient) for gradient in self._raw.values()):
             return
+        excluded = {p for targets in centering_of(self._optimizer) for p in targets.excluded}
         for parameter, raw in self._raw.items():
-            centered = parameter in self._layout
+            centered = parameter in self._layout and parameter not in excluded
             if self.arm == "gradient" and centered:
                 self._check_gradient_centered(parameter)
             elif not torch.equal(_wide(raw), _wide(self._received[parameter])):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from gradcentral.kernels import native, triton
@@ -14,7 +15,7 @@ from gradcentral.kernels.forms import is_plain
 from gradcentral.kernels.loops import Loop, loop_over
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["KernelGroup", "group_by_kernels", "kernels_for", "loop_of", "unavailable_reasons"]
+__all__ = ["KernelGroup", "dispatch_is_observed", "group_by_kernels", "kernels_for", "loop_of", "unavailable_reasons"]
 
 _T = TypeVar("_T")
 
@@ -32,8 +33,18 @@ def unavailable_reasons() -> dict[str, str]:
     return {"reference": "", "native": native.unavailable_reason(), "triton": triton.unavailable_reason()}
 
 
+def dispatch_is_observed() -> bool:
+    """Return whether a dispatch mode is active, such as the tracing of ``make_fx``.
+
+    It must see every operator, and the kernels bypass it, because they write through pointers.
+    """
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
 def kernels_for(tensor: Tensor) -> ModuleType | None:
     """Return the module whose kernels process tensors on this tensor's device; None for the reference path."""
+    if dispatch_is_observed():
+        return None
     return triton if triton.serves(tensor) else native if native.serves(tensor) else None
 
 

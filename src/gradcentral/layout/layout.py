@@ -228,7 +228,10 @@ def weight_layout(
     if only not in ("all", "conv"):
         raise ValueError(f"unknown only={only!r}; choose from 'all', 'conv'")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        raise TypeError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}; pass several models as "
+            "torch.nn.ModuleList(models)"
+        )
     overrides = dict(overrides or {})
     for selector, rule in overrides.items():
         check_rule(rule, f"overrides[{selector!r}]")

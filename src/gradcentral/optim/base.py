@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradcentral.groups import OPTION
 from gradcentral.kernels import native
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.kernels.forms import same_objects
+from gradcentral.kernels.planner import dispatch_is_observed
 from gradcentral.layout import WeightLayout
 from gradcentral.local_shard import any_sharded, local, with_local
 from gradcentral.optim.fused import FusedOptimizer, GroupPlan, KernelCall, LocalTensors
@@ -71,7 +73,7 @@ class CentralizedOptimizer(FusedOptimizer):
             params = model.parameters()
         by_shape = model is None and layout is None
         chosen = None if by_shape else layout_to_use(model, layout)
-        self._plans: dict[int, GroupPlan] = {}
+        self._plans: dict[tuple[int, bool | None], GroupPlan] = {}
         self._fresh: set[Tensor] = set()
         super().__init__(params, *args, **kwargs)
         self._by_shape = by_shape
@@ -154,7 +156,7 @@ class CentralizedOptimizer(FusedOptimizer):
         if found_inf is not None and not traced and found_inf.is_cpu and found_inf.item():
             return loss
         held = self._local_tensors() if self._any_sharded() else None
-        calls, complete = ([], False) if traced else self._kernel_calls(held)
+        calls, complete = ([], False) if traced or dispatch_is_observed() else self._kernel_calls(held)
         if found_inf is not None and self._needs_found_inf(calls) and found_inf.item():
             return loss
         if not complete:
@@ -177,7 +179,7 @@ class CentralizedOptimizer(FusedOptimizer):
     def _any_sharded(self) -> bool:
         """Return whether parameters are DTensors; read from the plans while the groups hold the same parameters."""
         for index, group in enumerate(self.param_groups):
-            plan, params = self._plans.get(index), group["params"]
+            plan, params = self._plans.get((index, group.get(OPTION))), group["params"]
             known = plan is not None and same_objects(params, plan.all_params)
             if plan.sharded if known and plan is not None else any_sharded(params):
                 return True
@@ -218,11 +220,12 @@ class CentralizedOptimizer(FusedOptimizer):
         grads: list[Tensor],
         held: LocalTensors | None,
     ) -> list[KernelCall]:
-        plan, calls = self._plans.get(index), None
+        key = (index, group.get(OPTION))
+        plan, calls = self._plans.get(key), None
         if plan is not None and plan.rule == self._update_rule(group) and same_objects(params, plan.params):
             calls = plan.kernel_calls(self, group, grads, held)
         if calls is None:
-            plan = self._plans[index] = GroupPlan.create(self, group, params, held)
+            plan = self._plans[key] = GroupPlan.create(self, group, params, held)
             calls = plan.kernel_calls(self, group, grads, held)
             assert calls is not None, "a plan must fit the tensors it was created for"
         return calls

@@ -1,0 +1,116 @@
+"""Centering the gradients of a model in place: `centralize_gradients`, and the centering of an attached handle."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import torch
+from torch import nn
+
+from gradcentral.distributed import Shards
+from gradcentral.kernels import Centering
+from gradcentral.kernels.compiled import TracedCentering
+from gradcentral.layout import WeightLayout, weight_layout
+from gradcentral.local_shard import is_expanded, local
+from gradcentral.projection import Pair, center
+from gradcentral.targets import layout_to_use, refuse_sparse, shards_in_layout
+
+__all__ = ["center_gradients_", "centralize_gradients", "eager_or_traced"]
+
+
+def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout | None = None) -> None:
+    """Center every gradient of a model now: in a hand-written loop, after ``unscale_`` and around clipping.
+
+    If none of the parameters has a gradient, it warns, once per layout.
+
+    Args:
+        model: its layout is determined at the first call and kept until its parameters change.
+        layout: use this layout instead.
+
+    Raises:
+        ValueError: neither or both of model and layout; nothing to center; a sparse gradient (with its name);
+            per-sample gradients (Opacus), from which the gradient is computed later.
+
+    Examples:
+        >>> import torch, gradcentral
+        >>> model = torch.nn.Linear(4, 2)
+        >>> model(torch.randn(8, 4)).square().sum().backward()
+        >>> gradcentral.centralize_gradients(model)
+    """
+    layout = _remembered_layout(model) if model is not None and layout is None else layout_to_use(model, layout)
+    if not layout and not layout.pending:
+        raise ValueError(f"nothing to center: {layout.summary()}")
+    for p in layout:
+        if hasattr(p, "grad_sample"):
+            raise ValueError(
+                f"{layout.names[p]} has per-sample gradients (grad_sample), from which Opacus computes p.grad inside "
+                "its step: attach to the optimizer instead, with gradcentral.centralize(optimizer, model)"
+            )
+    if not torch.compiler.is_compiling() and all(p.grad is None for p in layout):
+        _warn_without_gradients(layout)
+    center_gradients_(layout, shards_in_layout(layout, list(layout.items())), Centering())
+
+
+def center_gradients_(layout: WeightLayout, shards: Shards, centering: Centering) -> None:
+    """Center the gradients of some of a layout's parameters in place; expanded ones are replaced by copies."""
+    traced = torch.compiler.is_compiling()
+    if not shards.sharded and not traced:
+        # Nothing is sharded. Sparse and expanded gradients, which need the checks below, never fit a plan.
+        pairs = [(p.grad, vectors) for p, vectors in shards.whole if p.grad is not None]
+        if centering.center_if_planned_(pairs):
+            return
+    with torch.no_grad():
+        shards.place_gradients(p for p, _ in shards.pairs)
+        eager_or_traced(centering).center_all_(_writable_gradients(layout, shards.whole))
+        shards.center_split_gradients_()
+
+
+def eager_or_traced(centering: Centering) -> Centering | TracedCentering:
+    """Return the centering itself, or its counterpart while ``torch.compile`` traces."""
+    return _TRACED if torch.compiler.is_compiling() else centering
+
+
+_TRACED = TracedCentering()
+
+
+def _writable_gradients(layout: WeightLayout, targets: list[Pair]) -> list[Pair]:
+    """Return the local gradients that can be centered in place; expanded ones are replaced by centered copies."""
+    pairs = []
+    for parameter, vectors in targets:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        refuse_sparse(gradient, parameter, layout)
+        held = local(gradient)
+        if is_expanded(held):
+            parameter.grad = center(gradient, vectors)
+        else:
+            pairs.append((held, vectors))
+    return pairs
+
+
+_layouts: weakref.WeakKeyDictionary[nn.Module, WeightLayout] = weakref.WeakKeyDictionary()
+_warned: weakref.WeakSet[WeightLayout] = weakref.WeakSet()
+
+
+def _remembered_layout(model: nn.Module) -> WeightLayout:
+    layout = _layouts.get(model)
+    if layout is None:
+        layout = _layouts[model] = weight_layout(model)
+    elif layout.pending or set(layout.names) != set(model.parameters()):
+        layout.refresh()
+    return layout
+
+
+def _warn_without_gradients(layout: WeightLayout) -> None:
+    if layout in _warned:
+        return
+    _warned.add(layout)
+    warnings.warn(
+        "centralize_gradients centered nothing, because no parameter has a gradient: call it after backward() and "
+        "before zero_grad(); center the gradients of torch.func with gradcentral.center(gradient, layout[name]); where "
+        "p.grad is None in every step (DeepSpeed's ZeRO), center each gradient when backward() computes it: for p, v "
+        "in gradcentral.weight_layout(model).items(): p.register_hook(lambda g, v=v: gradcentral.center(g, v))",
+        stacklevel=3,
+    )
