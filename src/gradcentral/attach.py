@@ -50,19 +50,19 @@ def centralize(
 
     Args:
         optimizer: holds parameters of the model; its other parameters are not centered.
-        model: determines the layout (see `weight_layout`).
+        model: determines the layout (see `weight_layout`). Without it, the models that hold the optimizer's parameters
+            are searched (see `WeightLayout.from_parameters`).
         placement: ``"gradient"``: the optimizer receives Φ(∂L/∂w), written into ``p.grad`` in place (algorithms 1 and
             2 of the paper). ``"update"``: w ← w + Φ(Δw), Δw the whole change that the step makes, weight decay
             included; ``p.grad`` is unchanged. For SGD with momentum and L2 this equals centering g + λw.
-        layout: use this layout instead of the model's default: ``weight_layout(model, only="conv")``, or
-            ``WeightLayout.from_shapes(params)`` if there is no model.
+        layout: use this layout instead of the model's default: ``weight_layout(model, only="conv")``.
 
     Returns:
         A `Handle`: ``.layout``, ``.remove()``, ``.paused()``. Attaching again with the same settings returns the
         existing handle.
 
     Raises:
-        ValueError: an unknown placement; neither or both of model and layout; none of the model's parameters is in the
+        ValueError: an unknown placement; both model and layout; none of the model's parameters is in the
             optimizer; nothing is left to center; a parameter is already centered with other settings.
         TypeError: the optimizer has no step hooks.
 
@@ -89,7 +89,7 @@ def centralize(
             "overlap_with_ddp=False"
         )
     check_placement(placement)
-    handle = Handle(layout_to_use(model, layout), placement)
+    handle = Handle(layout_to_use(model, layout, optimizer.param_groups), placement)
     shards = handle.targets.attach(optimizer)
     if (existing := _same_as_attached(optimizer, handle, shards.pairs)) is not None:
         return existing
@@ -114,6 +114,8 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
         >>> gradcentral.centralize_gradients(model)
     """
     layout = _remembered_layout(model) if model is not None and layout is None else layout_to_use(model, layout)
+    if not torch.compiler.is_compiling():
+        layout.follow()
     if not layout and not layout.pending:
         raise ValueError(f"nothing to center: {layout.summary()}")
     _center_gradients(layout, shards_in_layout(layout, list(layout.items())), Centering())
@@ -312,7 +314,7 @@ def _remembered_layout(model: nn.Module) -> WeightLayout:
     layout = _layouts.get(model)
     if layout is None:
         layout = _layouts[model] = weight_layout(model)
-    elif layout.pending or set(layout.names) != set(model.parameters()):
+    elif layout.pending:
         layout.refresh()
     return layout
 
