@@ -7,7 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": Generator,
     "one layer": lambda: nn.Linear(3, 2),
     "wrapped": lambda: nn.ModuleDict({"module": Generator()}),
-    "compiled": lambda: torch.compile(Generator(), backend="eager"),  # type: ignore[dict-item]
+    "compiled": lambda: cast("nn.Module", torch.compile(Generator(), backend="eager")),
     "tied": _tied,
     "weight_norm": lambda: nn.Sequential(weight_norm(nn.ConvTranspose1d(4, 3, 3)), nn.Linear(3, 2)),
     "raw parameters": lambda: nn.ModuleList([nn.ParameterList([torch.zeros(3, 4)]), nn.Linear(3, 2)]),
