@@ -49,6 +49,12 @@ NET = (
     "class Net(nn.Module):\n    weight_vectors = {{'w': 'o [i]'}}\n"
     "    def __init__(self):\n        super().__init__()\n        self.w = params[0]\n"
 )
+RAW = (
+    "class Raw(nn.Module):\n"
+    "    def __init__(self):\n        super().__init__()\n        self.w = nn.Parameter(torch.randn(6, 4))\n"
+    "    def forward(self, x):\n        return nn.functional.linear(x, self.w)\n"
+    "Raw.__module__ = '<string>'\nmodel = Raw()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+)
 SPARSE = (
     "model, batch = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2)), torch.tensor([1, 2])\n"
     "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
@@ -132,6 +138,25 @@ CASES = {
         "centralize(optimizer, model, 'update')",
         r"pass (placement=) when you create it",
         "optimizer = gradcentral.SGD(model, lr=0.1, {0}'update')",
+    ),
+    "a model of unknown layers": Case(
+        RAW,
+        "centralize(optimizer, model)",
+        r"\n  (layout = gradcentral.weight_layout\(.*)# 6×4: None to skip it, (\"o \[i\]\")",
+        "exec({0!r}.replace('None', {1!r}))\ncentralize(optimizer, layout=layout)",
+    ),
+    "a model of unknown layers for centralize_gradients": Case(
+        RAW,
+        "gradcentral.centralize_gradients(model)",
+        r"\n  (layout = gradcentral.weight_layout\(.*)# 6×4: None to skip it, (\"o \[i\]\")",
+        "exec({0!r}.replace('None', {1!r}))\n"
+        "gradcentral.centralize_gradients(layout=layout)\ncentralize(optimizer, layout=layout)",
+    ),
+    "a model of unknown layers for center_weights_": Case(
+        RAW,
+        "center_weights_(model)",
+        r"\n  (layout = gradcentral.weight_layout\(.*)# 6×4: None to skip it, (\"o \[i\]\")",
+        "exec({0!r}.replace('None', {1!r}))\ncenter_weights_(model, layout)\ncentralize(optimizer, layout=layout)",
     ),
     "another model": Case(
         "other = copy.deepcopy(model)",

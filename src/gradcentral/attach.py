@@ -117,7 +117,7 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
     if not torch.compiler.is_compiling():
         layout.follow()
     if not layout and not layout.pending:
-        raise ValueError(f"nothing to center: {layout.summary()}")
+        raise ValueError(f"nothing to center: {layout.summary()}\n{layout.to_paste()}".rstrip())
     _center_gradients(layout, shards_in_layout(layout, list(layout.items())), Centering())
 
 

@@ -135,7 +135,7 @@ class Targets:
             )
         if not several:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in layout.skipped.items() if name in held)
-            raise ValueError(f"nothing is left to center in this optimizer ({reasons})")
+            raise ValueError(f"nothing is left to center in this optimizer ({reasons})\n{layout.to_paste()}".rstrip())
         return shards
 
     def check(self, optimizer: Optimizer) -> None:

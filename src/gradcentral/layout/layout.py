@@ -194,9 +194,12 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         With ``every``, repeated layers have one row each.
         """
         text = f"{table.render(self.entries, every=every)}\n\n{self.summary()}"
-        if self.suggestions:
-            text += "\n\nRules for the unknown parameters, to paste and edit:"
-        return "\n  ".join([text, *self.suggestions])
+        return f"{text}\n\n{self.to_paste()}".rstrip()
+
+    def to_paste(self) -> str:
+        """Format the suggestions as lines under a heading; empty if there are none."""
+        heading = "Rules for the unknown parameters, to paste and edit:"
+        return "\n  ".join([heading, *self.suggestions]) if self.suggestions else ""
 
     @property
     def suggestions(self) -> tuple[str, ...]:
