@@ -6,6 +6,7 @@ import operator
 import weakref
 from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,45 +14,38 @@ __all__ = ["Structure", "is_gathered"]
 
 
 class Structure:
-    """The parameters and modules that a model's modules have registered, to compare with their present state.
-
-    It keeps no module alive.
-    """
+    """The parameters and modules that the modules of some models contain, to compare with their present state."""
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
-        modules = [module for root in roots for module in root.modules()]
+        roots = [*roots]
+        found = [d for root in roots for module in root.modules() for d in (module._parameters, module._modules)]
         # A script module has no dictionaries; nor can it change.
-        dictionaries = [m._parameters for m in modules if isinstance(m._parameters, dict) and m._parameters]
-        self._dictionaries = dictionaries
-        self._names = [*chain.from_iterable(dictionaries)]
-        self._parameters = [*chain.from_iterable(map(dict.values, dictionaries))]
-        containers = [m for m in modules if isinstance(m._modules, dict) and m._modules]
-        self._containers = [weakref.ref(module) for module in containers]
-        self._children = _children(containers)
-        # Another module can have the id of a freed one.
-        self._freed: list[object] = []
-        self._watched = [weakref.ref(module, self._freed.append) for module in modules]
+        self._contents: list[dict[str, Any]] = [d for d in found if isinstance(d, dict) and d]
+        self._views = [contents.values() for contents in self._contents]
+        self._objects = [*chain.from_iterable(self._views)]
+        self._names = [*chain.from_iterable(self._contents)]
+        kept: list[list[Any]] = [self._contents, self._views, self._objects, self._names]
+
+        def release(_: object) -> None:
+            for each in kept:
+                each.clear()
+
+        # The dictionaries must not keep the layers of a model alive that no longer exists.
+        self._roots = [weakref.ref(root, release) for root in roots]
 
     def is_current(self) -> bool:
-        """Return whether the modules still have the same parameters and modules under the same names."""
-        if self._freed:
-            return False
-        parameters = [*chain.from_iterable(map(dict.values, self._dictionaries))]
+        """Return whether the modules still contain the same parameters and modules under the same names."""
+        objects = [*chain.from_iterable(self._views)]
         return (
-            len(parameters) == len(self._parameters)
-            and all(map(operator.is_, parameters, self._parameters))
-            and [*chain.from_iterable(self._dictionaries)] == self._names
-            and _children([module for ref in self._containers if (module := ref())]) == self._children
+            len(objects) == len(self._objects)
+            and all(map(operator.is_, objects, self._objects))
+            and [*chain.from_iterable(self._contents)] == self._names
         )
 
 
 def is_gathered(parameter: Tensor, now: Tensor | None) -> bool:
     """Return whether ``now`` is the gathered form that FSDP2 temporarily puts in place of a sharded parameter."""
     return now is not None and _mesh_dimensions(now) < _mesh_dimensions(parameter)
-
-
-def _children(modules: Iterable[nn.Module]) -> list[int]:
-    return [*map(id, chain.from_iterable([module._modules.values() for module in modules]))]
 
 
 def _mesh_dimensions(tensor: Tensor) -> int:
