@@ -55,7 +55,9 @@ def test_parameters_whose_shape_has_changed_raise(attached: tuple[Any, Optimizer
 def test_a_replaced_layer_raises(attached: tuple[Any, Optimizer]) -> None:
     model, optimizer = attached
     model[2] = nn.Linear(6, 5)
-    with pytest.raises(RuntimeError, match=r"no longer uses \(2.weight, 2.bias\).* replaced them \(2.weight, 2.bias\)"):
+    with pytest.raises(
+        RuntimeError, match=r"no longer uses \(2.weight, 2.bias\).* in their place \(2.weight, 2.bias\)"
+    ):
         optimizer.step()
 
 
@@ -71,7 +73,7 @@ def test_a_parametrization_of_all_layers_raises(attached: tuple[Any, Optimizer])
 def test_a_parametrization_of_one_layer_raises(attached: tuple[Any, Optimizer], change: Any) -> None:
     model, optimizer = attached
     change(model[0])
-    with pytest.raises(RuntimeError, match=r"no longer uses \(0\.(weight|bias)\).* replaced them \(0\.\w"):
+    with pytest.raises(RuntimeError, match=r"no longer uses \(0\.(weight|bias)\).* in their place \(0\.\w"):
         optimizer.step()
 
 
@@ -84,7 +86,17 @@ def test_the_removal_of_a_parametrization_raises() -> None:
         make(model[0])
         optimizer = gradcentral.SGD(model, lr=0.1)
         remove(model[0])
-        with pytest.raises(RuntimeError, match=r"no longer uses \(0\..*\).* replaced them \(0.weight\)"):
+        with pytest.raises(RuntimeError, match=r"no longer uses \(0\..*\).* in their place \(0.weight\)"):
+            optimizer.step()
+
+
+def test_a_model_of_new_layers_raises() -> None:
+    for names, message in ((("other",), "place .other.weight, other.bias."), ((), "place .none is trained.")):
+        model = nn.ModuleDict({"layer": nn.Linear(4, 3)})
+        optimizer = gradcentral.SGD(model, lr=0.1)
+        del model["layer"]
+        model.update({name: nn.Linear(4, 3) for name in names})
+        with pytest.raises(RuntimeError, match=rf"no longer uses .layer.weight, layer.bias.* {message}"):
             optimizer.step()
 
 

@@ -187,9 +187,13 @@ class Targets:
             if p.requires_grad and p not in held and p not in known and not is_gathered(self._known.get(name, p), p)
         }
         self._removed.update(lost.values())
-        # A layer that was removed from the model without a replacement may stay in the optimizer.
-        replaced = [name for name in lost if any(other == name or other.startswith(_layer(name)) for other in new)]
         remaining = [p for p in present if p in held]
+        # Unless nothing remains, a layer that was removed from the model without a replacement may stay.
+        replaced = [
+            name
+            for name in lost
+            if not remaining or any(other == name or other.startswith(_layer(name)) for other in new)
+        ]
         if not replaced and new and remaining and not any(p.requires_grad for p in remaining):
             warnings.warn(
                 f"the optimizer holds frozen parameters only, and lacks the trained parameters {_some(new)}, which "
@@ -200,8 +204,8 @@ class Targets:
         if not replaced:
             return
         problem = (
-            f"the optimizer holds parameters that the model no longer uses ({_some(replaced)}), but not those that "
-            f"replaced them ({_some(new)}), so this step does not train them"
+            f"the optimizer holds parameters that the model no longer uses ({_some(replaced)}), but not those in their "
+            f"place ({_some(new) or 'none is trained'}), so this step does not train them"
         )
         if self._at_attach:
             raise RuntimeError(
