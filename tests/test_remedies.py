@@ -41,6 +41,20 @@ def step():
 """
 
 LAZY = "model = nn.Sequential(nn.LazyLinear(3))\noptimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+LOOSE = (
+    "params = [nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.zeros(6))]\n"
+    "optimizer = torch.optim.SGD(params, lr=0.1)\nmodel = lambda x: nn.functional.linear(x, *params)\n"
+)
+NET = (
+    "class Net(nn.Module):\n    weight_vectors = {{'w': 'o [i]'}}\n"
+    "    def __init__(self):\n        super().__init__()\n        self.w = params[0]\n"
+)
+RAW = (
+    "class Raw(nn.Module):\n"
+    "    def __init__(self):\n        super().__init__()\n        self.w = nn.Parameter(torch.randn(6, 4))\n"
+    "    def forward(self, x):\n        return nn.functional.linear(x, self.w)\n"
+    "Raw.__module__ = '<string>'\nmodel = Raw()\noptimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+)
 SPARSE = (
     "model, batch = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2)), torch.tensor([1, 2])\n"
     "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
@@ -73,18 +87,19 @@ CASES = {
         "    handle = centralize(optimizer, model, placement)\n    step()\n    handle.remove()\n"
         "centralize(optimizer, model, placement)",
     ),
-    "no model": Case(
-        "",
+    "parameters without a module": Case(
+        LOOSE,
         "centralize(optimizer)",
-        r"pass (model=).* without a model, (layout=gradcentral.WeightLayout.from_shapes\(params\))",
-        "centralize(optimizer, {0}model).remove()\ncentralize(optimizer, {1})",
+        r"pass (model=), or (layout=WeightLayout.from_shapes\(params\))",
+        NET + "centralize(optimizer, {0}Net()).remove()\ncentralize(optimizer, {1})",
     ),
     "no model for centralize_gradients": Case(
         "",
         "gradcentral.centralize_gradients()",
-        r"pass (model=).* without a model, (layout=gradcentral.WeightLayout.from_shapes\(params\))",
+        r"pass (model=).* without a model, (layout=gradcentral.WeightLayout.from_parameters\(params\)) finds .*"
+        r"(from_shapes\(params\))",
         "backward()\ngradcentral.centralize_gradients({0}model)\ngradcentral.centralize_gradients({1})\n"
-        "centralize(optimizer, model)",
+        "gradcentral.centralize_gradients(layout=WeightLayout.{2})\ncentralize(optimizer, model)",
     ),
     "not a layout": Case(
         "",
@@ -110,11 +125,11 @@ CASES = {
         r"as the first argument or as (model=)",
         "gradcentral.SGD(model, lr=0.1)\noptimizer = gradcentral.SGD(params, lr=0.1, {0}model)",
     ),
-    "an optimizer without a model": Case(
-        "",
+    "an optimizer of parameters without a module": Case(
+        LOOSE,
         "gradcentral.SGD(params, lr=0.1)",
         r"pass (model=), or (layout=WeightLayout.from_shapes\(params\))",
-        "gradcentral.SGD(params, lr=0.1, {0}model)\noptimizer = gradcentral.SGD(params, lr=0.1, {1})",
+        NET + "gradcentral.SGD(params, lr=0.1, {0}Net())\noptimizer = gradcentral.SGD(params, lr=0.1, {1})",
     ),
     "already attached": Case(
         "centralize(optimizer, model)",
@@ -127,6 +142,25 @@ CASES = {
         "centralize(optimizer, model, 'update')",
         r"pass (placement=) when you create it",
         "optimizer = gradcentral.SGD(model, lr=0.1, {0}'update')",
+    ),
+    "a model of unknown layers": Case(
+        RAW,
+        "centralize(optimizer, model)",
+        r"\n  (layout = gradcentral.weight_layout\(.*)# 6×4: None to skip it, (\"o \[i\]\")",
+        "exec({0!r}.replace('None', {1!r}))\ncentralize(optimizer, layout=layout)",
+    ),
+    "a model of unknown layers for centralize_gradients": Case(
+        RAW,
+        "gradcentral.centralize_gradients(model)",
+        r"\n  (layout = gradcentral.weight_layout\(.*)# 6×4: None to skip it, (\"o \[i\]\")",
+        "exec({0!r}.replace('None', {1!r}))\nmodel(torch.randn(5, 4)).sum().backward()\n"
+        "gradcentral.centralize_gradients(layout=layout)\ncentralize(optimizer, layout=layout)",
+    ),
+    "a model of unknown layers for center_weights_": Case(
+        RAW,
+        "center_weights_(model)",
+        r"\n  (layout = gradcentral.weight_layout\(.*)# 6×4: None to skip it, (\"o \[i\]\")",
+        "exec({0!r}.replace('None', {1!r}))\ncenter_weights_(model, layout)\ncentralize(optimizer, layout=layout)",
     ),
     "another model": Case(
         "other = copy.deepcopy(model)",
@@ -195,8 +229,28 @@ CASES = {
     "replaced parameters": Case(
         "centralize(optimizer, model)\nmodel[1] = nn.Linear(6, 5)",
         "step()",
-        r"create the optimizer, and attach Gradient Centralization, after .* anything else that replaces them",
+        r"create the optimizer, and attach Gradient Centralization, after .* anything else that replaces parameters",
         "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\ncentralize(optimizer, model)",
+    ),
+    "a layer replaced later": Case(
+        "centralize(optimizer, model)\nstep()\nmodel[1] = nn.Linear(6, 5)",
+        "step()",
+        r"add them with (optimizer.add_param_group\(.*\)), or",
+        "new_parameters = [*model[1].parameters()]\n{0}\n",
+    ),
+    "a parametrization after the optimizer": Case(
+        "centralize(optimizer, model)\nweight_norm(model[1])",
+        "step()",
+        r"create the optimizer, and attach Gradient Centralization, after .*weight_norm",
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "centralize(optimizer, layout=weight_layout(model, exclude=['1.*']))",
+    ),
+    "adapters after the optimizer": Case(
+        "centralize(optimizer, model)\nmodel.requires_grad_(False)\nmodel.append(nn.Linear(3, 2))",
+        "step()",
+        r"create the optimizer, and attach Gradient Centralization, after get_peft_model",
+        "optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)\n"
+        "centralize(optimizer, layout=weight_layout(model, exclude=['0.*', '1.*']))",
     ),
     "a sparse gradient, skipped": Case(
         SPARSE + "centralize(optimizer, layout=weight_layout(model, overrides={'0.weight': ROWS}))",

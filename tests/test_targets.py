@@ -1,4 +1,4 @@
-"""An optimizer whose parameters were replaced or reshaped after attaching raises at its first step."""
+"""Changes of a model after attaching: the layout follows them, or the step reports what no longer trains."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ import copy
 import importlib.util
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import stateless
+from torch.nn.utils import prune, stateless
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import SGD, Optimizer
 
 import gradcentral
-from gradcentral import centralize
+from gradcentral import centralize, weight_layout
+from gradcentral.attach import centering_of
 from gradcentral.targets import PLACEMENTS
 
 can_swap = importlib.util.find_spec("torch.optim._stateless") is not None
 if can_swap:
     from torch.optim._stateless import swap_in_optimizer_params_and_state
+
+
+def old_weight_norm(layer: nn.Module) -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(layer)
 
 
 def _model() -> Any:
@@ -57,7 +63,9 @@ def test_parameters_whose_shape_has_changed_raise(attached: tuple[Any, Optimizer
 def test_a_replaced_layer_raises(attached: tuple[Any, Optimizer]) -> None:
     model, optimizer = attached
     model[2] = nn.Linear(6, 5)
-    with pytest.raises(RuntimeError, match=r"the model no longer uses.*\(2.weight\)"):
+    with pytest.raises(
+        RuntimeError, match=r"no longer uses \(2.weight, 2.bias\).* in their place \(2.weight, 2.bias\)"
+    ):
         optimizer.step()
 
 
@@ -69,6 +77,37 @@ def test_a_parametrization_of_all_layers_raises(attached: tuple[Any, Optimizer])
         optimizer.step()
 
 
+@pytest.mark.parametrize("change", [weight_norm, old_weight_norm, lambda layer: weight_norm(layer, "bias")])
+def test_a_parametrization_of_one_layer_raises(attached: tuple[Any, Optimizer], change: Any) -> None:
+    model, optimizer = attached
+    change(model[0])
+    with pytest.raises(RuntimeError, match=r"no longer uses \(0\.(weight|bias)\).* in their place \(0\.\w"):
+        optimizer.step()
+
+
+def test_the_removal_of_a_parametrization_raises() -> None:
+    for make, remove in (
+        (weight_norm, lambda layer: nn.utils.parametrize.remove_parametrizations(layer, "weight")),
+        (old_weight_norm, nn.utils.remove_weight_norm),
+    ):
+        model = _model()
+        make(model[0])
+        optimizer = gradcentral.SGD(model, lr=0.1)
+        remove(model[0])
+        with pytest.raises(RuntimeError, match=r"no longer uses \(0\..*\).* in their place \(0.weight\)"):
+            optimizer.step()
+
+
+def test_a_model_of_new_layers_raises() -> None:
+    for names, message in ((("other",), "place .other.weight, other.bias."), ((), "place .none is trained.")):
+        model = nn.ModuleDict({"layer": nn.Linear(4, 3)})
+        optimizer = gradcentral.SGD(model, lr=0.1)
+        del model["layer"]
+        model.update({name: nn.Linear(4, 3) for name in names})
+        with pytest.raises(RuntimeError, match=rf"no longer uses .layer.weight, layer.bias.* {message}"):
+            optimizer.step()
+
+
 def test_a_removed_layer_does_not_raise(attached: tuple[Any, Optimizer]) -> None:
     model, optimizer = attached
     del model[2]
@@ -76,12 +115,154 @@ def test_a_removed_layer_does_not_raise(attached: tuple[Any, Optimizer]) -> None
     optimizer.step()
 
 
-def test_layers_may_be_replaced_after_the_first_step(attached: tuple[Any, Optimizer]) -> None:
+def _step(model: nn.Module, optimizer: Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+
+
+def test_a_layer_replaced_after_the_first_step_warns_once(attached: tuple[Any, Optimizer]) -> None:
     model, optimizer = attached
-    torch.autograd.backward(model(torch.ones(2, 4)).sum())
-    optimizer.step()
+    _step(model, optimizer)
     model[2] = nn.Linear(6, 5)
+    with pytest.warns(UserWarning, match=r"no longer uses \(2.weight, 2.bias\).* does not train them: add them"):
+        _step(model, optimizer)
+    _step(model, optimizer)
+    model[2].weight.grad[:] = 1
+    before = model[2].weight.detach().clone()
     optimizer.step()
+    assert torch.equal(model[2].weight, before)
+
+
+def test_adapters_added_to_a_frozen_model_warn_once(attached: tuple[Any, Optimizer]) -> None:
+    model, optimizer = attached
+    model.requires_grad_(False)
+    model.append(nn.Linear(3, 2))
+    with pytest.warns(
+        UserWarning, match=r"lacks the trained parameters 3.weight, 3.bias, .*: this step trains nothing"
+    ):
+        _step(model, optimizer)
+    _step(model, optimizer)
+
+
+def test_a_step_without_gradients_does_not_warn(attached: tuple[Any, Optimizer]) -> None:
+    model, optimizer = attached
+    optimizer.step()
+    model.requires_grad_(False)
+    optimizer.step()
+
+
+# Changes of the model that the layout follows.
+
+
+def _layout_of(optimizer: Optimizer) -> gradcentral.WeightLayout:
+    (targets,) = centering_of(optimizer)
+    return targets.layout
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+@pytest.mark.parametrize("kind", ["attached", "fused"])
+def test_pruning_is_followed(kind: str, placement: str) -> None:
+    """A pruned weight is no longer centered, since its mean would include masked entries; after prune.remove it is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3))
+    optimizer, other = _optimizer(kind, model, placement), copy.deepcopy(model)
+    _step_alike(model, optimizer, other, _optimizer(kind, other, placement))
+    changes: list[tuple[Any, bool]] = [
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), True),
+        (lambda layer: prune.remove(layer, "weight"), False),
+    ]
+    for change, is_pruned in changes:
+        change(model[0])
+        change(other[0])
+        _step_alike(model, optimizer, other, _optimizer(kind, other, placement))
+        names = _layout_of(optimizer).skipped
+        assert names.keys() == weight_layout(model).skipped.keys()
+        assert ("0.weight_orig" in names) is is_pruned
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+@pytest.mark.parametrize("kind", ["attached", "fused"])
+def test_a_parametrization_that_keeps_the_parameter_is_followed(kind: str, placement: str) -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    model = _model()
+    optimizer = _optimizer(kind, model, placement)
+    _step(model, optimizer)
+    other = copy.deepcopy(model)
+    for net in (model, other):
+        nn.utils.parametrize.register_parametrization(net[0], "weight", Doubled())
+    _step_alike(model, optimizer, other, _optimizer(kind, other, placement))
+    assert _layout_of(optimizer).skipped["0.parametrizations.weight.original"] == "parametrized by Doubled"
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight", leave_parametrized=True)
+    _step(model, optimizer)
+    assert "0.weight" in _layout_of(optimizer)
+
+
+@pytest.mark.parametrize("kind", ["attached", "fused"])
+def test_a_weight_tied_later_is_skipped(kind: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.hidden, self.head = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return cast("torch.Tensor", self.head(self.hidden(self.table.weight[:3])))
+
+    model = Net()
+    optimizer = _optimizer(kind, model, "gradient")
+    model.table.weight = model.head.weight
+    _step(model, optimizer)
+    assert _layout_of(optimizer).skipped["table.weight"].startswith("tied: ")
+
+
+def test_two_optimizers_that_share_a_layout_follow_it_both() -> None:
+    model = _model()
+    layout = weight_layout(model)
+    optimizers = [SGD(model[position].parameters(), lr=0.1) for position in (0, 2)]
+    for optimizer in optimizers:
+        centralize(optimizer, layout=layout)
+        _step(model, optimizer)
+    for position in (0, 2):
+        model[position] = nn.Linear(*reversed(model[position].weight.shape))
+    for optimizer, names in zip(optimizers, ("0.weight, 0.bias", "2.weight, 2.bias"), strict=True):
+        with pytest.warns(UserWarning, match=f"no longer uses .{names}."):
+            _step(model, optimizer)
+
+
+def _optimizer(kind: str, model: nn.Module, placement: str, momentum: float = 0.0) -> Optimizer:
+    if kind == "fused":
+        return gradcentral.SGD(model, lr=0.1, momentum=momentum, placement=placement)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=momentum)
+    centralize(optimizer, model, placement)
+    return optimizer
+
+
+def _step_alike(model: nn.Module, optimizer: Optimizer, other: nn.Module, fresh: Optimizer) -> None:
+    """Take one step of both models on the same batch; the results are equal and differ from the initial weights."""
+    before = [p.detach().clone() for p in model.parameters()]
+    for net, chosen in ((model, optimizer), (other, fresh)):
+        torch.manual_seed(1)
+        _step(net, chosen)
+    for p, q, old in zip(model.parameters(), other.parameters(), before, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+        assert not torch.equal(p, old)
+
+
+def test_centralize_gradients_follows_pruning() -> None:
+    model = nn.Linear(6, 4, bias=False)
+    model(torch.randn(3, 6)).square().sum().backward()
+    gradcentral.centralize_gradients(model)
+    prune.l1_unstructured(model, "weight", 0.5)
+    with pytest.raises(ValueError, match="nothing to center"):
+        gradcentral.centralize_gradients(model)
+    prune.remove(model, "weight")
+    layout = weight_layout(model)
+    prune.l1_unstructured(model, "weight", 0.5)
+    with pytest.raises(ValueError, match="nothing to center"):
+        gradcentral.centralize_gradients(layout=layout)
 
 
 def test_attaching_to_flat_partitions_raises() -> None:
@@ -159,12 +340,12 @@ def _swapped(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor],
 @pytest.mark.parametrize("kind", ["hook", "fused"])
 def test_the_first_step_after_a_checkpoint_may_be_functional(kind: str, placement: str) -> None:
     model = _model()
-    optimizer = _optimizer(model, kind, placement)
+    optimizer = _optimizer(kind, model, placement, momentum=0.9)
     torch.autograd.backward(model(torch.randn(9, 4)).square().sum())
     optimizer.step()
     checkpoint = optimizer.state_dict()
     model = _model()
-    optimizer = _optimizer(model, kind, placement)
+    optimizer = _optimizer(kind, model, placement, momentum=0.9)
     optimizer.load_state_dict(checkpoint)
     params, contexts = _swapped(model, optimizer)
     with contexts:
@@ -184,7 +365,7 @@ def test_the_first_step_after_a_checkpoint_may_be_functional(kind: str, placemen
 def test_an_optimizer_may_receive_the_new_parameters_of_the_model(kind: str, placement: str) -> None:
     """accelerate replaces the parameters of the model (FSDP2) and then those of the optimizer."""
     model = _model()
-    optimizer = _optimizer(model, kind, placement)
+    optimizer = _optimizer(kind, model, placement, momentum=0.9)
     for layer in (model[0], model[2]):
         for name, p in [*layer.named_parameters()]:
             setattr(layer, name, nn.Parameter(p.detach().clone()))
@@ -194,14 +375,6 @@ def test_an_optimizer_may_receive_the_new_parameters_of_the_model(kind: str, pla
         torch.autograd.backward(model(torch.randn(9, 4)).square().sum())
         optimizer.step()
         _assert_means_kept(before, dict(model.named_parameters()))
-
-
-def _optimizer(model: nn.Module, kind: str, placement: str) -> Optimizer:
-    if kind == "fused":
-        return gradcentral.SGD(model, lr=0.1, momentum=0.9, placement=placement)
-    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    centralize(optimizer, model, placement)
-    return optimizer
 
 
 def _assert_means_kept(before: dict[str, Tensor], now: Mapping[str, Tensor]) -> None:

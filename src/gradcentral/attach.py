@@ -35,19 +35,19 @@ def centralize(
         optimizer: holds parameters of the model; its other parameters are not centered. A list of optimizers, such as
             Muon and AdamW for different layers of one model, gives one handle for all of them. A parameter group with
             ``"centralize": False`` is not centered.
-        model: determines the layout (see `weight_layout`).
+        model: determines the layout (see `weight_layout`). Without it, the models that hold the optimizer's parameters
+            are searched (see `WeightLayout.from_parameters`).
         placement: ``"gradient"``: the optimizer receives Φ(∂L/∂w), written into ``p.grad`` in place (algorithms 1 and
             2 of the paper). ``"update"``: w ← w + Φ(Δw), Δw the whole change that the step makes, weight decay
             included; ``p.grad`` is unchanged. For SGD with momentum and L2 this equals centering g + λw.
-        layout: use this layout instead of the model's default: ``weight_layout(model, only="conv")``, or
-            ``WeightLayout.from_shapes(params)`` if there is no model.
+        layout: use this layout instead of the model's default: ``weight_layout(model, only="conv")``.
 
     Returns:
         A `Handle`: ``.layout``, ``.remove()``, ``.pause()``, ``.resume()``, ``.paused()``. Attaching again with the
         same settings returns the existing handle.
 
     Raises:
-        ValueError: an unknown placement; neither or both of model and layout; none of the model's parameters is in the
+        ValueError: an unknown placement; both model and layout; none of the model's parameters is in the
             optimizer; nothing is left to center; a parameter is already centered with other settings; a differentiable
             optimizer; placement ``"update"`` for an optimizer with ``train()`` and ``eval()`` (Schedule-Free).
         TypeError: the optimizer has no step hooks.
@@ -76,8 +76,9 @@ def centralize(
         if isinstance(getattr(inner, "targets", None), Targets):
             raise ValueError(f"gradcentral.{type(inner).__name__} already centers: pass placement= when you create it")
         refuse_unhookable(one, placement)
-    handle = Handle(layout_to_use(model, layout), placement)
     optimizers = [*dict.fromkeys(hooked)]
+    groups = [group for one in optimizers for group in one.param_groups]
+    handle = Handle(layout_to_use(model, layout, groups), placement)
     attachments = [Attachment(handle, handle.layout, placement) for _ in optimizers]
     pairs = [each.targets.attach(one, required=False).pairs for each, one in zip(attachments, optimizers, strict=True)]
     if not any(pairs):

@@ -39,8 +39,10 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
         >>> gradcentral.centralize_gradients(model)
     """
     layout = _remembered_layout(model) if model is not None and layout is None else layout_to_use(model, layout)
+    if not torch.compiler.is_compiling():
+        layout.follow()
     if not layout and not layout.pending:
-        raise ValueError(f"nothing to center: {layout.summary()}")
+        raise ValueError(f"nothing to center: {layout.summary()}\n{layout.to_paste()}".rstrip())
     for p in layout:
         if hasattr(p, "grad_sample"):
             raise ValueError(
@@ -98,7 +100,7 @@ def _remembered_layout(model: nn.Module) -> WeightLayout:
     layout = _layouts.get(model)
     if layout is None:
         layout = _layouts[model] = weight_layout(model)
-    elif layout.pending or set(layout.names) != set(model.parameters()):
+    elif layout.pending:
         layout.refresh()
     return layout
 

@@ -40,7 +40,7 @@ def center_weights_(model: nn.Module, layout: WeightLayout | None = None) -> Wei
     if layout.pending:
         raise ValueError("model: a lazy parameter has no values yet: run one forward pass of the model first")
     if not layout:
-        raise ValueError(f"nothing to center: {layout.summary()}")
+        raise ValueError(f"nothing to center: {layout.summary()}\n{layout.to_paste()}".rstrip())
     own = {*model.parameters()}
     for parameter in layout:
         if parameter not in own:

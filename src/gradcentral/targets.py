@@ -6,16 +6,19 @@ Hooks, gradcentral's optimizers, Monitor and the arms of a comparison all use `T
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from gradcentral.distributed import Shards, shards_of
 from gradcentral.groups import OPTION, check_keys, excluded_parameters
 from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout, weight_layout
+from gradcentral.layout.structure import is_gathered
 from gradcentral.local_shard import any_sharded
 from gradcentral.projection import Pair
 
@@ -38,7 +41,7 @@ class Targets:
     """The parameters that an optimizer's step centers, with their layout and placement.
 
     It follows changes during training: parameter groups added later, lazy parameters that have received their shape,
-    layers added to the model, layers that are frozen or unfrozen.
+    layers added to the model, replaced, pruned or parametrized, layers that are frozen or unfrozen.
 
     Attributes:
         layout: the weight vectors of the model's parameters.
@@ -60,8 +63,12 @@ class Targets:
         self._revision = -1
         self._trained: list[bool] | None = None
         self._not_in_model: set[Tensor] = set()
-        # The parameters at attach time, checked for replacement at the first step.
+        # The centered parameters at attach time, until the first step has checked them.
         self._at_attach: list[tuple[str, Tensor, tuple[int, ...] | None]] = []
+        # The model's parameters when `check` last compared them, and the revision of the layout then.
+        self._known: dict[str, Tensor] = {}
+        self._removed: set[Tensor] = set()
+        self._checked = -1
 
     def current(self, optimizer: Optimizer, warn: bool = True) -> Shards:
         """Return the optimizer's centered parameters, each with the weight vectors that this rank holds.
@@ -105,7 +112,8 @@ class Targets:
         layout.refresh()
         missing = [p for p in new if not layout.in_model(p)]
         self._not_in_model.update(missing)
-        return missing
+        # `check` has reported removed layers; they deserve another warning only if they are used elsewhere.
+        return [p for p in missing if p not in self._removed or p.grad is not None]
 
     def _warn_about(self, optimizer: Optimizer, missing: list[Tensor]) -> None:
         if getattr(optimizer, "targets", None) is self:
@@ -138,6 +146,7 @@ class Targets:
             self._warn_about(optimizer, others)
         names = layout.names
         self._at_attach = [(names[p], p, vectors.shape) for p, vectors in shards.pairs]
+        self._known = layout.current_parameters() or {}
         # With several ranks, one may hold only biases (ZeroRedundancyOptimizer, pipeline stages).
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if shards.pairs or layout.pending or not required:
@@ -155,26 +164,32 @@ class Targets:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items() if name in held)
             raise ValueError(
                 f"nothing is left to center in this optimizer ({reasons}): leave it as it is, or pass all optimizers "
-                "of the model together, gradcentral.centralize([optimizer, ...], model)"
+                f"of the model together, gradcentral.centralize([optimizer, ...], model)\n{layout.to_paste()}".rstrip()
             )
         return shards
 
     def check(self, optimizer: Optimizer) -> None:
-        """Check at the first step that the parameters present at attach time have not been replaced since.
+        """Follow changes of the model, and check that the optimizer still holds the parameters that it uses.
+
+        The full check runs at the first step, where lost parameters raise an error, and after changes of the model,
+        where they cause a warning: another optimizer may hold the new ones.
 
         Raises:
             RuntimeError: sharding, flattening or rebuilding the model has left the optimizer with parameters that the
                 model no longer uses, or has changed their shapes.
             ValueError: the model has been wrapped in FSDP1.
         """
-        if not self._at_attach or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        self.layout.follow()
+        if not self._at_attach and self._checked == self.layout.revision:
             return
         in_model = self.layout.current_parameters()
         held = {p for group in optimizer.param_groups for p in group["params"]}
         if in_model is not None and held and held <= set(in_model.values()):
             # The optimizer has received the model's new parameters (accelerate's FSDP2, a functional step).
             self._at_attach = [found for found in self._at_attach if found[1] in held]
-        elif not any(p in held for _, p, _ in self._at_attach):
+        elif self._at_attach and not any(p in held for _, p, _ in self._at_attach):
             raise RuntimeError(
                 "the optimizer no longer holds any of the parameters to center: they were replaced after Gradient "
                 f"Centralization was attached, as DeepSpeed's ZeRO does; {_KEEPS_SHAPES}"
@@ -187,23 +202,54 @@ class Targets:
                 )
         if in_model is not None:
             self._check_in_model(in_model, held)
+            self._known = in_model
         self._at_attach = []
+        self._checked = self.layout.revision
 
     def _check_in_model(self, in_model: dict[str, Tensor], held: set[Tensor]) -> None:
-        present = set(in_model.values())
+        """Refuse, or after the first step report, parameters that were replaced by some that the optimizer lacks."""
+        present, known = {*in_model.values()}, {*self._known.values()}
+        lost = {
+            name: p
+            for name, p in self._known.items()
+            if p in held and p not in present and not is_gathered(p, in_model.get(name))
+        }
+        new = {
+            name: p
+            for name, p in in_model.items()
+            if p.requires_grad and p not in held and p not in known and not is_gathered(self._known.get(name, p), p)
+        }
+        self._removed.update(lost.values())
+        remaining = [p for p in present if p in held]
+        # Unless nothing remains, a layer that was removed from the model without a replacement may stay.
         replaced = [
             name
-            for name, p, _ in self._at_attach
-            # A parameter under another name is still trained, and so is a replacement that the optimizer holds.
-            if p not in present and _is_replaced(p, in_model.get(name)) and in_model.get(name) not in held
+            for name in lost
+            if not remaining or any(other == name or other.startswith(_layer(name)) for other in new)
         ]
-        # A layer that was removed from the model without a replacement may stay in the optimizer.
-        if replaced and (len(replaced) == len(self._at_attach) or any(name in in_model for name in replaced)):
-            raise RuntimeError(
-                "the optimizer holds parameters that the model no longer uses, so this step would train nothing "
-                f"({', '.join(replaced[:3])}{', …' if len(replaced) > 3 else ''}): create the optimizer, and attach "
-                "Gradient Centralization, after fully_shard, parallelize_module or anything else that replaces them"
+        if not replaced and new and remaining and not any(p.requires_grad for p in remaining):
+            warnings.warn(
+                f"the optimizer holds frozen parameters only, and lacks the trained parameters {_some(new)}, which "
+                "were added to the model later: this step trains nothing; create the optimizer, and attach Gradient "
+                "Centralization, after get_peft_model or anything else that adds parameters",
+                stacklevel=4,
             )
+        if not replaced:
+            return
+        problem = (
+            f"the optimizer holds parameters that the model no longer uses ({_some(replaced)}), but not those in their "
+            f"place ({_some(new) or 'none is trained'}), so this step does not train them"
+        )
+        if self._at_attach:
+            raise RuntimeError(
+                f"{problem}: create the optimizer, and attach Gradient Centralization, after fully_shard, "
+                "parallelize_module, weight_norm or anything else that replaces parameters"
+            )
+        warnings.warn(
+            f"{problem}: add them with optimizer.add_param_group({{'params': new_parameters}}), or ignore this if "
+            "another optimizer holds them",
+            stacklevel=4,
+        )
 
 
 _KEEPS_SHAPES = (
@@ -211,12 +257,12 @@ _KEEPS_SHAPES = (
 )
 
 
-def layout_to_use(model: nn.Module | None, layout: WeightLayout | None) -> WeightLayout:
-    """Return the layout of a call that takes a model or a layout.
+def layout_to_use(model: nn.Module | None, layout: WeightLayout | None, params: ParamsT | None = None) -> WeightLayout:
+    """Return the layout of a call that takes a model or a layout; without both, that of the models of ``params``.
 
     Raises:
         TypeError: ``layout`` is not a `WeightLayout`.
-        ValueError: neither or both are given.
+        ValueError: neither of the three, or both model and layout are given.
     """
     if layout is not None and not isinstance(layout, WeightLayout):
         raise TypeError(f"layout must be a WeightLayout (weight_layout(model)), not {type(layout).__name__}")
@@ -224,12 +270,15 @@ def layout_to_use(model: nn.Module | None, layout: WeightLayout | None) -> Weigh
         raise ValueError("pass model or layout, not both: layout=weight_layout(model, ...) sets options of the layout")
     if layout is not None:
         return layout
-    if model is None:
-        raise ValueError(
-            "pass model=, whose layers determine the weight vectors; without a model, "
-            "layout=gradcentral.WeightLayout.from_shapes(params) applies the shape rule"
-        )
-    return weight_layout(model)
+    if model is not None:
+        return weight_layout(model)
+    if params is not None:
+        return WeightLayout.from_parameters(params)
+    raise ValueError(
+        "pass model=, whose layers determine the weight vectors; without a model, "
+        "layout=gradcentral.WeightLayout.from_parameters(params) finds the layers, and from_shapes(params) applies the "
+        "shape rule"
+    )
 
 
 def shards_in_layout(layout: WeightLayout, pairs: list[Pair]) -> Shards:
@@ -249,7 +298,7 @@ def refuse_sparse(gradient: Tensor, parameter: Tensor, layout: WeightLayout) -> 
         return
     name = layout.names[parameter]
     remedy = f"skip it with layout=weight_layout(model, exclude=[{name!r}])"
-    if layout.by_shape:
+    if layout.is_guessed(parameter):
         name = f"parameter {name} of shape {tuple(parameter.shape)}"
         remedy = "pass model=, so that embeddings are recognized"
     raise ValueError(
@@ -262,14 +311,11 @@ def _trained(pairs: list[Pair]) -> list[bool]:
     return [parameter.requires_grad for parameter, _ in pairs]
 
 
-def _is_replaced(parameter: Tensor, now: Tensor | None) -> bool:
-    """Return whether the model has another parameter in place of this one.
-
-    FSDP2 temporarily puts gathered parameters in place of sharded ones: they have fewer mesh dimensions.
-    """
-    return now is not parameter and (now is None or _mesh_dimensions(now) >= _mesh_dimensions(parameter))
+def _layer(name: str) -> str:
+    """Return the prefix of the names of all parameters of a parameter's layer."""
+    layer = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+    return f"{layer}." if layer else ""
 
 
-def _mesh_dimensions(tensor: Tensor) -> int:
-    mesh = getattr(tensor, "device_mesh", None)
-    return 0 if mesh is None else int(mesh.ndim)
+def _some(names: Collection[str]) -> str:
+    return ", ".join([*names][:3]) + (", …" if len(names) > 3 else "")

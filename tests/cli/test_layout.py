@@ -34,6 +34,57 @@ def test_models_that_read_tensor_values_are_built_without_the_meta_device(
 
 
 @pytest.mark.parametrize(
+    "expression",
+    [
+        "Sequential(*[Linear(3, 3) for _ in range(2)])",
+        "Sequential(*(Linear(3, 3) for _ in range(2)))",
+        "Sequential(*{i: Linear(3, 3) for i in range(2)}.values())",
+        "Sequential(*map(lambda size: (lambda: Linear(size, size))(), (3, 3)))",
+        "lambda: Sequential(*[[Linear(3, size) for size in (3,)][0] for _ in range(2)])",
+    ],
+)
+def test_nested_scopes_of_an_expression_see_the_names_of_the_module(expression: str) -> None:
+    model = build_model(f"torch.nn:{expression}")
+    assert [layer.weight.shape for layer in model.children()] == [(3, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    "module", ["models/net.py", "models/net", "./models/net.py", "{tmp}/models/net.py", "plain.py"]
+)
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
+def test_the_command_suggested_for_a_path_works(
+    module: str, elsewhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    for file in ("models/net.py", "plain.py"):
+        (tmp_path / file).write_text("import torch\nclass Net(torch.nn.Linear):\n    __init__ = lambda self: None\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    if elsewhere:
+        module = str(tmp_path / module.format(tmp=tmp_path))
+        monkeypatch.chdir("/")
+    for target in (f"{module.format(tmp=tmp_path)}:Net", module.format(tmp=tmp_path)):
+        if not target.endswith((".py", "Net")):
+            continue
+        with pytest.raises(ModelError, match="gradcentral layout") as raised:
+            build_model(target)
+        found = re.search(r"(?:cd (\S+) && )?gradcentral layout (\S+):(Net|NAME)$", str(raised.value))
+        assert found, str(raised.value)
+        monkeypatch.chdir(found[1] or ".")
+        monkeypatch.setattr(sys, "path", [name for name in sys.path if name != str(tmp_path)])
+        for name in ("models", "models.net", "net", "plain"):
+            sys.modules.pop(name, None)
+        assert type(build_model(f"{found[2]}:Net")).__name__ == "Net"
+
+
+def test_a_file_that_cannot_be_run_gets_no_suggestion(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import torch\n1 / 0\n")
+    with pytest.raises(ValueError, match="ZeroDivisionError") as raised:
+        build_model(str(tmp_path / "broken.py"))
+    assert "gradcentral layout" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("target", "message"),
     [
         ("torch.nn", "write MODULE:NAME"),
@@ -78,6 +129,17 @@ def test_the_command_prints_a_table_or_json() -> None:
     failed = _command("torch.nn:Linear")
     assert failed.returncode == 2
     assert failed.stderr.startswith("gradcentral: torch.nn:Linear: TypeError")
+
+
+def test_what_a_model_prints_goes_to_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("typer", reason="the command line needs typer: pip install 'gradcentral[experiments]'")
+    (tmp_path / "noisy.py").write_text(
+        "import torch\nprint('on import')\ndef make():\n    print('building')\n    return torch.nn.Linear(3, 2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    shown = _command("noisy:make", "--json")
+    assert json.loads(shown.stdout)["totals"]["elements"] == 8
+    assert shown.stderr.split() == ["on", "import", "building"]
 
 
 def test_the_command_takes_a_task_file() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim import SGD, Optimizer
 
 import gradcentral
@@ -449,6 +450,28 @@ def test_parameters_added_later_are_monitored() -> None:
     optimizer.step()
     assert set(monitor.records[-1].layers) == {"0.weight", "1.weight", "2.weight"}
     assert monitor.records[-1].layers["2.weight"].drift == 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "attached", "fused", "attached after the monitor"])
+def test_pruned_weights_are_no_longer_recorded(kind: str) -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    optimizer = gradcentral.SGD(model, lr=0.1) if kind == "fused" else SGD(model.parameters(), lr=0.1)
+    if kind == "attached":
+        centralize(optimizer, model)
+    monitor = Monitor(model, optimizer, every=1)
+    if kind == "attached after the monitor":
+        centralize(optimizer, model)
+    changes: list[tuple[Any, set[str]]] = [
+        (lambda layer: None, {"0.weight", "1.weight"}),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), {"1.weight"}),
+        (lambda layer: prune.remove(layer, "weight"), {"0.weight", "1.weight"}),
+    ]
+    for change, expected in changes:
+        change(model[0])
+        optimizer.zero_grad()
+        model(torch.rand(5, 4)).square().sum().backward()
+        optimizer.step()
+        assert set(monitor.records[-1].layers) == expected
 
 
 def test_unused_sparse_and_empty_parameters_are_handled() -> None:

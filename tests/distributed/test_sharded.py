@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 import gradcentral
 from gradcentral import WeightVectors, weight_layout
+from gradcentral.attach import centering_of
 from gradcentral.local_shard import runs_of_axes
 from tests.distributed.workers import Workers
 
@@ -345,7 +346,7 @@ def error_of_late_sharding(how: str) -> str:
 @pytest.mark.parametrize("how", ["hook", "fused", "fused foreach"])
 def test_sharding_after_attaching_raises_at_the_first_step(how: str, two_ranks: Workers) -> None:
     for message in two_ranks.run(error_of_late_sharding, how):
-        assert "the model no longer uses, so this step would train nothing (0.weight, 1.weight)" in message
+        assert "the model no longer uses (0.weight, 0.bias, 1.weight, …)" in message
         assert "after fully_shard" in message
 
 
@@ -520,3 +521,40 @@ def test_unfrozen_and_moved_parameters_are_centered(placement: str, fused: bool,
     for drift, change in two_ranks.run(train_while_parameters_change, placement, fused):
         assert drift < 1e-6
         assert change > 1e-4
+
+
+def step_while_parameters_are_gathered(kind: str) -> tuple[bool, list[str], float]:
+    """Run the model under no_grad between backward and step, which leaves its parameters gathered.
+
+    Return whether they were gathered, the names of the centered parameters, and the drift of the means.
+    """
+    model: Any = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    fully_shard(model, mesh=_mesh())
+    weights = [layer.weight for layer in model]
+    optimizer = _optimizer(model, "gradient", kind == "fused")
+    if kind == "parameters only":
+        optimizer = gradcentral.SGD(model.parameters(), lr=0.1)
+    start = [weight.full_tensor().mean(1) for weight in weights]
+    gathered = True
+    for step in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(3, 4)).square().sum().backward()
+        if step % 2:
+            with torch.no_grad():
+                model(torch.randn(3, 4))
+            gathered = gathered and not any(isinstance(p, DTensor) for p in model.parameters())
+        optimizer.step()
+        model.reshard()
+    drift = max(float((w.full_tensor().mean(1) - old).abs().max()) for w, old in zip(weights, start, strict=True))
+    (targets,) = centering_of(optimizer)
+    names = [targets.layout.names[p] for p in targets.layout]
+    assert all(isinstance(p, DTensor) for p in targets.layout)
+    return gathered, names, drift
+
+
+@pytest.mark.parametrize("kind", ["hook", "fused", "parameters only"])
+def test_gathered_parameters_are_not_taken_for_new_ones(kind: str, two_ranks: Workers) -> None:
+    for gathered, names, drift in two_ranks.run(step_while_parameters_are_gathered, kind):
+        assert gathered
+        assert names == ["0.weight", "1.weight"]
+        assert drift < 1e-6

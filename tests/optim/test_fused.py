@@ -493,12 +493,12 @@ def test_nan_stays_in_its_weight_vector(use: Any, placement: str) -> None:
 # Errors and warnings.
 
 
-def test_without_a_model_the_shape_rule_applies_with_one_warning() -> None:
-    p = nn.Parameter(torch.randn(3, 4))
-    with pytest.warns(UserWarning, match="gradcentral.SGD received no model"):
+def test_parameters_without_a_module_follow_the_shape_rule_with_a_warning() -> None:
+    p, q = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5, 2))
+    with pytest.warns(UserWarning, match=r"no module was found .* of shape \(3, 4\)"):
         optimizer = gradcentral.SGD([p], lr=0.1)
-    q = nn.Parameter(torch.randn(5, 2))
-    optimizer.add_param_group({"params": [q]})
+    with pytest.warns(UserWarning, match=r"no module was found .* of shape \(3, 4\), \(5, 2\)"):
+        optimizer.add_param_group({"params": [q]})
     for parameter in (p, q):
         parameter.grad = torch.ones_like(parameter)
     before = q.detach().clone()

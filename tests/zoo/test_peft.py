@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import gradcentral
 from gradcentral import WeightVectors, centralize
 from tests.zoo.checks import Architecture, build, check_classified, check_moves, library
 
@@ -115,3 +116,22 @@ def test_adapters_without_weight_vectors_are_refused(architecture: Architecture)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with pytest.raises(ValueError, match="nothing is left to center"):
         centralize(optimizer, model)
+
+
+@pytest.mark.parametrize("kind", ["attached", "fused"])
+def test_adapters_added_after_the_optimizer_are_reported(kind: str) -> None:
+    """get_peft_model freezes all that the optimizer holds."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    optimizer: torch.optim.Optimizer
+    if kind == "fused":
+        optimizer = gradcentral.SGD(model, lr=0.1)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        centralize(optimizer, model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], r=2))
+    adapted(torch.randn(5, 4)).square().sum().backward()
+    with pytest.warns(
+        UserWarning, match="lacks the trained parameters 0.lora_A.default.weight, 0.lora_B.default.weight"
+    ):
+        optimizer.step()
+    optimizer.step()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import gradcentral
 from tests.zoo.checks import Architecture, check_classified, check_moves, library
 
 transformers: Any = library("transformers")
@@ -399,3 +401,17 @@ def test_every_parameter_is_classified(architecture: Architecture) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 def test_nothing_is_frozen(architecture: Architecture) -> None:
     check_moves(architecture)
+
+
+def test_the_trainer_creates_the_optimizer_from_its_class(tmp_path: Path) -> None:
+    """Trainer passes the groups of its weight decay, and no model."""
+    config = transformers.GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), weight_decay=0.1, report_to=[], use_cpu=True)
+    trainer = transformers.Trainer(model, arguments, optimizer_cls_and_kwargs=(gradcentral.AdamW, {"lr": 1e-3}))
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, gradcentral.AdamW)
+    assert dict(optimizer.layout) == dict(gradcentral.weight_layout(model))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]

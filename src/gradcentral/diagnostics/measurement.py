@@ -54,6 +54,7 @@ def watched_parameters(optimizer: Optimizer, model_layout: WeightLayout, layout:
 
 
 def _refreshed(layout: WeightLayout, parameters: list[Tensor]) -> WeightLayout:
+    layout.follow()
     if layout.pending or not all(map(layout.in_model, parameters)):
         layout.refresh()
     return layout

@@ -171,7 +171,8 @@ class Monitor(AbstractContextManager["Monitor"]):
         centered = [(part.parameter, part.vectors) for part in watched if part.vectors is not None]
         if not centered:
             layout = self._model_layout if self._layout is None else self._layout
-            raise ValueError(f"layout: nothing in this optimizer is centered ({layout.summary()})")
+            nothing = f"layout: nothing in this optimizer is centered ({layout.summary()})"
+            raise ValueError(f"{nothing}\n{layout.to_paste()}".rstrip())
         self._drift = Drift(centered)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCall | None:

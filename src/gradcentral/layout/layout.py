@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from textwrap import indent
@@ -14,7 +16,9 @@ from torch.optim.optimizer import ParamsT
 from gradcentral.layout import table
 from gradcentral.layout.recipe import Recipe, Selector
 from gradcentral.layout.rules import LAZY, Entry, LeaveAlone, Rule, apply_rule, check_rule, not_centerable, too_few_axes
+from gradcentral.layout.search import find_models
 from gradcentral.layout.sites import refuse_flat, sites
+from gradcentral.layout.structure import Structure, is_gathered
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["WeightLayout", "weight_layout"]
@@ -25,8 +29,8 @@ _SHAPE_RULE = "shape rule"
 class WeightLayout(Mapping[Tensor, WeightVectors]):
     """The weight vectors of a model: a mapping from each centered parameter to its `WeightVectors`.
 
-    Created by `weight_layout` or `WeightLayout.from_shapes`. Parameters can be looked up by name too; iteration is
-    over the centered parameters; printing shows a table.
+    Created by `weight_layout`, `WeightLayout.from_parameters` or `WeightLayout.from_shapes`. Parameters can be looked
+    up by name too; iteration is over the centered parameters; printing shows a table.
 
     Attributes:
         entries: one `Entry` per parameter of the model, centered or skipped, in the model's order.
@@ -34,10 +38,12 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         revision: number of times that `refresh` has updated the entries.
     """
 
-    def __init__(self, entries: Sequence[Entry], recipe: Recipe | None = None) -> None:
+    def __init__(self, entries: Sequence[Entry], recipe: Recipe | None = None, guessed: Sequence[Entry] = ()) -> None:
         self._recipe = recipe
+        self._guessed = guessed
         self.revision = -1
-        self._set(entries)
+        self._set([*entries, *guessed])
+        self._structure = Structure(recipe.models()) if recipe else None
 
     def _set(self, entries: Sequence[Entry]) -> None:
         self.revision += 1
@@ -72,15 +78,35 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
             >>> len(layout), layout.skipped
             (1, {'1': 'one-dimensional'})
         """
-        entries = []
-        for position, (name, tensor) in enumerate(_named(params)):
-            refuse_flat(name or f"parameter {position}", tensor)
-            decision = not_centerable(tensor) or (
-                apply_rule("o [i...]", nn.Module(), tensor) if tensor.ndim > 1 else too_few_axes(tensor)
-            )
-            vectors, reason = (None, decision.reason) if isinstance(decision, LeaveAlone) else (decision, "")
-            entries.append(Entry(name or str(position), tensor, vectors, _SHAPE_RULE, reason))
-        return cls(entries)
+        return cls([_entry_by_shape(*numbered) for numbered in enumerate(_named(params))])
+
+    @classmethod
+    def from_parameters(
+        cls,
+        params: ParamsT,
+        *,
+        only: str = "all",
+        overrides: Mapping[Selector, Rule] | None = None,
+        exclude: Iterable[Selector] = (),
+    ) -> WeightLayout:
+        """Create the `weight_layout` of the models that hold these parameters, where the models are not at hand.
+
+        All modules of the process are searched for the parameters (about 0.1 s for two million Python objects). Names
+        start at the outermost module: a wrapper adds its prefix, and two separate models are "0" and "1". Parameters
+        that no module holds are decided by their shapes, as by `from_shapes`, with a warning.
+
+        Args:
+            params: parameters, (name, parameter) pairs, or an optimizer's ``param_groups``.
+            only, overrides, exclude: see `weight_layout`.
+
+        Examples:
+            >>> import torch
+            >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 2))
+            >>> list(WeightLayout.from_parameters(model.parameters()).skipped)
+            ['0.weight', '1.bias']
+        """
+        named = [*_named(params)]
+        return _layout_of(find_models([tensor for _, tensor in named]), only, overrides, exclude, named)
 
     def __getitem__(self, key: Tensor | str) -> WeightVectors:
         """Return the weight vectors of a parameter or its name; a KeyError gives the reason if it is skipped."""
@@ -129,22 +155,33 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
             RuntimeError: the layout was copied or created from shapes before the first forward, so it has no model.
         """
         if self._recipe and (model := self._recipe.model()) is not None:
-            self._set(self._recipe.entries(model))
+            entries = self._recipe.entries(model)
+            found = {entry.parameter for entry in entries}
+            self._set([*entries, *(entry for entry in self._guessed if entry.parameter not in found)])
         elif any(entry.reason == LAZY and not is_lazy(entry.parameter) for entry in self.entries):
             raise RuntimeError(
                 "this layout was copied, or created from shapes, while parameters were lazy, so it has no model to "
                 "refresh from: create the layout and the optimizer again"
             )
 
+    def follow(self) -> None:
+        """Refresh if modules or parameters have been added to the model, removed or replaced since the last call."""
+        if self._structure is None or self._structure.is_current():
+            return
+        models = [] if self._recipe is None else self._recipe.models()
+        self._structure = Structure(models) if models else None
+        now = self.current_parameters() or {}
+        if models and not any(is_gathered(entry.parameter, now.get(entry.name)) for entry in self.entries):
+            self.refresh()
+
     def current_parameters(self) -> dict[str, Tensor] | None:
         """Return {name: parameter} of the current model, tied ones under each of their names; None without a model."""
         model = None if self._recipe is None else self._recipe.model()
         return None if model is None else {site.name: site.tensor for site in sites(model)}
 
-    @property
-    def by_shape(self) -> bool:
-        """Whether the layout was created by `from_shapes`."""
-        return any(entry.origin == _SHAPE_RULE for entry in self.entries)
+    def is_guessed(self, parameter: Tensor) -> bool:
+        """Return whether the shape of a parameter decided about it, since its module is unknown."""
+        return self._by_key[parameter].origin == _SHAPE_RULE
 
     def __str__(self) -> str:
         """Return a table in which repeated layers share a row; `table` can list each of them."""
@@ -158,9 +195,13 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         With ``every``, repeated layers have one row each.
         """
         text = f"{table.render(self.entries, every=every)}\n\n{self.summary()}"
-        if self.suggestions:
-            text += "\n\nRules for the unknown parameters, to paste and edit:"
-        return "\n".join([text, *(indent(code, "  ") for code in self.suggestions)])
+        return f"{text}\n\n{self.to_paste()}".rstrip()
+
+    def to_paste(self) -> str:
+        """Format the suggestions as lines under a heading; empty if there are none."""
+        heading = "Rules for the unknown parameters, to paste and edit:"
+        lines = [heading, *(indent(code, "  ") for code in self.suggestions)]
+        return "\n".join(lines) if self.suggestions else ""
 
     @property
     def suggestions(self) -> tuple[str, ...]:
@@ -193,7 +234,7 @@ def weight_layout(
     reported, never guessed.
 
     Args:
-        model: the model.
+        model: the model. If there are only its parameters, use `WeightLayout.from_parameters`.
         only: ``"all"``, or ``"conv"`` for convolutions of any dimension. This differs from ``gc_conv_only`` in the
             authors' code, which centers the parameters with more than three axes and so skips Conv1d.
         overrides: {selector: rule}, where the selector is a parameter or its name, with wildcards as in `fnmatch`
@@ -225,21 +266,62 @@ def weight_layout(
         <BLANKLINE>
         1 of 4 parameters are centered (6.9% of the elements)
     """
-    if only not in ("all", "conv"):
-        raise ValueError(f"unknown only={only!r}; choose from 'all', 'conv'")
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, not {type(model).__name__}; pass several models as "
             "torch.nn.ModuleList(models)"
         )
+    return _layout_of([model], only, overrides, exclude)
+
+
+def _layout_of(
+    models: list[nn.Module],
+    only: str,
+    overrides: Mapping[Selector, Rule] | None,
+    exclude: Iterable[Selector],
+    params: Sequence[tuple[str, Tensor]] = (),
+) -> WeightLayout:
+    """Create a layout from models; parameters that are in none of them are decided by shape, with a warning."""
+    if only not in ("all", "conv"):
+        raise ValueError(f"unknown only={only!r}; choose from 'all', 'conv'")
     overrides = dict(overrides or {})
     for selector, rule in overrides.items():
         check_rule(rule, f"overrides[{selector!r}]")
     if isinstance(exclude, (str, Tensor, nn.Module)):
         exclude = [exclude]
-    recipe = Recipe(weakref.ref(model), only, overrides, list(exclude))
+    recipe = Recipe([*map(weakref.ref, models)], only, overrides, list(exclude))
+    model = recipe.model() if models else nn.ModuleList()
+    assert model is not None
     recipe.check_selectors(model)
-    return WeightLayout(recipe.entries(model), recipe)
+    entries = recipe.entries(model)
+    in_models = {entry.parameter for entry in entries}
+    guessed = [_entry_by_shape(*numbered) for numbered in enumerate(params) if numbered[1][1] not in in_models]
+    if shapes := {tuple(entry.parameter.shape): None for entry in guessed if entry.vectors is not None}:
+        warnings.warn(
+            f"no module was found that holds the parameters of shape {', '.join(map(str, shapes))}: they are centered "
+            "as rows of weights, which is wrong for embeddings and transposed layers; pass model=, or "
+            "layout=WeightLayout.from_shapes(params) if this is intended",
+            stacklevel=_level_of_caller(),
+        )
+    return WeightLayout(entries, recipe if models else None, guessed)
+
+
+def _entry_by_shape(position: int, named: tuple[str, Tensor]) -> Entry:
+    name, tensor = named
+    refuse_flat(name or f"parameter {position}", tensor)
+    decision = not_centerable(tensor) or (
+        apply_rule("o [i...]", nn.Module(), tensor) if tensor.ndim > 1 else too_few_axes(tensor)
+    )
+    vectors, reason = (None, decision.reason) if isinstance(decision, LeaveAlone) else (decision, "")
+    return Entry(name or str(position), tensor, vectors, _SHAPE_RULE, reason)
+
+
+def _level_of_caller() -> int:
+    """Return the ``stacklevel`` at which a warning of the calling function names the line outside gradcentral."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_globals.get("__name__", "").startswith("gradcentral.") and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _fraction_centered(entries: Sequence[Entry], what: str) -> str:

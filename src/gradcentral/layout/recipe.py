@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -27,10 +27,20 @@ Selector: TypeAlias = "str | Tensor | nn.Module"
 class Recipe:
     """The options of `weight_layout`, kept so that a layout can be refreshed after the model has changed."""
 
-    model: weakref.ref[nn.Module]
+    roots: Sequence[weakref.ref[nn.Module]]  # the model, or several that hold the parameters of one optimizer
     only: str
     overrides: Mapping[Selector, Rule]
     exclude: list[Selector]
+
+    def models(self) -> list[nn.Module]:
+        """Return the models, or nothing if one of them no longer exists."""
+        models = [model for ref in self.roots if (model := ref()) is not None]
+        return models if len(models) == len(self.roots) else []
+
+    def model(self) -> nn.Module | None:
+        """Return the model, or several in a ModuleList; None if one of them no longer exists."""
+        models = self.models()
+        return nn.ModuleList(models) if len(models) > 1 else next(iter(models), None)
 
     def check_selectors(self, model: nn.Module) -> None:
         """Refuse selectors that match no parameter."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import warnings
 from collections.abc import Callable, Iterable
 from itertools import repeat
 from typing import Any, cast
@@ -43,8 +42,7 @@ class CentralizedOptimizer(FusedOptimizer):
     counters and a GradScaler's ``found_inf`` stay on the device, and steps can be captured in CUDA graphs). torch's own
     step updates everything else.
 
-    Without a model and a layout the weight vectors are guessed from shapes (`WeightLayout.from_shapes`), with one
-    warning.
+    Without a model and a layout, the models that hold the parameters are searched (`WeightLayout.from_parameters`).
 
     Attributes:
         targets: the parameters that are centered; see `Targets`.
@@ -71,13 +69,12 @@ class CentralizedOptimizer(FusedOptimizer):
                 raise ValueError("pass the model once: as the first argument or as model=")
             model = params
             params = model.parameters()
-        by_shape = model is None and layout is None
-        chosen = None if by_shape else layout_to_use(model, layout)
+        self._search = model is None and layout is None
+        chosen = None if self._search else layout_to_use(model, layout)
         self._plans: dict[tuple[int, bool | None], GroupPlan] = {}
         self._fresh: set[Tensor] = set()
         super().__init__(params, *args, **kwargs)
-        self._by_shape = by_shape
-        self.targets = Targets(self._shape_layout() if chosen is None else chosen, placement)
+        self.targets = Targets(WeightLayout.from_parameters(self.param_groups) if chosen is None else chosen, placement)
         self.targets.attach(self)
 
     @property
@@ -89,15 +86,6 @@ class CentralizedOptimizer(FusedOptimizer):
     def layout(self) -> WeightLayout:
         """The layout in use."""
         return self.targets.layout
-
-    def _shape_layout(self) -> WeightLayout:
-        warnings.warn(
-            f"gradcentral.{type(self).__name__} received no model: it treats every parameter of two axes or more as "
-            "rows of weights, which is wrong for embeddings and transposed layers; pass model=, or "
-            "layout=WeightLayout.from_shapes(params) if this is intended",
-            stacklevel=3,
-        )
-        return WeightLayout.from_shapes(self.param_groups)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show torch's arguments, followed by ours, in help() and in editors."""
@@ -118,7 +106,7 @@ class CentralizedOptimizer(FusedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only three attributes; a copy without its layout would stop centering without an error.
-        own = {"_by_shape": self._by_shape, "_copied": (self.layout, self.placement)}
+        own = {"_search": self._search, "_copied": (self.layout, self.placement)}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -132,8 +120,10 @@ class CentralizedOptimizer(FusedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in torch. Layers added to the model since are looked up in it."""
         super().add_param_group(param_group)
-        if getattr(self, "_by_shape", False):
-            self.targets = Targets(WeightLayout.from_shapes(self.param_groups), self.placement)
+        created = hasattr(self, "targets")
+        if created and self._search and not all(map(self.layout.in_model, self.param_groups[-1]["params"])):
+            self.targets = Targets(WeightLayout.from_parameters(self.param_groups), self.placement)
+            self.targets.attach(self)
 
     # Unlike the steps of torch.optim, this one plans the kernel calls of all groups before it changes anything, so that
     # an error in planning leaves the weights unchanged.

@@ -15,6 +15,7 @@ from gradcentral.distributed import Shards
 from gradcentral.kernels import native
 from gradcentral.kernels.forms import Coefficients, DeviceCoefficients, Placement, States, UpdateRule, same_objects
 from gradcentral.kernels.planner import group_by_kernels
+from gradcentral.layout import WeightLayout
 from gradcentral.local_shard import any_sharded, local
 from gradcentral.targets import Targets
 
@@ -97,6 +98,9 @@ class GroupPlan(NamedTuple):
     """All parameters of the group, with or without gradients."""
     sharded: bool
     """Whether some of them are DTensors."""
+    layout: WeightLayout
+    revision: int
+    """The layout when the plan was created, and its revision."""
 
     @classmethod
     def create(
@@ -136,12 +140,17 @@ class GroupPlan(NamedTuple):
                 )
                 calls.append(_PlannedCall(plan, owners, states))
         everything = [*group["params"]]
-        return cls(params, rule, calls, [*optimizer.state.values()], everything, any_sharded(everything))
+        layout = optimizer.targets.layout
+        states = [*optimizer.state.values()]
+        return cls(params, rule, calls, states, everything, any_sharded(everything), layout, layout.revision)
 
     def kernel_calls(
         self, optimizer: FusedOptimizer, group: dict[str, Any], gradients: list[Tensor], held: LocalTensors | None
     ) -> list[KernelCall] | None:
         """Return the calls with these gradients of ``params``, or None if a plan no longer fits."""
+        layout = optimizer.targets.layout
+        if layout is not self.layout or layout.revision != self.revision:
+            return None
         if not same_objects([*optimizer.state.values()], self.all_states):
             return None
         calls: list[KernelCall] = []

@@ -34,7 +34,7 @@ def centered_layout(model: nn.Module, layout: WeightLayout | None) -> WeightLayo
     """Return the layout, by default ``weight_layout(model)``; it must center something."""
     layout = weight_layout(model) if layout is None else layout
     if not layout:
-        raise ValueError(f"nothing is centered: {layout.summary()}")
+        raise ValueError(f"nothing is centered: {layout.summary()}\n{layout.to_paste()}".rstrip())
     return layout
 
 
