@@ -155,7 +155,7 @@ def indices_of_shards(parameter: DTensor, axis: int, cuts: list[tuple[int, Any]]
     mesh: DeviceMesh = parameter.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    pieces, mine = [torch.arange(parameter.shape[axis])], 0
+    pieces, mine = [torch.arange(parameter.shape[axis], dtype=torch.int64, device="cpu")], 0
     for dim, placement in cuts:
         count = mesh.size(dim)
         factor = getattr(placement, "split_factor", 1)

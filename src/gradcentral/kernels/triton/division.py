@@ -138,8 +138,8 @@ def divide(loops: Sequence[tuple[Loop, Placement]], itemsize: int) -> LaunchTabl
         for position, (tiled, (_, placement)) in enumerate(zip(parameters, loops, strict=True))
         if tiled.parts == 1
     ]
-    rows = torch.tensor(parameters, dtype=torch.int64).reshape(len(parameters), FIELDS)
-    pieces = torch.cat([torch.zeros(0, 2, dtype=torch.int32), *_pieces_in_parts(parameters), *whole])
+    rows = torch.tensor(parameters, dtype=torch.int64, device="cpu").reshape(len(parameters), FIELDS)
+    pieces = torch.cat([torch.zeros(0, 2, dtype=torch.int32, device="cpu"), *_pieces_in_parts(parameters), *whole])
     return LaunchTables(rows, pieces, slots, counters)
 
 
@@ -209,7 +209,7 @@ def _multiple(n: int, of: int) -> int:
 
 
 def _pieces(position: int, what: int, begin: int, end: int) -> Tensor:
-    index = torch.arange(begin, end, dtype=torch.int32)
+    index = torch.arange(begin, end, dtype=torch.int32, device="cpu")
     return torch.stack([torch.full_like(index, position * 4 + what), index], 1)
 
 

@@ -63,7 +63,7 @@ class _PointerTable:
             if _capturing(self._device):
                 return self._for_capture(values), aligned
             host, _ = self._pair()
-            host.copy_(torch.tensor(values))
+            host.copy_(torch.tensor(values, dtype=torch.int64, device="cpu"))
             self._current.copy_(host, non_blocking=True)
             self._values, self._aligned = values, aligned
         if self._spare is None:
@@ -77,7 +77,7 @@ class _PointerTable:
                 "them: capture one step per graph, and call optimizer.step() once before each capture"
             )
         host, table = self._spare
-        host.copy_(torch.tensor(values))
+        host.copy_(torch.tensor(values, dtype=torch.int64, device="cpu"))
         table.copy_(host, non_blocking=True)
         self._captured.append(self._spare)
         self._spare = None
@@ -87,7 +87,8 @@ class _PointerTable:
         return torch.zeros(self._size, dtype=torch.int64, device=self._device)
 
     def _pair(self) -> tuple[Tensor, Tensor]:
-        return torch.zeros(self._size, dtype=torch.int64, pin_memory=self._device.type == "cuda"), self._empty()
+        pinned = self._device.type == "cuda"
+        return torch.zeros(self._size, dtype=torch.int64, device="cpu", pin_memory=pinned), self._empty()
 
 
 def _capturing(device: torch.device) -> bool:
@@ -163,7 +164,7 @@ class TritonPlan(BasePlan):
         assert self.rule is not None, "a plan for centering takes no steps"
         dampened = self.rule == UpdateRule.MOMENTUM and coefficients.coefficients.keep != 1
         if dampened and any(fresh):
-            self._fresh.copy_(torch.tensor(fresh))
+            self._fresh.copy_(torch.tensor(fresh, dtype=torch.int32, device="cpu"))
         self._launch(grads, self.rule, coefficients, self._fresh if dampened else None)
         torch.autograd.graph.increment_version(self.params)
 
