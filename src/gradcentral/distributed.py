@@ -150,7 +150,7 @@ class Shards(NamedTuple):
             return
         changes = [new - old for new, old in zip(self.split_sums(), old_sums, strict=True)]
         for split, means in zip(self.split, self._means(changes), strict=True):
-            local(split.parameter).sub_(means)
+            local(split.parameter).sub_(torch.where(means.isfinite(), means, 0))
 
     def _split_gradients(self) -> list[Tensor | None]:
         gradients = [split.parameter.grad for split in self.split]

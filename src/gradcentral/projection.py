@@ -75,7 +75,8 @@ def restore_means_(weights: Tensor, means: Tensor, vectors: WeightVectors) -> Te
         w ← w − (mean(w) − m),   m = mean(w_old)
 
     After a step w = w_old + Δw, so the result is w_old + Δw − mean(Δw) = w_old + Φ(Δw), for any optimizer and without
-    a copy of w_old. It keeps the constraint eᵀ(w − w⁰) = 0.
+    a copy of w_old. It keeps the constraint eᵀ(w − w⁰) = 0. A weight vector that is not finite has no mean to restore,
+    so it is not shifted.
 
     Args:
         weights: the weights after a step.
@@ -84,7 +85,8 @@ def restore_means_(weights: Tensor, means: Tensor, vectors: WeightVectors) -> Te
 
     Source: Yong et al. 2020, eq. 4.
     """
-    return subtract_means_(weights, unit_means(weights, vectors) - means, vectors)
+    shift = unit_means(weights, vectors) - means
+    return subtract_means_(weights, torch.where(shift.isfinite(), shift, 0), vectors)
 
 
 def unit_means(tensor: Tensor, vectors: WeightVectors) -> Tensor:

@@ -1,6 +1,7 @@
 /* Means of weight vectors, and Φ in place: x ← x − (mean(x) − kept), where kept is 0 for CENTER
  * and, for RESTORE, the mean before the step. Restoring it turns the step into w ← w + Φ(Δw),
- * which is placement "update". This file is included once per dtype. */
+ * which is placement "update"; a mean that is not finite is not restored. This file is included
+ * once per dtype. */
 #define NAME(name) JOIN2(name, SUFFIX)
 
 #define EACH_STRETCH(from, count, n)                                    \
@@ -79,8 +80,9 @@ static void NAME(finish_means)(const Parameter *p, int64_t group,
         for (int64_t block = 0; block < p->blocks; block++)
             for (int64_t k = 0; k < p->inner; k++)
                 total += sums[block * width + SLOT(u * p->inner + k, width)];
-        for (int64_t k = 0; k < p->inner; k++)
-            means[SLOT(u * p->inner + k, width)] = (REAL)(factor * (total / fan_in));
+        REAL mean = (REAL)(factor * (total / fan_in));
+        if (p->placement == UPDATE) mean = OR_ZERO(mean);
+        for (int64_t k = 0; k < p->inner; k++) means[SLOT(u * p->inner + k, width)] = mean;
     }
 }
 
@@ -104,7 +106,9 @@ CLONES static void NAME(center_rows)(const Parameter *p, int64_t begin, int64_t 
     const int64_t n = p->outer;
     for (int64_t r = begin; r < end; r++) {
         STORED *restrict row = (STORED *)p->w + r * n;
-        NAME(subtract)(row, n, NULL, (REAL)(NAME(sum)(row, n) / n - (p->kept ? p->kept[r] : 0)), 0);
+        const double mean = NAME(sum)(row, n) / n;
+        const REAL shift = p->kept ? OR_ZERO((REAL)(mean - p->kept[r])) : (REAL)mean;
+        NAME(subtract)(row, n, NULL, shift, 0);
     }
 }
 
@@ -137,8 +141,10 @@ static void NAME(restore_means)(const Parameter *p, int64_t group, const Coeffic
     const int64_t width = width_of(p);
     REAL *means = (REAL *)p->means + group * width;
     for (int64_t u = 0; u < p->units; u++)
-        for (int64_t k = 0; k < p->inner; k++)
-            means[SLOT(u * p->inner + k, width)] -= (REAL)p->kept[group * p->units + u];
+        for (int64_t k = 0; k < p->inner; k++) {
+            REAL *mean = &means[SLOT(u * p->inner + k, width)];
+            *mean = OR_ZERO(*mean - (REAL)p->kept[group * p->units + u]);
+        }
 }
 
 static const Kernels NAME(center) = {NULL, NAME(center_rows), NAME(sum_block), NAME(finish_means),
