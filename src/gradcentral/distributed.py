@@ -20,9 +20,9 @@ from gradcentral.local_shard import (
     cuts_of,
     indices_of_shards,
     is_aligned,
-    is_expanded,
     is_sharded,
     local,
+    overlaps_itself,
     placed_like,
     runs_of_axes,
     with_local,
@@ -119,7 +119,7 @@ class Shards(NamedTuple):
                 continue
             gradient: Tensor = placed_like(parameter.grad, parameter, self.names.get(parameter, "a parameter"))
             held = local(gradient)
-            if is_expanded(held):
+            if overlaps_itself(held):
                 gradient = with_local(gradient, held.contiguous())
             if gradient is not parameter.grad:
                 parameter.grad = gradient

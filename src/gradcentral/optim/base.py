@@ -15,7 +15,7 @@ from gradcentral.kernels import native
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout
-from gradcentral.local_shard import any_sharded, local, with_local
+from gradcentral.local_shard import any_sharded, local, overlaps_itself, with_local
 from gradcentral.optim.fused import FusedOptimizer, GroupPlan, KernelCall, LocalTensors
 from gradcentral.projection import center, restore_means_, unit_means
 from gradcentral.targets import Targets, check_placement, layout_to_use, refuse_sparse
@@ -253,9 +253,15 @@ class CentralizedOptimizer(FusedOptimizer):
                 restore_means_(local(p), old, vectors)
 
     def _can_be_traced(self) -> bool:
-        """Return whether the custom operators apply: they are not differentiable and do not communicate."""
-        sharded = any(any_sharded(group["params"]) for group in self.param_groups)
-        return not sharded and not self.defaults.get("differentiable", False)
+        """Return whether the custom operators apply: they are not differentiable and do not communicate.
+
+        Nor can a gradient whose elements share memory be overwritten.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        if any_sharded(params) or self.defaults.get("differentiable", False):
+            return False
+        grads = [p.grad for p in params if p.grad is not None]
+        return not any(g.layout == torch.strided and overlaps_itself(g) for g in grads)
 
     @torch.no_grad()
     def _traced_step(self) -> None:
