@@ -75,7 +75,7 @@ def trained(make: Callable[[nn.Module], torch.optim.Optimizer]) -> dict[str, Ten
         optimizer.zero_grad()
         nn.functional.mse_loss(net(x), y).backward()
         optimizer.step()
-    found = dict(net.named_parameters())
+    found: dict[str, Tensor] = dict(net.named_parameters())
     for index, state in enumerate(optimizer.state.values()):
         found |= {f"state {index} {key}": value for key, value in state.items() if key != "step"}
     return found
@@ -107,7 +107,7 @@ def gradients() -> dict[str, Tensor]:
     x, y = examples(16)
     nn.functional.mse_loss(net(x), y).backward()
     gradcentral.centralize_gradients(net)
-    found = {name: p.grad for name, p in net.named_parameters()}
+    found: dict[str, Tensor] = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     found["center"] = gradcentral.center(x, "o [i]")
     found["share"] = gradcentral.share(x, "o [i]")
     gradcentral.center_weights_(net)

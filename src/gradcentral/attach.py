@@ -203,7 +203,8 @@ class Handle:
                 "run one forward pass of the model before the first step"
             )
         with torch.no_grad():
-            pairs = shards.local_pairs()
+            # Frozen parameters do not change; their types, such as float8, may not even have a mean.
+            pairs = [(local(p), vectors) for p, vectors in shards.whole if p.requires_grad or p.grad is not None]
             means = _eager_or_traced(self._centering).means(pairs)
             self._before = _BeforeStep(shards, pairs, means, shards.split_sums())
 

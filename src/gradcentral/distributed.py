@@ -106,12 +106,6 @@ class Shards(NamedTuple):
         """Whether some of the parameters are DTensors."""
         return bool(self.names)
 
-    def local_pairs(self) -> list[Pair]:
-        """Return the local shards of the whole parameters with their weight vectors."""
-        if not self.sharded:
-            return self.whole
-        return [(local(parameter), vectors) for parameter, vectors in self.whole]
-
     def place_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Redistribute the gradients of DTensors to their parameters' placements, in writable memory."""
         for parameter in parameters:

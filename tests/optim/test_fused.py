@@ -186,6 +186,28 @@ def test_equals_centralize_on_torchs_optimizer(name: str, placement: str) -> Non
     assert _differ(ours, torchs) < 1e-11
 
 
+@pytest.mark.parametrize("key", ["momentum_buffer", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize(
+    "change", [lambda t: t.t_(), lambda t: t.as_strided_((4, 4), (1, 4))], ids=["t_", "as_strided_"]
+)
+def test_a_state_whose_strides_change_in_place_is_stepped_as_by_torch(
+    key: str, change: Callable[[Tensor], Any]
+) -> None:
+    name, options = ("SGD", {"momentum": 0.9}) if key == "momentum_buffer" else ("AdamW", {})
+    results = []
+    for fused in (None, False):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 4, bias=False)
+        optimizer = getattr(gradcentral, name)(model, lr=0.1, fused=fused, **options)
+        for step in range(4):
+            model.weight.grad = torch.randn(4, 4)
+            optimizer.step()
+            if step == 1:
+                change(optimizer.state[model.weight][key])
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results)
+
+
 class _WithTable(nn.Module):
     """A table with sparse gradients behind a layer that is centered."""
 

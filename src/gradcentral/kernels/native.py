@@ -170,8 +170,8 @@ class NativePlan(BasePlan):
 
     gradient_properties = (Tensor.size, Tensor.stride, attrgetter("dtype"), type, attrgetter("is_cpu"), Tensor.is_neg)
     centering_properties = gradient_properties
-    parameter_properties = (Tensor.size, Tensor.stride)
-    lasting_properties = (Tensor.numel, attrgetter("dtype"))
+    parameter_properties = (Tensor.size,)
+    lasting_properties = (Tensor.numel, Tensor.stride, attrgetter("dtype"))
     means_dtype = torch.float64
 
     def _prepare(self, grads: list[Tensor], loops: PlacedLoops) -> None:
