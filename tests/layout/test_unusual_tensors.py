@@ -22,13 +22,13 @@ class Packed(Tensor):
 
     @staticmethod
     def __new__(cls, codes: Tensor) -> Any:
-        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
 
     def __init__(self, codes: Tensor) -> None:
         self.codes = codes
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return Packed(args[0].codes)
         raise NotImplementedError(f"Packed does not implement {func}")
@@ -38,7 +38,7 @@ class Wrapped(Packed):
     """Like Packed, with all operators of the dequantized tensor."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return Wrapped(args[0].codes)
         plain = [a.codes.float() if isinstance(a, Wrapped) else a for a in args]
