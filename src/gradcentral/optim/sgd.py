@@ -52,7 +52,8 @@ class SGD(CentralizedOptimizer, torch.optim.SGD):
         scaled = {p: p.grad for p in params if p.grad is not None}
         try:
             for group in self.param_groups:
-                group["fused"] = None
+                if group["fused"]:
+                    group["fused"] = None
             for name in scaler:
                 setattr(self, name, None)
             for p, gradient in scaled.items():

@@ -40,9 +40,9 @@
 typedef struct {
     REAL scale, l2, decay;
     REAL momentum, keep, of_d, of_m; /* SGD: m ← momentum·m + keep·d, Δw = of_d·d + of_m·m */
-    BITS has_l2, has_of_d, from_d;   /* masks for CHOOSE: whether l2 ≠ 0, whether of_d ≠ 0 */
-    /* Adam: m ← (from_d ? d : m) + lerp·(d − m) */
-    REAL lerp, beta2, one_minus_beta2, epsilon;
+    REAL lerp;                       /* Adam: m ← (from_d ? d : m) + lerp·(d − m) */
+    BITS has_l2, has_of_d, from_d;   /* masks for CHOOSE; the first two: whether the term exists */
+    REAL beta2, one_minus_beta2, epsilon;
     REAL step_size, root_correction; /* Adam: η / (1 − β₁ᵗ), 1 / √(1 − β₂ᵗ) */
 } NAME(Scalars);
 
@@ -62,10 +62,10 @@ INLINE NAME(Scalars) NAME(scalars)(const Parameter *p, const Coefficients *coeff
         .of_d = (REAL)(-coefficients->lr * (RULE == SGD ? 1 : coefficients->nesterov)),
         .of_m =
             (REAL)(-coefficients->lr * (coefficients->nesterov != 0 ? coefficients->momentum : 1)),
-        .from_d = MASK(from_d),
+        .lerp = (REAL)(from_d ? -coefficients->beta1 : 1 - coefficients->beta1),
         .has_l2 = MASK(coefficients->l2 != 0),
         .has_of_d = MASK(RULE == SGD || coefficients->nesterov != 0),
-        .lerp = (REAL)(from_d ? -coefficients->beta1 : 1 - coefficients->beta1),
+        .from_d = MASK(from_d),
         .beta2 = (REAL)coefficients->beta2,
         .one_minus_beta2 = (REAL)(1 - coefficients->beta2),
         .epsilon = (REAL)coefficients->epsilon,
