@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 import gradcentral
 from gradcentral import WeightLayout, WeightVectors, attached, center, centralize, centralize_gradients, weight_layout
+from gradcentral.local_shard import overlaps_itself
 
 ROWS = WeightVectors((1,))
 
@@ -486,6 +487,51 @@ def test_expanded_gradients_are_centered_out_of_place() -> None:
     optimizer.step()
     assert torch.equal(model.weight.grad, torch.tensor([-1.5, -0.5, 0.5, 1.5]).expand(3, 4))
     assert torch.equal(shared[0], torch.arange(4.0))
+
+
+OVERLAPPING: dict[str, Callable[[], Tensor]] = {
+    "expand": lambda: torch.arange(4.0).square().expand(3, 4),
+    "as_strided": lambda: torch.arange(6.0).square().as_strided((3, 4), (1, 1)),
+    "unfold": lambda: torch.arange(6.0).square().unfold(0, 4, 1),
+    "unfold with gaps": lambda: torch.arange(8.0).square().unfold(0, 4, 2),
+    "circulant": lambda: torch.arange(9.0).square().as_strided((3, 4), (1, 2)),
+}
+
+
+@pytest.mark.parametrize("make", OVERLAPPING.values(), ids=OVERLAPPING.keys())
+@pytest.mark.parametrize("route", ["attached", "attached update", "fused", "fused update", "in place"])
+def test_gradients_whose_elements_share_memory_are_centered(make: Callable[[], Tensor], route: str) -> None:
+    model = nn.Linear(4, 3, bias=False)
+    gradient = make()
+    kept = gradient.clone()
+    change = -0.1 * (kept - kept.mean(1, keepdim=True))
+    start = model.weight.detach().clone()
+    placement = "update" if "update" in route else "gradient"
+    optimizer: Any = SGD(model.parameters(), lr=0.1)
+    if "attached" in route:
+        centralize(optimizer, model, placement)
+    elif route != "in place":
+        optimizer = gradcentral.SGD(model, lr=0.1, placement=placement)
+    model.weight.grad = gradient
+    if route == "in place":
+        centralize_gradients(model)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), start + change)
+    assert torch.equal(gradient, kept)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(3, 4),
+        torch.zeros(4, 3).T,
+        torch.zeros(6, 8)[::2, 1::3],
+        torch.zeros(1, 4).expand(1, 4),
+        torch.ones(()),
+    ],
+)
+def test_dense_and_sliced_tensors_do_not_overlap(tensor: Tensor) -> None:
+    assert not overlaps_itself(tensor)
 
 
 def test_sparse_gradients_raise_with_the_name_and_a_remedy() -> None:

@@ -216,3 +216,25 @@ def test_tensors_that_cannot_be_centered_raise(tensor: torch.Tensor, error: type
     for operation in (center, center_, share):
         with pytest.raises(error, match=message):
             operation(tensor, WeightVectors((1,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e25, 1e37])
+def test_share_does_not_depend_on_the_scale_of_the_gradient(dtype: torch.dtype, scale: float) -> None:
+    g = torch.tensor([[1.0, 1.0, 2.0], [1.0, -1.0, 4.0]], dtype=dtype)
+    assert share(g * scale, "o [i]").item() == pytest.approx(share(g, "o [i]").item(), rel=1e-2)
+    assert share(torch.full_like(g, scale), "o [i]").item() == pytest.approx(1)
+
+
+def test_share_is_nan_for_gradients_that_are_not_finite_and_0_for_empty_ones() -> None:
+    assert share(torch.tensor([[math.inf, 1.0]]), "o [i]").isnan()
+    assert share(torch.tensor([[math.nan, 1.0]]), "o [i]").isnan()
+    assert share(torch.zeros(0, 3), WeightVectors((1,))) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_the_mean_of_huge_numbers_does_not_overflow(dtype: torch.dtype) -> None:
+    g = torch.tensor([[3e38, 3e38, 3e38], [3e38, -3e38, 3e38]], dtype=dtype)
+    expected = torch.tensor([[0.0, 0.0, 0.0], [2e38, -4e38, 2e38]]).to(dtype)  # -4e38 is -inf in float32
+    torch.testing.assert_close(center(g, "o [i]").real, expected.real)
+    assert float(unit_means(g[:1], WeightVectors((1,))).real) == pytest.approx(3e38)

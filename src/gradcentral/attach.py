@@ -39,7 +39,8 @@ def centralize(
             are searched (see `WeightLayout.from_parameters`).
         placement: ``"gradient"``: the optimizer receives Φ(∂L/∂w), written into ``p.grad`` in place (algorithms 1 and
             2 of the paper). ``"update"``: w ← w + Φ(Δw), Δw the whole change that the step makes, weight decay
-            included; ``p.grad`` is unchanged. For SGD with momentum and L2 this equals centering g + λw.
+            included; ``p.grad`` is unchanged. For SGD with momentum and L2 this equals centering g + λw. Weight vectors
+            that are not finite, such as those of a masked class, have no mean and are not shifted.
         layout: use this layout instead of the model's default: ``weight_layout(model, only="conv")``.
 
     Returns:

@@ -14,6 +14,7 @@ from gradcentral.distributed import Shards
 from gradcentral.gradients import center_gradients_, eager_or_traced
 from gradcentral.kernels import Centering, Means
 from gradcentral.layout import WeightLayout
+from gradcentral.local_shard import local
 from gradcentral.never_stepped import watch_for_steps
 from gradcentral.projection import Pair
 from gradcentral.step_hooks import HookedCall, closure_of, refuse_differentiable, replace_closure
@@ -102,7 +103,8 @@ class Attachment:
                 "run one forward pass of the model before the first step"
             )
         with torch.no_grad():
-            pairs = shards.local_pairs()
+            # Frozen parameters do not change; their types, such as float8, may not even have a mean.
+            pairs = [(local(p), vectors) for p, vectors in shards.whole if p.requires_grad or p.grad is not None]
             means = eager_or_traced(self._centering).means(pairs)
             self._before = _BeforeStep(shards, pairs, means, shards.split_sums())
 

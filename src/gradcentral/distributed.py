@@ -20,9 +20,9 @@ from gradcentral.local_shard import (
     cuts_of,
     indices_of_shards,
     is_aligned,
-    is_expanded,
     is_sharded,
     local,
+    overlaps_itself,
     placed_like,
     runs_of_axes,
     with_local,
@@ -106,12 +106,6 @@ class Shards(NamedTuple):
         """Whether some of the parameters are DTensors."""
         return bool(self.names)
 
-    def local_pairs(self) -> list[Pair]:
-        """Return the local shards of the whole parameters with their weight vectors."""
-        if not self.sharded:
-            return self.whole
-        return [(local(parameter), vectors) for parameter, vectors in self.whole]
-
     def place_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Redistribute the gradients of DTensors to their parameters' placements, in writable memory."""
         for parameter in parameters:
@@ -119,7 +113,7 @@ class Shards(NamedTuple):
                 continue
             gradient: Tensor = placed_like(parameter.grad, parameter, self.names.get(parameter, "a parameter"))
             held = local(gradient)
-            if is_expanded(held):
+            if overlaps_itself(held):
                 gradient = with_local(gradient, held.contiguous())
             if gradient is not parameter.grad:
                 parameter.grad = gradient
@@ -150,7 +144,7 @@ class Shards(NamedTuple):
             return
         changes = [new - old for new, old in zip(self.split_sums(), old_sums, strict=True)]
         for split, means in zip(self.split, self._means(changes), strict=True):
-            local(split.parameter).sub_(means)
+            local(split.parameter).sub_(torch.where(means.isfinite(), means, 0))
 
     def _split_gradients(self) -> list[Tensor | None]:
         gradients = [split.parameter.grad for split in self.split]

@@ -12,7 +12,7 @@ from gradcentral.distributed import Shards
 from gradcentral.kernels import Centering
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.layout import WeightLayout, weight_layout
-from gradcentral.local_shard import is_expanded, local
+from gradcentral.local_shard import local, overlaps_itself
 from gradcentral.projection import Pair, center
 from gradcentral.targets import layout_to_use, refuse_sparse, shards_in_layout
 
@@ -55,10 +55,10 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
 
 
 def center_gradients_(layout: WeightLayout, shards: Shards, centering: Centering) -> None:
-    """Center the gradients of some of a layout's parameters in place; expanded ones are replaced by copies."""
+    """Center the gradients of some of a layout's parameters in place; overlapping ones are replaced by copies."""
     traced = torch.compiler.is_compiling()
     if not shards.sharded and not traced:
-        # Nothing is sharded. Sparse and expanded gradients, which need the checks below, never fit a plan.
+        # Nothing is sharded. Sparse and overlapping gradients, which need the checks below, never fit a plan.
         pairs = [(p.grad, vectors) for p, vectors in shards.whole if p.grad is not None]
         if centering.center_if_planned_(pairs):
             return
@@ -77,7 +77,7 @@ _TRACED = TracedCentering()
 
 
 def _writable_gradients(layout: WeightLayout, targets: list[Pair]) -> list[Pair]:
-    """Return the local gradients that can be centered in place; expanded ones are replaced by centered copies."""
+    """Return the local gradients that can be centered in place; overlapping ones are replaced by centered copies."""
     pairs = []
     for parameter, vectors in targets:
         gradient = parameter.grad
@@ -85,7 +85,7 @@ def _writable_gradients(layout: WeightLayout, targets: list[Pair]) -> list[Pair]
             continue
         refuse_sparse(gradient, parameter, layout)
         held = local(gradient)
-        if is_expanded(held):
+        if overlaps_itself(held):
             parameter.grad = center(gradient, vectors)
         else:
             pairs.append((held, vectors))

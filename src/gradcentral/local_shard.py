@@ -22,9 +22,9 @@ __all__ = [
     "cuts_of",
     "indices_of_shards",
     "is_aligned",
-    "is_expanded",
     "is_sharded",
     "local",
+    "overlaps_itself",
     "placed_like",
     "runs_of_axes",
     "with_local",
@@ -49,9 +49,19 @@ def _dtensor_class() -> Any:
     return () if module is None else module.DTensor
 
 
-def is_expanded(tensor: Tensor) -> bool:
-    """Return whether several elements share memory, so that nothing can be written in place."""
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Return whether several elements may share memory (``expand``, ``unfold``), so that none can be written in place.
+
+    It is false for all dense and sliced tensors, and true for a few unusual strides although they do not overlap.
+    """
+    extent = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return False
+        if size > 1 and stride <= extent:
+            return True
+        extent += (size - 1) * stride
+    return False
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -155,7 +165,7 @@ def indices_of_shards(parameter: DTensor, axis: int, cuts: list[tuple[int, Any]]
     mesh: DeviceMesh = parameter.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    pieces, mine = [torch.arange(parameter.shape[axis])], 0
+    pieces, mine = [torch.arange(parameter.shape[axis], dtype=torch.int64, device="cpu")], 0
     for dim, placement in cuts:
         count = mesh.size(dim)
         factor = getattr(placement, "split_factor", 1)

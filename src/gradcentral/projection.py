@@ -19,6 +19,7 @@ __all__ = [
     "Pair",
     "center",
     "center_",
+    "positive_or_one",
     "projection_matrix",
     "restore_means_",
     "share",
@@ -56,7 +57,7 @@ def center(tensor: Tensor, vectors: WeightVectors | str) -> Tensor:
     _check(tensor)
     g = _at_least_32_bits(tensor)
     view, span = _view(g, as_vectors(vectors, tensor.shape))
-    return (view - view.mean(span, keepdim=True)).reshape(tensor.shape).to(tensor.dtype)
+    return (view - _mean(view, span)).reshape(tensor.shape).to(tensor.dtype)
 
 
 def center_(tensor: Tensor, vectors: WeightVectors) -> Tensor:
@@ -75,7 +76,8 @@ def restore_means_(weights: Tensor, means: Tensor, vectors: WeightVectors) -> Te
         w ← w − (mean(w) − m),   m = mean(w_old)
 
     After a step w = w_old + Δw, so the result is w_old + Δw − mean(Δw) = w_old + Φ(Δw), for any optimizer and without
-    a copy of w_old. It keeps the constraint eᵀ(w − w⁰) = 0.
+    a copy of w_old. It keeps the constraint eᵀ(w − w⁰) = 0. A weight vector that is not finite has no mean to restore,
+    so it is not shifted.
 
     Args:
         weights: the weights after a step.
@@ -84,14 +86,14 @@ def restore_means_(weights: Tensor, means: Tensor, vectors: WeightVectors) -> Te
 
     Source: Yong et al. 2020, eq. 4.
     """
-    return subtract_means_(weights, unit_means(weights, vectors) - means, vectors)
+    shift = unit_means(weights, vectors) - means
+    return subtract_means_(weights, torch.where(shift.isfinite(), shift, 0), vectors)
 
 
 def unit_means(tensor: Tensor, vectors: WeightVectors) -> Tensor:
     """Return the mean of each weight vector, in float32 or wider; the spanned axes of the view are kept with size 1."""
     _check(tensor)
-    view, span = _view(_at_least_32_bits(tensor), vectors)
-    return view.mean(span, keepdim=True)
+    return _mean(*_view(_at_least_32_bits(tensor), vectors))
 
 
 def subtract_means_(tensor: Tensor, means: Tensor, vectors: WeightVectors) -> Tensor:
@@ -123,12 +125,22 @@ def share(tensor: Tensor, vectors: WeightVectors | str) -> Tensor:
         >>> share(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), "o [i]")
         tensor(0.5000)
     """
+    _check(tensor)
     vectors = as_vectors(vectors, tensor.shape)
-    means = unit_means(tensor, vectors)
+    g = _at_least_32_bits(tensor)
+    if not g.numel():
+        return g.abs().sum()
+    # The squares of 1e-25 and 1e25 do not fit into float32, so the largest entry is scaled to 1.
+    g = g / positive_or_one(g.detach().abs().amax())
     fan_in = vectors.for_shape(tensor.shape).fan_in
-    total = _at_least_32_bits(tensor).abs().square().sum()
-    removed = fan_in * means.abs().square().sum()
-    return torch.where(total == 0, 0.0, removed / torch.where(total == 0, 1, total))
+    total = g.abs().square().sum()
+    removed = fan_in * unit_means(g, vectors).abs().square().sum()
+    return (removed / positive_or_one(total)).clamp(max=1)  # rounding may exceed 1
+
+
+def positive_or_one(scale: Tensor) -> Tensor:
+    """Return a scale that one can divide by: 1 in place of 0."""
+    return torch.where(scale == 0, 1, scale)
 
 
 def projection_matrix(
@@ -157,6 +169,15 @@ def _at_least_32_bits(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.complex32:
         return tensor.to(torch.complex64)
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+def _mean(view: Tensor, span: tuple[int, ...]) -> Tensor:
+    # A sum in float32 overflows where its mean does not. MPS has no float64.
+    wide = None if view.device.type == "mps" else _WIDE.get(view.dtype)
+    return view.mean(span, keepdim=True, dtype=wide).to(view.dtype)
+
+
+_WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 def _view(tensor: Tensor, vectors: WeightVectors) -> tuple[Tensor, tuple[int, ...]]:

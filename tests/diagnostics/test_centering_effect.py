@@ -75,3 +75,24 @@ def test_a_gradient_with_nan_or_inf_has_no_share() -> None:
         assert math.isnan(effect.share)
         assert math.isnan(effect.cosine)
         assert math.isnan(combine_effects([effect, effect]).share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-30, 1e25, 1e36])
+def test_effects_scale_with_the_gradient(dtype: torch.dtype, scale: float) -> None:
+    """The squares of these gradients do not fit into float32."""
+    g = torch.tensor([[1.0, 2.0, 4.0], [-1.0, 1.0, 8.0]], dtype=dtype)
+    for vectors in (ROWS, None):
+        (small,), (scaled,) = effects([(g, vectors)]), effects([(g * scale, vectors)])
+        assert scaled.share == pytest.approx(small.share, rel=1e-2)
+        assert list(scaled[1:]) == pytest.approx([number * scale for number in small[1:]], rel=1e-2)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_effects_of_a_gradient_that_is_not_finite_are_not_finite(value: float) -> None:
+    for vectors in (ROWS, None):
+        (effect,) = effects([(torch.tensor([[value, 1.0]]), vectors)])
+        assert not math.isfinite(effect.norm)
+        assert not math.isfinite(effect.centered_norm)
+    (effect,) = effects([(torch.tensor([[value, 1.0]]), ROWS)])
+    assert math.isnan(effect.share)

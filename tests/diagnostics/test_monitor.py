@@ -693,3 +693,20 @@ def test_the_plot_has_gaps_where_a_gradient_is_not_finite(tmp_path: Any) -> None
     assert values[0] == 1.0
     assert all(map(math.isnan, values[1:]))
     assert figure.axes[0].lines[1].get_label() == "after centering (update)"
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_readings_of_very_small_and_very_large_gradients(scale: float) -> None:
+    model = _model().float()
+    optimizer = SGD(model.parameters(), lr=0.0)
+    with Monitor(model, optimizer, every=1) as monitor:
+        for factor in (1.0, scale):
+            _backward(model)
+            for p in model.parameters():
+                assert p.grad is not None
+                p.grad *= factor
+            optimizer.step()
+    usual, scaled = (record.net for record in monitor.records)
+    assert scaled.share == pytest.approx(usual.share, rel=1e-4)
+    for name in ("norm", "centered_norm", "largest", "centered_largest"):
+        assert getattr(scaled, name) == pytest.approx(getattr(usual, name) * scale, rel=1e-4)

@@ -457,3 +457,25 @@ def test_the_plot_shows_every_centered_parameter() -> None:
     assert [label.get_text() for label in axis.get_yticklabels()] == ["0.weight", "2.weight"]
     widths = [bar.get_width() for bar in axis.patches]
     assert widths == pytest.approx([layer.share for layer in report.centered])
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_the_scale_of_loss_and_inputs_does_not_matter(scale: float) -> None:
+    """The squares of these gradients and inputs do not fit into float32."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    x, y = batches(count=1)[0]
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (output * target).sum()
+
+    usual = probe(model, loss, [(x, y)]).layers[0]
+    of_loss = probe(model, lambda output, target: loss(output, target) * scale, [(x, y)]).layers[0]
+    of_inputs = probe(model, loss, [(x * scale, y)]).layers[0]
+    for scaled in (of_loss, of_inputs):
+        assert scaled.share == pytest.approx(usual.share, rel=1e-4)
+        assert scaled.effects[0].norm == pytest.approx(usual.effects[0].norm * scale, rel=1e-4)
+    assert usual.input is not None
+    assert of_inputs.input is not None
+    assert of_inputs.input.offset == pytest.approx(usual.input.offset, rel=1e-4)
+    assert of_inputs.input.mean == pytest.approx(usual.input.mean * scale, rel=1e-4)

@@ -229,6 +229,22 @@ def test_centering_is_one_node_of_the_graph(name: str, placement: str, expected:
     assert seen == expected
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_compiled_step_centers_gradients_whose_elements_share_memory(placement: str, fused: bool) -> None:
+    model = nn.Linear(4, 3, bias=False)
+    gradient = torch.arange(6.0).square().unfold(0, 4, 1)
+    expected = model.weight.detach() - 0.1 * center(gradient, "o [i]")
+    if fused:
+        optimizer: Optimizer = gradcentral.SGD(model, lr=0.1, placement=placement)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gradcentral.centralize(optimizer, model, placement)
+    model.weight.grad = gradient
+    torch.compile(optimizer.step, backend="aot_eager")()
+    torch.testing.assert_close(model.weight.detach(), expected)
+
+
 def test_centralize_gradients_can_be_compiled() -> None:
     model = Net()
     twin = copy.deepcopy(model)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import gradcentral
 from gradcentral import WeightLayout, WeightVectors, center
-from gradcentral.kernels import Centering, native, planner, unavailable_reasons
+from gradcentral.kernels import Centering, native, unavailable_reasons
 from gradcentral.kernels.loops import Loop, loop_of_vectors
 from gradcentral.kernels.planner import loop_of
 from tests.strategies import Case, cases
@@ -173,16 +173,11 @@ def test_steps_of_channels_last_phases_equal_those_of_contiguous_ones(placement:
     torch.testing.assert_close(other.weight, conv.weight)
 
 
-def test_triton_leaves_phases_to_the_reference_path() -> None:
-    """The planner refuses them whatever the device, although the loops without phases are accepted."""
-    weight = torch.randn(6, 4, 4, 4)
-    accepting = types.SimpleNamespace(serves=lambda tensor: True, DTYPES=native.DTYPES)
-    phases, filters = WeightVectors.parse("[i] o ([m] 2) ([m] 2)", weight.shape), WeightVectors((0, 2, 3))
-    for name, refuses in (("triton", True), ("another", False)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(planner, name, accepting, raising=False)
-            assert (loop_of(accepting, weight, phases) is None) is refuses  # type: ignore[arg-type]
-            assert loop_of(accepting, weight, filters) is not None  # type: ignore[arg-type]
+def test_units_with_too_many_taps_take_the_reference_path() -> None:
+    weight, filters = torch.randn(6, 4, 4, 4), WeightVectors((0, 2, 3))
+    for most, refused in ((15, True), (16, False)):
+        kernels: Any = types.SimpleNamespace(serves=lambda tensor: True, DTYPES=native.DTYPES, MOST_TAPS=most)
+        assert (loop_of(kernels, weight, filters) is None) is refused
 
 
 @pytest.mark.parametrize("fan_in", [2, 9, 27, 1000, 4608, 100_000, 10_000_000])

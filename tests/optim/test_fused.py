@@ -186,6 +186,107 @@ def test_equals_centralize_on_torchs_optimizer(name: str, placement: str) -> Non
     assert _differ(ours, torchs) < 1e-11
 
 
+@pytest.mark.parametrize("key", ["momentum_buffer", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize(
+    "change", [lambda t: t.t_(), lambda t: t.as_strided_((4, 4), (1, 4))], ids=["t_", "as_strided_"]
+)
+def test_a_state_whose_strides_change_in_place_is_stepped_as_by_torch(
+    key: str, change: Callable[[Tensor], Any]
+) -> None:
+    name, options = ("SGD", {"momentum": 0.9}) if key == "momentum_buffer" else ("AdamW", {})
+    results = []
+    for fused in (None, False):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 4, bias=False)
+        optimizer = getattr(gradcentral, name)(model, lr=0.1, fused=fused, **options)
+        for step in range(4):
+            model.weight.grad = torch.randn(4, 4)
+            optimizer.step()
+            if step == 1:
+                change(optimizer.state[model.weight][key])
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results)
+
+
+class _WithTable(nn.Module):
+    """A table with sparse gradients behind a layer that is centered."""
+
+    def __init__(self, bag: bool) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+        self.table = nn.EmbeddingBag(9, 4, sparse=True, mode="sum") if bag else nn.Embedding(9, 4, sparse=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        output: Tensor = self.head(self.table(tokens))
+        return output
+
+
+@pytest.mark.parametrize("bag", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Adam", {}),
+        ("Adam", {"amsgrad": True}),
+        ("AdamW", {"amsgrad": True}),
+        ("AdamW", {"fused": False}),
+        ("AdamW", {"foreach": True}),
+        ("AdamW", {"fused": True}),
+        ("SGD", {"weight_decay": 0.1, "momentum": 0.9}),
+        ("SGD", {"weight_decay": 0.1, "fused": False}),
+        ("SGD", {"weight_decay": 0.1, "fused": True}),
+    ],
+    ids=str,
+)
+def test_sparse_gradients_are_refused_before_any_weight_changes(
+    name: str, options: dict[str, Any], placement: str, groups: int, bag: bool
+) -> None:
+    model = _WithTable(bag)
+    parts: Any = [{"params": [*model.head.parameters()]}, {"params": [*model.table.parameters()]}]
+    params = parts if groups == 2 else model.parameters()
+    optimizer = getattr(gradcentral, name)(params, lr=0.1, model=model, placement=placement, **options)
+    model(torch.tensor([[1, 2]])).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"table.weight has a sparse gradient.*(SparseAdam|weight_decay=0)"):
+        optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_remedies_for_sparse_gradients_work() -> None:
+    """They are: a dense gradient, torch.optim.SparseAdam for Adam, and a group with weight_decay=0 for SGD."""
+    for name, split in (("AdamW", True), ("SGD", True), ("AdamW", False), ("SGD", False)):
+        model = _WithTable(bag=False)
+        head, table = [*model.head.parameters()], [*model.table.parameters()]
+        steps: list[Optimizer] = []
+        if not split:
+            model.table.sparse = False
+            steps = [getattr(gradcentral, name)(model, lr=0.1, weight_decay=0.1)]
+        elif name == "SGD":
+            groups = [{"params": head}, {"params": table, "weight_decay": 0}]
+            steps = [gradcentral.SGD(groups, lr=0.1, weight_decay=0.1, model=model)]
+        else:
+            steps = [gradcentral.AdamW(head, lr=0.1, model=model), torch.optim.SparseAdam(table, lr=0.1)]
+        before = copy.deepcopy(model.state_dict())
+        model(torch.tensor([[1, 2]])).sum().backward()
+        for optimizer in steps:
+            optimizer.step()
+        changed = (model.table.weight != before["table.weight"]).any(1)
+        assert changed[[1, 2]].all()
+        assert not torch.equal(model.head.weight, before["head.weight"])
+
+
+@pytest.mark.parametrize("placement", ["gradient", "update"])
+def test_a_first_gradient_that_no_kernel_accepts_is_not_dampened(placement: str) -> None:
+    model = nn.Linear(4, 3, bias=False)
+    start = model.weight.detach().clone()
+    optimizer = gradcentral.SGD(model, lr=0.1, momentum=0.9, dampening=0.5, placement=placement)
+    model.weight.grad = torch.arange(4.0).expand(3, 4)
+    optimizer.step()
+    expected = start - 0.1 * (torch.arange(4.0) - 1.5)
+    torch.testing.assert_close(model.weight.detach(), expected)
+
+
 @pytest.mark.parametrize("use", [None, reference_path])
 @pytest.mark.parametrize("placement", ["gradient", "update"])
 def test_gradients_are_unchanged(use: Any, placement: str) -> None:

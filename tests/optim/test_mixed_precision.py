@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gradcentral
-from gradcentral.kernels import native
+from gradcentral.kernels import native, triton
 from gradcentral.projection import center, restore_means_, unit_means
 from gradcentral.targets import PLACEMENTS
 from tests.optim.creation import create_optimizer
@@ -61,6 +61,12 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_equal, one, other))
     return bool(one == other)
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernels in (native, triton):
+        monkeypatch.setattr(kernels, "_unavailable", "turned off by a test")
 
 
 def every_optimizer(test: Callable[..., None]) -> Callable[..., None]:
@@ -169,8 +175,7 @@ def test_autocast_in_bfloat16_centers_gradients_in_float32(variant: str, kind: s
 @every_optimizer
 def test_parameters_in_bfloat16_stay_close_to_those_in_float64(variant: str, kind: str, placement: str) -> None:
     """With the same bfloat16 gradients, the weights differ only by rounding of weights and state."""
-    by_torch = {"attached, fused"} | ({"gradcentral, fused"} if native.unavailable_reason() else set())
-    if kind == "SGD" and variant in by_torch:
+    if kind == "SGD" and variant == "attached, fused":
         pytest.skip("torch 2.13's own fused SGD loses the momentum in bfloat16 on the CPU, with or without GC")
     model, reference = _network(torch.bfloat16), _network(torch.bfloat16).double()
     optimizer, exact = _make(variant, kind, model, placement), _make(variant, kind, reference, placement)
@@ -192,3 +197,64 @@ def test_parameters_in_bfloat16_stay_close_to_those_in_float64(variant: str, kin
         change += float((wanted - w).square().sum())
         error += float((found - wanted).square().sum())
     assert error < 0.02 * change
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_fused_sgd_without_kernels_equals_torchs_unfused_step(
+    placement: str, dtype: torch.dtype, compiled: bool, without_kernels: None
+) -> None:
+    """torch's own fused step does not even move these weights."""
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    model, reference = (nn.Linear(4, 3).to(dtype) for _ in range(2))
+    reference.load_state_dict(model.state_dict())
+    optimizer = gradcentral.SGD(model, fused=True, placement=placement, **options)
+    plain = torch.optim.SGD(reference.parameters(), **options)
+    gradcentral.centralize(plain, reference, placement)
+    step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+    start = model.weight.detach().clone()
+    for _ in range(4):
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            gradient = torch.randn(p.shape).to(dtype) * 0.1
+            p.grad, q.grad = gradient, gradient.clone()
+        step()
+        plain.step()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=4e-3)
+        torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], plain.state[q]["momentum_buffer"])
+    assert float((model.weight.detach() - start).abs().max()) > 0.02
+    assert all(group["fused"] is True for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_fused_sgd_without_kernels_unscales_gradients_and_skips_steps(placement: str, without_kernels: None) -> None:
+    """After a skipped first step, torch's own fused SGD trains with an uninitialized momentum."""
+    model, reference = _network(), _network()
+    optimizer = _make("gradcentral, fused", "SGD", model, placement)
+    plain = _make("attached", "SGD", reference, placement)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step, factor in enumerate([torch.inf, 1.0, 1.0, torch.nan, 1.0]):
+        optimizer.zero_grad()
+        scaler.scale(_loss(model, step) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if factor == 1:
+            plain.zero_grad()
+            _loss(reference, step).backward()
+            plain.step()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            optimizer.state[p]["momentum_buffer"], plain.state[q]["momentum_buffer"], rtol=0, atol=1e-6
+        )
+
+
+def test_a_found_inf_on_the_device_is_read_before_torchs_step(without_kernels: None) -> None:
+    """On a CUDA device, where the kernels would read it themselves."""
+    optimizer = gradcentral.SGD(nn.Linear(4, 3), lr=0.1, momentum=0.9, fused=True)
+    assert optimizer._needs_found_inf([], complete=False)
+    assert not optimizer._needs_found_inf([], complete=True)
+    adam = gradcentral.Adam(nn.Linear(4, 3), fused=True)
+    assert not adam._needs_found_inf([], complete=False)

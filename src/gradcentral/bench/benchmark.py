@@ -136,9 +136,10 @@ def iteration(
     of the iterations between two records. It is largest for small networks, so a network of three small layers is also
     measured.
     """
-    place, clock = (torch.device(device), BENCH_DTYPES[dtype]), clock_for(device)
-    model = resnet18().to(*place)
-    x, y = torch.randn(batch, 3, 32, 32).to(*place), torch.randint(10, (batch,)).to(device)
+    clock = clock_for(device)
+    place: Any = {"device": torch.device(device), "dtype": BENCH_DTYPES[dtype]}
+    model = resnet18().to(**place)
+    x, y = torch.randn(batch, 3, 32, 32, **place), torch.randint(10, (batch,), device=device)
     hooked, plain, monitored = _sgd(model), _sgd(model), _sgd(model)
     centralize(hooked, model)
     Monitor(model, monitored)
@@ -150,8 +151,9 @@ def iteration(
         "Monitor + torch fused": _iterate(model, monitored, x, y),
     }
     times = interleave(runs, rounds, seconds, warm_up=1, clock=clock)
-    small = nn.Sequential(nn.Linear(13, 32), nn.Sigmoid(), nn.Linear(32, 32), nn.Sigmoid(), nn.Linear(32, 3)).to(*place)
-    x, y = torch.randn(20, 13).to(*place), torch.randint(3, (20,)).to(device)
+    layers = [nn.Linear(13, 32), nn.Sigmoid(), nn.Linear(32, 32), nn.Sigmoid(), nn.Linear(32, 3)]
+    small = nn.Sequential(*layers).to(**place)
+    x, y = torch.randn(20, 13, **place), torch.randint(3, (20,), device=device)
     small_times = interleave({steps.BASELINE: _iterate(small, _sgd(small), x, y)}, rounds, clock=clock)
     monitoring = {
         "ResNet-18": _monitoring(model, times[steps.BASELINE], rounds, clock),

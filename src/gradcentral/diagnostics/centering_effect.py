@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradcentral.projection import subtract_means_, unit_means
+from gradcentral.projection import positive_or_one, subtract_means_, unit_means
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["Effect", "combine_effects", "effects", "norms", "to_numbers"]
@@ -44,21 +44,25 @@ def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Ef
     with torch.no_grad():
         for gradient, vectors in gradients:
             g = gradient.to_dense() if gradient.layout != torch.strided else gradient
+            # The squares of 1e-25 and 1e25 do not fit into float32, so the largest entry is scaled to 1.
+            (largest,) = norms([g], torch.inf)
+            g = (g.float() if g.dtype.itemsize < 4 else g) / positive_or_one(largest)
             if vectors is None:
                 fan_ins.append(0)
-                scalars += [*norms([g]) * 3, *norms([g], torch.inf) * 2]
+                scalars += [largest, *norms([g]) * 3, largest.sign()]
             else:
                 means = unit_means(g, vectors)
                 centered = subtract_means_(g.clone(), means, vectors)
                 fan_ins.append(g.numel() // means.numel())
-                scalars += norms([means, g, centered]) + norms([g, centered], torch.inf)
+                scalars += [largest, *norms([means, g, centered]), *norms([centered], torch.inf)]
     numbers = iter(to_numbers(scalars))
     found = []
     for fan_in in fan_ins:
-        means_norm, norm, *others = itertools.islice(numbers, 5)
+        largest_entry, means_norm, norm, centered_norm, centered_largest = itertools.islice(numbers, 5)
         # `projection.share`, from norms that are already computed; rounding may exceed 1.
         share = min(fan_in * (means_norm / norm) ** 2, 1.0) if norm != 0 else 0.0
-        found.append(Effect(share, norm, *others))
+        norm, centered_norm, centered_largest = (n * largest_entry for n in (norm, centered_norm, centered_largest))
+        found.append(Effect(share, norm, centered_norm, largest_entry, centered_largest))
     return found
 
 

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from gradcentral.layout import WeightLayout
+from gradcentral.projection import positive_or_one
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["InputMean", "InputMeans"]
@@ -97,6 +98,9 @@ def _sums_of(module: nn.Module, x: Tensor, parameter: Tensor, vectors: WeightVec
     if not x.is_floating_point() or x.numel() == 0:
         return None
     x = x.float() if x.dtype.itemsize < 4 else x
+    # The squares of very small and very large inputs do not fit into float32.
+    largest = positive_or_one(x.abs().amax())
+    x = x / largest
     if isinstance(module, _ConvNd):
         channels = x.ndim - len(module.kernel_size) - 1
         if channels not in (0, 1) or x.shape[channels] != module.in_channels:
@@ -115,4 +119,5 @@ def _sums_of(module: nn.Module, x: Tensor, parameter: Tensor, vectors: WeightVec
             return None
         size, sums, energies = x.shape[-1], x.sum(-1), x.square().sum(-1)
     count = sums.new_tensor(sums.numel())
-    return torch.stack([count, sums.sum() / size, sums.square().sum() / size, energies.sum()]).cpu().double()
+    found = torch.stack([count, sums.sum() / size, sums.square().sum() / size, energies.sum(), largest]).cpu().double()
+    return found[:4] * found[4] ** found.new_tensor([0, 1, 2, 2])

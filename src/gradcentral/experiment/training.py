@@ -87,6 +87,15 @@ def train(task: Task | CustomTask, key: Key, settings: Settings | None, on_epoch
     )
 
 
+class _Loader(DataLoader[Any]):
+    """A ``DataLoader`` that works under any default device."""
+
+    def __iter__(self) -> Any:
+        # torch draws a seed on the default device, although the generator is on the CPU.
+        with torch.device("cpu"):
+            return super().__iter__()
+
+
 def fresh_model(task: Task, seed: int) -> nn.Module:
     """Build the model with a seed; lazy parameters are initialized from the first training batch."""
     seed_everything(seed)
@@ -95,15 +104,15 @@ def fresh_model(task: Task, seed: int) -> nn.Module:
         raise TaskError(f"model: the factory must return an nn.Module, not {type(model).__name__}")
     if any(map(nn.parameter.is_lazy, model.parameters())):
         with torch.no_grad():
-            _predict(model.eval(), next(iter(DataLoader(task.train, task.batch_size))))
+            _predict(model.eval(), next(iter(_Loader(task.train, task.batch_size))))
     return model.train()
 
 
 def orders_of(task: Task, seed: int) -> Iterator[list[int]]:
     """Yield the order of the training examples in each epoch of a run, indefinitely."""
-    generator = torch.Generator().manual_seed(derive(seed, "order"))
+    generator = torch.Generator("cpu").manual_seed(derive(seed, "order"))
     while True:
-        yield torch.randperm(len(task.train), generator=generator).tolist()  # type: ignore[arg-type]
+        yield torch.randperm(len(task.train), generator=generator, device="cpu").tolist()  # type: ignore[arg-type]
 
 
 def steps_of(task: Task, epochs: int) -> int:
@@ -113,7 +122,7 @@ def steps_of(task: Task, epochs: int) -> int:
 
 def loader_of(task: Task, order: Sequence[int]) -> DataLoader[Any]:
     """Load the batches of one epoch, without drawing from torch's global generator."""
-    return DataLoader(task.train, task.batch_size, sampler=order, generator=torch.Generator())
+    return _Loader(task.train, task.batch_size, sampler=order, generator=torch.Generator("cpu"))
 
 
 def fresh_optimizer(task: Task, name: str, model: nn.Module) -> Optimizer:
@@ -177,8 +186,8 @@ class _Trainer:
             if epoch == self.settings.epochs and _is_finite(numbers):
                 # Use as many training as test examples, shuffled, since the first ones could be of a single class.
                 train, test = self.task.train, self.task.test
-                generator = torch.Generator().manual_seed(derive(self.seed, "gap"))
-                shuffled = torch.randperm(len(train), generator=generator)  # type: ignore[arg-type]
+                generator = torch.Generator("cpu").manual_seed(derive(self.seed, "gap"))
+                shuffled = torch.randperm(len(train), generator=generator, device="cpu")  # type: ignore[arg-type]
                 chosen = sorted(shuffled[: len(test)].tolist())  # type: ignore[arg-type]
                 numbers["train_metric"] = self._evaluate(train, chosen)["metric"]
             yield numbers
@@ -203,7 +212,7 @@ class _Trainer:
         size = 4 * self.task.batch_size
         losses, metrics = [], []
         with torch.inference_mode():
-            for batch in DataLoader(dataset, size, sampler=indices, generator=torch.Generator()):
+            for batch in _Loader(dataset, size, sampler=indices, generator=torch.Generator("cpu")):
                 loss, output, target = self._forward(to_device(batch, self.device))
                 if not math.isfinite(loss):
                     return {"loss": float(loss), "metric": math.nan}

@@ -51,7 +51,7 @@ class Centering:
     def center_if_planned_(self, pairs: Sequence[Pair]) -> bool:
         """Center every tensor in place if kernels process all of them and the plans still fit; otherwise do nothing.
 
-        The caller need not check the tensors first: sparse or expanded tensors never fit a plan.
+        The caller need not check the tensors first: sparse, expanded or overlapping tensors never fit a plan.
         """
         if self._rest or not self._fits(pairs):
             return False

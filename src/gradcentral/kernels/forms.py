@@ -205,8 +205,8 @@ class BasePlan:
     def _form_of_lasting(self) -> list[Any]:
         """Return pointers and properties of parameters and states, which show whether the data of any was replaced.
 
-        Replacement data is allocated while the original exists, so its pointer differs. The strides of parameters are
-        compared too, because code may change the view of a parameter in place.
+        Replacement data is allocated while the original exists, so its pointer differs. Strides are compared too,
+        because code may change the view of a tensor in place.
         """
         return [
             [*map(Tensor.data_ptr, self._lasting)],

@@ -147,7 +147,7 @@ class WorkList:
         self.pieces = (_CWorkPiece * n_pieces)()
         self.batches, self.waves = (c_int64 * (n_batches + 1))(), (c_int64 * (n_waves + 1))()
         _library.gradcentral_plan(self.parameters, len(loops), dtype, self.pieces, self.batches, self.waves, counts)
-        self._scratch = torch.empty(self.scratch_bytes if with_scratch else 0, dtype=torch.uint8)
+        self._scratch = torch.empty(self.scratch_bytes if with_scratch else 0, dtype=torch.uint8, device="cpu")
         pointers = [ctypes.addressof(numbers) for numbers in (self.pieces, self.batches, self.waves)]
         self._list = _CWorkList(*pointers, n_batches, n_waves, self._scratch.data_ptr())
         self._dtype = dtype
@@ -179,8 +179,8 @@ class NativePlan(BasePlan):
 
     gradient_properties = (Tensor.size, Tensor.stride, attrgetter("dtype"), type, attrgetter("is_cpu"), Tensor.is_neg)
     centering_properties = gradient_properties
-    parameter_properties = (Tensor.size, Tensor.stride)
-    lasting_properties = (Tensor.numel, attrgetter("dtype"))
+    parameter_properties = (Tensor.size,)
+    lasting_properties = (Tensor.numel, Tensor.stride, attrgetter("dtype"))
     means_dtype = torch.float64
 
     def _prepare(self, grads: list[Tensor], loops: PlacedLoops) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -161,8 +163,12 @@ def not_centerable(tensor: Tensor) -> LeaveAlone | None:
         return LeaveAlone(LAZY)
     if tensor.is_nested:
         return LeaveAlone("nested tensor: its parts differ in shape")
-    if not (tensor.is_floating_point() or tensor.is_complex()):
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.dtype.itemsize == 1:  # also float8, float4
         return LeaveAlone(f"dtype {str(tensor.dtype).removeprefix('torch.')} has no mean")
+    if tensor.layout != torch.strided:
+        return LeaveAlone(f"{str(tensor.layout).removeprefix('torch.')} layout: centering would fill in its zeros")
+    if not _has_mean(tensor):
+        return LeaveAlone(f"{type(tensor).__name__} does not implement the mean")
     return None
 
 
@@ -174,6 +180,26 @@ def too_few_axes(tensor: Tensor) -> LeaveAlone:
 def shape_of(tensor: Tensor) -> tuple[int, ...] | None:
     """Return the shape of a parameter; None if it is lazy or a nested tensor, which have no fixed shape."""
     return None if is_lazy(tensor) or tensor.is_nested else tuple(tensor.shape)
+
+
+_classes_with_mean: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+
+
+def _has_mean(tensor: Tensor) -> bool:
+    """Return whether a tensor's class implements the mean, which packed and quantized tensors may not."""
+    kind = type(tensor)
+    own = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if not own or hasattr(tensor, "device_mesh"):  # the mean of a DTensor would communicate
+        return True
+    if kind not in _classes_with_mean:
+        try:
+            with torch.no_grad():
+                tensor.detach().mean()
+        except Exception:  # a subclass may raise anything
+            _classes_with_mean[kind] = False
+        else:
+            _classes_with_mean[kind] = True
+    return _classes_with_mean[kind]
 
 
 def axes(pattern: str, **sizes: str) -> Rule:

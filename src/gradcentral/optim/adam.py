@@ -20,6 +20,9 @@ class _CentralizedAdam(CentralizedOptimizer):
     def _update_rule(self, group: dict[str, Any]) -> UpdateRule:
         return UpdateRule.AMSGRAD if group["amsgrad"] else UpdateRule.ADAM
 
+    def _remedy_for_sparse(self, group: dict[str, Any]) -> str:
+        return "update it with torch.optim.SparseAdam"
+
     def _coefficients(self, group: dict[str, Any], lr: float) -> Coefficients:
         beta1, beta2 = group["betas"]
         decoupled = group.get("decoupled_weight_decay", isinstance(self, torch.optim.AdamW))

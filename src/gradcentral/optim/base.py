@@ -18,7 +18,7 @@ from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.kernels.forms import same_objects
 from gradcentral.kernels.planner import dispatch_is_observed
 from gradcentral.layout import WeightLayout
-from gradcentral.local_shard import any_sharded, local, with_local
+from gradcentral.local_shard import any_sharded, local, overlaps_itself, with_local
 from gradcentral.optim.fused import FusedOptimizer, GroupPlan, KernelCall, LocalTensors
 from gradcentral.projection import center, restore_means_, unit_means
 from gradcentral.targets import Targets, check_placement, layout_to_use, refuse_sparse
@@ -125,8 +125,8 @@ class CentralizedOptimizer(FusedOptimizer):
             self.targets = Targets(WeightLayout.from_parameters(self.param_groups), self.placement)
             self.targets.attach(self)
 
-    # Unlike the steps of torch.optim, this one plans the kernel calls of all groups before it changes anything, so that
-    # an error in planning leaves the weights unchanged.
+    # Unlike the steps of torch.optim, this one refuses what it cannot update and plans the kernel calls of all groups
+    # before it changes anything, so that an error leaves the weights unchanged.
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step, as torch's optimizer does, with Gradient Centralization. Returns the closure's loss."""
@@ -135,36 +135,36 @@ class CentralizedOptimizer(FusedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         traced = torch.compiler.is_compiling()
-        if traced and self._can_be_traced():
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if traced and (found_inf is None or self._torch_reads_found_inf) and self._can_be_traced():
             self._refuse_sparse()
             self._traced_step()
             return loss
         self.targets.check(self)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
         # Checked before any state is created. On a CUDA device the kernels read found_inf themselves: reading it here
         # would synchronize with the device.
         if found_inf is not None and not traced and found_inf.is_cpu and found_inf.item():
             return loss
         held = self._local_tensors() if self._any_sharded() else None
         calls, complete = ([], False) if traced or dispatch_is_observed() else self._kernel_calls(held)
-        if found_inf is not None and self._needs_found_inf(calls) and found_inf.item():
+        if found_inf is not None and self._needs_found_inf(calls, complete) and found_inf.item():
             return loss
-        if not complete:
+        if not complete:  # first, because torch may raise an error
             self._refuse_sparse()
+            self._rest_by_torch([p for call in calls for p in call.owners], held)
         for plan, owners, grads, coefficients in calls:
             plan.run(grads, coefficients, [p in self._fresh for p in owners] if self._fresh else [])
         self._fresh.clear()
-        if not complete:
-            self._rest_by_torch([p for call in calls for p in call.owners], held)
         if held is not None and self.placement == "update":
             with torch.no_grad():
                 held.shards.restore_split_means_(held.old_sums)
         return loss
 
-    def _needs_found_inf(self, calls: list[KernelCall]) -> bool:
-        """Return whether the host must read found_inf: kernels run on the CPU, or a momentum buffer is new."""
+    def _needs_found_inf(self, calls: list[KernelCall], complete: bool) -> bool:
+        """Return whether the host must read found_inf: code that cannot read it runs, or a momentum buffer is new."""
         # A skipped first step would still count as the first, so synchronize once to find out.
-        return bool(self._fresh) or any(isinstance(call.plan, native.Plan) for call in calls)
+        by_torch = not complete and not self._torch_reads_found_inf
+        return bool(self._fresh) or by_torch or any(isinstance(call.plan, native.Plan) for call in calls)
 
     def _any_sharded(self) -> bool:
         """Return whether parameters are DTensors; read from the plans while the groups hold the same parameters."""
@@ -221,10 +221,30 @@ class CentralizedOptimizer(FusedOptimizer):
         return calls
 
     def _refuse_sparse(self) -> None:
+        """Refuse the sparse gradients that cannot be centered, or that torch's step would refuse halfway."""
         if self.placement == "gradient":
             for p, _ in self.targets.current(self).pairs:
                 if p.grad is not None:
                     refuse_sparse(p.grad, p, self.layout)
+        for group in self.param_groups:
+            sparse = [p for p in group["params"] if p.grad is not None and p.grad.layout != torch.strided]
+            if sparse and (remedy := self._remedy_for_sparse(group)):
+                name = self.layout.names.get(sparse[0], f"a parameter of shape {tuple(sparse[0].shape)}")
+                raise RuntimeError(
+                    f"{name} has a sparse gradient, which {type(self).__name__} cannot use with these options: make "
+                    f"the gradient dense (sparse=False), or {remedy}"
+                )
+
+    def _remedy_for_sparse(self, group: dict[str, Any]) -> str:
+        """Return what to do about a sparse gradient in this group; empty if torch's step accepts it."""
+        raise NotImplementedError
+
+    _torch_reads_found_inf = True
+    """Whether `_torch_step` does nothing if the ``found_inf`` of a GradScaler is not 0."""
+
+    def _torch_step(self) -> None:
+        """Take torch's own step with the current ``p.grad``."""
+        _unwrapped_step(self._torch_optimizer)(self)
 
     def _rest_by_torch(self, updated: list[Tensor], held: LocalTensors | None) -> None:
         """Update all other parameters with torch's own step, centered by the reference path."""
@@ -248,7 +268,9 @@ class CentralizedOptimizer(FusedOptimizer):
                     gradient = cast("Tensor", p.grad)
                     replaced[p] = gradient
                     p.grad = with_local(gradient, center(local(gradient), vectors))
-                _unwrapped_step(self._torch_optimizer)(self)
+                for p in self._fresh.difference(done):
+                    self.state[p]["momentum_buffer"] = None  # torch starts it with the gradient itself
+                self._torch_step()
             finally:
                 for p, gradient_or_none in replaced.items():
                     p.grad = gradient_or_none
@@ -256,9 +278,15 @@ class CentralizedOptimizer(FusedOptimizer):
                 restore_means_(local(p), old, vectors)
 
     def _can_be_traced(self) -> bool:
-        """Return whether the custom operators apply: they are not differentiable and do not communicate."""
-        sharded = any(any_sharded(group["params"]) for group in self.param_groups)
-        return not sharded and not self.defaults.get("differentiable", False)
+        """Return whether the custom operators apply: they are not differentiable and do not communicate.
+
+        Nor can a gradient whose elements share memory be overwritten.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        if any_sharded(params) or self.defaults.get("differentiable", False):
+            return False
+        grads = [p.grad for p in params if p.grad is not None]
+        return not any(g.layout == torch.strided and overlaps_itself(g) for g in grads)
 
     @torch.no_grad()
     def _traced_step(self) -> None:
@@ -273,7 +301,7 @@ class CentralizedOptimizer(FusedOptimizer):
         targets = [(p, vectors) for p, vectors in self.targets.current(self).whole if p.grad is not None]
         if self.placement == "update":
             means = traced.means(targets)
-            _unwrapped_step(self._torch_optimizer)(self)
+            self._torch_step()
             traced.restore_(targets, means)
             return
         grads = [cast("Tensor", p.grad) for p, _ in targets]
@@ -281,7 +309,7 @@ class CentralizedOptimizer(FusedOptimizer):
         traced.center_all_([(g, vectors) for g, (_, vectors) in zip(centered, targets, strict=True)])
         for gradient, value in zip(grads, centered, strict=True):
             gradient.copy_(value)
-        _unwrapped_step(self._torch_optimizer)(self)
+        self._torch_step()
         for gradient, value in zip(grads, negated, strict=True):
             gradient.copy_(-value)
 

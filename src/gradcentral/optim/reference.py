@@ -42,7 +42,7 @@ def sgd_step(
     Returns:
         The new weights and momentum buffer; the arguments are unchanged.
     """
-    d = _gradient(g, vectors, placement) + weight_decay * w
+    d = _gradient(g, vectors, placement) + _decay(weight_decay, w)
     if momentum != 0:
         m = d if m is None else momentum * m + (1 - dampening) * d
         d = d + momentum * m if nesterov else m
@@ -81,15 +81,20 @@ def adam_step(
 
     Arguments and results are as in `sgd_step`, with an `AdamState` in place of the momentum buffer.
     """
-    d = _gradient(g, vectors, placement) + (0.0 if decoupled else weight_decay) * w
+    d = _gradient(g, vectors, placement) + _decay(0.0 if decoupled else weight_decay, w)
     beta1, beta2 = betas
     t = state.t + 1
     m = beta1 * state.m + (1 - beta1) * d
     v = beta2 * state.v + (1 - beta2) * d.square()
     largest_v = torch.maximum(state.largest_v, v) if amsgrad else v
     m_hat, v_hat = m / (1 - beta1**t), largest_v / (1 - beta2**t)
-    change = -lr * m_hat / (v_hat.sqrt() + eps) - (lr * weight_decay * w if decoupled else 0.0)
+    change = -lr * m_hat / (v_hat.sqrt() + eps) - _decay(lr * weight_decay if decoupled else 0.0, w)
     return w + _update(change, vectors, placement), AdamState(m, v, largest_v, t)
+
+
+def _decay(factor: float, w: Tensor) -> Tensor | float:
+    """Return factor · w; without weight decay 0, where an infinite weight would give NaN."""
+    return 0.0 if factor == 0 else factor * w
 
 
 def _gradient(g: Tensor, vectors: WeightVectors | None, placement: str) -> Tensor:

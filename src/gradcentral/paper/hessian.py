@@ -100,7 +100,8 @@ def hessian_matrix(
     """
     chosen = [*_checked(model, parameters)]
     zero = torch.zeros_like(_flat(p.detach() for p in chosen))
-    indices = torch.as_tensor(range(len(zero)) if elements is None else elements, device=zero.device)
+    wanted = range(len(zero)) if elements is None else elements
+    indices = torch.as_tensor(wanted, dtype=torch.int64, device=zero.device)
     with _hessian(model, loss, batch, chosen) as multiply:
         return torch.stack([multiply(zero.index_fill(0, index, 1))[indices] for index in indices])
 
@@ -202,7 +203,9 @@ def lanczos(multiply: _Multiply, start: Tensor, tolerance: float, max_iterations
 
 def _spectrum_ends(diagonal: list[float], off_diagonal: list[float], tolerance: float) -> list[Eigenvalue]:
     """Estimate both ends of the spectrum; return the one of larger absolute value first."""
-    main, beside = (torch.tensor(numbers, dtype=torch.float64) for numbers in (diagonal, off_diagonal[:-1]))
+    main, beside = (
+        torch.tensor(numbers, dtype=torch.float64, device="cpu") for numbers in (diagonal, off_diagonal[:-1])
+    )
     values, vectors = torch.linalg.eigh(torch.diag(main) + torch.diag(beside, -1))  # eigh reads the lower triangle
     ends = [(float(values[end]), off_diagonal[-1] * abs(float(vectors[-1, end]))) for end in (-1, 0)]
     found = [Eigenvalue(value, residual, len(main), residual <= tolerance * abs(value)) for value, residual in ends]
@@ -262,7 +265,8 @@ def _checked(model: Module, parameters: Iterable[Tensor] | None) -> dict[Tensor,
 def _start(parameters: Sequence[Tensor]) -> Tensor:
     """Sample a start vector on the CPU, the same for every device, without the global generators."""
     like = _flat(p.detach() for p in parameters)
-    sample = torch.randn(like.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    sample = torch.randn(like.numel(), generator=generator, dtype=torch.float64, device="cpu")
     # Half precision is not used, because the basis would not remain orthogonal.
     return sample.to(like.device, torch.promote_types(like.dtype, torch.float32))
 

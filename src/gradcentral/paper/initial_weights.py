@@ -55,8 +55,8 @@ def initial_means(shape: Sequence[int], scheme: str, *, seed: int = 0) -> Initia
         raise ValueError(f"scheme: unknown initialization {scheme!r}; choose from {', '.join(SCHEMES)}")
     if len(shape) < 2:
         raise ValueError(f"shape must be [out, in, …], not {tuple(shape)}")
-    weight = torch.empty(tuple(shape), dtype=torch.float64)
-    getattr(nn.init, f"{scheme}_")(weight, generator=torch.Generator().manual_seed(seed))
+    weight = torch.empty(tuple(shape), dtype=torch.float64, device="cpu")
+    getattr(nn.init, f"{scheme}_")(weight, generator=torch.Generator("cpu").manual_seed(seed))
     fan_in, fan_out = weight[0].numel(), weight[:, 0].numel()
     variance = 2 / (fan_in + fan_out) if scheme.startswith("xavier") else 2 / fan_in
     return InitialMeans(weight.flatten(1).mean(1).abs(), math.sqrt(variance / fan_in))

@@ -135,7 +135,8 @@ def gradient_lipschitzness(
         if vectors.fan_in <= largest_fan_in:
             lengths = double_rows(g, vectors).norm(dim=1)
             unit = int(lengths.argmax())
-            elements = as_rows(torch.arange(w.numel()).reshape(w.shape), vectors)[unit].tolist()
+            indices = torch.arange(w.numel(), dtype=torch.int64, device="cpu")
+            elements = as_rows(indices.reshape(w.shape), vectors)[unit].tolist()
             H = hessian_matrix(model, loss, batch, parameters=[w], elements=elements).double()
             P = projection_matrix(vectors.fan_in, dtype=H.dtype, device=H.device)
             ratios[name] = torch.zeros_like(lengths)

@@ -21,9 +21,9 @@ TRAIN_SIZE = 896
 def datasets() -> tuple[TensorDataset, TensorDataset]:
     """Load 896 training and 901 test images ``[n, 1, 8, 8]`` in [0, 1] with their digits, one split for all seeds."""
     images, targets = optional("sklearn.datasets").load_digits(return_X_y=True)
-    x = torch.as_tensor(images).float().reshape(-1, 1, 8, 8) / 16
-    y = torch.as_tensor(targets)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x = torch.as_tensor(images, dtype=torch.float32, device="cpu").reshape(-1, 1, 8, 8) / 16
+    y = torch.as_tensor(targets, dtype=torch.int64, device="cpu")
+    order = torch.randperm(len(x), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     train, test = order[:TRAIN_SIZE], order[TRAIN_SIZE:]
     return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
 

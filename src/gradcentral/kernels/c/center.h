@@ -1,6 +1,7 @@
 /* Means of weight vectors, and Φ in place: x ← x − (mean(x) − kept), where kept is 0 for CENTER
  * and, for RESTORE, the mean before the step. Restoring it turns the step into w ← w + Φ(Δw),
- * which is placement "update". This file is included once per dtype. */
+ * which is placement "update"; a mean that is not finite is not restored. This file is included
+ * once per dtype. */
 #define NAME(name) JOIN2(name, SUFFIX)
 
 #define EACH_STRETCH(from, count, n)                                    \
@@ -88,7 +89,8 @@ static void NAME(finish_means)(const Parameter *p, int64_t group,
         sums[SLOT(first, width)] = total;
     }
     EACH_COLUMN(j, first, p) {
-        const REAL mean = (REAL)(factor * (sums[SLOT(first, width)] / fan_in));
+        REAL mean = (REAL)(factor * (sums[SLOT(first, width)] / fan_in));
+        if (p->placement == UPDATE) mean = OR_ZERO(mean);
         means[SLOT(j, width)] = mean;
     }
 }
@@ -113,7 +115,9 @@ CLONES static void NAME(center_rows)(const Parameter *p, int64_t begin, int64_t 
     const int64_t n = p->outer;
     for (int64_t r = begin; r < end; r++) {
         STORED *restrict row = (STORED *)p->w + r * n;
-        NAME(subtract)(row, n, NULL, (REAL)(NAME(sum)(row, n) / n - (p->kept ? p->kept[r] : 0)), 0);
+        const double mean = NAME(sum)(row, n) / n;
+        const REAL shift = p->kept ? OR_ZERO((REAL)(mean - p->kept[r])) : (REAL)mean;
+        NAME(subtract)(row, n, NULL, shift, 0);
     }
 }
 
@@ -148,10 +152,12 @@ static void NAME(restore_means)(const Parameter *p, int64_t group, const Coeffic
     REAL *means = (REAL *)p->means + group * width;
     const double *kept = p->kept + group * p->units * p->phases;
     EACH_COLUMN(j, first, p) {
-        if (j == first)
-            means[SLOT(j, width)] -= (REAL)*kept++;
-        else
+        if (j == first) {
+            means[SLOT(j, width)] = OR_ZERO(means[SLOT(j, width)] - (REAL)*kept);
+            kept++;
+        } else {
             means[SLOT(j, width)] = means[SLOT(first, width)];
+        }
     }
 }
 

@@ -14,6 +14,7 @@
 #if DTYPE == F32
 #define STORED float
 #define REAL float
+#define BITS uint32_t
 #define SUFFIX f32
 #define LOAD(x) (x)
 #define STORE(x) (x)
@@ -23,6 +24,7 @@
 #elif DTYPE == F64
 #define STORED double
 #define REAL double
+#define BITS uint64_t
 #define SUFFIX f64
 #define LOAD(x) (x)
 #define STORE(x) (x)
@@ -32,6 +34,7 @@
 #else
 #define STORED uint16_t
 #define REAL float
+#define BITS uint32_t
 #define SUFFIX bf16
 #define LOAD(x) bf16_to_float(x)
 #define STORE(x) float_to_bf16(x)
@@ -44,6 +47,22 @@
  * rest is processed element by element. It is 0 for other dtypes, for which the compiler drops the
  * loops over words. */
 #define PAIRS(n) (DTYPE == BF16 ? (n) / 2 : 0)
+
+#define IS_FINITE(x) ((x) - (x) == 0)
+#define OR_ZERO(x) (IS_FINITE(x) ? (x) : 0)
+
+/* Return x if all bits of the mask are set, otherwise `other`, without the branches that compilers
+ * may make of a condition, which then prevent vectorization. */
+INLINE REAL JOIN2(choose, SUFFIX)(BITS mask, REAL x, REAL other) {
+    BITS bits, other_bits;
+    memcpy(&bits, &x, sizeof bits);
+    memcpy(&other_bits, &other, sizeof other_bits);
+    bits = (bits & mask) | (other_bits & ~mask);
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+#define CHOOSE JOIN2(choose, SUFFIX)
+#define MASK(condition) ((condition) ? ~(BITS)0 : 0)
 
 #include "center.h"
 
@@ -64,6 +83,7 @@
 #undef DTYPE
 #undef STORED
 #undef REAL
+#undef BITS
 #undef SUFFIX
 #undef LOAD
 #undef STORE
@@ -71,6 +91,10 @@
 #undef PARTIAL
 #undef STRETCH
 #undef PAIRS
+#undef IS_FINITE
+#undef OR_ZERO
+#undef CHOOSE
+#undef MASK
 #undef SLOT
 #undef EACH_STRETCH
 #undef EACH_COLUMN

@@ -81,7 +81,7 @@ CLONES static void NAME(update_rows)(const Parameter *p, int64_t begin, int64_t 
         double total = 0;
         EACH_STRETCH(from, count, n)
         total += NAME(first_stretch)(NAME(tensors)(p, r * n + from), count, c);
-        NAME(second_stretch)(NAME(tensors)(p, r * n), n, NULL, (REAL)(total / n), 0, c);
+        NAME(second_stretch)(NAME(tensors)(p, r * n), n, NULL, OR_ZERO((REAL)(total / n)), 0, c);
     }
 }
 

@@ -20,12 +20,15 @@
  * Adam_GC centers g + λw (§3.4).
  * 4. Nesterov momentum is one linear combination, Δw = of_d·d + of_m·m, instead of a second pass
  * over d.
- * 5. Adam's moments are updated as m += (1 − β₁)(d − m), torch's lerp. Its bias corrections are
- * computed once per parameter, in double, as step_size and root_correction; ε is added to the
+ * 5. Adam's m is torch's lerp from m to d, which starts from the nearer end. The bias corrections
+ * are computed once per parameter, in double, as step_size and root_correction; ε is added to the
  * corrected root, as in torch.
  * 6. Decoupled weight decay is part of Δw, where torch's AdamW first scales w by 1 − ηλ: placement
  * "update" centers the whole change. The difference is one rounding.
  * 7. AMSGrad takes the maximum of the uncorrected squares, as torch does.
+ * 8. A term whose coefficient is 0 is left out, as in torch: an infinite weight (a masked class)
+ * would make it NaN. Decoupled weight decay leaves infinite weights alone, and placement "update"
+ * does not center a change whose mean does not exist.
  */
 #define NAME(name) JOIN3(name, RULE_NAME, SUFFIX)
 
@@ -37,7 +40,9 @@
 typedef struct {
     REAL scale, l2, decay;
     REAL momentum, keep, of_d, of_m; /* SGD: m ← momentum·m + keep·d, Δw = of_d·d + of_m·m */
-    REAL one_minus_beta1, beta2, one_minus_beta2, epsilon;
+    REAL lerp;                       /* Adam: m ← (from_d ? d : m) + lerp·(d − m) */
+    BITS has_l2, has_of_d, from_d;   /* masks for CHOOSE; the first two: whether the term exists */
+    REAL beta2, one_minus_beta2, epsilon;
     REAL step_size, root_correction; /* Adam: η / (1 − β₁ᵗ), 1 / √(1 − β₂ᵗ) */
 } NAME(Scalars);
 
@@ -46,6 +51,7 @@ typedef struct {
 } NAME(State);
 
 INLINE NAME(Scalars) NAME(scalars)(const Parameter *p, const Coefficients *coefficients) {
+    const int from_d = coefficients->beta1 <= 0.5;
     NAME(Scalars)
     c = {
         .scale = (REAL)coefficients->scale,
@@ -56,7 +62,10 @@ INLINE NAME(Scalars) NAME(scalars)(const Parameter *p, const Coefficients *coeff
         .of_d = (REAL)(-coefficients->lr * (RULE == SGD ? 1 : coefficients->nesterov)),
         .of_m =
             (REAL)(-coefficients->lr * (coefficients->nesterov != 0 ? coefficients->momentum : 1)),
-        .one_minus_beta1 = (REAL)(1 - coefficients->beta1),
+        .lerp = (REAL)(from_d ? -coefficients->beta1 : 1 - coefficients->beta1),
+        .has_l2 = MASK(coefficients->l2 != 0),
+        .has_of_d = MASK(RULE == SGD || coefficients->nesterov != 0),
+        .from_d = MASK(from_d),
         .beta2 = (REAL)coefficients->beta2,
         .one_minus_beta2 = (REAL)(1 - coefficients->beta2),
         .epsilon = (REAL)coefficients->epsilon,
@@ -69,17 +78,17 @@ INLINE NAME(Scalars) NAME(scalars)(const Parameter *p, const Coefficients *coeff
 /* `shift` is scale·mean(g) if the gradient is centered, otherwise 0, so that centering costs no
  * multiplication per element. */
 INLINE REAL NAME(direction)(REAL g, REAL w, REAL shift, NAME(Scalars) c) {
-    return c.scale * g + (c.l2 * w - shift);
+    return c.scale * g + (c.l2 * CHOOSE(c.has_l2, w, 0) - shift);
 }
 
 INLINE NAME(State) NAME(advance)(NAME(State) s, REAL d, NAME(Scalars) c) {
 #if RULE == MOMENTUM
     s.m = c.momentum * s.m + c.keep * d;
 #elif HAS_V
-    s.m += c.one_minus_beta1 * (d - s.m);
+    s.m = CHOOSE(c.from_d, d, s.m) + c.lerp * (d - s.m);
     s.v = c.beta2 * s.v + c.one_minus_beta2 * d * d;
 #if HAS_X
-    s.x = s.v <= s.x ? s.x : s.v; /* in this order, a NaN in v propagates */
+    s.x = s.x > s.v || s.x != s.x ? s.x : s.v; /* a NaN in either propagates */
 #endif
 #endif
     return s;
@@ -89,9 +98,9 @@ INLINE REAL NAME(change)(NAME(State) s, REAL d, REAL w, NAME(Scalars) c) {
 #if RULE == SGD
     return c.of_d * d;
 #elif RULE == MOMENTUM
-    return c.of_d * d + c.of_m * s.m;
+    return c.of_d * CHOOSE(c.has_of_d, d, 0) + c.of_m * s.m;
 #else
-    return -(c.decay * w +
+    return -(c.decay * (IS_FINITE(w) ? w : 0) +
              c.step_size * s.m / (ROOT(HAS_X ? s.x : s.v) * c.root_correction + c.epsilon));
 #endif
 }
@@ -112,18 +121,21 @@ INLINE REAL NAME(step)(REAL w, REAL g, NAME(State) * s, REAL shift, NAME(Scalars
  * every weight. There the first pass does not change w, and the second computes the same Δw again,
  * from the state rounded for storage (which the first pass uses too, for the sum), and rounds
  * w + (Δw − mean(Δw)) once.
+ *
+ * A weight vector with an infinite weight has no mean to keep: its sum becomes NaN, and the second
+ * pass leaves such a vector as the first made it.
  */
 INLINE REAL NAME(first_pass)(REAL w, REAL g, NAME(State) * s, REAL *delta, NAME(Scalars) c) {
     const REAL d = NAME(direction)(g, w, 0, c);
     *s = NAME(advance)(*s, d, c);
 #if DTYPE == BF16
     const NAME(State) rounded = {LOAD(STORE(s->m)), LOAD(STORE(s->v)), LOAD(STORE(s->x))};
-    *delta = NAME(change)(rounded, d, w, c);
-    return w;
+    const REAL change = NAME(change)(rounded, d, w, c), stepped = w;
 #else
-    *delta = NAME(change)(*s, d, w, c);
-    return w + *delta;
+    const REAL change = NAME(change)(*s, d, w, c), stepped = w + change;
 #endif
+    *delta = change + 0 * w; /* NaN if w is infinite; a condition would not vectorize */
+    return stepped;
 }
 
 INLINE REAL NAME(second_pass)(REAL w, REAL g, NAME(State) s, REAL mean, NAME(Scalars) c) {

@@ -157,9 +157,9 @@ def divide(loops: Sequence[tuple[Loop, Placement]], itemsize: int) -> LaunchTabl
         for position, (tiled, (_, placement)) in enumerate(zip(parameters, loops, strict=True))
         if tiled.parts == 1
     ]
-    rows = torch.tensor(parameters, dtype=torch.int64).reshape(len(parameters), FIELDS)
-    pieces = torch.cat([torch.zeros(0, 2, dtype=torch.int32), *_pieces_in_parts(parameters), *whole])
-    return LaunchTables(rows, pieces, slots, counters, torch.tensor(taps or [(0, 0)], dtype=torch.int32))
+    rows = torch.tensor(parameters, dtype=torch.int64, device="cpu").reshape(len(parameters), FIELDS)
+    pieces = torch.cat([torch.zeros(0, 2, dtype=torch.int32, device="cpu"), *_pieces_in_parts(parameters), *whole])
+    return LaunchTables(rows, pieces, slots, counters, torch.tensor(taps or [(0, 0)], dtype=torch.int32, device="cpu"))
 
 
 def _taps(loop: Loop) -> list[tuple[int, int]]:
@@ -239,7 +239,7 @@ def _multiple(n: int, of: int) -> int:
 
 
 def _pieces(position: int, what: int, begin: int, end: int) -> Tensor:
-    index = torch.arange(begin, end, dtype=torch.int32)
+    index = torch.arange(begin, end, dtype=torch.int32, device="cpu")
     return torch.stack([torch.full_like(index, position * 4 + what), index], 1)
 
 

@@ -192,7 +192,7 @@ class TritonPlan(BasePlan):
         assert self.rule is not None, "a plan for centering takes no steps"
         dampened = self.rule == UpdateRule.MOMENTUM and coefficients.coefficients.keep != 1
         if dampened and any(fresh):
-            self._fresh.copy_(torch.tensor(fresh))
+            self._fresh.copy_(torch.tensor(fresh, dtype=torch.int32, device="cpu"))
         self._launch(grads, self.rule, coefficients, self._fresh if dampened else None)
         torch.autograd.graph.increment_version(self.params)
 

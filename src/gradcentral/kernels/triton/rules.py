@@ -37,7 +37,9 @@ MOMENTUM = tl.constexpr(int(UpdateRule.MOMENTUM))
 ADAM = tl.constexpr(int(UpdateRule.ADAM))
 AMSGRAD = tl.constexpr(int(UpdateRule.AMSGRAD))
 CENTER = tl.constexpr(int(Operation.CENTER))
+RESTORE = tl.constexpr(int(Operation.RESTORE))
 GRADIENT = tl.constexpr(int(Placement.GRADIENT))
+UPDATE = tl.constexpr(int(Placement.UPDATE))
 
 
 @triton.jit
@@ -74,6 +76,17 @@ def _store(pointer, offsets, x, mask):
 
 
 @triton.jit
+def _is_finite(x):
+    return x - x == 0
+
+
+@triton.jit
+def _l2_term(l2, w):
+    """Return l2 · w, or 0 without L2 weight decay, where an infinite weight would give NaN."""
+    return tl.where(l2 != 0, l2 * w, 0.0)
+
+
+@triton.jit
 def _load_state(tensors, offsets, mask, RULE: tl.constexpr):
     _, _, m_at, v_at, x_at = tensors
     m, v, x = 0.0, 0.0, 0.0
@@ -103,10 +116,12 @@ def _advance(m, v, x, d, c, RULE: tl.constexpr):
     if RULE == MOMENTUM:
         m = momentum * m + keep * d
     if RULE >= ADAM:
-        m = m + one_minus_beta1 * (d - m)
+        # torch's lerp, which starts from the nearer end
+        from_d = one_minus_beta1 >= 0.5
+        m = tl.where(from_d, d, m) + tl.where(from_d, one_minus_beta1 - 1, one_minus_beta1) * (d - m)
         v = beta2 * v + one_minus_beta2 * d * d
     if RULE == AMSGRAD:
-        x = tl.where(v <= x, x, v)  # in this order, a NaN in v propagates
+        x = tl.where((x > v) | (x != x), x, v)  # a NaN in either propagates
     return m, v, x
 
 
@@ -116,11 +131,11 @@ def _change(m, v, x, d, w, c, RULE: tl.constexpr):
     if RULE < MOMENTUM:
         return of_d * d
     if RULE == MOMENTUM:
-        return of_d * d + of_m * m
+        return tl.where(of_d != 0, of_d * d, 0.0) + of_m * m
     largest = v
     if RULE == AMSGRAD:
         largest = x
-    return -(decay * w + step_size * m / (tl.sqrt(largest) * root_correction + epsilon))
+    return -(tl.where(_is_finite(w), decay * w, 0.0) + step_size * m / (tl.sqrt(largest) * root_correction + epsilon))
 
 
 @triton.jit
@@ -131,7 +146,7 @@ def step(tensors, offsets, mask, shift, c, RULE: tl.constexpr):
     w = _load(w_at, offsets, mask, "evict_first")
     g = _load(g_at, offsets, mask, "evict_first")
     m, v, x = _load_state(tensors, offsets, mask, RULE)
-    d = scale * g + (l2 * w - shift)
+    d = scale * g + (_l2_term(l2, w) - shift)
     m, v, x = _advance(m, v, x, d, c, RULE)
     _store_state(tensors, offsets, mask, m, v, x, RULE)
     _store(w_at, offsets, w + _change(m, v, x, d, w, c, RULE), mask)
@@ -152,7 +167,7 @@ def first_pass(tensors, offsets, mask, c, RULE: tl.constexpr, PLACEMENT: tl.cons
         return g
     w = _load(w_at, offsets, mask, "evict_last")
     m, v, x = _load_state(tensors, offsets, mask, RULE)
-    d = scale * g + l2 * w
+    d = scale * g + _l2_term(l2, w)
     m, v, x = _advance(m, v, x, d, c, RULE)
     _store_state(tensors, offsets, mask, m, v, x, RULE)
     if w_at.dtype.element_ty != tl.float32:
@@ -166,7 +181,8 @@ def first_pass(tensors, offsets, mask, c, RULE: tl.constexpr, PLACEMENT: tl.cons
     else:
         delta = _change(m, v, x, d, w, c, RULE)
         _store(w_at, offsets, w + delta, mask)
-    return tl.where(mask, delta, 0.0)
+    # A weight vector with an infinite weight has no mean to keep, so it is left as this pass makes it.
+    return tl.where(mask, delta + 0.0 * w, 0.0)
 
 
 @triton.jit
@@ -174,6 +190,8 @@ def second_pass(tensors, offsets, mask, mean, c, RULE: tl.constexpr, PLACEMENT: 
     """Apply the mean of the first pass: center, or step with a centered gradient, or center the change."""
     w_at, g_at, _, _, _ = tensors
     scale, l2, _, _, _, _, _, _, _, _, _, _, _ = c
+    if RULE == RESTORE or (RULE < CENTER and PLACEMENT == UPDATE):
+        mean = tl.where(_is_finite(mean), mean, 0.0)
     if RULE >= CENTER:
         _store(w_at, offsets, _load(w_at, offsets, mask, "evict_first") - mean, mask)
     elif PLACEMENT == GRADIENT:
@@ -183,6 +201,6 @@ def second_pass(tensors, offsets, mask, mean, c, RULE: tl.constexpr, PLACEMENT: 
         delta = 0.0
         if w_at.dtype.element_ty != tl.float32:
             m, v, x = _load_state(tensors, offsets, mask, RULE)
-            d = scale * _load(g_at, offsets, mask, "evict_first") + l2 * w
+            d = scale * _load(g_at, offsets, mask, "evict_first") + _l2_term(l2, w)
             delta = _change(m, v, x, d, w, c, RULE)
         _store(w_at, offsets, w + (delta - mean), mask)

@@ -88,7 +88,7 @@ def initial_means_figure(study: Study) -> Figure:
             logs.hist(shown, bins=80, histtype="stepfilled", alpha=0.35, color=color, lw=0)
             logs.hist(shown, bins=80, histtype="step", color=color, lw=1.5, label=label)
             units.hist(means["relative"].numpy(), bins=60, range=(0, 4), histtype="step", color=color, density=True)
-        at = torch.linspace(0, 4, 200)
+        at = torch.linspace(0, 4, 200, dtype=torch.float64, device="cpu")
         density = (2 / torch.pi) ** 0.5 * torch.exp(-at.square() / 2)
         units.plot(at.numpy(), density.numpy(), color=LIGHT.text, lw=1.2, ls=":")
         units.set(xlabel="|mean(w⁰)| in units of σ/√M    (dotted: half-normal density)", ylabel="density")

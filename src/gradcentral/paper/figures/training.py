@@ -26,7 +26,7 @@ __all__ = ["geometry_figure", "gradient_norms_figure", "landscape_figure", "lear
 
 # The arms of the figures that compare gradients with and without GC.
 _ARMS = (NONE, "gradient")
-_QUARTILES = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
+_QUARTILES = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64, device="cpu")
 _COLUMNS = ("norm_median", "norm_low", "norm_high", "largest_median", "largest_low", "largest_high")
 # In multiples of the optimizer's step. Santurkar et al. 2018 move along the gradient instead.
 _REACH = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -52,7 +52,7 @@ def geometry_figure(study: Study) -> Figure:
             weights.append(as_rows(parameter.detach(), vectors)[unit].cpu().double().clone())
         changes[arm] = torch.stack(weights) - weights[0]
     fan_in = len(weights[0])
-    e = torch.full((fan_in,), 1 / math.sqrt(fan_in), dtype=torch.float64)
+    e = torch.full((fan_in,), 1 / math.sqrt(fan_in), dtype=torch.float64, device="cpu")
     within = torch.cat([change - torch.outer(change @ e, e) for change in changes.values()])
     # The axes are the two directions within the hyperplane in which the trajectories spread most, and e.
     directions = torch.linalg.svd(within, full_matrices=False).Vh
@@ -68,11 +68,13 @@ def _draw_paths(paths: dict[str, list[list[float]]]) -> Any:
         grid = image.add_gridspec(1, 2, width_ratios=[1.25, 1])
         space = image.add_subplot(grid[0], projection="3d", computed_zorder=False)
         distance = image.add_subplot(grid[1])
-        every = torch.tensor([point for path in paths.values() for point in path], dtype=torch.float64)
+        points = [point for path in paths.values() for point in path]
+        every = torch.tensor(points, dtype=torch.float64, device="cpu")
         low, high = every.min(0).values, every.max(0).values
         pad = 0.15 * (high - low).clamp_min(1e-12)
         (x0, y0, _), (x1, y1, _) = (low - pad).tolist(), (high + pad).tolist()
-        corners = torch.tensor([[[x0, x1], [x0, x1]], [[y0, y0], [y1, y1]], [[0.0, 0.0], [0.0, 0.0]]]).numpy()
+        plane = [[[x0, x1], [x0, x1]], [[y0, y0], [y1, y1]], [[0.0, 0.0], [0.0, 0.0]]]
+        corners = torch.tensor(plane, dtype=torch.float64, device="cpu").numpy()
         space.plot_surface(*corners, color=LIGHT.faint, alpha=0.55, zorder=0, shade=False)
         for arm, path in paths.items():
             x, y, z = zip(*path, strict=True)
@@ -103,7 +105,7 @@ def gradient_norms_figure(study: Study) -> Figure:
     values, rows = {}, []
     for arm in _ARMS:
         runs = [[_norms(step, arm, labels) for step in study.train(arm, seed)] for seed in study.seeds]
-        values[arm] = torch.tensor(runs, dtype=torch.float64)  # [seeds, steps, places, 2]
+        values[arm] = torch.tensor(runs, dtype=torch.float64, device="cpu")  # [seeds, steps, places, 2]
         quartiles = torch.quantile(values[arm], _QUARTILES, dim=0).permute(2, 1, 3, 0).flatten(2).tolist()
         by_place = zip(places, quartiles, strict=True)
         rows += [(place, arm, step, *numbers) for place, steps in by_place for step, numbers in enumerate(steps)]
