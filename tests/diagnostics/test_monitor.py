@@ -553,22 +553,6 @@ def test_wrong_models_and_optimizers_raise() -> None:
         Monitor(model, optimizer, layout=weight_layout(model, exclude=["*"]))
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-def test_sharded_parameters_raise() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = nn.Sequential(nn.Linear(4, 2))
-        parallelize_module(model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
-        with pytest.raises(ValueError, match=r"model: 0.weight is sharded \(a DTensor\)"):
-            Monitor(model, SGD(model.parameters(), lr=0.1))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 # Records in memory, and the plot.
 
 
