@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import torch
 from torch import nn
 
 from gradcentral.diagnostics.monitor import Monitor
-from gradcentral.diagnostics.record import Reading, Record
+from gradcentral.diagnostics.record import Reading, Record, plot_records
 from gradcentral.diagnostics.record_files import RecordFile, read_records
 from gradcentral.diagnostics.writers import writers_for
+from gradcentral.json_lines import append
 
 NAMES = ("run.jsonl", "run.csv")
 REMEDIES = ["another path", "load_state_dict", "step=0"]
@@ -123,6 +126,108 @@ def test_the_remedies_for_a_file_of_another_run_work(remedy: str, tmp_path: Path
     else:
         _train(3, every=2, to=path, step=0)
         assert [record.step for record in read_records(path)] == [0, 2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_monitors_share_a_file(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    nets = {net: nn.Linear(4, 2) for net in ("generator", "critic")}
+    monitors, optimizers = {}, {}
+    for net, model in nets.items():
+        optimizers[net] = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitors[net] = Monitor(model, optimizers[net], every=2, to=path, name=net)
+    for _ in range(5):
+        for net, model in nets.items():
+            optimizers[net].zero_grad()
+            model(torch.rand(3, 4)).square().sum().backward()
+            optimizers[net].step()
+    read = read_records(path)
+    assert [(record.name, record.step) for record in read] == [(net, step) for step in (0, 2, 4) for net in nets]
+    for net, monitor in monitors.items():
+        own = [record.net.norm for record in read if record.name == net]
+        assert own == pytest.approx([record.net.norm for record in monitor.records], rel=1e-5)
+        monitor.remove()
+    _train(3, every=2, to=path, name="critic", step=3)
+    steps = [(record.name, record.step) for record in read_records(path)]
+    assert [step for net, step in steps if net == "generator"] == [0, 2, 4]
+    assert [step for net, step in steps if net == "critic"] == [0, 2, 4]
+    with pytest.raises(ValueError, match="has the records of a run, the last of step 4"):
+        _train(3, to=path, name="critic")
+    _train(1, to=path, name="another")
+    with pytest.raises(ValueError, match="records: of several monitors, 'generator', .*; plot those of one") as caught:
+        plot_records(read)
+    chosen = eval(str(caught.value).partition("plot those of one: ")[2], {"records": read})
+    assert len(plot_records(chosen).axes[0].lines[0].get_xdata()) == 3
+
+
+class FullDisk:
+    """Replaces `append` by one that writes half of the text, and raises an exception, while ``full``."""
+
+    def __init__(self) -> None:
+        self.full = False
+
+    def __call__(self, path: Path, text: str) -> None:
+        append(path, text[: len(text) // 2] if self.full else text)
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_full_disk_is_one_warning_and_writing_resumes(
+    missing: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk()
+    monkeypatch.setattr("gradcentral.diagnostics.record_files.append", disk)
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer, every=1, to=tmp_path / name)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            model(torch.rand(3, 4)).square().sum().backward()
+            optimizer.step()
+
+    train(missing)
+    disk.full = True
+    with pytest.warns(UserWarning, match="to: .* was not written .*No space left on device") as caught:
+        train(2)
+    assert len(caught) == 1
+    assert f"the record of step {missing} was" in str(caught[0].message)
+    assert [record.step for record in read_records(tmp_path / name)] == [*range(missing)]
+    disk.full = False
+    with pytest.warns(UserWarning, match=f"again from step {missing + 2} on; the 2 before it are missing there"):
+        train(1)
+    train(1)
+    monitor.remove()
+    assert [record.step for record in monitor.records] == [*range(missing + 4)]
+    written = [*range(missing), missing + 2, missing + 3]
+    read = read_records(tmp_path / name)
+    assert [record.step for record in read] == written
+    assert [record.net.norm for record in read] == pytest.approx(
+        [monitor.records[step].net.norm for step in written], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_was_removed_is_started_again(name: str, tmp_path: Path) -> None:
+    file = RecordFile(tmp_path / name)
+    file(_record(0))
+    (tmp_path / name).unlink()
+    file(_record(100))
+    assert read_records(tmp_path / name) == [_record(100)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_does_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = RecordFile(tmp_path / "run.jsonl")
+    file(_record(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: -1)  # as a forked process would see
+        with pytest.raises(RuntimeError, match="create the Monitor in this one"):
+            file(_record(100))
+    file(_record(200))
+    assert read_records(tmp_path / "run.jsonl") == [_record(0), _record(200)]
 
 
 @pytest.mark.parametrize("name", NAMES)
