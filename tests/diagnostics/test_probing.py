@@ -95,6 +95,35 @@ def test_the_whole_gradient_includes_skipped_parameters() -> None:
     assert bias.finding == "skipped: bias"
 
 
+def test_the_total_is_the_sum_of_the_shares_times_the_energies() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    report = probe(model, mse, batches(count=1))
+    energies = {layer.name: report.energy(layer) for layer in report.layers}
+    assert sum(energies.values()) == pytest.approx(1)
+    assert sum(layer.share * energies[layer.name] for layer in report.layers) == pytest.approx(report.share)
+    skipped = energies["0.bias"] + energies["2.bias"]
+    assert f"GC removes {report.share:.1%} of the whole gradient's energy." in report.finding
+    assert f"and {skipped:.0%} of it is in skipped parameters" in report.finding
+    row = next(line for line in str(report).splitlines() if line.startswith("2.weight"))
+    assert f"{energies['2.weight']:.1%}" in row.split()
+    several = probe(model, mse, batches(count=3))
+    weight = several.layers[2]
+    whole = sum(effect.norm**2 for effect in several.whole)
+    assert several.energy(weight) == pytest.approx(sum(effect.norm**2 for effect in weight.effects) / whole)
+
+
+def test_the_text_fits_a_terminal_and_gives_causes() -> None:
+    torch.manual_seed(0)
+    data = [(x, y.abs() + 1) for x, y in batches()]
+    text = str(probe(nn.Sequential(*feeding(nn.LayerNorm(64)), nn.Sigmoid(), nn.Linear(4, 4)), mse, data))
+    assert max(map(len, text.splitlines())) <= 80
+    causes = " ".join(text.partition("Causes:")[2].partition("Skipped:")[0].split())
+    assert "no effect: its input is already centered (as after LayerNorm): 2.weight" in causes
+    assert "near-total: " in causes
+    assert ": 4.weight" in causes
+    assert "0.weight" not in causes  # a partial effect is explained by its row
+
+
 class Traced(nn.Module):
     """A model that contains everything that a training pass can change."""
 
@@ -426,10 +455,11 @@ def test_table_and_csv_list_every_parameter(capsys: pytest.CaptureFixture[str]) 
     text = str(report)
     assert text.splitlines()[0].split()[:2] == ["parameter", "share"]
     assert "\n  bias: {0..2}.bias ×3\n" in text
-    assert report.finding in text
+    assert report.finding in " ".join(text.split())
     rows = {row["parameter"]: row for row in csv.DictReader(report.to_csv().splitlines())}
     assert list(rows) == [layer.name for layer in report.layers]
     assert float(rows["0.weight"]["share"]) == report.layers[0].share
+    assert sum(float(row["energy"]) for row in rows.values()) == pytest.approx(1)
     assert rows["1.weight"]["input_mean"] == ""
 
 
