@@ -295,6 +295,53 @@ def test_a_closure_that_is_not_called_does_not_prevent_the_record(keyword: bool)
     assert not optimizer._optimizer_step_post_hooks
 
 
+class CallsSuper(SGD):
+    """An optimizer whose step calls that of its base class, so that torch runs the hooks twice."""
+
+    fail = False
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        if self.fail:
+            raise RuntimeError("after the step")
+        return loss
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("base", [SGD, gradcentral.SGD])
+def test_a_step_that_calls_the_step_of_its_base_class_counts_once(base: Any, with_closure: bool) -> None:
+    model = _model()
+    cls = CallsSuper if base is SGD else type("CallsOurs", (CallsSuper, base), {})
+    optimizer = cls(model.parameters() if base is SGD else model, lr=0.1)
+    monitor = Monitor(model, optimizer, every=2)
+
+    def closure() -> float:
+        _backward(model)
+        return _loss(model).item()
+
+    def step() -> None:
+        if with_closure:
+            optimizer.step(closure)
+        else:
+            _backward(model)
+            optimizer.step()
+
+    for _ in range(3):
+        step()
+    assert [record.step for record in monitor.records] == [0, 2]
+    assert monitor.step == 3
+    optimizer.fail = True
+    with pytest.raises(RuntimeError, match="after the step"):
+        step()
+    optimizer.fail = False
+    for _ in range(3):
+        step()
+    assert [record.step for record in monitor.records] == [0, 2, 4, 6]
+    assert monitor.step == 7
+    monitor.remove()
+    assert not optimizer._optimizer_step_post_hooks
+
+
 def test_a_step_that_raises_leaves_no_record_for_the_next() -> None:
     class Failing(SGD):
         fail = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import traceback
 import warnings
 from contextlib import AbstractContextManager
@@ -121,12 +122,16 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.step = 0 if step is None else _checked_integer("step", step, at_least=0)
         self._may_append, self._started = step is not None, False
         self._writers = writers_for(to, name)
+        self._may_nest = _may_nest(type(optimizer))
+        self._running: int | None = None
         self._calls_closure = False
         self._unwritten: Record | None = None
         self._warned = False
         # Dynamo would recompile a compiled training step whenever self.step changes.
         hook = torch.compiler.disable(self._before_step)  # type: ignore[no-untyped-call]
         self._hooks: list[Any] = [optimizer.register_step_pre_hook(hook)]
+        if self._may_nest:
+            self._register_after_step(optimizer)
         # The hook must run before that of centralize, which may be attached before or after it.
         optimizer._optimizer_step_pre_hooks.move_to_end(self._hooks[0].id, last=False)  # type: ignore[attr-defined]
 
@@ -192,6 +197,8 @@ class Monitor(AbstractContextManager["Monitor"]):
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCall | None:
         if not self._started:
             self._start_writing()
+        if self._may_nest and self._is_nested(_stack_depth()):
+            return None
         step = self.step
         self.step += 1
         self._unwritten = None
@@ -205,9 +212,7 @@ class Monitor(AbstractContextManager["Monitor"]):
             # Some optimizers accept a closure without calling it: then this record, of the gradients that exist before
             # the step, is the right one.
             self._unwritten = self._measure(optimizer, step)
-            if len(self._hooks) == 1:
-                hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
-                self._hooks.append(optimizer.register_step_post_hook(hook))
+            self._register_after_step(optimizer)
         unrecorded = [step]
 
         @functools.wraps(closure)
@@ -220,7 +225,26 @@ class Monitor(AbstractContextManager["Monitor"]):
 
         return replace_closure(args, kwargs, recording_closure)
 
+    def _is_nested(self, depth: int) -> bool:
+        """Return whether this step is called by another step of the optimizer, which has run the hooks already.
+
+        A step that raised an exception has no end, so the depth of the stack tells a nested step from the next one.
+        """
+        if self._running is not None and depth > self._running:
+            return True
+        self._running = depth
+        return False
+
+    def _register_after_step(self, optimizer: Optimizer) -> None:
+        if len(self._hooks) == 1:
+            hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
+            self._hooks.append(optimizer.register_step_post_hook(hook))
+
     def _after_step(self, *_: object) -> None:
+        if self._running is not None:
+            if _stack_depth() > self._running:
+                return
+            self._running = None
         self._write(self._unwritten)
         self._unwritten = None
 
@@ -287,6 +311,20 @@ class RecordBuffer:
         """Drop the records of this step and later ones, to continue from an earlier checkpoint."""
         self.records = [kept for kept in self.records if kept.step < step]
         self._spacing = self._spacing if self.records else self._every
+
+
+def _may_nest(optimizer: type[Optimizer]) -> bool:
+    """Return whether a class may call ``super().step()``, which runs the hooks of the step once more."""
+    hooked = [cls for cls in optimizer.__mro__ if hasattr(vars(cls).get("step"), "hooked")]
+    return len(hooked) > 1 and hooked[0].__module__.partition(".")[0] not in ("torch", "gradcentral")
+
+
+def _stack_depth() -> int:
+    """Return the number of frames below the caller."""
+    frame, depth = sys._getframe(1), 0
+    while frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def _checked_integer(name: str, value: int, at_least: int) -> int:
