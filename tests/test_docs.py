@@ -93,7 +93,7 @@ def test_every_python_example_runs(page: Path, code: str, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     loggers = {"wandb": Logger(), "mlflow": MLflow()}
     for name, logger in loggers.items():
-        monkeypatch.setitem(sys.modules, name, logger)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, name, logger)
     if "SummaryWriter" in code or "runs/gc" in code:
         pytest.importorskip("tensorboard")
     exec(compile(code, str(page), "exec"), names_for(page.name))

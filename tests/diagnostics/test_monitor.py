@@ -245,7 +245,7 @@ class TakesLoss(Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, loss: Any = None) -> Any:  # type: ignore[override]
+    def step(self, loss: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter -= group["lr"] * parameter.grad

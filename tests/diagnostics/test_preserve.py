@@ -153,7 +153,8 @@ class Untidy(nn.Module):
 
 def test_attributes_and_hooks_are_restored() -> None:
     model = Untidy()
-    first, outputs, state = [].append, model.outputs, model.noise.get_state()
+    first: Callable[..., None] = [].append
+    outputs, state = model.outputs, model.noise.get_state()
     model.linear.weight.register_hook(first)
     model.linear.weight.register_post_accumulate_grad_hook(first)
     names = set(vars(model))
@@ -169,7 +170,7 @@ def test_attributes_and_hooks_are_restored() -> None:
     assert not model.linear._forward_hooks
     weight = model.linear.weight
     assert [*(weight._backward_hooks or {}).values()] == [first]
-    assert [*weight._post_accumulate_grad_hooks.values()] == [first]  # type: ignore[attr-defined]
+    assert [*weight._post_accumulate_grad_hooks.values()] == [first]
 
 
 class Failing(nn.Module):
@@ -198,7 +199,7 @@ def test_everything_else_is_restored_if_one_restoration_fails(monkeypatch: pytes
     with pytest.raises(RuntimeError, match="cannot be restored"), preserve_state(model):
         use(model)
     assert not any(module.training for module in model.modules())
-    assert [int(model[i].num_batches_tracked) for i in (0, 2)] == [0, 0]
+    assert [model.state_dict()[f"{i}.num_batches_tracked"].item() for i in (0, 2)] == [0, 0]
     assert model[0].weight.grad is gradient
     assert model[2].weight.grad is None
     assert torch.equal(torch.get_rng_state(), state)
@@ -261,19 +262,18 @@ def test_frozen_tensors_of_any_kind_are_restored(make: Callable[[], Tensor], cha
     assert model.trained.sum() == 3
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def _dense(tensor: Any) -> Tensor:
     tensor = tensor.detach()
-    if hasattr(tensor, "b"):
-        return torch.stack([tensor.a, tensor.b])
-    return tensor.to_dense().float() if tensor.layout != torch.strided else tensor.float()
+    parts = [tensor.a, tensor.b] if hasattr(tensor, "b") else [tensor]
+    return torch.stack([(part.to_dense() if part.layout != torch.strided else part).float() for part in parts])
 
 
 def test_a_buffer_that_was_resized_is_restored() -> None:
-    model = nn.Module()
-    model.register_buffer("history", torch.ones(2))
+    model, history = nn.Module(), torch.ones(2)
+    model.register_buffer("history", history)
     with preserve_state(model):
-        model.history.resize_(5).zero_()
-    assert torch.equal(model.history, torch.ones(2))
+        history.resize_(5).zero_()
+    assert torch.equal(history, torch.ones(2))
 
 
 def test_inference_mode_is_left_for_modules() -> None:

@@ -175,7 +175,7 @@ def test_scripted_traced_and_exported_models_are_probed_and_restored() -> None:
     expected = probe(model, mse, data).losses
     compiled = [
         torch.jit.script(model.eval()),
-        torch.jit.trace(model.eval(), data[0][0]),  # type: ignore[no-untyped-call]
+        torch.jit.trace(model.eval(), data[0][0]),
         torch.export.export(model.train(), data[0][:1]).module(),
         nn.Sequential(torch.jit.script(model.eval())),
     ]
@@ -191,7 +191,7 @@ def test_scripted_traced_and_exported_models_are_probed_and_restored() -> None:
 
 def test_the_model_is_restored_if_an_input_cannot_be_observed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = feeding(nn.ReLU()).eval()
-    register, registered = nn.Module.register_forward_pre_hook, []
+    register, registered = nn.Module.register_forward_pre_hook, list[nn.Module]()
 
     def fail_later(module: nn.Module, *arguments: Any, **options: Any) -> Any:
         if registered:
@@ -540,7 +540,7 @@ def test_an_input_without_sums_is_not_observed() -> None:
         def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function is Tensor.sum:
                 raise NotImplementedError("no sum")
-            return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
+            return super().__torch_function__(function, types, args, kwargs)
 
     model = nn.Linear(8, 4)
     with InputMeans(model, weight_layout(model)) as inputs:

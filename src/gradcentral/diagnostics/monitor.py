@@ -284,7 +284,8 @@ class Monitor(AbstractContextManager["Monitor"]):
 
     def _write(self, record: Record | None) -> None:
         if record is not None:
-            for write in (self._buffer.add, *self._writers):
+            self._buffer.add(record)
+            for write in self._writers:
                 write(record)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -87,10 +87,11 @@ def _preserve_attributes(module: nn.Module, at_exit: Callable[..., object]) -> N
 
 def _plain_parts(tensor: Tensor) -> list[Tensor]:
     """Return the tensors that a wrapper subclass consists of, such as quantized data and scales, or the tensor."""
-    if not is_traceable_wrapper_subclass(tensor):
+    wrapper: Any = tensor
+    if not is_traceable_wrapper_subclass(wrapper):
         return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _plain_parts(getattr(tensor, name))]
+    names, _ = wrapper.__tensor_flatten__()
+    return [part for name in names for part in _plain_parts(getattr(wrapper, name))]
 
 
 def _restore(tensor: Tensor, value: Tensor) -> None:
