@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,24 @@ def test_a_file_that_was_removed_is_started_again(name: str, tmp_path: Path) -> 
     (tmp_path / name).unlink()
     file(_record(100))
     assert read_records(tmp_path / name) == [_record(100)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_that_is_missing_at_the_first_step_does_not_stop_the_training(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer, every=1, to=folder / name)
+    shutil.rmtree(folder)
+    model(torch.rand(3, 4)).square().sum().backward()
+    with pytest.warns(UserWarning, match="could not be opened .*No such file or directory") as caught:
+        optimizer.step()
+    assert len(caught) == 1
+    folder.mkdir()
+    with pytest.warns(UserWarning, match="written again from step 1 on; the 1 before it are missing"):
+        optimizer.step()
+    monitor.remove()
+    assert [record.step for record in read_records(folder / name)] == [1]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

@@ -100,12 +100,10 @@ def _input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _summable(x: Tensor) -> Tensor:
-    """Return the same inputs in a layout that supports sums: dense, jagged, or sparse with coordinates."""
-    if x.is_nested and x.layout == torch.strided:
+    """Return the same inputs as a dense tensor, or as a sparse one with coordinates."""
+    if x.is_nested:
         return torch.cat([part.flatten(0, -2) for part in x.unbind()])
-    if x.layout in (torch.strided, torch.jagged):
-        return x
-    return x.to_sparse().coalesce()  # compressed rows, columns or blocks
+    return x if x.layout == torch.strided else x.to_sparse().coalesce()  # compressed rows, columns or blocks
 
 
 def _sums_of(module: nn.Module, x: Tensor, parameter: Tensor, vectors: WeightVectors) -> Tensor | None:

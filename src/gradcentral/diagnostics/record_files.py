@@ -37,12 +37,13 @@ class RecordFile:
         self._path, self._name = path, name
         self._claim: Claim | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
-        append(path, "")  # a path that is not writable fails here, not at the first record
+        append(path, "")  # a path that is not writable fails here, not at the first step
         read_records(path)
 
     def start(self) -> Record | None:
         """Claim the file for this process, and return the last record of this monitor in it, if there is one."""
         if self._claim is None:
+            self._path.touch()
             self._claim = Claim(self._path, self._name, self._path)
             self._process = os.getpid()
         own = [record for record in read_records(self._path) if record.name == self._name]

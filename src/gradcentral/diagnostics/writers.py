@@ -39,10 +39,21 @@ class Writer:
 
     def __init__(self, destination: Destination, where: str) -> None:
         self.where = where
-        self.start = destination.start
         self._destination = destination
         self._warned = False
         self._missing = 0
+
+    def start(self) -> Record | None:
+        """Claim the destination; return the last record in it of an earlier run, if it is a file that has one.
+
+        Raises:
+            ValueError: another monitor has claimed it, or it has other contents.
+        """
+        try:
+            return self._destination.start()
+        except OSError as error:
+            self._warn("could not be opened", error)
+            return None
 
     def __call__(self, record: Record) -> None:
         """Write a record."""
