@@ -21,7 +21,7 @@ from gradcentral.diagnostics.record import Record, plot_records
 from gradcentral.diagnostics.record_files import read_records
 from gradcentral.diagnostics.writers import writers_for
 from gradcentral.layout import WeightLayout, weight_layout
-from gradcentral.local_shard import is_sharded
+from gradcentral.local_shard import any_sharded
 from gradcentral.plotting import LIGHT, Theme
 
 __all__ = ["EVERY", "Monitor", "RecordBuffer"]
@@ -71,9 +71,9 @@ class Monitor(AbstractContextManager["Monitor"]):
 
     Raises:
         TypeError: model, optimizer, layout or ``to`` is of the wrong type.
-        ValueError: ``every`` or ``step`` is out of range; none of the model's parameters is in the optimizer, or none
-            of them is centered; ``to`` has an unknown suffix or other contents; or, at the
-            first step, it has the records of another run or receives those of another monitor.
+        ValueError: ``every`` or ``step`` is out of range; ``name`` is not one line of text; none of the model's
+            parameters is in the optimizer, or none of them is centered; ``to`` has an unknown suffix or other contents;
+            or, at the first step, it has the records of another run or receives those of another monitor.
         MissingExtraError: ``to`` is a folder, and TensorBoard is not installed.
 
     Examples:
@@ -269,18 +269,18 @@ class Monitor(AbstractContextManager["Monitor"]):
             writer.close()
 
     def _measure(self, optimizer: Optimizer, step: int) -> Record | None:
-        with torch.no_grad():
-            watched = watched_parameters(optimizer, self._model_layout, self._layout)
-            try:
+        try:
+            with torch.no_grad():
+                watched = watched_parameters(optimizer, self._model_layout, self._layout)
                 return measure(optimizer, watched, self._drift, step, self.name)
-            except RuntimeError as error:  # such as a lack of memory
-                if any(is_sharded(part.parameter) for part in watched):
-                    raise  # the other ranks would wait for this one
-                if not self._warned:
-                    self._warned = True
-                    reason = traceback.format_exception_only(error)[-1].strip()
-                    warnings.warn(f"Monitor: step {step} was not recorded ({reason}); training goes on", stacklevel=2)
-                return None
+        except RuntimeError as error:  # such as a lack of memory
+            if any_sharded(p for group in optimizer.param_groups for p in group["params"]):
+                raise  # the other ranks would wait for this one
+            if not self._warned:
+                self._warned = True
+                reason = traceback.format_exception_only(error)[-1].strip()
+                warnings.warn(f"Monitor: step {step} was not recorded ({reason}); training goes on", stacklevel=2)
+            return None
 
     def _write(self, record: Record | None) -> None:
         if record is not None:
