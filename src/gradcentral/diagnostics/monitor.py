@@ -48,11 +48,11 @@ class Monitor(AbstractContextManager["Monitor"]):
         to: destination of the records besides `records`: a path ending in .jsonl or .csv, a folder for TensorBoard or a
             ``SummaryWriter``, a logger, a function, or a list of these. A logger is anything with ``log_metrics`` or
             ``log`` that takes a dictionary and ``step=``, such as a Weights & Biases run or a logger of Lightning; it
-            receives ``record.scalars()``. So does a function with a parameter ``step``, such as ``wandb.log`` and
-            ``mlflow.log_metrics``; any other function receives the `Record`. With several processes, give it in one of
-            them. An existing file of records is appended to only if the run continues, that is, after
-            `load_state_dict` or with ``step``; otherwise the first step raises an error. An exception while writing
-            is one warning: the training goes on, and later records are written if possible.
+            receives ``record.scalars()``. So does a function with a parameter ``step``, such as ``wandb.log`` (after
+            ``wandb.init``) and ``mlflow.log_metrics``; any other function receives the `Record`. With several
+            processes, give it in one of them. An existing file of records is appended to only if the run continues,
+            that is, after `load_state_dict` or with ``step``; otherwise the first step raises an error. An exception
+            while writing is one warning: the training goes on, and later records are written if possible.
         layout: weight vectors to monitor; by default those of the attached GC, or ``weight_layout(model)`` without GC.
         name: tells several monitors apart that share a destination, as in a GAN: the attribute ``name`` of a `Record`,
             and the start of its scalars' tags. Without names, each needs its own destination.
