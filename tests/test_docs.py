@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,29 @@ class Mixture(nn.Module):
         self.scale = nn.Parameter(torch.ones(2, 4))
 
 
+class Logger:
+    """Stands in for the modules ``wandb`` and ``mlflow``, with the signatures that they have."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def init(self, project: str) -> Logger:
+        return self
+
+    def log(self, data: dict[str, float], step: int | None = None, commit: bool | None = None) -> None:
+        self.logged.append(data)
+
+    def start_run(self) -> nullcontext[None]:
+        return nullcontext()
+
+
+class MLflow(Logger):
+    """The module ``mlflow``."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None, synchronous: bool | None = None) -> None:
+        self.logged.append(metrics)
+
+
 def names_for(page: str) -> dict[str, Any]:
     """Return the variables that the examples of a page assume."""
     data = TensorDataset(torch.randn(16, 4), torch.arange(16) % 2)
@@ -66,7 +91,14 @@ def names_for(page: str) -> dict[str, Any]:
 @pytest.mark.parametrize(("page", "code"), blocks("python"))
 def test_every_python_example_runs(page: Path, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    loggers = {"wandb": Logger(), "mlflow": MLflow()}
+    for name, logger in loggers.items():
+        monkeypatch.setitem(sys.modules, name, logger)
+    if "SummaryWriter" in code or "runs/gc" in code:
+        pytest.importorskip("tensorboard")
     exec(compile(code, str(page), "exec"), names_for(page.name))
+    for name, logger in loggers.items():
+        assert ("gc/share" in (logger.logged or [{}])[0]) == (f"import {name}" in code)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -20,8 +20,10 @@ __all__ = [
     "AxisRun",
     "any_sharded",
     "cuts_of",
+    "gathered",
     "indices_of_shards",
     "is_aligned",
+    "is_on_this_rank",
     "is_sharded",
     "local",
     "overlaps_itself",
@@ -70,6 +72,16 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     held = tensor._local_tensor
     return held.wait() if hasattr(held, "wait") else held  # a collective may still be running
+
+
+def is_on_this_rank(tensor: Tensor) -> bool:
+    """Return whether this rank takes part in the mesh of a DTensor; True for a plain tensor."""
+    return not is_sharded(tensor) or tensor.device_mesh.get_coordinate() is not None
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a DTensor's value on all ranks as a plain tensor, or a plain tensor itself. This is a collective."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def with_local(tensor: Tensor, held: Tensor) -> Tensor:

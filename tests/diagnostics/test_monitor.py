@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import math
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -250,6 +252,130 @@ def test_lbfgs_is_recorded_once_per_step_at_its_first_weights() -> None:
         optimizer.step(closure)
         assert monitor.records[-1].net.norm == pytest.approx(raw, rel=1e-12)
     assert len(monitor.records) == 2
+
+
+class TakesLoss(Optimizer):
+    """An optimizer whose ``step`` takes the loss, like those with Polyak's step size."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, loss: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad
+        return loss
+
+
+class IgnoresClosure(TakesLoss):
+    """An optimizer that accepts a closure and does not call it, like Ranger."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad
+
+
+@pytest.mark.parametrize("argument", [0.5, torch.tensor(0.5), None])
+def test_a_loss_as_the_argument_of_step_is_passed_on(argument: Any) -> None:
+    model = _model()
+    optimizer = TakesLoss(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer, every=2)
+    for step in range(4):
+        raw = _raw_norm(model)
+        _backward(model)
+        assert optimizer.step(argument) is argument
+        if step % 2 == 0:
+            assert monitor.records[-1].net.norm == pytest.approx(raw, rel=1e-12)
+    assert [record.step for record in monitor.records] == [0, 2]
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_closure_that_is_not_called_does_not_prevent_the_record(keyword: bool) -> None:
+    model, written = _model(), list[Record]()
+    optimizer = IgnoresClosure(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer, every=2, to=written.append)
+    for step in range(4):
+        raw, sums = _raw_norm(model), model[0].weight.detach().sum(1).abs().max()
+        _backward(model)
+        optimizer.step(closure=_loss) if keyword else optimizer.step(_loss)
+        if step % 2 == 0:
+            assert monitor.records[-1].net.norm == pytest.approx(raw, rel=1e-12)
+            assert monitor.records[-1].layers["0.weight"].largest_sensitivity == pytest.approx(float(sums))
+    assert [record.step for record in monitor.records] == [0, 2]
+    assert written == monitor.records
+    monitor.remove()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+class CallsSuper(SGD):
+    """An optimizer whose step calls that of its base class, so that torch runs the hooks twice."""
+
+    fail = False
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        if self.fail:
+            raise RuntimeError("after the step")
+        return loss
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("base", [SGD, gradcentral.SGD])
+def test_a_step_that_calls_the_step_of_its_base_class_counts_once(base: Any, with_closure: bool) -> None:
+    model = _model()
+    cls = CallsSuper if base is SGD else type("CallsOurs", (CallsSuper, base), {})
+    optimizer = cls(model.parameters() if base is SGD else model, lr=0.1)
+    monitor = Monitor(model, optimizer, every=2)
+
+    def closure() -> float:
+        _backward(model)
+        return _loss(model).item()
+
+    def step() -> None:
+        if with_closure:
+            optimizer.step(closure)
+        else:
+            _backward(model)
+            optimizer.step()
+
+    for _ in range(3):
+        step()
+    assert [record.step for record in monitor.records] == [0, 2]
+    assert monitor.step == 3
+    optimizer.fail = True
+    with pytest.raises(RuntimeError, match="after the step"):
+        step()
+    optimizer.fail = False
+    for _ in range(3):
+        step()
+    assert [record.step for record in monitor.records] == [0, 2, 4, 6]
+    assert monitor.step == 7
+    monitor.remove()
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_step_that_raises_leaves_no_record_for_the_next() -> None:
+    class Failing(SGD):
+        fail = True
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            if self.fail:
+                raise RuntimeError("no step")
+
+    model = _model()
+    optimizer = Failing(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer, every=2)
+    with pytest.raises(RuntimeError, match="no step"):
+        optimizer.step(_loss)
+    optimizer.fail = False
+    optimizer.step(_loss)
+    assert monitor.records == []
+    optimizer.step(_loss)
+    assert [record.step for record in monitor.records] == [2]
 
 
 def test_the_share_is_zero_after_centralize_gradients() -> None:
@@ -545,7 +671,59 @@ def test_the_state_of_another_model_raises() -> None:
     assert monitor.records[0].net.drift == 0
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_copy_keeps_records_and_state_and_is_not_attached(duplicate: Callable[[Any], Any], tmp_path: Any) -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer, every=2, to=tmp_path / "run.jsonl", name="net")
+    _train(model, optimizer, 3)
+    other = duplicate(monitor)
+    records = monitor.records
+    assert (other.records, other.step, other.name) == (records, 3, "net")
+    assert other.plot().axes
+    _train(model, optimizer, 3)
+    assert other.records == records
+    assert len(monitor.records) == 3
+    other.remove()
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    assert [record.step for record in Monitor.read(tmp_path / "run.jsonl")] == [0, 2, 4]
+    again = Monitor(model, SGD(model.parameters(), lr=0.1), every=2)
+    again.load_state_dict(other.state_dict())
+    assert again.step == 3
+
+
+def test_a_copy_of_a_model_that_holds_its_monitor_works() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    model.monitor = Monitor(model, optimizer, every=1)
+    averaged = copy.deepcopy(model)
+    _train(model, optimizer, 2)
+    assert len(model.monitor.records) == 2
+    assert averaged.monitor.records == []
+
+
 # Errors.
+
+
+def test_a_failing_measurement_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, optimizer, every=1)
+    before = model[0].weight.detach().clone()
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("gradcentral.diagnostics.monitor.measure", fail)
+    with pytest.warns(
+        UserWarning, match="Monitor: step 0 was not recorded .*OutOfMemoryError: out of memory"
+    ) as caught:
+        _train(model, optimizer, 2)
+    assert len(caught) == 1
+    assert not torch.equal(model[0].weight, before)
+    monkeypatch.undo()
+    _train(model, optimizer, 1)
+    assert [record.step for record in monitor.records] == [2]
 
 
 @pytest.mark.parametrize(
@@ -555,6 +733,8 @@ def test_the_state_of_another_model_raises() -> None:
         ({"every": 2.5}, TypeError, "every must be an integer, not float"),
         ({"step": -1}, ValueError, "step must be at least 0, not -1"),
         ({"to": 3}, TypeError, "to must be a path .* not int"),
+        ({"name": ""}, ValueError, "name must be one line of text, such as 'generator', not ''"),
+        ({"name": "a\nb"}, ValueError, "name must be one line of text"),
     ],
 )
 def test_wrong_arguments_raise(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -589,22 +769,6 @@ def test_wrong_models_and_optimizers_raise() -> None:
         Monitor(norm, SGD(norm.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="layout: nothing in this optimizer is centered"):
         Monitor(model, optimizer, layout=weight_layout(model, exclude=["*"]))
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-def test_sharded_parameters_raise() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = nn.Sequential(nn.Linear(4, 2))
-        parallelize_module(model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
-        with pytest.raises(ValueError, match=r"model: 0.weight is sharded \(a DTensor\)"):
-            Monitor(model, SGD(model.parameters(), lr=0.1))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 # Records in memory, and the plot.

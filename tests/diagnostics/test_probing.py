@@ -95,6 +95,35 @@ def test_the_whole_gradient_includes_skipped_parameters() -> None:
     assert bias.finding == "skipped: bias"
 
 
+def test_the_total_is_the_sum_of_the_shares_times_the_energies() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    report = probe(model, mse, batches(count=1))
+    energies = {layer.name: report.energy(layer) for layer in report.layers}
+    assert sum(energies.values()) == pytest.approx(1)
+    assert sum(layer.share * energies[layer.name] for layer in report.layers) == pytest.approx(report.share)
+    skipped = energies["0.bias"] + energies["2.bias"]
+    assert f"GC removes {report.share:.1%} of the whole gradient's energy." in report.finding
+    assert f"and {skipped:.0%} of it is in skipped parameters" in report.finding
+    row = next(line for line in str(report).splitlines() if line.startswith("2.weight"))
+    assert f"{energies['2.weight']:.1%}" in row.split()
+    several = probe(model, mse, batches(count=3))
+    weight = several.layers[2]
+    whole = sum(effect.norm**2 for effect in several.whole)
+    assert several.energy(weight) == pytest.approx(sum(effect.norm**2 for effect in weight.effects) / whole)
+
+
+def test_the_text_fits_a_terminal_and_gives_causes() -> None:
+    torch.manual_seed(0)
+    data = [(x, y.abs() + 1) for x, y in batches()]
+    text = str(probe(nn.Sequential(*feeding(nn.LayerNorm(64)), nn.Sigmoid(), nn.Linear(4, 4)), mse, data))
+    assert max(map(len, text.splitlines())) <= 80
+    causes = " ".join(text.partition("Causes:")[2].partition("Skipped:")[0].split())
+    assert "no effect: its input is already centered (as after LayerNorm): 2.weight" in causes
+    assert "near-total: " in causes
+    assert ": 4.weight" in causes
+    assert "0.weight" not in causes  # a partial effect is explained by its row
+
+
 class Traced(nn.Module):
     """A model that contains everything that a training pass can change."""
 
@@ -124,6 +153,56 @@ def test_the_model_is_restored_exactly(training: bool) -> None:
         assert torch.equal(torch.as_tensor(tensor), value)
     assert all(module.training == training for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_the_contexts_of_evaluation_make_no_difference(context: Callable[[], Any]) -> None:
+    model, data = Traced().eval(), batches()
+    torch.manual_seed(1)
+    expected = probe(model, mse, data)
+    torch.manual_seed(1)
+    with context():
+        assert probe(model, mse, data) == expected
+        torch.manual_seed(1)
+        assert probe(model, mse, [(x.clone(), y.clone()) for x, y in data]) == expected
+        assert not torch.is_grad_enabled()
+    assert model.net[1].num_batches_tracked == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_traced_and_exported_models_are_probed_and_restored() -> None:
+    model, data = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), batches()
+    expected = probe(model, mse, data).losses
+    compiled = [
+        torch.jit.script(model.eval()),
+        torch.jit.trace(model.eval(), data[0][0]),
+        torch.export.export(model.train(), data[0][:1]).module(),
+        nn.Sequential(torch.jit.script(model.eval())),
+    ]
+    for other in compiled:
+        before = {name: value.clone() for name, value in other.state_dict().items()}
+        modes = [module.training for module in other.modules()]
+        report = probe(other, mse, data)
+        assert report.losses == pytest.approx(expected)
+        assert [module.training for module in other.modules()] == modes
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+        assert all(parameter.grad is None for parameter in other.parameters())
+
+
+def test_the_model_is_restored_if_an_input_cannot_be_observed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = feeding(nn.ReLU()).eval()
+    register, registered = nn.Module.register_forward_pre_hook, list[nn.Module]()
+
+    def fail_later(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+        if registered:
+            raise RuntimeError("no hooks")
+        registered.append(module)
+        return register(module, *arguments, **options)
+
+    monkeypatch.setattr(nn.Module, "register_forward_pre_hook", fail_later)
+    with pytest.raises(RuntimeError, match="no hooks"):
+        probe(model, mse, batches())
+    assert not any(module._forward_pre_hooks or module.training for module in model.modules())
 
 
 def test_the_model_is_probed_in_training_mode() -> None:
@@ -348,6 +427,23 @@ def test_the_remedy_for_a_lazy_model_works() -> None:
     assert probe(model, mse, data).layers[0].kind == PARTIAL
 
 
+def test_the_remedies_for_models_that_cannot_train_work() -> None:
+    model, data = nn.Linear(8, 4).requires_grad_(False), batches()
+    with pytest.raises(
+        ValueError, match=r"model: none of its parameters requires a gradient; call (requires_grad_\(\))"
+    ):
+        probe(model, mse, data)
+    model.weight.requires_grad_()
+    assert probe(model, mse, data).layers[0].kind == PARTIAL
+    with torch.inference_mode():
+        model = nn.Linear(8, 4)
+    with pytest.raises(
+        ValueError, match="model: weight was created in torch.inference_mode.* create the model outside it"
+    ):
+        probe(model, mse, data)
+    assert probe(nn.Linear(8, 4), mse, data).layers[0].kind == PARTIAL
+
+
 def test_the_command_that_the_finding_suggests_exists() -> None:
     suggested = re.search(r"run gradcentral (\w+)\.", probe(nn.Linear(8, 4), mse, batches()).finding)
     assert suggested is not None
@@ -359,10 +455,11 @@ def test_table_and_csv_list_every_parameter(capsys: pytest.CaptureFixture[str]) 
     text = str(report)
     assert text.splitlines()[0].split()[:2] == ["parameter", "share"]
     assert "\n  bias: {0..2}.bias ×3\n" in text
-    assert report.finding in text
+    assert report.finding in " ".join(text.split())
     rows = {row["parameter"]: row for row in csv.DictReader(report.to_csv().splitlines())}
     assert list(rows) == [layer.name for layer in report.layers]
     assert float(rows["0.weight"]["share"]) == report.layers[0].share
+    assert sum(float(row["energy"]) for row in rows.values()) == pytest.approx(1)
     assert rows["1.weight"]["input_mean"] == ""
 
 
@@ -409,6 +506,46 @@ def test_inputs_of_linear_layers_are_the_last_axis(module: nn.Module, x: Tensor,
     assert found is not None
     assert found.mean == pytest.approx(float(x.mean()))
     assert found.offset == pytest.approx(float(5 * x.mean(-1).square().sum() / x.square().sum()))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_sparse_inputs_give_the_report_of_dense_ones(layout: torch.layout) -> None:
+    model, data = nn.Linear(8, 4), [(x.relu(), y) for x, y in batches()]
+    sparse = [(x.to_sparse(layout=layout), y) for x, y in data]
+    found, expected = (probe(model, mse, each).layers[0] for each in (sparse, data))
+    assert found.input is not None
+    assert found.input == pytest.approx(expected.input)
+    assert found.share == pytest.approx(expected.share)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_inputs_give_the_report_of_their_parts(layout: torch.layout) -> None:
+    model, parts = nn.Linear(8, 4), [torch.rand(3, 8), torch.rand(5, 8)]
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return torch.cat([part - target for part in output.unbind()]).square().mean()
+
+    found = probe(model, loss, [(torch.nested.nested_tensor(parts, layout=layout), torch.zeros(4))]).layers[0]
+    expected = probe(model, loss, [(torch.cat(parts)[None], torch.zeros(4))]).layers[0]
+    assert found.input is not None
+    assert found.input == pytest.approx(expected.input)
+    assert found.share == pytest.approx(expected.share)
+
+
+def test_an_input_without_sums_is_not_observed() -> None:
+    class Unusual(Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is Tensor.sum:
+                raise NotImplementedError("no sum")
+            return super().__torch_function__(function, types, args, kwargs)
+
+    model = nn.Linear(8, 4)
+    with InputMeans(model, weight_layout(model)) as inputs:
+        assert model(torch.rand(3, 8).as_subclass(Unusual)).shape == (3, 4)
+    assert inputs.of(model.weight) is None
 
 
 def test_inputs_of_transposed_convolutions_are_the_channels_of_a_group() -> None:

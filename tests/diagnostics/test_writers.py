@@ -1,234 +1,44 @@
-"""Record files survive kills and restarts; TensorBoard writers and functions receive every record."""
+"""TensorBoard, loggers and functions receive every record, and none of them can stop the training."""
 
 from __future__ import annotations
 
-import csv
+import errno
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import json
+import logging
 import re
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradcentral.diagnostics.monitor import Monitor
 from gradcentral.diagnostics.record import Reading, Record
-from gradcentral.diagnostics.writers import RecordFile, read_records, writers_for
+from gradcentral.diagnostics.writers import writers_for
 from gradcentral.extras import MissingExtraError
 
-NAMES = ("run.jsonl", "run.csv")
-REMEDIES = ["another path", "load_state_dict", "step=0"]
 
-
-def _record(step: int, placement: str | None = "gradient") -> Record:
+def _record(step: int) -> Record:
     layer = Reading(0.25, 2.0, 1.5, 1.0, 0.875, 1e-9, 2e-9, 0.5, 12345.0)
-    return Record(step, placement, False, Reading(norm=3.0, drift=0.5), {'a,"b".weight': layer, "c": Reading()})
+    return Record(step, "gradient", False, Reading(norm=3.0, drift=0.5), {'a,"b".weight': layer, "c": Reading()})
 
 
-def _train(steps: int, state: dict[str, Any] | None = None, **arguments: Any) -> Monitor:
+def _train(steps: int, **arguments: Any) -> Monitor:
     model = nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Monitor(model, optimizer, **arguments) as monitor:
-        if state is not None:
-            monitor.load_state_dict(state)
         for _ in range(steps):
             optimizer.zero_grad()
             model(torch.rand(3, 4)).square().sum().backward()
             optimizer.step()
     return monitor
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_records_are_read_back(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "new" / name
-    file = RecordFile(path)
-    written = [_record(0), _record(100, None), _record(200, "update")]
-    for record in written:
-        file(record)
-    assert read_records(path) == written
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_monitor_writes_every_record_with_six_digits(name: str, tmp_path: Path) -> None:
-    monitor = _train(5, every=2, to=str(tmp_path / name))
-    read = read_records(tmp_path / name)
-    assert [record.step for record in read] == [0, 2, 4]
-    for one, other in zip(read, monitor.records, strict=True):
-        assert one.net.norm == pytest.approx(other.net.norm, rel=1e-5)
-        assert one.layers["weight"].share == pytest.approx(other.layers["weight"].share, rel=1e-5)
-
-
-def test_files_are_readable_by_json_and_csv(tmp_path: Path) -> None:
-    _train(3, every=1, to=[tmp_path / "run.jsonl", tmp_path / "run.csv"])
-    lines = (tmp_path / "run.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
-    assert 0 <= json.loads(lines[0])["layers"]["weight"]["share"] <= 1
-    with (tmp_path / "run.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["step"], row["parameter"]) for row in rows[:3]] == [("0", "weight"), ("0", "(net)"), ("1", "weight")]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_run_continued_by_its_state_appends(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    state = _train(5, every=2, to=path).state_dict()
-    again = _train(3, state, every=2, to=path)
-    assert [record.step for record in again.records] == [6]
-    assert [record.step for record in read_records(path)] == [0, 2, 4, 6]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_run_continued_by_its_step_appends(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    _train(5, every=2, to=path)
-    _train(3, every=2, to=path, step=5)
-    assert [record.step for record in read_records(path)] == [0, 2, 4, 6]
-    _train(3, every=2, to=path, step=0)
-    assert [record.step for record in read_records(path)] == [0, 2]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_two_runs_are_not_mixed_in_one_file(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    _train(5, every=2, to=path)
-    content = path.read_bytes()
-    model = nn.Linear(4, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = Monitor(model, optimizer, to=path)
-    for _ in range(2):  # not only the first time
-        with pytest.raises(ValueError, match=rf"to: .*{name} has the records of a run, the last of step 4") as caught:
-            optimizer.step()
-    assert (monitor.step, monitor.records) == (0, [])
-    assert path.read_bytes() == content
-    assert re.findall(r"another path|load_state_dict|step=0", str(caught.value)) == REMEDIES
-
-
-@pytest.mark.parametrize("remedy", REMEDIES)
-def test_the_remedies_for_a_file_of_another_run_work(remedy: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.jsonl"
-    state = _train(5, every=2, to=path).state_dict()
-    if remedy == "another path":
-        _train(3, every=2, to=tmp_path / "other.jsonl")
-        assert [record.step for record in read_records(path)] == [0, 2, 4]
-    elif remedy == "load_state_dict":
-        _train(3, state, every=2, to=path)
-        assert [record.step for record in read_records(path)] == [0, 2, 4, 6]
-    else:
-        _train(3, every=2, to=path, step=0)
-        assert [record.step for record in read_records(path)] == [0, 2]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_resumed_run_replaces_the_records_after_its_checkpoint(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    _train(9, every=2, to=path)
-    _train(2, every=1, to=path, step=3)
-    assert [record.step for record in read_records(path)] == [0, 2, 3, 4]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_partial_record_of_a_killed_run_is_dropped(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    file = RecordFile(path)
-    file(_record(0))
-    whole = path.read_bytes()
-    file(_record(100))
-    both = path.read_bytes()
-    for length in range(len(whole), len(both), 7):
-        path.write_bytes(both[:length])
-        assert read_records(path) == [_record(0)]
-        RecordFile(path)(_record(200))
-        assert read_records(path) == [_record(0), _record(200)]
-        path.write_bytes(both[:length])
-        RecordFile(path)(_record(100))
-        assert read_records(path) == [_record(0), _record(100)]
-
-
-def test_rows_of_a_partial_record_are_not_added_to_the_next(tmp_path: Path) -> None:
-    path = tmp_path / "run.csv"
-    file = RecordFile(path)
-    file(Record(0, None, False, Reading(), {"gone": Reading(share=0.5)}))
-    path.write_bytes(path.read_bytes()[:-3])
-    RecordFile(path)(_record(100))
-    assert read_records(path) == [_record(100)]
-
-
-def test_a_partial_header_is_rewritten(tmp_path: Path) -> None:
-    path = tmp_path / "run.csv"
-    path.write_text("step,pla", encoding="utf-8")
-    RecordFile(path)(_record(0))
-    assert read_records(path) == [_record(0)]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("run.jsonl", "not json\n"),
-        ("run.jsonl", '{"step": 1}\n'),
-        ("run.jsonl", "[1, 2]\n"),
-        ("run.csv", "epoch,loss\n1,2\n"),
-        ("run.csv", "\xff\n"),
-    ],
-)
-def test_a_file_with_other_contents_raises_and_is_not_changed(name: str, content: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_bytes(content.encode("latin-1") + b"tail")
-    with pytest.raises(ValueError, match=rf"{name}, line 1: not a record of Monitor .* give another path"):
-        writers_for(path)
-    with pytest.raises(ValueError, match="line 1"):
-        read_records(path)
-    assert path.read_bytes() == content.encode("latin-1") + b"tail"
-    assert writers_for(tmp_path / f"another{path.suffix}")
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("run.jsonl", '{"precious": 1}'),
-        ("run.jsonl", '{"step": 1, "loss": 0.5}'),
-        ("run.jsonl", '{"step": 1, "placement": "last"}'),
-        ("run.jsonl", '{"step": 1, "lo'),
-        ("run.jsonl", "7"),
-        ("run.csv", "a,b,c"),
-        ("run.csv", "step,placement,skipped,parameter,loss"),
-        ("run.csv", "1,2"),
-    ],
-)
-def test_a_partial_line_of_other_contents_raises_and_is_not_changed(name: str, content: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"{name}, line 1: not a record of Monitor .* give another path"):
-        writers_for(path)
-    with pytest.raises(ValueError, match="line 1"):
-        read_records(path)
-    assert path.read_text(encoding="utf-8") == content
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_partial_first_record_is_rewritten(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    RecordFile(path)(_record(120))
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        assert read_records(path) == []
-        RecordFile(path)(_record(0))
-        assert read_records(path) == [_record(0)]
-
-
-def test_an_unknown_suffix_raises(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"to: .*run.json: a file .* must end in .jsonl or .csv, not") as caught:
-        writers_for(tmp_path / "run.json")
-    with pytest.raises(ValueError, match="must end in .jsonl or .csv"):
-        read_records(tmp_path / "run.txt")
-    assert not list(tmp_path.iterdir())
-    for suffix in re.findall(r"\.jsonl|\.csv", str(caught.value)):
-        assert len(writers_for(tmp_path / f"run{suffix}")) == 1
 
 
 def test_every_function_of_a_list_receives_every_record() -> None:
@@ -255,6 +65,210 @@ def test_a_summary_writer_receives_finite_scalars_only() -> None:
     assert writer.scalars['gc_share/a,"b".weight', 5] == 0.25
     assert ("gc/share", 5) not in writer.scalars
     assert len(writer.scalars) == 2 + 9
+    assert writer.scalars == {(tag, 5): value for tag, value in _record(5).scalars().items()}
+
+
+def test_the_tags_of_a_named_monitor_start_with_its_name() -> None:
+    tags = replace(_record(5), name="critic").scalars()
+    assert tags.keys() == {f"critic/{tag}" for tag in _record(5).scalars()}
+
+
+# Loggers, with the signatures of the real ones.
+
+Logged = list[tuple[dict[str, float], int | None]]
+logged: Logged = []
+
+
+class WandbRun:
+    def log(self, data: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+        logged.append((data, step))
+
+
+class LightningLogger:
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        logged.append((metrics, step))
+
+
+class Accelerator:
+    def log(self, values: dict[str, Any], step: int | None = None, log_kwargs: dict[str, Any] | None = None) -> None:
+        logged.append((values, step))
+
+
+class Fabric:
+    def log(self, name: str, value: Any, step: int | None = None) -> None:
+        raise AssertionError("takes one number")
+
+    def log_dict(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        logged.append((metrics, step))
+
+
+class CometExperiment:
+    def log_metrics(self, dic: Any, prefix: Any = None, step: int | None = None, epoch: Any = None) -> None:
+        logged.append((dic, step))
+
+
+def log_metrics(metrics: dict[str, float], step: int | None = None, synchronous: bool | None = None) -> None:
+    logged.append((metrics, step))
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        WandbRun(),
+        WandbRun().log,
+        functools.partial(WandbRun().log, commit=False),
+        LightningLogger(),
+        Accelerator(),
+        Fabric(),
+        CometExperiment(),
+        log_metrics,
+    ],
+    ids=[
+        "run",
+        "wandb.log",
+        "partial",
+        "Lightning",
+        "accelerate",
+        "Fabric",
+        "Comet",
+        "MLflow",
+    ],
+)
+def test_loggers_receive_scalars_and_the_step(to: Any) -> None:
+    logged.clear()
+    monitor = _train(4, every=2, to=to)
+    assert logged == [(record.scalars(), record.step) for record in monitor.records]
+    assert len(logged) == 2
+    assert all(isinstance(value, float) for value in logged[0][0].values())
+
+
+class LightningModule:
+    def log(self, name: str, value: Any, on_step: bool | None = None) -> None: ...
+
+    def log_dict(self, dictionary: dict[str, Any], on_step: bool | None = None) -> None: ...
+
+
+class Trainer:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None: ...
+
+    def log_metrics(self, split: str, metrics: dict[str, float]) -> None: ...
+
+
+def log_metric(key: str, value: float, step: int | None = None) -> None: ...
+
+
+@functools.wraps(WandbRun.log)
+def wandb_log_before_init(*args: Any, **kwargs: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "to", [logging.getLogger(), LightningModule(), Trainer(), log_metric, wandb_log_before_init, _Writer, 3]
+)
+def test_loggers_of_other_kinds_are_refused_with_a_remedy(to: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        TypeError, match="to must be a path .*; for any other logger, give a function such as "
+    ) as caught:
+        writers_for(to)
+    (write,) = writers_for(eval(str(caught.value).partition("such as ")[2]))
+    write(_record(5))
+    assert capsys.readouterr().out == f"{_record(5).scalars()}\n"
+
+
+@pytest.mark.parametrize("to", [lambda record: received.append(record), lambda *a, **k: received.append(a[0])])
+def test_other_functions_receive_the_record(to: Any) -> None:
+    received.clear()
+    monitor = _train(3, every=2, to=to)
+    assert received == monitor.records
+
+
+received: list[Record] = []
+
+
+# Failures.
+
+
+class StopError(Exception):
+    """An exception of a user's function."""
+
+
+@pytest.mark.parametrize("failing", [[0], [1, 2], [0, 2]])
+def test_an_exception_of_a_function_is_one_warning(failing: list[int]) -> None:
+    seen: list[int] = []
+
+    def function(record: Record) -> None:
+        if record.step in failing:
+            raise StopError(f"at step {record.step}")
+        seen.append(record.step)
+
+    others: list[Record] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor = _train(4, every=1, to=[function, others.append])
+    assert seen == [step for step in range(4) if step not in failing]
+    assert monitor.records == others
+    assert [record.step for record in others] == [0, 1, 2, 3]
+    messages = [str(warning.message) for warning in caught if "was not written" in str(warning.message)]
+    assert len(messages) == 1
+    assert f"function: the record of step {failing[0]} was not written" in messages[0]
+    assert f"StopError: at step {failing[0]})" in messages[0]
+
+
+def test_training_is_the_same_if_writing_fails() -> None:
+    def train(to: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Monitor(model, optimizer, every=1, to=to):
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.rand(3, 4)).square().sum().backward()
+                optimizer.step()
+        return model.weight.detach()
+
+    def fail(record: Record) -> None:
+        raise StopError
+
+    with pytest.warns(UserWarning, match="was not written"):
+        failed = train(fail)
+    assert torch.equal(failed, train(None))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_is_written_again_after_an_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    (write,) = writers_for(tmp_path / "board")
+    flush = SummaryWriter.flush
+
+    def fail(writer: Any) -> None:
+        flush(writer)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write(_record(0))
+    monkeypatch.setattr(SummaryWriter, "flush", fail)
+    with pytest.warns(UserWarning, match="step 1 was not written .*No space left"):
+        write(_record(1))
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="written again from step 2 on; the 1 before"):
+        write(_record(2))
+    write.close()
+    write.close()
+    events_of = importlib.import_module("tensorboard.backend.event_processing.event_multiplexer").EventMultiplexer
+    board = events_of().AddRunsFromDirectory(str(tmp_path / "board")).Reload()
+    (run,) = board.Runs()
+    assert {0, 2} <= {scalar.step for scalar in board.Scalars(run, "gc/norm")}
+
+
+def test_an_exception_while_closing_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+
+    def fail(self: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "close", fail)
+    with pytest.warns(UserWarning, match="board: could not be closed .*No space left on device"):
+        monitor = _train(3, every=2, to=tmp_path / "board")
+    assert len(monitor.records) == 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")

@@ -29,9 +29,15 @@ def loss_of(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) ->
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:
-    """Move everything in a batch that has a ``to`` method, inside mappings, tuples and lists of any depth."""
+    """Move everything in a batch that has a ``to`` method, inside mappings, tuples and lists of any depth.
+
+    Outside ``torch.inference_mode``, tensors created in it are copied, because autograd does not accept them.
+    """
     if callable(getattr(value, "to", None)):  # a tensor, a packed sequence, a tokenizer's batch
-        return value.to(device)
+        moved = value.to(device)
+        if isinstance(moved, Tensor) and moved.is_inference() and not torch.is_inference_mode_enabled():
+            return moved.clone()
+        return moved
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ class Effect(NamedTuple):
         return math.sqrt(max(1.0 - self.share, 0.0)) if self.norm > 0 else math.nan  # max(nan, 0.0) is NaN
 
 
-def effects(gradients: Sequence[tuple[Tensor, WeightVectors | None]]) -> list[Effect]:
+def effects(gradients: Iterable[tuple[Tensor, WeightVectors | None]]) -> list[Effect]:
     """Measure the `Effect` of centering on each gradient; a gradient without weight vectors is not centered."""
     fan_ins, scalars = [], []
     with torch.no_grad():

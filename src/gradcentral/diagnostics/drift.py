@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradcentral.diagnostics.centering_effect import norms, to_numbers
+from gradcentral.local_shard import gathered
 from gradcentral.projection import Pair, unit_means
 from gradcentral.weight_vectors import WeightVectors
 
@@ -60,7 +61,7 @@ class Drift:
 
 def precise_means(parameter: Tensor, vectors: WeightVectors) -> Tensor:
     """Compute the mean of each weight vector, in one dimension, in double precision where the device supports it."""
-    w = parameter.detach()
+    w = gathered(parameter.detach())
     if w.device.type != "mps":
         w = w.to(torch.complex128 if w.is_complex() else torch.float64)
     return unit_means(w, vectors).flatten()

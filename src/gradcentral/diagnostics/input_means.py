@@ -46,9 +46,11 @@ class InputMeans:
         self._observed = [(module, parameter, layout[parameter]) for module, parameter in _owners(model, layout)]
 
     def __enter__(self) -> InputMeans:
-        for module, parameter, vectors in self._observed:
-            hook = functools.partial(self._add, parameter, vectors)
-            self._hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        with ExitStack() as hooks:
+            for module, parameter, vectors in self._observed:
+                hook = functools.partial(self._add, parameter, vectors)
+                hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,14 +66,19 @@ class InputMeans:
     @torch.no_grad()
     def _add(self, parameter: Tensor, vectors: WeightVectors, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = _input(module, args, kwargs)
-        if x is not None and (sums := _sums_of(module, x.detach(), parameter, vectors)) is not None:
+        try:
+            sums = None if x is None else _sums_of(module, _summable(x.detach()), parameter, vectors)
+        except Exception:  # a layer may accept a tensor without these operations; its input is then not observed
+            return
+        if sums is not None:
             self._sums[parameter] = self._sums.get(parameter, 0.0) + sums
 
 
 def _owners(model: nn.Module, layout: WeightLayout) -> Iterator[tuple[nn.Module, Tensor]]:
     """Yield each module with exactly one centered parameter, and the parameter, if it applies to the first argument."""
     for module in model.modules():
-        if isinstance(module, (ParametrizationList, nn.Bilinear)):  # Bilinear multiplies two arguments
+        # Bilinear multiplies two arguments; scripted modules accept no hooks.
+        if isinstance(module, (ParametrizationList, nn.Bilinear, torch.jit.ScriptModule)):
             continue
         holders = (module, *getattr(module, "parametrizations", {}).values())
         parameters = [p for holder in holders for p in holder.parameters(recurse=False) if p in layout]
@@ -93,13 +100,20 @@ def _input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return first if isinstance(first, Tensor) else None
 
 
+def _summable(x: Tensor) -> Tensor:
+    """Return the same inputs as a dense tensor, or as a sparse one with coordinates."""
+    if x.is_nested:
+        return torch.cat([part.flatten(0, -2) for part in x.unbind()])
+    return x if x.layout == torch.strided else x.to_sparse().coalesce()  # compressed rows, columns or blocks
+
+
 def _sums_of(module: nn.Module, x: Tensor, parameter: Tensor, vectors: WeightVectors) -> Tensor | None:
     """Compute the number of inputs of a weight vector, and the sums of their mean, M·mean² and ‖x‖²."""
     if not x.is_floating_point() or x.numel() == 0:
         return None
     x = x.float() if x.dtype.itemsize < 4 else x
     # The squares of very small and very large inputs do not fit into float32.
-    largest = positive_or_one(x.abs().amax())
+    largest = positive_or_one((x.values() if x.is_sparse else x).abs().amax())
     x = x / largest
     if isinstance(module, _ConvNd):
         channels = x.ndim - len(module.kernel_size) - 1

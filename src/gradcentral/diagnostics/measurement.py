@@ -17,7 +17,7 @@ from gradcentral.diagnostics.centering_effect import Effect, combine_effects, ef
 from gradcentral.diagnostics.drift import Drift, precise_means
 from gradcentral.diagnostics.record import NET, Reading, Record
 from gradcentral.layout import WeightLayout
-from gradcentral.local_shard import is_sharded
+from gradcentral.local_shard import gathered, is_on_this_rank, is_sharded
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["Watched", "measure", "watched_parameters"]
@@ -41,10 +41,7 @@ def watched_parameters(optimizer: Optimizer, model_layout: WeightLayout, layout:
     """
     held = [p for group in optimizer.param_groups for p in group["params"]]
     names = _refreshed(model_layout, held).names
-    parameters = [p for p in held if p in names and not is_lazy(p) and p.numel()]
-    for p in parameters:
-        if is_sharded(p):
-            raise ValueError(f"model: {names[p]} is sharded (a DTensor), which Monitor does not support")
+    parameters = [p for p in held if p in names and not is_lazy(p) and p.numel() and is_on_this_rank(p)]
     attached = [_refreshed(targets.layout, parameters) for targets in centering_of(optimizer)]
     attached = [one for one in attached if any(map(one.in_model, parameters))]
     layouts = attached or [model_layout] if layout is None else [layout]
@@ -60,7 +57,9 @@ def _refreshed(layout: WeightLayout, parameters: list[Tensor]) -> WeightLayout:
     return layout
 
 
-def measure(optimizer: Optimizer, watched: Sequence[Watched], drift: Drift, step: int) -> Record:
+def measure(
+    optimizer: Optimizer, watched: Sequence[Watched], drift: Drift, step: int, name: str | None = None
+) -> Record:
     """Measure gradients and weights before a step of the optimizer."""
     # GradScaler sets these attributes on fused optimizers during their step.
     scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
@@ -73,20 +72,27 @@ def measure(optimizer: Optimizer, watched: Sequence[Watched], drift: Drift, step
     active = [targets for targets in centering_of(optimizer) if not targets.paused]
     placements = {targets.placement for targets in active if any(part.parameter in targets.layout for part in watched)}
     skipped = found_inf is not None and bool(found_inf)
-    return Record(step, " and ".join(sorted(placements)) or None, skipped, readings.pop(NET), readings)
+    return Record(step, " and ".join(sorted(placements)) or None, skipped, readings.pop(NET), readings, name)
 
 
 def _gradient_readings(watched: Sequence[Watched], scale: float) -> dict[str, dict[str, float]]:
-    reached = [(part, gradient) for part in watched if (gradient := part.parameter.grad) is not None]
-    scaled = effects([(gradient, part.vectors) for part, gradient in reached])
+    reached = [(part, g) for part in watched if (g := _gradient_or_zeros(part.parameter)) is not None]
+    # The generator gathers one sharded gradient at a time.
+    scaled = effects((gathered(gradient), part.vectors) for part, gradient in reached)
     found = {
         part.name: Effect(effect.share, *(number / scale for number in effect[1:]))
         for (part, _), effect in zip(reached, scaled, strict=True)
+        if part.parameter.grad is not None or effect.norm > 0
     }
     if found:
         found[NET] = combine_effects([*found.values()])
     # A maximum over entries that include NaN is meaningless, so all five numbers are dropped together.
     return {name: effect._asdict() for name, effect in found.items() if math.isfinite(effect.norm)}
+
+
+def _gradient_or_zeros(parameter: Tensor) -> Tensor | None:
+    """Return the gradient; zeros for a sharded parameter without one, as other ranks may have one and gather it."""
+    return torch.zeros_like(parameter) if parameter.grad is None and is_sharded(parameter) else parameter.grad
 
 
 def _weight_readings(watched: Sequence[Watched], drift: Drift) -> dict[str, dict[str, float]]:

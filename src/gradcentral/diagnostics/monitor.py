@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
+import traceback
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,8 +17,10 @@ from torch.optim import Optimizer
 from gradcentral.diagnostics.drift import Drift
 from gradcentral.diagnostics.measurement import measure, watched_parameters
 from gradcentral.diagnostics.record import Record, plot_records
-from gradcentral.diagnostics.writers import RecordFile, TensorBoard, read_records, writers_for
+from gradcentral.diagnostics.record_files import read_records
+from gradcentral.diagnostics.writers import writers_for
 from gradcentral.layout import WeightLayout, weight_layout
+from gradcentral.local_shard import any_sharded
 from gradcentral.plotting import LIGHT, Theme
 from gradcentral.step_hooks import HookedCall, closure_of, hooked_optimizer, replace_closure
 
@@ -41,10 +46,16 @@ class Monitor(AbstractContextManager["Monitor"]):
         optimizer: any ``torch.optim.Optimizer`` with step hooks.
         every: steps per record; the first record is at step 0. Other steps cost about 1 µs.
         to: destination of the records besides `records`: a path ending in .jsonl or .csv, a folder for TensorBoard or a
-            ``SummaryWriter``, a function of a `Record`, or a list of these. With several processes, give it in one of
-            them. An existing file of records is appended to only if the run continues, that is, after
-            `load_state_dict` or with ``step``; otherwise the first step raises an error.
+            ``SummaryWriter``, a logger, a function, or a list of these. A logger is anything with ``log_metrics`` or
+            ``log`` that takes a dictionary and ``step=``, such as a Weights & Biases run or a logger of Lightning; it
+            receives ``record.scalars()``. So does a function with a parameter ``step``, such as ``wandb.log`` (after
+            ``wandb.init``) and ``mlflow.log_metrics``; any other function receives the `Record`. With several
+            processes, give it in one of them. An existing file of records is appended to only if the run continues,
+            that is, after `load_state_dict` or with ``step``; otherwise the first step raises an error. An exception
+            while writing is one warning: the training goes on, and later records are written if possible.
         layout: weight vectors to monitor; by default those of the attached GC, or ``weight_layout(model)`` without GC.
+        name: tells several monitors apart that share a destination, as in a GAN: the attribute ``name`` of a `Record`,
+            and the start of its scalars' tags. Without names, each needs its own destination.
         step: number of steps taken before, 0 for a new run; `load_state_dict` sets it too. When a file is read, new
             records replace those from this step on. The attribute ``step`` counts the steps taken.
 
@@ -53,13 +64,16 @@ class Monitor(AbstractContextManager["Monitor"]):
     Drift and sensitivity are measured on the weights before the step, at which the gradient was computed. With a
     GradScaler, values refer to the unscaled gradient; values that are not finite are None. A line of JSON takes about
     240 bytes per centered parameter, 13 kB for ResNet-50. A record needs memory for a few copies of the largest
-    parameter.
+    parameter. A copy of a monitor (``copy.deepcopy``, pickle) keeps its records and its state, but is not attached.
+
+    If parameters are DTensors, every rank must create the monitor, with the same ``every``: a record gathers one
+    parameter after another, and is the same on all ranks.
 
     Raises:
         TypeError: model, optimizer, layout or ``to`` is of the wrong type.
-        ValueError: ``every`` or ``step`` is out of range; none of the model's parameters is in the optimizer, or none
-            of them is centered; a parameter is sharded; ``to`` has an unknown suffix or other contents; or, at the
-            first step, ``to`` has the records of another run.
+        ValueError: ``every`` or ``step`` is out of range; ``name`` is not one line of text; none of the model's
+            parameters is in the optimizer, or none of them is centered; ``to`` has an unknown suffix or other contents;
+            or, at the first step, it has the records of another run or receives those of another monitor.
         MissingExtraError: ``to`` is a folder, and TensorBoard is not installed.
 
     Examples:
@@ -86,6 +100,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         every: int = EVERY,
         to: Any = None,
         layout: WeightLayout | None = None,
+        name: str | None = None,
         step: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -94,6 +109,9 @@ class Monitor(AbstractContextManager["Monitor"]):
             )
         if layout is not None and not isinstance(layout, WeightLayout):
             raise TypeError(f"layout must be a WeightLayout, not {type(layout).__name__}; use weight_layout(model)")
+        if name is not None and not (isinstance(name, str) and name and name.isprintable()):
+            raise ValueError(f"name must be one line of text, such as 'generator', not {name!r}")
+        self.name = name
         self._every = _checked_integer("every", every, at_least=1)
         self._layout = layout
         self._model_layout = weight_layout(model)
@@ -101,17 +119,21 @@ class Monitor(AbstractContextManager["Monitor"]):
         self._buffer = RecordBuffer(every=self._every)
         optimizer = hooked_optimizer(optimizer)
         self._set_references(optimizer)
-        self._writers = writers_for(to)
         self.step = 0 if step is None else _checked_integer("step", step, at_least=0)
-        self._may_append = step is not None
-        self._if_not_called: Record | None = None  # the record of this step, unless it calls its closure
-        self._calls_closures = False
+        self._may_append, self._started = step is not None, False
+        self._writers = writers_for(to, name)
+        self._may_nest = _may_nest(type(optimizer))
+        self._running: int | None = None
+        self._calls_closure = False
+        self._unwritten: Record | None = None
+        self._warned = False
         # Dynamo would recompile a compiled training step whenever self.step changes.
-        hook, after = map(torch.compiler.disable, (self._before_step, self._after_step))
-        self._after_hook: Any = optimizer.register_step_post_hook(after)
-        self._hook: Any = optimizer.register_step_pre_hook(hook)
+        hook = torch.compiler.disable(self._before_step)  # type: ignore[no-untyped-call]
+        self._hooks: list[Any] = [optimizer.register_step_pre_hook(hook)]
+        if self._may_nest:
+            self._register_after_step(optimizer)
         # The hook must run before that of centralize, which may be attached before or after it.
-        optimizer._optimizer_step_pre_hooks.move_to_end(self._hook.id, last=False)  # type: ignore[attr-defined]
+        optimizer._optimizer_step_pre_hooks.move_to_end(self._hooks[0].id, last=False)  # type: ignore[attr-defined]
 
     @property
     def records(self) -> list[Record]:
@@ -150,11 +172,9 @@ class Monitor(AbstractContextManager["Monitor"]):
 
     def remove(self) -> None:
         """Detach the monitor and keep its records. Calling it twice is harmless."""
-        self._hook.remove()
-        self._after_hook.remove()
-        for writer in self._writers:
-            if isinstance(writer, TensorBoard) and writer.owned:
-                writer.writer.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._close_writers()
 
     def __exit__(self, *_: object) -> None:
         self.remove()
@@ -176,58 +196,102 @@ class Monitor(AbstractContextManager["Monitor"]):
         self._drift = Drift(centered)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCall | None:
-        self._check_files()
-        self._if_not_called = None
+        if not self._started:
+            self._start_writing()
+        if self._may_nest and self._is_nested(_stack_depth()):
+            return None
         step = self.step
         self.step += 1
+        self._unwritten = None
         if step % self._every:
             return None
         closure = closure_of(args, kwargs)
-        if closure is None:
-            self._record(optimizer, step)
+        if not callable(closure):  # some optimizers take the loss as the first argument of step
+            self._write(self._measure(optimizer, step))
             return None
+        if not self._calls_closure:
+            # Some optimizers accept a closure without calling it: then this record, of the gradients that exist before
+            # the step, is the right one.
+            self._unwritten = self._measure(optimizer, step)
+            self._register_after_step(optimizer)
         unrecorded = [step]
-        # Some optimizers accept a closure and do not call it: they use the gradients that exist now.
-        if not self._calls_closures and any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
-            self._if_not_called = self._measure(optimizer, step)
 
         @functools.wraps(closure)
         def recording_closure() -> Any:
             loss = closure()
-            self._if_not_called, self._calls_closures = None, True
+            self._calls_closure, self._unwritten = True, None
             if unrecorded:  # later calls, as in LBFGS, use other weights than those the step started from
-                self._record(optimizer, unrecorded.pop())
+                self._write(self._measure(optimizer, unrecorded.pop()))
             return loss
 
         return replace_closure(args, kwargs, recording_closure)
 
-    def _check_files(self) -> None:
-        """Refuse to mix two runs in one file; checked at the first step, because a state may be loaded until then."""
-        for writer in () if self._may_append else self._writers:
-            if isinstance(writer, RecordFile) and writer.last is not None:
-                raise ValueError(
-                    f"to: {writer.path} has the records of a run, the last of step {writer.last.step}; give another "
-                    "path, or continue that run with load_state_dict or step= (the number of steps it had taken; "
-                    "step=0 replaces its records)"
-                )
-        self._may_append = True
+    def _is_nested(self, depth: int) -> bool:
+        """Return whether this step is called by another step of the optimizer, which has run the hooks already.
 
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        record, self._if_not_called = self._if_not_called, None
+        A step that raised an exception has no end, so the depth of the stack tells a nested step from the next one.
+        """
+        if self._running is not None and depth > self._running:
+            return True
+        self._running = depth
+        return False
+
+    def _register_after_step(self, optimizer: Optimizer) -> None:
+        if len(self._hooks) == 1:
+            hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
+            self._hooks.append(optimizer.register_step_post_hook(hook))
+
+    def _after_step(self, *_: object) -> None:
+        if self._running is not None:
+            if _stack_depth() > self._running:
+                return
+            self._running = None
+        self._write(self._unwritten)
+        self._unwritten = None
+
+    def _start_writing(self) -> None:
+        """Refuse to mix two runs in one destination; at the first step, because a state may be loaded until then."""
+        try:
+            for writer in self._writers:
+                last = writer.start()
+                if last is not None and not self._may_append:
+                    raise ValueError(
+                        f"to: {writer.where} has the records of a run, the last of step {last.step}; give another "
+                        "path, or continue that run with load_state_dict or step= (the number of steps it had taken; "
+                        "step=0 replaces its records)"
+                    )
+        except ValueError:
+            self._close_writers()
+            raise
+        self._started = True
+
+    def _close_writers(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+    def _measure(self, optimizer: Optimizer, step: int) -> Record | None:
+        try:
+            with torch.no_grad():
+                watched = watched_parameters(optimizer, self._model_layout, self._layout)
+                return measure(optimizer, watched, self._drift, step, self.name)
+        except RuntimeError as error:  # such as a lack of memory
+            if any_sharded(p for group in optimizer.param_groups for p in group["params"]):
+                raise  # the other ranks would wait for this one
+            if not self._warned:
+                self._warned = True
+                reason = traceback.format_exception_only(error)[-1].strip()
+                warnings.warn(f"Monitor: step {step} was not recorded ({reason}); training goes on", stacklevel=2)
+            return None
+
+    def _write(self, record: Record | None) -> None:
         if record is not None:
-            self._write(record)
+            self._buffer.add(record)
+            for write in self._writers:
+                write(record)
 
-    def _record(self, optimizer: Optimizer, step: int) -> None:
-        self._write(self._measure(optimizer, step))
-
-    def _measure(self, optimizer: Optimizer, step: int) -> Record:
-        with torch.no_grad():
-            watched = watched_parameters(optimizer, self._model_layout, self._layout)
-            return measure(optimizer, watched, self._drift, step)
-
-    def _write(self, record: Record) -> None:
-        for write in (self._buffer.add, *self._writers):
-            write(record)
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes of a copy, which is not attached and writes nowhere."""
+        return {**vars(self), "_hooks": [], "_writers": [], "_unwritten": None}
 
 
 class RecordBuffer:
@@ -249,6 +313,20 @@ class RecordBuffer:
         """Drop the records of this step and later ones, to continue from an earlier checkpoint."""
         self.records = [kept for kept in self.records if kept.step < step]
         self._spacing = self._spacing if self.records else self._every
+
+
+def _may_nest(optimizer: type[Optimizer]) -> bool:
+    """Return whether a class may call ``super().step()``, which runs the hooks of the step once more."""
+    hooked = [cls for cls in optimizer.__mro__ if hasattr(vars(cls).get("step"), "hooked")]
+    return len(hooked) > 1 and hooked[0].__module__.partition(".")[0] not in ("torch", "gradcentral")
+
+
+def _stack_depth() -> int:
+    """Return the number of frames below the caller."""
+    frame, depth = sys._getframe(1), 0
+    while frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def _checked_integer(name: str, value: int, at_least: int) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,11 @@ _NO_EFFECT_BELOW, _NEAR_TOTAL_ABOVE = 0.01, 0.9
 _CENTERED_BELOW, _CONSTANT_ABOVE = 0.02, 0.8
 _MEANS = ("norm", "centered_norm", "largest", "centered_largest")
 _MAX_BARS, _MAX_NAME = 40, 34
+_LEGEND = (
+    "share: fraction of the energy of the parameter's gradient g that GC removes (mean ± standard deviation over the "
+    "batches); energy: fraction of the whole gradient's energy that is in g; input: fraction of the energy of the "
+    "layer's inputs that is in their means."
+)
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,11 @@ class ProbeReport:
         """Fraction of the whole gradient's energy that centering removes, mean over the batches."""
         return math.fsum(effect.share for effect in self.whole) / len(self.whole)
 
+    def energy(self, layer: LayerReport) -> float:
+        """Return the fraction of the whole gradient's energy that is in the layer's gradient, over all batches."""
+        whole = math.hypot(*(effect.norm for effect in self.whole))
+        return (math.hypot(*(effect.norm for effect in layer.effects)) / whole) ** 2 if whole != 0 else 0.0
+
     @property
     def centered(self) -> tuple[LayerReport, ...]:
         """The layers that GC centers."""
@@ -140,8 +152,13 @@ class ProbeReport:
         if math.isnan(self.share):
             return "The effect of GC is unknown: gradients contain NaN or Inf."
         kinds = Counter(layer.kind for layer in self.centered)
-        text = f"GC removes {self.share:.1%} of the whole gradient's energy. Its effect on the centered parameters: "
-        text += ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common()) + "."
+        skipped = math.fsum(self.energy(layer) for layer in self.layers if layer.vectors is None)
+        text = (
+            f"GC removes {self.share:.1%} of the whole gradient's energy. A layer's share counts in proportion to its "
+            f"part of that energy, and {skipped:.0%} of it is in skipped parameters. "
+        )
+        found = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
+        text += f"Effect on the centered parameters: {found}."
         if kinds.keys() <= {NO_EFFECT, NO_GRADIENT}:
             return (
                 f'{text} Placement "gradient" would change almost nothing in this model; "update" still keeps weight '
@@ -152,36 +169,39 @@ class ProbeReport:
         return f"{text} This shows where GC acts, not whether it helps; to find out, run gradcentral compare."
 
     def __str__(self) -> str:
-        """Format the centered parameters as a table, then the skipped ones by reason, then the finding."""
-        header = ("parameter", "share", "‖g‖", "‖Φ(g)‖", "max |g|", "max |Φ(g)|", "cos", "input mean", "finding")
+        """Format the centered parameters as a table, the causes, the skipped parameters and the finding."""
+        header = ("parameter", "share", "energy", "‖g‖", "max |g|", "input", "finding")
         rows = [
             (
                 layer.name,
                 "–" if math.isnan(layer.share) else f"{layer.share:.1%} ± {layer.spread:.1%}",
-                *(_formatted(layer.mean(name)) for name in _MEANS),
-                _formatted(layer.cosine, ".3f"),
-                _formatted(layer.input.mean if layer.input else math.nan),
-                layer.finding,
+                _formatted(self.energy(layer), ".1%"),
+                _formatted(layer.mean("norm")),
+                _formatted(layer.mean("largest")),
+                _formatted(layer.input.offset if layer.input else math.nan, ".0%"),
+                layer.kind,
             )
             for layer in self.centered
         ]
-        skipped = [layer for layer in self.layers if layer.vectors is None]
-        lines = ["Skipped:"] if skipped else []
-        for reason in dict.fromkeys(layer.reason for layer in skipped):
-            names = compact_names(layer.name for layer in skipped if layer.reason == reason)
-            lines.append(f"  {reason}: {', '.join(names)}")
-        table = aligned([header, *rows]) if rows else ""
-        return "\n\n".join(filter(None, (table, "\n".join(lines), self.finding)))
+        table = f"{aligned([header, *rows])}\n\n{_wrapped(_LEGEND)}" if rows else ""
+        # The cause of a partial effect is the column "input".
+        causes = [(layer.finding, layer.name) for layer in self.centered if layer.kind not in (PARTIAL, layer.finding)]
+        skipped = [(layer.reason, layer.name) for layer in self.layers if layer.vectors is None]
+        blocks = table, _grouped("Causes:", causes), _grouped("Skipped:", skipped), _wrapped(self.finding)
+        return "\n\n".join(filter(None, blocks))
 
     __repr__ = __str__
 
     def to_csv(self) -> str:
         """Format the report as CSV: one line per parameter, with means over the batches."""
         numbers = (*_MEANS, "cosine")
-        header = ("parameter", "kind", "share", "share_spread", *numbers, "input_mean", "input_offset", "finding")
+        header = (
+            *("parameter", "kind", "share", "share_spread", "energy"),
+            *(*numbers, "input_mean", "input_offset", "finding"),
+        )
         rows: list[tuple[object, ...]] = [header]
         for layer in self.layers:
-            first = layer.name, layer.kind, layer.share, layer.spread
+            first = layer.name, layer.kind, layer.share, layer.spread, self.energy(layer)
             rows.append((*first, *map(layer.mean, numbers), *(layer.input or (None, None)), layer.finding))
         return csv_text(rows)
 
@@ -229,6 +249,20 @@ def _plot_bar(axis: Any, position: int, layer: LayerReport, theme: Theme) -> Non
         axis.plot([low, high], [position, position], color=theme.text, lw=1.4, zorder=3)
     background = {"facecolor": theme.background, "edgecolor": "none", "pad": 1}
     axis.text(high + 0.01, position, text, va="center", color=theme.text, fontsize=9, bbox=background)
+
+
+def _grouped(title: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """Format (text, parameter) pairs as one paragraph per text, followed by its parameters."""
+    lines = []
+    for text in dict.fromkeys(text for text, _ in pairs):
+        names = compact_names(name for other, name in pairs if other == text)
+        lines.append(_wrapped(f"{text}: {', '.join(names)}", indent="  "))
+    return "\n".join([title, *lines]) if lines else ""
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, 79, initial_indent=indent, subsequent_indent=indent and f"{indent}  ", **options)
 
 
 def _formatted(value: float, spec: str = ".3g") -> str:

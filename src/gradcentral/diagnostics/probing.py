@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradcentral.diagnostics.batches import loss_of, to_device
 from gradcentral.diagnostics.centering_effect import Effect, combine_effects, effects
@@ -16,6 +18,7 @@ from gradcentral.diagnostics.input_means import InputMeans
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.diagnostics.probe_report import LayerReport, ProbeReport
 from gradcentral.layout import WeightLayout, weight_layout
+from gradcentral.local_shard import is_sharded
 
 __all__ = ["DEFAULT_BATCHES", "probe"]
 
@@ -36,10 +39,11 @@ def probe(
     nothing after LayerNorm, nearly everything after a sigmoid. The share shows where GC acts, not whether it helps;
     `gradcentral.compare` measures that.
 
-    The model is restored exactly: weights, gradients, buffers, modes, and the random number generators, including that
-    of a ``DataLoader``. A loss that is a module is restored too; other state of a loss function, such as another
-    network, is not. The model runs in training mode; if it is already in training mode, submodules in evaluation mode
-    (frozen BatchNorm) remain in it.
+    The model is restored exactly, even after an exception: weights, gradients, buffers, modes, hooks, the attributes of
+    its modules, and the random number generators, including that of a ``DataLoader``. A loss that is a module is
+    restored too; other state of a loss function, such as another network, is not. The model runs in training mode; if
+    it is already in training mode, submodules in evaluation mode (frozen BatchNorm) remain in it. ``torch.no_grad`` and
+    ``torch.inference_mode`` around the call have no effect on it.
 
     Args:
         model: a model on any device; batches are moved to it.
@@ -54,7 +58,7 @@ def probe(
 
     Raises:
         ValueError: ``batches`` is empty; the loss is not a scalar tensor, or does not depend on the parameters; the
-            model is lazy and has not run yet.
+            model is lazy and has not run yet, is sharded, or does not train.
         TypeError: a batch is neither a pair nor a mapping.
 
     Examples:
@@ -68,6 +72,7 @@ def probe(
     if max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, not {max_batches}")
     layout = weight_layout(model) if layout is None else layout
+    _check_trainable(layout)
     frozen: dict[str, Any] = {"vectors": None, "reason": "does not train"}
     entries = [entry if entry.parameter.requires_grad else replace(entry, **frozen) for entry in layout.entries]
     measured: dict[str, list[Effect]] = {entry.name: [] for entry in entries}
@@ -76,8 +81,8 @@ def probe(
     modules = [module for module in (model, loss) if isinstance(module, nn.Module)]
     inputs = InputMeans(model, layout)
     with preserve_state(*modules, generators=_generators(batches)), inputs, torch.enable_grad():
-        if not model.training:
-            model.train()
+        if not getattr(model, "training", False):
+            _set_training_mode(model)
         for batch in itertools.islice(batches, max_batches):
             value = loss_of(model, loss, to_device(batch, device))
             model.zero_grad(set_to_none=True)
@@ -98,6 +103,23 @@ def probe(
         seen = None if entry.vectors is None else inputs.of(entry.parameter)
         layers.append(LayerReport(entry.name, entry.vectors, entry.reason, tuple(measured[entry.name]), seen))
     return ProbeReport(tuple(layers), tuple(whole), tuple(losses))
+
+
+def _check_trainable(layout: WeightLayout) -> None:
+    for parameter, name in layout.names.items():
+        if is_sharded(parameter):
+            raise ValueError(f"model: {name} is sharded (a DTensor); probe the model before sharding it")
+        if not is_lazy(parameter) and parameter.is_inference():
+            raise ValueError(
+                f"model: {name} was created in torch.inference_mode() and cannot train; create the model outside it"
+            )
+    if not any(parameter.requires_grad for parameter in layout.names):
+        raise ValueError("model: none of its parameters requires a gradient; call requires_grad_() on those that train")
+
+
+def _set_training_mode(model: nn.Module) -> None:
+    with contextlib.suppress(NotImplementedError):  # a model of torch.export keeps the mode it was exported in
+        model.train()
 
 
 def _generators(batches: object) -> list[torch.Generator]:

@@ -67,6 +67,7 @@ class Record:
             GradScaler does not call ``step()`` of other optimizers then, so those steps are not counted or recorded.)
         net: the whole net; its gradient includes the parameters that are not centered.
         layers: {name: reading} of the centered parameters.
+        name: name of the monitor; None if it has none.
     """
 
     step: int
@@ -74,6 +75,22 @@ class Record:
     skipped: bool
     net: Reading
     layers: Mapping[str, Reading]
+    name: str | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the measurements as {tag: number}, for a logger: ``gc/share`` and ``gc_share/features.0.weight``.
+
+        The name of the monitor comes first: ``generator/gc/share``. Measurements without a finite value are left out.
+
+        Examples:
+            >>> Record(0, None, False, Reading(norm=2.0), {"weight": Reading(share=0.5)}).scalars()
+            {'gc/norm': 2.0, 'gc_share/weight': 0.5}
+        """
+        values = {f"gc/{reading}": value for reading, value in vars(self.net).items()}
+        for parameter, layer in self.layers.items():
+            values |= {f"gc_{reading}/{parameter}": value for reading, value in vars(layer).items()}
+        prefix = "" if self.name is None else f"{self.name}/"
+        return {f"{prefix}{tag}": value for tag, value in values.items() if value is not None}
 
     def to_line(self) -> str:
         """Format the record as one line of JSON, with six significant digits."""
@@ -103,7 +120,7 @@ def plot_records(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
         A ``matplotlib.figure.Figure``: show it in a notebook, or ``figure.savefig("gc.png")``.
 
     Raises:
-        ValueError: there are no records.
+        ValueError: there are no records, or they are of several monitors.
         MissingExtraError: matplotlib is not installed.
 
     Examples:
@@ -113,6 +130,11 @@ def plot_records(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
     """
     if not records:
         raise ValueError("records: empty; the first record is created at the first step")
+    if len(monitors := list(dict.fromkeys(record.name for record in records))) > 1:
+        raise ValueError(
+            f"records: of several monitors, {', '.join(map(repr, monitors))}; plot those of one: "
+            f"[record for record in records if record.name == {monitors[0]!r}]"
+        )
     names = list(dict.fromkeys(name for record in records for name in record.layers))
     placements = " / ".join(dict.fromkeys(record.placement for record in records if record.placement))
     after_label = f"after centering ({placements})" if placements else "if it were centered"

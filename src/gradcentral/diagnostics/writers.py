@@ -1,166 +1,213 @@
-"""Destinations of the records of `Monitor`: files, which can be continued and read, TensorBoard and functions."""
+"""Destinations of the records of `Monitor`: files, TensorBoard, loggers and functions."""
 
 from __future__ import annotations
 
-import csv
-import io
+import inspect
 import os
-import re
+import traceback
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from gradcentral.diagnostics.record import NET, Reading, Record, rounded
+from gradcentral.diagnostics.claims import Claim
+from gradcentral.diagnostics.record import Record
+from gradcentral.diagnostics.record_files import RecordFile
 from gradcentral.extras import optional
-from gradcentral.json_lines import append, drop_partial_line, read_complete, read_lines
-from gradcentral.tables import csv_text
 
-__all__ = ["RecordFile", "TensorBoard", "read_records", "writers_for"]
-
-_KIND = "record of Monitor"
-_READINGS = [field.name for field in fields(Reading)]
-_COLUMNS = ["step", "placement", "skipped", "parameter", *_READINGS]
-_HEADER = csv_text([_COLUMNS])
-_START = '{"step": 0, "placement": 0, "skipped": '
+__all__ = ["Writer", "writers_for"]
 
 
-def writers_for(to: Any) -> list[Callable[[Record], object]]:
+class Destination(Protocol):
+    """Where records are written."""
+
+    def start(self) -> Record | None:
+        """Claim the destination; return the last record in it of an earlier run, if it is a file that has one."""
+
+    def __call__(self, record: Record) -> None:
+        """Write a record."""
+
+    def close(self) -> None:
+        """Let other monitors use the destination."""
+
+
+class Writer:
+    """Writes to a destination without ever stopping the training.
+
+    The first exception becomes a warning. Later records are still written, if they can be.
+    """
+
+    def __init__(self, destination: Destination, where: str) -> None:
+        self.where = where
+        self._destination = destination
+        self._warned = False
+        self._missing = 0
+
+    def start(self) -> Record | None:
+        """Claim the destination; return the last record in it of an earlier run, if it is a file that has one.
+
+        Raises:
+            ValueError: another monitor has claimed it, or it has other contents.
+        """
+        try:
+            return self._destination.start()
+        except OSError as error:
+            self._warn("could not be opened", error)
+            return None
+
+    def __call__(self, record: Record) -> None:
+        """Write a record."""
+        try:
+            self._destination(record)
+        except Exception as error:
+            self._missing += 1
+            self._warn(f"the record of step {record.step} was not written", error)
+            return
+        if self._missing:
+            missing, self._missing = self._missing, 0
+            warnings.warn(
+                f"to: {self.where}: records are written again from step {record.step} on; the {missing} before it are "
+                "missing there",
+                stacklevel=2,
+            )
+
+    def close(self) -> None:
+        """End the writing, and let other monitors use the destination."""
+        try:
+            self._destination.close()
+        except Exception as error:
+            self._warn("could not be closed", error)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            reason = traceback.format_exception_only(error)[-1].strip()
+            warnings.warn(
+                f"to: {self.where}: {what} ({reason}); training goes on, and so does writing as soon as it works",
+                stacklevel=3,
+            )
+
+
+def writers_for(to: Any, name: str | None = None) -> list[Writer]:
     """Return the writers for the argument ``to`` of `Monitor`, whose documentation also lists the errors."""
     if to is None:
         return []
     if isinstance(to, (list, tuple)):
-        return [writer for item in to for writer in writers_for(item)]
+        return [writer for item in to for writer in writers_for(item, name)]
     if isinstance(to, (str, os.PathLike)):
         path = Path(to)
-        if path.suffix and not path.is_dir():
-            return [RecordFile(path)]
-        return [TensorBoard(optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(path)), owned=True)]
-    if hasattr(to, "add_scalar"):
-        return [TensorBoard(to)]
-    if callable(to):
-        return [to]
+        is_file = path.suffix and not path.is_dir()
+        return [Writer(RecordFile(path, name) if is_file else _Board(path, name), str(path))]
+    where = getattr(to, "__qualname__", type(to).__qualname__)
+    if (log := _logging_function(to)) is not None:
+        return [Writer(_Logger(log, name, where), where)]
+    if callable(to) and _accepts(to, None):
+        return [Writer(_Function(to), where)]
     raise TypeError(
-        "to must be a path (.jsonl, .csv, or a folder for TensorBoard), a SummaryWriter, a function of a record, or "
-        f"a list of these, not {type(to).__name__}"
+        "to must be a path (.jsonl, .csv, or a folder for TensorBoard), a SummaryWriter, a logger with log_metrics, a "
+        f"run of Weights & Biases, a function, or a list of these, not {where}; for any other logger, give a function "
+        "such as lambda record: print(record.scalars())"
     )
 
 
-@dataclass(frozen=True)
-class TensorBoard:
-    """Writer of scalars: ``gc/share`` of the whole net and ``gc_share/features.0.weight`` of a parameter.
+def _logging_function(to: Any) -> Callable[..., object] | None:
+    """Return the function that takes a dictionary of scalars and ``step=``, if ``to`` is or has one."""
+    if isinstance(to, type):
+        return None
+    if hasattr(to, "add_scalar"):
+        return _SummaryWriterLog(to)
+    methods = [getattr(to, name, None) for name in ("log_metrics", "log_dict", "log")]
+    return next((method for method in (*methods, to) if callable(method) and _accepts(method, {}, step=0)), None)
 
-    A writer that the monitor created is owned: it is flushed after each record and closed with the monitor.
-    """
 
-    writer: Any
-    owned: bool = False
+def _accepts(function: Callable[..., object], argument: object, **named: object) -> bool:
+    """Return whether a function can be called with these arguments, and declares the named ones by name."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions written in C have no signature
+        return not named
+    try:
+        signature.bind(argument, **named)
+    except TypeError:
+        return False
+    return named.keys() <= signature.parameters.keys()
+
+
+class _Function:
+    """A function of a record, which may serve several monitors."""
+
+    def __init__(self, function: Callable[[Record], object]) -> None:
+        self._function = function
+
+    def start(self) -> None:
+        pass
 
     def __call__(self, record: Record) -> None:
-        scalars = {f"gc/{name}": value for name, value in vars(record.net).items()}
-        for parameter, reading in record.layers.items():
-            scalars |= {f"gc_{name}/{parameter}": value for name, value in vars(reading).items()}
+        self._function(record)
+
+    def close(self) -> None:
+        pass
+
+
+class _Logger:
+    """A function of a dictionary of scalars and a step."""
+
+    def __init__(self, log: Callable[..., object], name: str | None, where: str) -> None:
+        self._log, self._name, self._where = log, name, where
+        self._claim: Claim | None = None
+
+    def start(self) -> None:
+        self._claim = self._claim or Claim(self._log, self._name, self._where)
+
+    def __call__(self, record: Record) -> None:
+        self._log(record.scalars(), step=record.step)
+
+    def close(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+        self._claim = None
+
+
+class _SummaryWriterLog:
+    """The method ``log`` that a SummaryWriter lacks."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+
+    def __call__(self, scalars: dict[str, float], step: int) -> None:
         for tag, value in scalars.items():
-            if value is not None:
-                self.writer.add_scalar(tag, value, record.step)
-        if self.owned:
-            self.writer.flush()
+            self.writer.add_scalar(tag, value, step)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _SummaryWriterLog) and self.writer is other.writer
+
+    def __hash__(self) -> int:
+        return id(self.writer)
 
 
-class RecordFile:
-    """A file to which records are appended: one line of JSON per record, or one row of CSV per parameter.
+class _Board:
+    """A folder of TensorBoard, flushed after each record."""
 
-    An existing file is continued, after removing a partial last line of a killed run; its last record is ``last``. A
-    file with other contents is refused and not changed.
-    """
+    def __init__(self, folder: Path, name: str | None) -> None:
+        self._create = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        self._folder, self._name = folder, name
+        self._claim: Claim | None = None
+        self._writer: Any = self._create(str(folder))
 
-    def __init__(self, path: Path) -> None:
-        _check_suffix(path)
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        append(path, "")  # a path that is not writable fails here, not at the first record
-        self.last = next(reversed(read_records(path)), None)
-        drop_partial_line(path)
-        if path.suffix == ".csv" and not path.stat().st_size:
-            append(path, _HEADER)
+    def start(self) -> None:
+        self._claim = self._claim or Claim(self._folder, self._name, self._folder)
 
     def __call__(self, record: Record) -> None:
-        append(self.path, _csv_lines(record) if self.path.suffix == ".csv" else record.to_line() + "\n")
+        # After an exception, a SummaryWriter raises it forever, so the next record is written by another one.
+        writer, self._writer = self._writer or self._create(str(self._folder)), None
+        _SummaryWriterLog(writer)(record.scalars(), record.step)
+        writer.flush()
+        self._writer = writer
 
-
-def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """Read a file that `Monitor` wrote, oldest record first.
-
-    If the run was resumed from a checkpoint older than its last record, the records of the resumed run replace those
-    after the checkpoint. A partial last line of a killed run is ignored.
-
-    Raises:
-        ValueError: the suffix is neither .jsonl nor .csv, or a line is not a record; the message gives its number.
-
-    Examples:
-        >>> import tempfile, pathlib
-        >>> from gradcentral.diagnostics.record import Reading
-        >>> path = pathlib.Path(tempfile.mkdtemp(), "run.jsonl")
-        >>> RecordFile(path)(Record(0, None, False, Reading(share=0.5), {}))
-        >>> read_records(path)[0].net.share
-        0.5
-    """
-    path = Path(path)
-    _check_suffix(path)
-    kept: list[Record] = []
-    try:
-        _check_start(path)
-        records = _read_csv(path) if path.suffix == ".csv" else read_lines(path, Record.from_line, _KIND)
-    except ValueError as error:
-        raise ValueError(f"{error}; give another path") from error
-    for record in records:
-        while kept and kept[-1].step >= record.step:
-            kept.pop()
-        kept.append(record)
-    return kept
-
-
-def _check_suffix(path: Path) -> None:
-    if path.suffix not in (".jsonl", ".csv"):
-        raise ValueError(
-            f"to: {path}: a file of records must end in .jsonl or .csv, not {path.suffix!r}; a folder for TensorBoard "
-            "must have no suffix"
-        )
-
-
-def _check_start(path: Path) -> None:
-    """Refuse a file whose only, partial line is not the start of a record, since opening it would empty it."""
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    expected, start = _HEADER, text
-    if path.suffix == ".jsonl":  # compared without the values of step and placement
-        expected, start = _START, re.sub(r'(?<=: )("[^"]*"?|\w+)', "0", text, count=2)[: len(_START)]
-    if "\n" not in text and not expected.startswith(start):
-        raise ValueError(f"{path}, line 1: not a {_KIND} (nor the start of one)")
-
-
-def _csv_lines(record: Record) -> str:
-    """Format a record as one row per parameter, followed by one for the whole net."""
-    header = record.step, record.placement, record.skipped
-    readings = {**record.layers, NET: record.net}
-    return csv_text([*header, name, *rounded(vars(one).items()).values()] for name, one in readings.items())
-
-
-def _read_csv(path: Path) -> list[Record]:
-    reader = csv.reader(io.StringIO(read_complete(path), newline=""))
-    if next(reader, _COLUMNS) != _COLUMNS:
-        raise ValueError(f"{path}, line 1: not a {_KIND} (the columns differ)")
-    records: list[Record] = []
-    layers: dict[str, Reading] = {}
-    last_step = None
-    try:
-        for step, placement, skipped, name, *cells in filter(None, reader):
-            if step != last_step:
-                layers = {}  # the run was killed before it wrote the row of the whole net
-            numbers = [float(cell) if cell else None for cell in cells]
-            layers[name], last_step = Reading(**dict(zip(_READINGS, numbers, strict=True))), step
-            if name == NET:
-                records.append(Record(int(step), placement or None, skipped == "True", layers.pop(NET), layers))
-                last_step = None
-    except ValueError as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not a {_KIND} ({error})") from error
-    return records
+    def close(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+        self._claim = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
