@@ -35,6 +35,7 @@ PARTS = (
     "tables",
     "json_lines",
     "extras",
+    "startup",
 )
 
 

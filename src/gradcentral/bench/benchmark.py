@@ -59,10 +59,9 @@ class Benchmark:
     cases: list[Case] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
 
-    def write(self, path: Path) -> None:
-        """Write the benchmark as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+    def to_json(self) -> str:
+        """Format the benchmark as JSON."""
+        return json.dumps(asdict(self), indent=1) + "\n"
 
 
 def bench(
