@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,9 @@ Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs per run; by defa
 Device = Annotated[str, typer.Option(help="Device to use, in torch's notation.")]
 MixedPrecision = Annotated[bool, typer.Option("--amp", help="Use mixed precision.")]
 
+# Not typer.echo, which writes UTF-8 to a stream that claims to be ASCII.
+_print = partial(print, flush=True)
+
 app = typer.Typer(
     invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
@@ -50,7 +54,7 @@ app = typer.Typer(
 
 def _print_version(show: bool) -> None:
     if show:
-        typer.echo(f"gradcentral {metadata.version('gradcentral')}")
+        _print(f"gradcentral {metadata.version('gradcentral')}")
         raise typer.Exit
 
 
@@ -61,7 +65,7 @@ _VERSION = typer.Option("--version", callback=_print_version, is_eager=True, hel
 def _main(context: typer.Context, version: Annotated[bool, _VERSION] = False) -> None:
     """Gradient Centralization: where it acts, whether it helps, and what it costs."""
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        _print(context.get_help())
 
 
 @app.command(short_help="Whether GC helps: train with and without it.")
@@ -90,7 +94,7 @@ def compare(
             _print_comparison(error.comparison)
         raise
     _print_comparison(comparison)
-    typer.echo(f"\nReport: {comparison.report}")
+    _print(f"\nReport: {comparison.report}")
 
 
 @app.command(short_help="Where GC acts, before training.")
@@ -111,11 +115,11 @@ def probe(
     check_device(device, amp)
     folder = None if out is None else _claimed(out, "probe.csv", "probe.png")
     report = probe_task(loaded, seed=seed, batches=batches, device=device, amp=amp)
-    typer.echo(str(report))
+    _print(str(report))
     if folder is not None:
         path = folder.write("probe.csv", report.to_csv())
         folder.write("probe.png", to_png(report.plot(), f"{loaded.name}: where GC acts before training"))
-        typer.echo(f"\n{path} and probe.png")
+        _print(f"\n{path} and probe.png")
 
 
 @app.command(short_help="The paper's figures and statements, on a real network.")
@@ -134,7 +138,7 @@ def figures(
     if drawn.statements:
         Console(highlight=False).print(statement_table(drawn.statements))
     for name, title in drawn.titles.items():
-        typer.echo(f"{drawn.out / name}.png  {title}")
+        _print(f"{drawn.out / name}.png  {title}")
 
 
 @app.command(short_help="Which elements of each parameter form one weight vector.")
@@ -151,9 +155,9 @@ def layout(
     except ValueError as error:
         exit_with(str(error))
     if as_json:
-        typer.echo(json.dumps(layout_report.as_json(built, found), indent=2))
+        _print(json.dumps(layout_report.as_json(built, found), indent=2))
     else:
-        typer.echo(layout_report.as_text(built, found, every=every))
+        _print(layout_report.as_text(built, found, every=every))
 
 
 @app.command(short_help="What GC costs: optimizer steps with and without it.")
@@ -179,25 +183,25 @@ def bench(
         cases = benchmarks.bench(*chosen, rounds=rounds, seconds=seconds, peers=peers, device=device)
         folder = _claimed(out, "bench.json", "bench.md", "bench.png")
         benchmark = benchmarks.Benchmark(machine=benchmarks.describe_machine(device))
-        typer.echo(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()))
+        _print(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()))
         for case in cases:
             benchmark.cases.append(case)
             times = f"{case.milliseconds:.2f} ms, with GC ÷ without {case.ratios[OURS]}"
-            typer.echo(f"{case.model} {case.dtype} {case.algorithm}: {times}")
+            _print(f"{case.model} {case.dtype} {case.algorithm}: {times}")
     except ValueError as error:
         exit_with(str(error))
     if iteration:
         benchmark.cases.append(benchmarks.iteration(device=device, dtype="f32" if device == "cpu" else "bf16"))
     Console(width=210, highlight=False).print(terminal_table(benchmark))
-    typer.echo(conclusion(benchmark))
+    _print(conclusion(benchmark))
     path = folder.write("bench.json", benchmark.to_json())
     folder.write("bench.md", markdown_table(benchmark))
     folder.write("bench.png", plot_benchmark(benchmark))
-    typer.echo(f"\n{path}, bench.md and bench.png")
+    _print(f"\n{path}, bench.md and bench.png")
 
 
 def _print_comparison(comparison: Comparison) -> None:
-    typer.echo()
+    _print()
     Console(highlight=False).print(comparison)
 
 

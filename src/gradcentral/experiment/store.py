@@ -105,8 +105,9 @@ class Run:
             raise ValueError("epochs: the last one has no result, but the run did not diverge")
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[operator]
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def _is_epoch(epoch: dict[str, Any]) -> bool:

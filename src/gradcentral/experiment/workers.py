@@ -192,19 +192,22 @@ _one_at_a_time = threading.Lock()
 def _run_in_worker(task: PackedTask, key: Key, settings: Settings | None, shared: _Shared | None) -> Result:
     if shared is not None:
         end_with_parent(shared.parent, shared.path)
-
-    def on_epoch(epoch: int) -> None:
-        try:
-            # Open without creating: if the file is gone, the comparison was cancelled and this run should fail.
-            with open(shared.epochs, "a", opener=lambda path, flags: os.open(path, flags & ~os.O_CREAT)) as file:
-                file.write(json.dumps([*key, epoch]) + "\n")
-        except FileNotFoundError:
-            raise
-        except OSError:
-            pass  # a full disk stops the progress bars, not the run
-
+    on_epoch = partial(_append_epoch, shared and shared.epochs, key)
     with _one_at_a_time, preserve_state(), one_thread():
-        return _run(task, key, settings, on_epoch if shared is not None else lambda epoch: None)
+        return _run(task, key, settings, on_epoch)
+
+
+def _append_epoch(path: Path | None, key: Key, epoch: int) -> None:
+    if path is None:  # on a cluster
+        return
+    try:
+        # Open without creating: if the file is gone, the comparison was cancelled and this run should fail.
+        with open(path, "a", opener=lambda path, flags: os.open(path, flags & ~os.O_CREAT)) as file:
+            file.write(json.dumps([*key, epoch]) + "\n")
+    except FileNotFoundError:
+        raise
+    except OSError:
+        pass  # a full disk stops the progress bars, not the run
 
 
 def _run(task: LoadedTask | PackedTask, key: Key, settings: Settings | None, on_epoch: Callable[[int], None]) -> Result:
