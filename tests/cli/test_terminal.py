@@ -75,6 +75,19 @@ def test_signs_that_an_encoding_lacks_are_spelled_out(
     assert "Phi||-?.py: the file does not exist" in error
 
 
+def test_the_models_that_an_ascii_terminal_shows_can_be_chosen(
+    gradcentral: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    err = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", err)
+        assert gradcentral("bench", "--models", "none") == 2
+    choices = err.buffer.getvalue().decode().rpartition("choose from ")[2].strip().split(", ")
+    assert "4096x11008" in choices
+    assert gradcentral("bench", "--models", ",".join(choices), "--dtypes", "none") == 2
+    assert "dtypes: unknown dtype" in capsys.readouterr().err
+
+
 def test_json_keeps_names_in_every_encoding(line: Path, gradcentral: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     line.write_text(
         line.read_text().replace("torch.nn.Linear(3, 2)", "torch.nn.ModuleDict({'Φü': torch.nn.Linear(3, 2)})")

@@ -178,7 +178,8 @@ def bench(
         exit_with(f"--device {device}: torch found no CUDA device; use --device cpu")
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = _names(models), _names(optimizers), _names(dtypes)
+    typed = {name.replace("×", "x"): name for name in MODELS}  # as printed on a terminal that lacks the sign
+    chosen = [typed.get(name, name) for name in _names(models)], _names(optimizers), _names(dtypes)
     try:
         cases = benchmarks.bench(*chosen, rounds=rounds, seconds=seconds, peers=peers, device=device)
         folder = _claimed(out, "bench.json", "bench.md", "bench.png")
