@@ -61,7 +61,7 @@ def epoch(**changes: Any) -> dict[str, Any]:
         {"epochs": [epoch(drift={})]},
         {"epochs": [epoch(data=[])]},
         {"epochs": [epoch(test_metric=10**400)]},
-        {"epochs": [epoch(test_metric=None)]},
+        {"epochs": [epoch(train_loss=None)]},
         {"epochs": [{"epoch": 1, "train_loss": 0.5}]},
         {"train_metric": "high"},
         {"diverged_at": "never"},

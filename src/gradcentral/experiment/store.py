@@ -100,9 +100,8 @@ class Run:
         for name, is_valid in valid.items():
             if not is_valid:
                 raise ValueError(f"{name}: invalid value")
-        last = self.epochs[-1]
-        if self.diverged_at is None and None in (last["train_loss"], last["test_metric"]):
-            raise ValueError("epochs: the last one has no result, but the run did not diverge")
+        if self.diverged_at is None and self.epochs[-1]["train_loss"] is None:
+            raise ValueError("epochs: the last one has no loss, but the run did not diverge")
 
 
 def _is_number(value: Any) -> bool:
