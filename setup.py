@@ -1,9 +1,11 @@
-"""Build the C kernels if a compiler is found; without one, the package installs and uses its reference path."""
+"""Build the C kernels; if that fails, the package installs with the reason and uses its reference path."""
 
 import glob
 import os
 import platform
+import shutil
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -33,6 +35,8 @@ class BuildNative(build_ext):
             # Vectorized square roots need -fno-math-errno. -ffast-math is not used: NaN and Inf must stay in their row.
             base = ["-O2", "-g0", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden"]
         ext.extra_compile_args, ext.extra_link_args = [], []
+        reason = Path(self.get_ext_fullpath(ext.name)).with_name("not_built.txt")
+        reason.unlink(missing_ok=True)
         for position, flags in enumerate(attempts):
             ext.extra_compile_args = base + flags
             ext.extra_link_args = [flag for flag in flags if flag == openmp]
@@ -41,7 +45,16 @@ class BuildNative(build_ext):
                 return
             except Exception:
                 if position == len(attempts) - 1:
+                    reason.parent.mkdir(parents=True, exist_ok=True)
+                    reason.write_text(self.reason(), encoding="utf-8")  # for kernels/native.py
                     raise
+
+    def reason(self) -> str:
+        """Return why the compilation failed, as the end of a sentence."""
+        program = (getattr(self.compiler, "compiler", None) or [getattr(self.compiler, "cc", "cl")])[0]
+        if shutil.which(program) is None:
+            return f"no C compiler was found ({program})"
+        return f"the C compiler {program} failed (pip install -v shows its messages)"
 
 
 setup(

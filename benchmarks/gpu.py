@@ -124,7 +124,7 @@ def steps(run: Run) -> Any:
             failed[name] = traceback.format_exc()
             continue
         benchmark.cases.append(case)
-        benchmark.write(run.out / "bench.json")
+        (run.out / "bench.json").write_text(benchmark.to_json(), encoding="utf-8")
         (run.out / "bench.md").write_text(markdown_table(benchmark), encoding="utf-8")
         line = f"- {name}: {case.milliseconds:.3f} ms, with GC ÷ without {case.ratios[OURS]}"
         if not run.dry:

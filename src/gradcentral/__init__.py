@@ -10,6 +10,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gradcentral import startup  # noqa: F401, before torch is imported
+
+# isort: split
 from gradcentral.attach import Handle, attached, centralize
 from gradcentral.gradients import centralize_gradients
 from gradcentral.initialization import center_weights_

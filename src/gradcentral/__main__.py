@@ -2,6 +2,8 @@
 
 import sys
 
+from gradcentral import startup
+
 
 def main() -> None:
     """Run the command line, or exit with the command that installs a missing library."""
@@ -11,6 +13,7 @@ def main() -> None:
         if error.name is not None and error.name.partition(".")[0] == "gradcentral":
             raise
         sys.exit(f"gradcentral: the command line needs {error.name}: pip install 'gradcentral[experiments]'")
+    startup.end()
     run()
 
 

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["append", "drop_partial_line", "read_complete", "read_lines"]
+__all__ = ["append", "drop_partial_line", "finish_last_line", "read_complete", "read_lines"]
 
 T = TypeVar("T")
+
+# What parsing a line may raise; deeply nested JSON raises a RecursionError.
+_INVALID = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 def append(path: Path, text: str, *, sync: bool = False) -> None:
@@ -37,7 +40,7 @@ def read_lines(path: Path, parse: Callable[[str], T], kind: str) -> list[T]:
     for number, line in enumerate(read_complete(path).split("\n")[:-1], start=1):
         try:
             parsed.append(parse(line))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except _INVALID as error:
             raise ValueError(f"{path}, line {number}: not a {kind} ({error})") from error
     return parsed
 
@@ -46,3 +49,21 @@ def drop_partial_line(path: Path) -> None:
     """Truncate a file after its last newline, so that the next append starts a line."""
     with path.open("r+b") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def finish_last_line(path: Path, parse: Callable[[str], T], start: str) -> T | None:
+    """Return the parsed last line if it lacks only its newline, which is added; otherwise drop the partial line.
+
+    Raises:
+        ValueError: the partial line does not start like a line of ours, so somebody else may have written it.
+    """
+    last = path.read_bytes().rpartition(b"\n")[2]
+    try:
+        parsed = parse(last.decode("utf-8"))
+    except _INVALID:
+        if last[: len(start)] != start.encode()[: len(last)]:
+            raise ValueError(f"{path}, last line: not the start of a line that gradcentral writes") from None
+        drop_partial_line(path)
+        return None
+    append(path, "\n", sync=True)
+    return parsed

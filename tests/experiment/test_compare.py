@@ -168,7 +168,7 @@ def test_a_changed_file_is_refused_unless_only_comments_changed(tmp_path: Path) 
 
 def test_no_resume_moves_old_results_aside_without_deleting_any(tiny: Callable[..., Task], tmp_path: Path) -> None:
     compare(tiny(), seeds=1, jobs=1, out=tmp_path)
-    old = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".gradcentral.lock"}
     result = compare(tiny(batch_size=8), seeds=1, jobs=1, out=tmp_path, resume=False)
     assert {path.name: path.read_bytes() for path in (tmp_path / "previous-1").iterdir()} == old
     assert len(result.all_runs) == len((tmp_path / RESULTS).read_text().splitlines()) == 3
@@ -634,7 +634,9 @@ def test_on_a_terminal_progress_bars_follow_the_epochs(
     keys = [run.key for run in result.all_runs]
     file = tmp_path / "epochs.jsonl"
     file.write_text(json.dumps([*keys[1], 1]) + "\n" + '["partial')
-    with Progress(keys, result.all_runs[:1], 2, "error", file, show=True) as progress:
+    with Progress(keys, result.all_runs[:1], 2, "error", show=True) as progress:
+        progress.follow(file)
+        progress.epoch(keys[3], 1)
         progress.finished(result.all_runs[2])
     shown = terminal.getvalue()
     assert "1 of 6 runs were finished earlier" in shown

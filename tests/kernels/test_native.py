@@ -362,7 +362,7 @@ def test_a_layout_from_shapes_equals_the_reference() -> None:
 def test_remedy_for_a_missing_or_broken_library(tmp_path: Path) -> None:
     """Both messages suggest reinstalling gradcentral with a C compiler; setup.py then builds the library."""
     library, reason = native._load(tmp_path)
-    assert (library, "install a C compiler and reinstall gradcentral" in reason) == (None, True)
+    assert (library, "install a working C compiler and reinstall gradcentral" in reason) == (None, True)
     (tmp_path / "_native.so").write_bytes(b"not a library")
     library, reason = native._load(tmp_path)
     assert (library, "reinstall gradcentral" in reason) == (None, True)
@@ -373,6 +373,23 @@ def test_remedy_for_a_missing_or_broken_library(tmp_path: Path) -> None:
     subprocess.run([sys.executable, *build], cwd=root, check=True, capture_output=True)
     library, reason = native._load(tmp_path / "gradcentral" / "kernels")
     assert (library is not None, reason) == (True, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is a shell script")
+@pytest.mark.parametrize("found", [True, False])
+def test_the_reason_tells_a_missing_compiler_from_a_failing_one(tmp_path: Path, found: bool) -> None:
+    compiler = tmp_path / "my-cc"
+    if found:
+        compiler.write_text("#!/bin/sh\nexit 1\n")
+        compiler.chmod(0o755)
+    build = ["setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    environment = {**os.environ, "CC": str(compiler)}
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, *build], cwd=root, env=environment, check=True, capture_output=True)
+    expected = f"the C compiler {compiler} failed" if found else f"no C compiler was found ({compiler})"
+    library, reason = native._load(tmp_path / "gradcentral" / "kernels")
+    assert library is None
+    assert reason.startswith(f"not built, because {expected}")
 
 
 def test_remedy_for_shapes_that_change_during_a_step() -> None:

@@ -59,14 +59,13 @@ class Benchmark:
     cases: list[Case] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
 
-    def write(self, path: Path) -> None:
-        """Write the benchmark as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+    def to_json(self) -> str:
+        """Format the benchmark as JSON."""
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Benchmark:
-        """Read a benchmark that `write` has written.
+        """Read a benchmark that was written as JSON.
 
         Raises:
             ValueError: the file cannot be read or is not such a file.

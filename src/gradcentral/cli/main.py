@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,9 +20,11 @@ from gradcentral.bench.report import conclusion, markdown_table, plot_benchmark,
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import OURS
 from gradcentral.cli.layout import build_model
+from gradcentral.cli.terminal import encode_everything, exit_after, exit_after_interrupt, exit_with, signals_caught
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES
-from gradcentral.experiment import CustomTask, ExperimentError, TaskError, load_task
+from gradcentral.experiment import Comparison, CustomTask, ExperimentError, ResultsError, TaskError, load_task
 from gradcentral.experiment import compare as compare_task
+from gradcentral.experiment.output_folder import OutputFolder
 from gradcentral.experiment.probing import probe_task
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import MissingExtraError
@@ -42,12 +45,17 @@ Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs per run; by defa
 Device = Annotated[str, typer.Option(help="Device to use, in torch's notation.")]
 MixedPrecision = Annotated[bool, typer.Option("--amp", help="Use mixed precision.")]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+# Not typer.echo, which writes UTF-8 to a stream that claims to be ASCII.
+_print = partial(print, flush=True)
+
+app = typer.Typer(
+    invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 
 
 def _print_version(show: bool) -> None:
     if show:
-        typer.echo(f"gradcentral {metadata.version('gradcentral')}")
+        _print(f"gradcentral {metadata.version('gradcentral')}")
         raise typer.Exit
 
 
@@ -55,11 +63,13 @@ _VERSION = typer.Option("--version", callback=_print_version, is_eager=True, hel
 
 
 @app.callback()
-def _main(version: Annotated[bool, _VERSION] = False) -> None:
+def _main(context: typer.Context, version: Annotated[bool, _VERSION] = False) -> None:
     """Gradient Centralization: where it acts, whether it helps, and what it costs."""
+    if context.invoked_subcommand is None:
+        _print(context.get_help())
 
 
-@app.command()
+@app.command(short_help="Whether GC helps: train with and without it.")
 def compare(
     task: Task = "digits",
     seeds: Annotated[str, typer.Option(help="Number of seeds, or a list; 5 means 0,1,2,3,4.")] = "5",
@@ -76,13 +86,19 @@ def compare(
     """Train with and without GC on the same seeds and data order, and report whether GC helps."""
     chosen = None if optimizers is None else _names(optimizers)
     how: dict[str, Any] = {"jobs": jobs, "backend": backend, "device": device, "amp": amp, "out": out, "resume": resume}
-    comparison = compare_task(task, seeds=_seeds(seeds), epochs=epochs, arms=_names(arms), optimizers=chosen, **how)
-    typer.echo()
-    Console(highlight=False).print(comparison)
-    typer.echo(f"\nReport: {comparison.report}")
+    try:
+        comparison = compare_task(task, seeds=_seeds(seeds), epochs=epochs, arms=_names(arms), optimizers=chosen, **how)
+    except KeyboardInterrupt:
+        exit_after_interrupt("; finished runs are kept, and the same command continues from there")
+    except ResultsError as error:
+        if error.comparison is not None:  # only the report is missing
+            _print_comparison(error.comparison)
+        raise
+    _print_comparison(comparison)
+    _print(f"\nReport: {comparison.report}")
 
 
-@app.command()
+@app.command(short_help="Where GC acts, before training.")
 def probe(
     task: Task = "digits",
     batches: Annotated[int, typer.Option(min=1, help="Number of the task's batches to use.")] = DEFAULT_BATCHES,
@@ -98,16 +114,16 @@ def probe(
             f"task {loaded.name!r} has its own trainer; call gradcentral.probe(model, loss, batches) instead"
         )
     check_device(device, amp)
+    folder = None if out is None else _claimed(out, "probe.csv", "probe.png")
     report = probe_task(loaded, seed=seed, batches=batches, device=device, amp=amp)
-    typer.echo(str(report))
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "probe.csv").write_text(report.to_csv(), encoding="utf-8")
-        (out / "probe.png").write_bytes(to_png(report.plot(), f"{loaded.name}: where GC acts before training"))
-        typer.echo(f"\n{out / 'probe.csv'} and probe.png")
+    _print(str(report))
+    if folder is not None:
+        path = folder.write("probe.csv", report.to_csv())
+        folder.write("probe.png", to_png(report.plot(), f"{loaded.name}: where GC acts before training"))
+        _print(f"\n{path} and probe.png")
 
 
-@app.command()
+@app.command(short_help="The paper's figures and statements, on a real network.")
 def figures(
     task: Annotated[str, typer.Option(help=_TASK_HELP)] = "digits",
     only: Annotated[str | None, typer.Option(help=_FIGURES_HELP)] = None,
@@ -123,10 +139,10 @@ def figures(
     if drawn.statements:
         Console(highlight=False).print(statement_table(drawn.statements))
     for name, title in drawn.titles.items():
-        typer.echo(f"{drawn.out / name}.png  {title}")
+        _print(f"{drawn.out / name}.png  {title}")
 
 
-@app.command()
+@app.command(short_help="Which elements of each parameter form one weight vector.")
 def layout(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)],
     only: Annotated[str, typer.Option(help="all, or conv for convolutions only.")] = "all",
@@ -138,14 +154,14 @@ def layout(
         built = build_model(model)
         found = weight_layout(built, only=only)
     except ValueError as error:
-        _exit(str(error))
+        exit_with(str(error))
     if as_json:
-        typer.echo(json.dumps(layout_report.as_json(built, found), indent=2, ensure_ascii=False))
+        _print(json.dumps(layout_report.as_json(built, found), indent=2))
     else:
-        typer.echo(layout_report.as_text(built, found, every=every))
+        _print(layout_report.as_text(built, found, every=every))
 
 
-@app.command()
+@app.command(short_help="What GC costs: optimizer steps with and without it.")
 def bench(
     models: Annotated[str, typer.Option(help="Networks to measure.")] = ",".join(MODELS),
     optimizers: Annotated[str, typer.Option(help="Optimizers to measure.")] = "SGD,AdamW",
@@ -162,33 +178,48 @@ def bench(
 ) -> None:
     """Measure optimizer steps with and without GC on this machine, as ratios of interleaved timings."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        _exit(f"--device {device}: torch found no CUDA device; use --device cpu")
+        exit_with(f"--device {device}: torch found no CUDA device; use --device cpu")
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = _names(models), _names(optimizers), _names(dtypes)
+    typed = {name.replace("×", "x"): name for name in MODELS}  # as printed on a terminal that lacks the sign
+    chosen = [typed.get(name, name) for name in _names(models)], _names(optimizers), _names(dtypes)
     try:
         earlier = None if against is None else benchmarks.Benchmark.read(against)
         cases = benchmarks.bench(*chosen, rounds=rounds, seconds=seconds, peers=peers, device=device)
+        folder = _claimed(out, "bench.json", "bench.md", "bench.png")
         benchmark = benchmarks.Benchmark(machine=benchmarks.describe_machine(device))
         if earlier is not None:
             check_same_machine(benchmark.machine, earlier.machine)
-        typer.echo(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()))
+        _print(", ".join(f"{name} {value}" for name, value in benchmark.machine.items()))
         for case in cases:
             benchmark.cases.append(case)
             times = f"{case.milliseconds:.2f} ms, with GC ÷ without {case.ratios[OURS]}"
-            typer.echo(f"{case.model} {case.dtype} {case.algorithm}: {times}")
+            _print(f"{case.model} {case.dtype} {case.algorithm}: {times}")
     except ValueError as error:
-        _exit(str(error))
+        exit_with(str(error))
     if iteration:
         benchmark.cases.append(benchmarks.iteration(device=device, dtype="f32" if device == "cpu" else "bf16"))
-    benchmark.write(out / "bench.json")
-    (out / "bench.png").write_bytes(plot_benchmark(benchmark))
-    (out / "bench.md").write_text(markdown_table(benchmark), encoding="utf-8")
     console = Console(width=210 if every else None, highlight=False)
     console.print(terminal_table(benchmark) if every else short_table(benchmark))
     if earlier is not None:
         console.print(against_table(benchmark, earlier))
-    typer.echo(f"{conclusion(benchmark)}\n\n{out / 'bench.json'}, bench.md and bench.png")
+    _print(conclusion(benchmark))
+    path = folder.write("bench.json", benchmark.to_json())
+    folder.write("bench.md", markdown_table(benchmark))
+    folder.write("bench.png", plot_benchmark(benchmark))
+    _print(f"\n{path}, bench.md and bench.png")
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    _print()
+    Console(highlight=False).print(comparison)
+
+
+def _claimed(out: Path, *names: str) -> OutputFolder:
+    """Return the folder after checking, before the work, that these files can be written there."""
+    folder = OutputFolder(out)
+    folder.claim(names)
+    return folder
 
 
 def _names(text: str) -> list[str]:
@@ -199,27 +230,27 @@ def _seeds(text: str) -> int | list[int]:
     try:
         return [int(seed) for seed in _names(text)] if "," in text else int(text)
     except ValueError:
-        _exit(f"seeds: give a number such as 5, or a list such as 0,3,7, not {text!r}")
+        exit_with(f"seeds: give a number such as 5, or a list such as 0,3,7, not {text!r}")
 
 
 def run() -> None:
     """Run the command line; an error that the user can correct prints one line on stderr and exits with code 2."""
-    try:
-        status = app(standalone_mode=False)
-    except (ExperimentError, MissingExtraError) as error:
-        _exit(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        status = 130
-    except Exception as error:
-        # The parser's own errors, whose class has different import paths in different versions of typer.
-        if not hasattr(error, "format_message"):
-            raise
-        _exit(f"{error.format_message()} See gradcentral --help.")
-    if status == 130:  # newer versions of typer catch the interrupt and return this
-        _exit("interrupted; finished runs are kept, and the same command continues from there", 130)
+    encode_everything()
+    with signals_caught():
+        try:
+            status = app(standalone_mode=False)
+            sys.stdout.flush()
+        except (ExperimentError, MissingExtraError) as error:
+            exit_with(str(error))
+        except OSError as error:
+            exit_after(error)
+        except (KeyboardInterrupt, typer.Abort):
+            exit_after_interrupt()
+        except Exception as error:
+            # The parser's own errors, whose class has different import paths in different versions of typer.
+            if not hasattr(error, "format_message"):
+                raise
+            exit_with(f"{error.format_message()} See gradcentral --help.")
+        if status == 130:  # newer versions of typer catch the interrupt and return this
+            exit_after_interrupt()
     sys.exit(status)
-
-
-def _exit(message: str, code: int = 2) -> NoReturn:
-    print(f"gradcentral: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)

@@ -15,7 +15,7 @@ from typing import Any
 from gradcentral.diagnostics.probe_report import ProbeReport
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.statistics import Paired, epochs_to_reach, mean_std, paired
-from gradcentral.experiment.store import Run
+from gradcentral.experiment.store import REPORT, Run
 from gradcentral.experiment.verdict import Verdict, judge
 from gradcentral.extras import optional
 from gradcentral.tables import csv_text
@@ -93,7 +93,7 @@ class Comparison:
     @property
     def report(self) -> Path:
         """The report's file."""
-        return self.out / "report.html"
+        return self.out / REPORT
 
     def runs(self, optimizer: str, arm: str) -> list[Run]:
         """Return the runs of one arm under one optimizer, in the order of the seeds."""

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 __all__ = ["ArmError", "ExperimentError", "ResultsError", "RunError", "TaskError", "line_of", "naming", "one_line"]
 
@@ -29,12 +30,17 @@ class RunError(ExperimentError):
 
 
 class ResultsError(ExperimentError):
-    """The output folder holds results that cannot be continued."""
+    """The output folder holds files that cannot be continued or must not be replaced, or it cannot be written."""
+
+    comparison: Any = None  # the `Comparison`, if all runs finished and only its report could not be written
 
 
 def one_line(error: BaseException) -> str:
     """Format an exception on one line, without the type's name for an `ExperimentError`."""
-    message = " ".join(str(error).split())
+    try:
+        message = " ".join(str(error).split())
+    except Exception as failure:
+        message = f"its message cannot be formatted, because __str__ raises {type(failure).__name__}"
     return message if isinstance(error, ExperimentError) else f"{type(error).__name__}: {message}".removesuffix(": ")
 
 

@@ -15,6 +15,7 @@ from gradcentral.diagnostics.probe_report import LayerReport, ProbeReport
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES, probe
 from gradcentral.experiment.determinism import derive, seed_everything
 from gradcentral.experiment.errors import naming
+from gradcentral.experiment.output_folder import OutputFolder
 from gradcentral.experiment.task import Task
 from gradcentral.experiment.training import amp_dtype, fresh_model, loader_of, orders_of
 from gradcentral.weight_vectors import WeightVectors
@@ -45,13 +46,14 @@ def probe_task(
             return probe(model, task.loss, loader, max_batches=batches)
 
 
-def write_probe(report: ProbeReport, path: Path) -> None:
+def write_probe(report: ProbeReport, folder: OutputFolder, name: str) -> None:
     """Write a report as JSON for `read_probe`."""
-    path.write_text(json.dumps(asdict(report)), encoding="utf-8")
+    folder.claim([name])
+    folder.write(name, json.dumps(asdict(report)))
 
 
 def read_probe(path: Path) -> ProbeReport | None:
-    """Read a report that `write_probe` wrote; None if there is none, or another version wrote it."""
+    """Read a report that `write_probe` wrote; None if there is none, or it is damaged or of another version."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         for part in (report, *report["layers"]):
@@ -62,6 +64,8 @@ def read_probe(path: Path) -> ProbeReport | None:
             layer["vectors"] = WeightVectors(**{k: v and tuple(v) for k, v in vectors.items()}) if vectors else None
             layer["input"] = layer["input"] and InputMean(*layer["input"])
         layers = tuple(LayerReport(**layer) for layer in report["layers"])
-        return ProbeReport(layers, report["whole"], tuple(report["losses"]))
-    except (OSError, ValueError, TypeError, KeyError):
+        found = ProbeReport(layers, report["whole"], tuple(report["losses"]))
+        str(found)  # fails for numbers of a wrong type
+        return found
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -19,14 +19,14 @@ __all__ = ["Progress"]
 class Progress:
     """Display of a comparison; use it in a ``with`` block and call `finished` for every run.
 
-    If the number of ``epochs`` per run is known, the bars also follow ``epochs_file``, to which runs append one line
-    per epoch.
+    If the number of ``epochs`` per run is known, the bars also follow the epochs: runs in this process call `epoch`,
+    and worker processes append to the file given to `follow`.
     """
 
-    def __init__(
-        self, keys: Sequence[Key], before: Sequence[Run], epochs: int | None, metric: str, epochs_file: Path, show: bool
-    ) -> None:
-        self._keys, self._epochs, self._metric, self._epochs_file = keys, epochs, metric, epochs_file
+    def __init__(self, keys: Sequence[Key], before: Sequence[Run], epochs: int | None, metric: str, show: bool) -> None:
+        self._keys, self._epochs, self._metric = keys, epochs, metric
+        self._reached: dict[tuple[Any, ...], int] = {}
+        self._file: Path | None = None
         self._done = {run.key: run for run in before}
         self._console = optional("rich.console").Console(highlight=False, quiet=not show)
         self._live = self._bars() if self._console.is_terminal and show else nullcontext()
@@ -39,6 +39,14 @@ class Progress:
 
     def __exit__(self, *error: Any) -> None:
         self._live.__exit__(*error)
+
+    def epoch(self, key: Key, epoch: int) -> None:
+        """Display that a run in this process finished an epoch."""
+        self._reached[key] = epoch
+
+    def follow(self, path: Path) -> None:
+        """Follow a file to which worker processes append a line per epoch: a JSON list of the key and the epoch."""
+        self._file = path
 
     def finished(self, run: Run) -> None:
         """Display a finished run."""
@@ -62,10 +70,12 @@ class Progress:
             rows[bars.add_task(", ".join(prefix) or "all runs", total=len(keys), text="")] = keys
 
         def render() -> Any:
-            lines = read_complete(self._epochs_file).splitlines() if self._epochs_file.exists() else []
-            epochs = {tuple(key): epoch for *key, epoch in map(json.loads, lines)}
+            if self._file is not None and self._file.exists():
+                lines = map(json.loads, read_complete(self._file).splitlines())
+                self._reached |= {tuple(key): epoch for *key, epoch in lines}
             for bar, keys in rows.items():
-                parts = (1.0 if key in self._done else epochs.get(key, 0) / (self._epochs or 1e9) for key in keys)
+                reached = (self._reached.get(key, 0) / (self._epochs or 1e9) for key in keys)
+                parts = (1.0 if key in self._done else part for key, part in zip(keys, reached, strict=True))
                 bars.update(bar, completed=sum(parts), text=self._text(keys))
             return bars.get_renderable()
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.comparison import Comparison
+from gradcentral.experiment.output_folder import OutputFolder
 from gradcentral.experiment.statistics import interval_of_mean
-from gradcentral.experiment.store import Run
+from gradcentral.experiment.store import REPORT, SUMMARY, Run
 from gradcentral.extras import optional
 from gradcentral.plotting import DARK, LIGHT, STYLES, Theme, new_figure, recolor, style, to_png, to_svg
 
@@ -21,19 +22,21 @@ __all__ = ["Series", "draw_series", "scale", "write_report"]
 
 def write_report(comparison: Comparison) -> None:
     """Write the report and its files into the comparison's folder, replacing those of an earlier call."""
-    comparison.out.joinpath("summary.csv").write_text(comparison.to_csv(), encoding="utf-8")
+    folder, drawn = OutputFolder(comparison.out), _figures(comparison)
+    folder.claim([SUMMARY, REPORT, *(f"{name}.png" for name in drawn)])
+    folder.write(SUMMARY, comparison.to_csv())
     figures = {}
-    for name, (title, draw) in _figures(comparison).items():
+    for name, (title, draw) in drawn.items():
         figure = draw(LIGHT)
         light = to_svg(figure)
-        comparison.out.joinpath(f"{name}.png").write_bytes(to_png(figure, f"{comparison.task}: {title}"))
+        folder.write(f"{name}.png", to_png(figure, f"{comparison.task}: {title}"))
         light64, dark64 = (base64.b64encode(svg).decode() for svg in (light, recolor(light, LIGHT, DARK)))
         figures[name] = {"title": title, "light": light64, "dark": dark64}
     jinja2 = optional("jinja2")
     loader = jinja2.PackageLoader("gradcentral.experiment", ".")
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     html = templates.get_template("report.html.jinja2").render(comparison=comparison, figures=figures)
-    comparison.report.write_text(html, encoding="utf-8")
+    folder.write(REPORT, html)
 
 
 def _figures(comparison: Comparison) -> dict[str, tuple[str, Callable[[Theme], Any]]]:

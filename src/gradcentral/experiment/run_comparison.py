@@ -6,22 +6,21 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.arms import ARMS, NONE
 from gradcentral.experiment.comparison import Comparison
-from gradcentral.experiment.errors import ArmError, TaskError
+from gradcentral.experiment.errors import ArmError, ResultsError, TaskError
 from gradcentral.experiment.fingerprint import fingerprint_of_model, fingerprint_of_task
 from gradcentral.experiment.loading import AnyTask, find_task
 from gradcentral.experiment.probing import probe_task, read_probe, write_probe
 from gradcentral.experiment.progress import Progress
 from gradcentral.experiment.report import write_report
-from gradcentral.experiment.store import Key, Run, Store
+from gradcentral.experiment.store import PROBE, Key, Run, Store
 from gradcentral.experiment.task import CustomTask, Task, check_count
 from gradcentral.experiment.training import Settings, check_device
-from gradcentral.experiment.workers import EPOCHS, check_backend, run_all
+from gradcentral.experiment.workers import check_backend, run_all
 
 __all__ = ["compare"]
 
@@ -70,7 +69,8 @@ def compare(
 
     Raises:
         TaskError: the task or an option is not usable.
-        ResultsError: ``out`` holds runs of another task, or is in use.
+        ResultsError: ``out`` holds runs of another task or files of somebody else, is in use, or cannot be written. If
+            only the report could not be written, the error's ``comparison`` is the result.
         ArmError: a run did not train as its arm requires, or paired runs started differently.
         RunError: the task's own code raised an exception in a run.
     """
@@ -93,20 +93,18 @@ def compare(
         # The source of a file identifies the task. A task from memory may have no source, so its model is needed too.
         if settings is not None and (missing or loaded.file is None):
             store.extend_fingerprint(fingerprint_of_model(loaded, settings, optimizers))
-        probe = store.folder / "probe.json"
+        folder = store.folder
+        probe = folder.path / PROBE
         if isinstance(task, Task) and missing and not (store.runs and probe.exists()):
             # This precedes the runs, so that it reports an error in the task early.
-            write_probe(probe_task(task, device=device, amp=amp), probe)
-        with TemporaryDirectory(prefix="gradcentral-") as folder:
-            scratch = Path(folder)
-            runs = run_all(loaded, missing, settings, jobs=jobs, backend=backend, out=store.folder, scratch=scratch)
-            length = settings.epochs if settings else None
-            # After an interruption, the workers end before their temporary folder is removed.
-            with Progress(keys, before, length, task.metric_name, scratch / EPOCHS, progress) as display, closing(runs):
-                for run in runs:
-                    _check_paired(run, store.runs.values())
-                    store.add(run)
-                    display.finished(run)
+            write_probe(probe_task(task, device=device, amp=amp), folder, PROBE)
+        display = Progress(keys, before, settings.epochs if settings else None, task.metric_name, progress)
+        runs = run_all(loaded, missing, settings, jobs=jobs, backend=backend, out=folder, follower=display)
+        with display, closing(runs):
+            for run in runs:
+                _check_paired(run, store.runs.values())
+                store.add(run)
+                display.finished(run)
         comparison = Comparison(
             task=task.name,
             metric=task.metric_name,
@@ -116,12 +114,16 @@ def compare(
             seeds=seeds,
             all_runs=tuple(store.runs[key] for key in keys),
             checked=isinstance(task, Task),
-            out=store.folder,
+            out=folder.path,
             command=command,
             fingerprint=store.fingerprint,
             probe=read_probe(probe),
         )
-        write_report(comparison)
+        try:
+            write_report(comparison)
+        except ResultsError as error:
+            error.comparison = comparison
+            raise
     return comparison
 
 

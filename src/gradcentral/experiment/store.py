@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +13,16 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout  # torch requires it too
 
 from gradcentral.experiment.errors import ResultsError
-from gradcentral.json_lines import append, drop_partial_line, read_lines
+from gradcentral.experiment.output_folder import OutputFolder
+from gradcentral.json_lines import append, finish_last_line, read_lines
 
-__all__ = ["Key", "Run", "Store"]
+__all__ = ["ERROR", "PROBE", "REPORT", "RESULTS", "SUMMARY", "Key", "Run", "Store"]
 
-RESULTS, FINGERPRINT, LOCK = "results.jsonl", "task.json", ".lock"
+RESULTS, FINGERPRINT, LOCK = "results.jsonl", "task.json", ".gradcentral.lock"
+PROBE, ERROR, SUMMARY, REPORT = "probe.json", "error.txt", "summary.csv", "report.html"
+FIGURES = ("differences", "test_metric", "training_loss", "gradient_norm", "drift", "share")
+FILES = (RESULTS, FINGERPRINT, PROBE, ERROR, SUMMARY, REPORT, *(f"{name}.png" for name in FIGURES))
+"""The names of all files that a comparison may write, its results first."""
 
 
 class Key(NamedTuple):
@@ -74,33 +80,72 @@ class Run:
 
     @classmethod
     def from_line(cls, line: str) -> Run:
-        """Parse a line of ``results.jsonl``."""
-        return cls(**json.loads(line))
+        """Parse a line of ``results.jsonl``; a ValueError or TypeError names what is wrong with it."""
+        run = cls(**json.loads(line))
+        run._check()
+        return run
+
+    def _check(self) -> None:
+        """Raise a ValueError if a value is of the wrong type, as in a line that was edited by hand."""
+        texts, mappings = (self.optimizer, self.arm, *self.environment.values()), self.epochs
+        valid = {
+            "optimizer, arm and environment": all(isinstance(text, str) for text in texts),
+            "seed": type(self.seed) is int,
+            "seconds": _is_number(self.seconds),
+            "train_metric": self.train_metric is None or _is_number(self.train_metric),
+            "weights": self.weights is None or isinstance(self.weights, str),
+            "epochs": bool(mappings) and all(isinstance(epoch, dict) and _is_epoch(epoch) for epoch in mappings),
+            "diverged_at": self.diverged_at is None or type(self.diverged_at) is int,
+        }
+        for name, is_valid in valid.items():
+            if not is_valid:
+                raise ValueError(f"{name}: invalid value")
+        if self.diverged_at is None and self.epochs[-1]["train_loss"] is None:
+            raise ValueError("epochs: the last one has no loss, but the run did not diverge")
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
+
+
+def _is_epoch(epoch: dict[str, Any]) -> bool:
+    """Return whether an epoch has the required numbers, and no values but numbers, None and the hash of its data."""
+    values = (value for name, value in epoch.items() if name != "data")
+    return (
+        {"epoch", "train_loss", "test_metric"} <= epoch.keys()
+        and (epoch.get("data") is None or isinstance(epoch["data"], str) or _is_number(epoch["data"]))
+        and all(value is None or _is_number(value) for value in values)
+    )
 
 
 class Store:
     """A results folder: finished runs in ``results.jsonl``, and the fingerprint of their task in ``task.json``.
 
     Use it in a ``with`` block, which locks the folder against a second comparison, then call `begin`. A `ResultsError`
-    is raised if the folder is in use, holds runs of another task, or has a line that cannot be parsed.
+    is raised if the folder is in use, holds runs of another task or somebody else's files, cannot be written, or has a
+    line that cannot be parsed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, path: str | Path) -> None:
+        self.folder = OutputFolder(path)
         self.runs: dict[Key, Run] = {}
         self.fingerprint: dict[str, str] = {}
-        self._lock = FileLock(folder / LOCK, timeout=0)
+        self._lock = FileLock(self.folder.path / LOCK, timeout=0)
 
     def __enter__(self) -> Store:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-        except Timeout:
-            raise ResultsError(
-                f"{self.folder}: another comparison is using this folder; wait for it or give another --out"
-            ) from None
-        except OSError as error:
-            raise ResultsError(f"{self.folder}: cannot be written ({error.strerror}); give another --out") from error
+        path = self.folder.path
+        self.folder.check(FILES)
+        with self.folder.writing():
+            path.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise ResultsError(
+                    f"{path}: another comparison is using this folder; wait for it or give another --out"
+                ) from None
+            except NotImplementedError as error:
+                raise ResultsError(f"{path}: the file system does not support locks; give another --out") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,23 +153,13 @@ class Store:
 
     def begin(self, fingerprint: Mapping[str, str], *, resume: bool) -> None:
         """Read the finished runs after checking that they belong to the task."""
-        results, stored = self.folder / RESULTS, self.folder / FINGERPRINT
+        self.folder.check(FILES)  # again, because another comparison may have written before the lock was acquired
         if not resume:
-            self._move_aside()
-        if results.exists():
-            drop_partial_line(results)
-            try:
-                self.runs = {run.key: run for run in read_lines(results, Run.from_line, "run")}
-            except ValueError as error:
-                raise ResultsError(f"{error}; delete the line, or start again with --no-resume") from error
+            self.folder.move_aside(FILES)
+        if os.path.lexists(self.folder.path / RESULTS):
+            self._read_runs()
         if self.runs:
-            try:
-                self.fingerprint = dict(json.loads(stored.read_text(encoding="utf-8")))
-            except (OSError, ValueError) as error:
-                raise ResultsError(
-                    f"{stored}: cannot be read, so the existing runs cannot be matched to a task; "
-                    "give another --out, or --no-resume to move them aside"
-                ) from error
+            self.fingerprint = self._read_fingerprint()
         self.extend_fingerprint(fingerprint)
 
     def extend_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
@@ -134,23 +169,42 @@ class Store:
         if changed:
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ResultsError(
-                f"{self.folder}: its runs belong to another task. Changed: {'; '.join(changed[:3])}{more}. "
+                f"{self.folder.path}: its runs belong to another task. Changed: {'; '.join(changed[:3])}{more}. "
                 "Give another --out to keep both, or --no-resume to move them aside"
             )
         self.fingerprint |= fingerprint
-        new = self.folder / f"{FINGERPRINT}.new"
-        new.write_text(json.dumps(self.fingerprint, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        new.replace(self.folder / FINGERPRINT)
+        self.folder.claim([RESULTS, FINGERPRINT])
+        self.folder.write(FINGERPRINT, json.dumps(self.fingerprint, indent=2, ensure_ascii=False) + "\n")
 
     def add(self, run: Run) -> None:
         """Store a finished run; it is on disk when this returns."""
-        append(self.folder / RESULTS, json.dumps(asdict(run), allow_nan=False) + "\n", sync=True)
+        with self.folder.writing():
+            append(self.folder.path / RESULTS, json.dumps(asdict(run), allow_nan=False) + "\n", sync=True)
         self.runs[run.key] = run
 
-    def _move_aside(self) -> None:
-        if old := [path for path in self.folder.iterdir() if path.is_file() and path.name != LOCK]:
-            candidates = (self.folder / f"previous-{number}" for number in itertools.count(1))
-            aside = next(path for path in candidates if not path.exists())
-            aside.mkdir()
-            for path in old:
-                path.replace(aside / path.name)
+    def _read_runs(self) -> None:
+        path = self.folder.path / RESULTS
+        try:
+            runs = read_lines(path, Run.from_line, "run")
+            if (last := finish_last_line(path, Run.from_line, '{"optimizer": ')) is not None:
+                runs.append(last)
+            self.runs = {run.key: run for run in runs}
+        except ValueError as error:
+            raise ResultsError(f"{error}; delete the line, or start again with --no-resume") from error
+        except OSError as error:
+            raise ResultsError(
+                f"{path}: cannot be read ({error.strerror}); give another --out, or --no-resume to move it aside"
+            ) from error
+
+    def _read_fingerprint(self) -> dict[str, str]:
+        path = self.folder.path / FINGERPRINT
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(stored, dict) or not all(isinstance(part, str) for part in stored.values()):
+                raise ValueError("not a fingerprint")
+        except (OSError, ValueError, RecursionError) as error:
+            raise ResultsError(
+                f"{path}: cannot be read, so the existing runs cannot be matched to a task; "
+                "give another --out, or --no-resume to move them aside"
+            ) from error
+        return stored

@@ -7,27 +7,30 @@ import os
 import threading
 import traceback
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.determinism import one_thread
-from gradcentral.experiment.errors import ExperimentError, RunError, TaskError, line_of, one_line
+from gradcentral.experiment.errors import ExperimentError, ResultsError, RunError, TaskError, line_of, one_line
 from gradcentral.experiment.loading import LoadedTask, PackedTask, unpack
-from gradcentral.experiment.store import Key, Run
+from gradcentral.experiment.orphans import end_with_parent
+from gradcentral.experiment.output_folder import OutputFolder
+from gradcentral.experiment.store import ERROR, Key, Run
 from gradcentral.experiment.training import Settings, train
-from gradcentral.extras import optional
+from gradcentral.extras import MissingExtraError, optional
 
-__all__ = ["EPOCHS", "check_backend", "default_jobs", "run_all"]
+__all__ = ["check_backend", "default_jobs", "run_all"]
 
 # Backend -> its package and the extra that installs it.
 BACKENDS = {"loky": ("joblib", "experiments"), "ray": ("ray", "ray"), "dask": ("distributed", "dask")}
-EPOCHS = "epochs.jsonl"
 
 Result = Run | ExperimentError
 
@@ -47,6 +50,16 @@ def default_jobs(device: str, runs: int) -> int:
     return max(1, min(cores, runs))
 
 
+class Follower(Protocol):
+    """What follows the epochs of runs: it is called for those in this process, and reads the file of the others."""
+
+    def epoch(self, key: Key, epoch: int) -> None:
+        """Receive the end of an epoch of a run in this process."""
+
+    def follow(self, path: Path) -> None:
+        """Read the epochs of runs in worker processes from a file: per line, a JSON list of the key and the epoch."""
+
+
 def run_all(
     loaded: LoadedTask,
     keys: Sequence[Key],
@@ -54,36 +67,68 @@ def run_all(
     *,
     jobs: int | None,
     backend: str,
-    out: Path,
-    scratch: Path,
+    out: OutputFolder,
+    follower: Follower,
 ) -> Generator[Run, None, None]:
     """Train all runs and yield each when it finishes, in no particular order; on Ray in rounds of ``jobs``.
 
-    Runs in this process change the global random number generators. Workers of this machine read the task from the
-    temporary folder ``scratch``, append a line per epoch to its `EPOCHS`, and end with an error once it is removed.
-    The traceback of a run that raised an exception is written to ``error.txt`` in ``out``.
+    Runs in this process change the global random number generators. Workers of this machine read the task from a
+    temporary folder, and end when this process does. The traceback of a run that raised an exception is written to
+    ``error.txt`` in ``out``.
     """
     if not keys:
         return
     device = "cpu" if settings is None else settings.device
-    epochs_file = None
     if backend == "loky":
-        (epochs_file := scratch / EPOCHS).touch()
         jobs = jobs or default_jobs(device, len(keys))
         if jobs == 1:
             for key in keys:
-                yield _run_or_raise(_run(loaded, key, settings, epochs_file), out)
+                yield _run_or_raise(_run(loaded, key, settings, partial(follower.epoch, key)), out)
             return
-    packed = loaded.pack(scratch if backend == "loky" else None)
-    calls = (optional("joblib").delayed(_run_in_worker)(packed, key, settings, epochs_file) for key in keys)
+    with _shared_folder(backend) as shared:
+        if shared is not None:
+            follower.follow(shared.epochs)
+        try:
+            packed = loaded.pack(shared and shared.path)
+            calls = (optional("joblib").delayed(_run_in_worker)(packed, key, settings, shared) for key in keys)
+            with _outcomes(calls, backend, jobs and min(jobs, len(keys)), device) as outcomes:
+                for outcome in outcomes:
+                    yield _run_or_raise(outcome, out)
+        except (ExperimentError, MissingExtraError):
+            raise
+        except OSError as error:  # no disk or memory for the task, queues and semaphores
+            raise RunError(f"the worker processes cannot be used ({one_line(error)}); use jobs=1") from error
+        except Exception as error:  # joblib's TerminatedWorkerError, Ray's RayActorError, Dask's KilledWorker …
+            raise RunError(
+                f"a worker process died ({one_line(error)}); with fewer jobs= each has more memory"
+            ) from error
+
+
+class _Shared(NamedTuple):
+    """A temporary folder that the workers of this machine share, and the process that started them."""
+
+    path: Path
+    parent: int
+
+    @property
+    def epochs(self) -> Path:
+        return self.path / "epochs.jsonl"
+
+
+@contextmanager
+def _shared_folder(backend: str) -> Iterator[_Shared | None]:
+    """Create the folder for workers of this machine; None on a cluster. It is removed after the workers have ended."""
+    if backend != "loky":
+        yield None
+        return
     try:
-        with _outcomes(calls, backend, jobs and min(jobs, len(keys)), device) as outcomes:
-            for outcome in outcomes:
-                yield _run_or_raise(outcome, out)
-    except ExperimentError:
-        raise
-    except Exception as error:  # joblib's TerminatedWorkerError, Ray's RayActorError, Dask's KilledWorker …
-        raise RunError(f"a worker process died ({one_line(error)}); with fewer jobs= each has more memory") from error
+        folder = TemporaryDirectory(prefix="gradcentral-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise RunError(f"no temporary folder can be created ({one_line(error)}); use jobs=1") from error
+    with folder as path:
+        shared = _Shared(Path(path), os.getpid())
+        shared.epochs.touch()
+        yield shared
 
 
 @contextmanager
@@ -144,24 +189,33 @@ def _dask(jobs: int | None) -> Any:
 _one_at_a_time = threading.Lock()
 
 
-def _run_in_worker(task: PackedTask, key: Key, settings: Settings | None, epochs_file: Path | None) -> Result:
+def _run_in_worker(task: PackedTask, key: Key, settings: Settings | None, shared: _Shared | None) -> Result:
+    if shared is not None:
+        end_with_parent(shared.parent, shared.path)
+    on_epoch = partial(_append_epoch, shared and shared.epochs, key)
     with _one_at_a_time, preserve_state(), one_thread():
-        return _run(task, key, settings, epochs_file)
+        return _run(task, key, settings, on_epoch)
 
 
-def _run(task: LoadedTask | PackedTask, key: Key, settings: Settings | None, epochs_file: Path | None) -> Result:
+def _append_epoch(path: Path | None, key: Key, epoch: int) -> None:
+    if path is None:  # on a cluster
+        return
+    try:
+        # Open without creating: if the file is gone, the comparison was cancelled and this run should fail.
+        with open(path, "a", opener=lambda path, flags: os.open(path, flags & ~os.O_CREAT)) as file:
+            file.write(json.dumps([*key, epoch]) + "\n")
+    except FileNotFoundError:
+        raise
+    except OSError:
+        pass  # a full disk stops the progress bars, not the run
+
+
+def _run(task: LoadedTask | PackedTask, key: Key, settings: Settings | None, on_epoch: Callable[[int], None]) -> Result:
     """Train and return the run, or an error that can be unpickled without the task's code."""
-
-    def on_epoch(epoch: int) -> None:
-        if epochs_file is not None:
-            # Open without creating: if the file is gone, the comparison was cancelled and this run should fail.
-            with open(epochs_file, "a", opener=lambda path, flags: os.open(path, flags & ~os.O_CREAT)) as file:
-                file.write(json.dumps([*key, epoch]) + "\n")
-
     try:
         loaded = unpack(task) if isinstance(task, PackedTask) else task
         return train(loaded.task, key, settings, on_epoch)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         failure: ExperimentError = RunError(f"run {key}: {one_line(error)} ({line_of(error, task.file)})")
         if isinstance(error, ExperimentError):
             failure = type(error)(f"run {key}: {one_line(error)}")
@@ -169,9 +223,12 @@ def _run(task: LoadedTask | PackedTask, key: Key, settings: Settings | None, epo
         return failure
 
 
-def _run_or_raise(outcome: Result, folder: Path) -> Run:
+def _run_or_raise(outcome: Result, folder: OutputFolder) -> Run:
     if isinstance(outcome, Run):
         return outcome
-    path = folder / "error.txt"
-    path.write_text(outcome.trace, encoding="utf-8")
+    try:
+        folder.claim([ERROR])
+        path = folder.write(ERROR, outcome.trace)
+    except ResultsError:  # the error of the run is more important
+        raise outcome from None
     raise type(outcome)(f"{outcome}; the traceback is in {path}")

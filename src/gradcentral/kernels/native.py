@@ -74,7 +74,9 @@ def _load(folder: Path) -> tuple[Any, str]:
     """Load the library in a folder; return None and the reason if it cannot be used."""
     found = sorted(folder.glob("_native.*"))
     if not found:
-        return None, "not built, because no C compiler was found: install a C compiler and reinstall gradcentral"
+        reason = folder / "not_built.txt"  # written by setup.py
+        why = f", because {reason.read_text(encoding='utf-8')}" if reason.exists() else ""
+        return None, f"not built{why}: install a working C compiler and reinstall gradcentral"
     try:
         library = ctypes.CDLL(str(found[0]))
         sizes = [library.gradcentral_struct_size(which) for which in range(4)]

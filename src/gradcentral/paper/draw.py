@@ -16,6 +16,7 @@ from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.determinism import derive, one_thread, seed_everything
 from gradcentral.experiment.errors import TaskError
 from gradcentral.experiment.loading import load_task
+from gradcentral.experiment.output_folder import OutputFolder
 from gradcentral.experiment.task import CustomTask, Task, check_count
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import optional
@@ -23,7 +24,8 @@ from gradcentral.layout import weight_layout
 from gradcentral.paper.figures.before_training import initial_means_figure, operation_figure, shares_figure
 from gradcentral.paper.figures.training import geometry_figure, gradient_norms_figure, landscape_figure, learning_figure
 from gradcentral.paper.statements import Measurements, measure_all
-from gradcentral.paper.study import Figure, Study, write_csv
+from gradcentral.paper.study import Figure, Study
+from gradcentral.tables import csv_text
 
 __all__ = ["FIGURES", "STATEMENTS", "FigureSet", "draw_all", "statement_table"]
 
@@ -78,6 +80,7 @@ def draw_all(
 
     Raises:
         TaskError: the task or an option is not usable; no trainable parameter is centered; there is only one step.
+        ResultsError: ``out`` cannot be written, or holds files of these names that gradcentral did not write.
     """
     loaded = load_task(task)
     if isinstance(loaded, CustomTask):
@@ -88,10 +91,12 @@ def draw_all(
     check_count("seeds", seeds)
     epochs = loaded.epochs if epochs is None else epochs
     check_count("epochs", epochs)
-    folder, optimizer = Path(out or f"runs/figures-{loaded.name}"), optimizer or next(iter(loaded.optimizers))
-    study = Study(loaded, task, optimizer, tuple(range(seeds)), epochs, device, folder / "runs", progress)
+    folder = OutputFolder(out or f"runs/figures-{loaded.name}")
+    optimizer = optimizer or next(iter(loaded.optimizers))
+    study = Study(loaded, task, optimizer, tuple(range(seeds)), epochs, device, folder.path / "runs", progress)
     _check(study, chosen)
-    folder.mkdir(parents=True, exist_ok=True)
+    kinds = {name: ("csv",) if name == STATEMENTS else ("png", "svg", "csv") for name in chosen}
+    folder.claim([f"{name}.{kind}" for name, kinds in kinds.items() for kind in kinds])
     titles: dict[str, str] = {}
     statements = Measurements()
     with one_thread():
@@ -103,7 +108,7 @@ def draw_all(
                     figure = _figure(name, tracked, chosen)
                     figure.write(folder, name)
                     titles[name] = figure.title
-    return FigureSet(folder, titles, statements)
+    return FigureSet(folder.path, titles, statements)
 
 
 def statement_table(statements: Measurements) -> Any:
@@ -140,7 +145,7 @@ def _figure(name: str, study: Study, chosen: Sequence[str]) -> Figure:
         ) from error
 
 
-def _statements(study: Study, folder: Path) -> Measurements:
+def _statements(study: Study, folder: OutputFolder) -> Measurements:
     steps = min(study.steps, _STATEMENT_STEPS)
     batches = study.track(itertools.islice(study.batches(study.seeds[0]), steps), steps)
     try:
@@ -152,7 +157,7 @@ def _statements(study: Study, folder: Path) -> Measurements:
     header = ("source", "statement", "formula", "value", "bound", "allowance", "holds", "without", "where")
     rows = [[getattr(measured, field) for field in header] for measured in found]
     rows += [[s.source, s.statement, *[None] * 6, f"skipped: {s.reason}"] for s in found.skipped]
-    write_csv(folder / f"{STATEMENTS}.csv", header, rows)
+    folder.write(f"{STATEMENTS}.csv", csv_text([header, *rows]))
     return found
 
 

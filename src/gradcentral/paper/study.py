@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +19,13 @@ from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment import training
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.determinism import derive, seed_everything
+from gradcentral.experiment.output_folder import OutputFolder
 from gradcentral.experiment.task import Task
 from gradcentral.layout import Entry, WeightLayout, weight_layout
 from gradcentral.plotting import LIGHT, new_figure, style, to_png, to_svg
+from gradcentral.tables import csv_text
 
-__all__ = ["Figure", "Study", "TrainingStep", "drawing", "gradient_of", "layer_label", "put_legend", "write_csv"]
+__all__ = ["Figure", "Study", "TrainingStep", "drawing", "gradient_of", "layer_label", "put_legend"]
 
 
 class TrainingStep(NamedTuple):
@@ -123,17 +124,11 @@ class Figure(NamedTuple):
     header: tuple[str, ...]
     rows: Sequence[Sequence[Any]]
 
-    def write(self, folder: Path, name: str) -> None:
+    def write(self, folder: OutputFolder, name: str) -> None:
         """Write ``name.png``, ``name.svg`` and ``name.csv`` into a folder."""
-        (folder / f"{name}.png").write_bytes(to_png(self.image, self.title))
-        (folder / f"{name}.svg").write_bytes(to_svg(self.image))
-        write_csv(folder / f"{name}.csv", self.header, self.rows)
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write a table; None becomes an empty cell."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        folder.write(f"{name}.png", to_png(self.image, self.title))
+        folder.write(f"{name}.svg", to_svg(self.image))
+        folder.write(f"{name}.csv", csv_text([self.header, *self.rows]))
 
 
 @contextmanager
