@@ -21,6 +21,7 @@ from gradcentral.cli.layout import build_model
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES
 from gradcentral.experiment import CustomTask, ExperimentError, TaskError, load_task
 from gradcentral.experiment import compare as compare_task
+from gradcentral.experiment.errors import line_of, one_line
 from gradcentral.experiment.probing import probe_task
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import MissingExtraError
@@ -91,6 +92,7 @@ def probe(
     out: Annotated[Path | None, typer.Option(help="Folder for probe.csv and probe.png; by default none.")] = None,
 ) -> None:
     """Show what GC would remove from each layer's gradient, on real batches, before training."""
+    out = None if out is None else Path.cwd() / out.expanduser()  # before the task's file, which may change the folder
     loaded = load_task(task)
     if isinstance(loaded, CustomTask):
         raise TaskError(
@@ -160,6 +162,7 @@ def bench(
     """Measure optimizer steps with and without GC on this machine, as ratios of interleaved timings."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         _exit(f"--device {device}: torch found no CUDA device; use --device cpu")
+    out = out.expanduser()
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = _names(models), _names(optimizers), _names(dtypes)
@@ -199,6 +202,8 @@ def run() -> None:
         status = app(standalone_mode=False)
     except (ExperimentError, MissingExtraError) as error:
         _exit(str(error))
+    except SystemExit as error:  # sys.exit in the user's code
+        _exit(f"{line_of(error, None)}: the code ends the program ({one_line(error)}); remove that line")
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except Exception as error:

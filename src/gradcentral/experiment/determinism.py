@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,5 +66,10 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield f"{len(value)} items".encode()
         for item in value.items() if isinstance(value, Mapping) else value:
             yield from _parts(item)
+    elif isinstance(value, Set):
+        yield from _parts(sorted(map(digest, value)))  # the order of a set differs between processes
+    elif hasattr(value, "__array_interface__"):  # an array, an image of PIL
+        array = optional("numpy").asarray(value)
+        yield from _parts([array.dtype.str, array.shape, array.tolist() if array.dtype.hasobject else array.tobytes()])
     else:
         yield pickle.dumps(value)

@@ -54,5 +54,5 @@ def naming(part: str, file: Path | None = None) -> Iterator[None]:
         yield
     except ExperimentError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit in a task's code must not end this program
         raise TaskError(f"{part}: {one_line(error)} ({line_of(error, file)})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.runs: dict[Key, Run] = {}
-        self.fingerprint: dict[str, str] = {}
+        self.fingerprint: dict[str, Any] = {}
         self._lock = FileLock(folder / LOCK, timeout=0)
 
     def __enter__(self) -> Store:
@@ -106,7 +107,7 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def begin(self, fingerprint: Mapping[str, str], *, resume: bool) -> None:
+    def begin(self, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
         """Read the finished runs after checking that they belong to the task."""
         results, stored = self.folder / RESULTS, self.folder / FINGERPRINT
         if not resume:
@@ -127,10 +128,12 @@ class Store:
                 ) from error
         self.extend_fingerprint(fingerprint)
 
-    def extend_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
+    def extend_fingerprint(self, fingerprint: Mapping[str, Any]) -> None:
         """Add parts to the stored fingerprint, after checking that no stored part differs."""
         stored = self.fingerprint
-        changed = [f"{k} (was {stored[k]}, is {now})" for k, now in fingerprint.items() if stored.get(k, now) != now]
+        changed = [
+            f"{k} (was {stored[k]}, is {now})" for k, now in fingerprint.items() if not _same(stored.get(k, now), now)
+        ]
         if changed:
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ResultsError(
@@ -154,3 +157,13 @@ class Store:
             aside.mkdir()
             for path in old:
                 path.replace(aside / path.name)
+
+
+def _same(stored: Any, now: Any) -> bool:
+    """Compare parts of a fingerprint; lists hold numbers, which another machine or a GPU rounds differently."""
+    if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now):
+        return all(
+            one == other if one is None or other is None else math.isclose(one, other, rel_tol=1e-3)
+            for one, other in zip(stored, now, strict=True)
+        )
+    return bool(stored == now)
