@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from gradcentral.experiment.determinism import derive, seed_everything
+from gradcentral.experiment.errors import TaskError
 from gradcentral.experiment.task import Task, is_loader
 
 __all__ = ["Batches", "epochs_of", "evaluation_batches", "single_last_example", "steps_of"]
@@ -55,9 +56,13 @@ class Batches:
             for holder in (self._loader, getattr(self._loader, "sampler", None)):
                 if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
                     generator.manual_seed(self._seed)
+        index = -1
         for index, batch in enumerate(self._loader):
             size = _size_of(batch) if self.examples is None else min(self._size, self.examples - index * self._size)
             yield size, batch
+        if index < 0:
+            kind = type(self._loader).__name__
+            raise TaskError(f"train and test: a {kind} gave no batch; it must give all of its batches in every epoch")
 
 
 def epochs_of(task: Task, seed: int) -> Iterator[Batches]:

@@ -126,9 +126,8 @@ class Task:
             "drop_last": loaders[0] and self.drop_last,
         }
         for name in (name for name in ignored if ignored[name]):
-            raise TaskError(
-                f"{name}: a DataLoader has its own batches; set {name.replace('collate', 'collate_fn')} there"
-            )
+            option = "collate_fn" if name == "collate" else name
+            raise TaskError(f"{name}: has no effect on the batches of a DataLoader; pass {option}= to the DataLoader")
         if self.drop_last and len(self.train) < self.batch_size:  # type: ignore[arg-type]
             raise TaskError(
                 f"drop_last: train has fewer examples than a batch of {self.batch_size}, so no batch would be left; "

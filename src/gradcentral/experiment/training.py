@@ -183,8 +183,6 @@ class Trainer:
                 data = digest([batches.order, batch])
             sizes.append(size)
             losses.append(self.step(batch, effects if step in (1, len(batches)) else None))
-        if not losses:
-            raise TaskError("train: the loader gave no batch; it must give all of its batches in every epoch")
         share, norm, centered_norm, *_ = map(fmean, zip(*effects, strict=True)) if effects else [None] * 3
         numbers = {"train_loss": _mean([float(loss) for loss in losses], sizes), "share": share}
         numbers |= {"gradient_norm": norm, "centered_norm": centered_norm}
@@ -222,8 +220,6 @@ class Trainer:
                     parts.append((number("metric", self.task.metric(output, target)), None))
                 else:
                     parts.append((on_cpu(output), on_cpu(target)))
-            if not parts:
-                raise TaskError("test: the loader gave no batch; it must give all of its batches in every epoch")
             outputs, targets = zip(*parts, strict=True)
             if self.task.metric_per_batch:
                 return _mean(losses, sizes), _mean(outputs, sizes)
