@@ -168,7 +168,7 @@ def test_the_remedies_for_data_work(tiny: Callable[..., Task]) -> None:
         tiny(train=Claims(10**10))
     subset = eval(_after("train=", caught), names | {"dataset": Claims(10**10)})
     assert isinstance(subset, Subset)
-    assert len(tiny(train=subset).train) == 1_000_000  # type: ignore[arg-type]
+    assert len(tiny(train=subset).train) == 1_000_000
     with pytest.raises(TaskError, match="lower batch_size"):
         tiny(train=examples(9), batch_size=10, drop_last=True)
     tiny(train=examples(9), batch_size=9, drop_last=True)

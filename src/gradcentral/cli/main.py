@@ -202,6 +202,8 @@ def run() -> None:
         status = app(standalone_mode=False)
     except (ExperimentError, MissingExtraError) as error:
         _exit(str(error))
+    except _Exit:
+        raise
     except SystemExit as error:  # sys.exit in the user's code
         _exit(f"{line_of(error, None)}: the code ends the program ({one_line(error)}); remove that line")
     except (KeyboardInterrupt, typer.Abort):
@@ -216,6 +218,10 @@ def run() -> None:
     sys.exit(status)
 
 
+class _Exit(SystemExit):
+    """The end of this program, unlike a SystemExit of the user's code."""
+
+
 def _exit(message: str, code: int = 2) -> NoReturn:
     print(f"gradcentral: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
+    raise _Exit(code)

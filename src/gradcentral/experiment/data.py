@@ -73,7 +73,7 @@ def epochs_of(task: Task, seed: int) -> Iterator[Batches]:
             yield Batches(task.train, task.batch_size, seed=derive(seed, f"epoch {epoch}"))
     generator = torch.Generator().manual_seed(derive(seed, "order"))
     while True:
-        order = torch.randperm(len(task.train), generator=generator, device="cpu").tolist()  # type: ignore[arg-type]
+        order = torch.randperm(len(task.train), generator=generator, device="cpu").tolist()
         yield Batches(task.train, task.batch_size, order=order, **options)
 
 
@@ -84,7 +84,7 @@ def evaluation_batches(task: Task) -> Batches:
 
 def steps_of(task: Task, epochs: int) -> int:
     """Return the number of steps in a run."""
-    batches = len(task.train)  # type: ignore[arg-type]
+    batches = len(task.train)
     if not is_loader(task.train):
         batches = batches // task.batch_size if task.drop_last else math.ceil(batches / task.batch_size)
     return epochs * batches

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from gradcentral.experiment.errors import TaskError, one_line
 
@@ -71,8 +71,8 @@ class Task:
 
     name: str
     model: Callable[[], nn.Module]
-    train: Dataset[Any] | Iterable[Any]
-    test: Dataset[Any] | Iterable[Any]
+    train: Any  # a Dataset, a list of examples, a DataLoader …
+    test: Any
     loss: Callable[[Any, Any], Tensor]
     metric: Callable[[Any, Any], Tensor | float]
     optimizers: Mapping[str, Callable[[Iterable[nn.Parameter]], Optimizer]]
@@ -128,7 +128,7 @@ class Task:
         for name in (name for name in ignored if ignored[name]):
             option = "collate_fn" if name == "collate" else name
             raise TaskError(f"{name}: has no effect on the batches of a DataLoader; pass {option}= to the DataLoader")
-        if self.drop_last and len(self.train) < self.batch_size:  # type: ignore[arg-type]
+        if self.drop_last and len(self.train) < self.batch_size:
             raise TaskError(
                 f"drop_last: train has fewer examples than a batch of {self.batch_size}, so no batch would be left; "
                 "lower batch_size"

@@ -194,7 +194,7 @@ class Trainer:
         if is_loader(train):
             return Batches(train, self.task.batch_size, seed=derive(self.seed, "gap")), len(test)
         generator = torch.Generator().manual_seed(derive(self.seed, "gap"))
-        shuffled = torch.randperm(len(train), generator=generator, device="cpu")  # type: ignore[arg-type]
+        shuffled = torch.randperm(len(train), generator=generator, device="cpu")
         size = 4 * self.task.batch_size
         chosen = sorted(shuffled[: test.examples or len(test) * size].tolist())
         return Batches(train, size, order=chosen, collate=self.task.collate), None

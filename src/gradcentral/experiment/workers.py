@@ -173,5 +173,5 @@ def _run_or_raise(outcome: Result, folder: Path) -> Run:
     if isinstance(outcome, Run):
         return outcome
     path = folder / "error.txt"
-    path.write_text(outcome.trace, encoding="utf-8")
+    path.write_text(outcome.trace, encoding="utf-8", errors="backslashreplace")  # paths may hold surrogates
     raise type(outcome)(f"{outcome}; the traceback is in {path}")
