@@ -272,3 +272,14 @@ def test_a_last_batch_of_one_is_refused_if_the_model_needs_more(
 
 def test_a_last_batch_of_one_is_accepted_without_batchnorm(tiny: Callable[..., Task], tmp_path: Path) -> None:
     assert len(compare(tiny(train=examples(33)), out=tmp_path).all_runs) == 4
+
+
+def test_the_fingerprint_of_random_augmentation_is_repeatable(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    class Augmented(Claims):
+        def __getitem__(self, index: int) -> Any:
+            return torch.rand(6), torch.ones(2) * index
+
+    task = tiny(train=Augmented(30))
+    first = compare(task, out=tmp_path)
+    torch.rand(5)
+    assert compare(task, out=tmp_path).fingerprint == first.fingerprint
