@@ -25,7 +25,13 @@ def build_model(target: str) -> nn.Module:
 
     A class of transformers is given its default configuration. The forms of a target are in the help of the command.
     """
-    make = _task_model(target) if target.endswith(".py") else _named_model(target)
+    try:
+        return _build(target, _task_model(target) if target.endswith(".py") else _named_model(target))
+    except SystemExit as error:
+        raise ModelError(f"{target}: its code ends the program (SystemExit: {error}); remove the exit") from error
+
+
+def _build(target: str, make: Callable[[], Any]) -> nn.Module:
     try:
         with torch.device("meta"):
             model = make()

@@ -21,7 +21,6 @@ from gradcentral.cli.layout import build_model
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES
 from gradcentral.experiment import CustomTask, ExperimentError, TaskError, load_task
 from gradcentral.experiment import compare as compare_task
-from gradcentral.experiment.errors import line_of, one_line
 from gradcentral.experiment.probing import probe_task
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import MissingExtraError
@@ -202,10 +201,6 @@ def run() -> None:
         status = app(standalone_mode=False)
     except (ExperimentError, MissingExtraError) as error:
         _exit(str(error))
-    except _Exit:
-        raise
-    except SystemExit as error:  # sys.exit in the user's code
-        _exit(f"{line_of(error, None)}: the code ends the program ({one_line(error)}); remove that line")
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except Exception as error:
@@ -218,10 +213,6 @@ def run() -> None:
     sys.exit(status)
 
 
-class _Exit(SystemExit):
-    """The end of this program, unlike a SystemExit of the user's code."""
-
-
 def _exit(message: str, code: int = 2) -> NoReturn:
     print(f"gradcentral: {' '.join(message.split())}", file=sys.stderr)
-    raise _Exit(code)
+    sys.exit(code)

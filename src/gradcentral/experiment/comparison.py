@@ -87,7 +87,7 @@ class Comparison:
     checked: bool
     out: Path
     command: str
-    fingerprint: dict[str, Any]
+    fingerprint: dict[str, str]
     probe: ProbeReport | None = None
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 import random
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -13,7 +14,7 @@ import torch
 
 from gradcentral.extras import optional
 
-__all__ = ["derive", "digest", "one_thread", "seed_everything"]
+__all__ = ["approximately", "derive", "digest", "one_thread", "same", "seed_everything"]
 
 
 def seed_everything(seed: int) -> None:
@@ -53,6 +54,29 @@ def digest(value: Any) -> str:
     for part in _parts(value):
         sha.update(part)
     return sha.hexdigest()[:12]
+
+
+def approximately(*values: float) -> str:
+    """Write numbers as text that `same` compares up to rounding.
+
+    >>> approximately(0.5, float("nan"))
+    '≈ 0.5, nan'
+    """
+    return "≈ " + ", ".join(f"{value:.6g}" for value in values)
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two texts are equal; numbers after "≈" may differ as rounding on other machines and GPUs makes them.
+
+    >>> same("≈ 0.5, nan", "≈ 0.50001, nan"), same("≈ 0.5", "≈ 0.6"), same("0.5", "0.50001")
+    (True, False, False)
+    """
+    if not one.startswith("≈ ") or not other.startswith("≈ "):
+        return one == other
+    numbers, others = (text[2:].split(", ") for text in (one, other))
+    return len(numbers) == len(others) and all(
+        a == b or math.isclose(float(a), float(b), rel_tol=1e-3) for a, b in zip(numbers, others, strict=True)
+    )
 
 
 def _parts(value: Any) -> Iterator[bytes]:

@@ -26,7 +26,7 @@ from torch.utils.data import TensorDataset
 
 from gradcentral.experiment.arms import NONE, CheckedArm
 from gradcentral.experiment.data import Batches, epochs_of, evaluation_batches, single_last_example, steps_of
-from gradcentral.experiment.determinism import derive, digest, one_thread, seed_everything
+from gradcentral.experiment.determinism import approximately, derive, digest, one_thread, seed_everything
 from gradcentral.experiment.errors import TaskError, naming, one_line
 from gradcentral.experiment.loading import LoadedTask
 from gradcentral.experiment.store import Key
@@ -43,21 +43,17 @@ REFERENCE_STEPS = 2
 # Every learning rate of a schedule with up to so many steps.
 SCHEDULED_STEPS = 10_000
 
-Part = str | list[float | None]
-
 
 def fingerprint(
     loaded: LoadedTask, settings: Settings | None, optimizers: Sequence[str], arms: Sequence[str]
-) -> dict[str, Part]:
-    """Describe the task; a part is text, or numbers that are compared up to rounding.
-
-    This seeds the global random generators.
+) -> dict[str, str]:
+    """Describe the parts of the task, for `same`. This seeds the global random generators.
 
     Raises:
         TaskError: a part of the task is not usable; the message names it.
     """
     task = loaded.task
-    parts: dict[str, Part] = {"task": task.name, "torch": torch.__version__}
+    parts: dict[str, str] = {"task": task.name, "torch": torch.__version__}
     parts |= {"gradcentral": metadata.version("gradcentral"), "metric": task.metric_name}
     parts["higher_is_better"] = str(task.higher_is_better)
     if isinstance(task, CustomTask):
@@ -71,8 +67,8 @@ def fingerprint(
 
 def _of_task(
     task: Task, loaded: LoadedTask, settings: Settings, optimizers: Sequence[str], arms: Sequence[str]
-) -> dict[str, Part]:
-    parts: dict[str, Part] = {name: str(value) for name, value in asdict(settings).items()}
+) -> dict[str, str]:
+    parts: dict[str, str] = {name: str(value) for name, value in asdict(settings).items()}
     parts |= {name: str(getattr(task, name)) for name in ("batch_size", "drop_last", "metric_per_batch")}
     for part in ("train", "test"):
         with naming(part, loaded.file):
@@ -158,28 +154,28 @@ def _of_schedule(task: Task, name: str, model: nn.Module, steps: int) -> str:
     return f"{type(schedule).__name__}, learning rates {digest(options)}"
 
 
-def _of_evaluation(trainer: Trainer) -> list[float | None]:
+def _of_evaluation(trainer: Trainer) -> str:
     """Evaluate on the first test batch, or on the whole set if the metric needs it, as ROC AUC needs two classes."""
     seed_everything(0)
     batches = evaluation_batches(trainer.task)
     try:
-        return _numbers(trainer.evaluate(batches, limit=1))
+        return approximately(*trainer.evaluate(batches, limit=1))
     except TaskError:
         raise
     except Exception:
         if len(batches) == 1:
             raise
-    return _numbers(trainer.evaluate(batches))
+    return approximately(*trainer.evaluate(batches))
 
 
-def _of_steps(trainer: Trainer) -> list[float | None]:
+def _of_steps(trainer: Trainer) -> str:
     trainer.model.train()
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     seed_everything(derive(trainer.seed, "training"))
     batches = islice(next(epochs_of(trainer.task, trainer.seed)), REFERENCE_STEPS)
     losses = [float(trainer.step(batch, effects=[])) for batch in batches]
     change = [_norm(p.detach() - b) for p, b in zip(trainer.model.parameters(), before, strict=True)]
-    return _numbers([*losses, math.hypot(*change)])
+    return approximately(*losses, math.hypot(*change))
 
 
 def _check_last_batch(trainer: Trainer) -> None:
@@ -198,11 +194,6 @@ def _check_last_batch(trainer: Trainer) -> None:
 
 def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)))
-
-
-def _numbers(values: Sequence[float]) -> list[float | None]:
-    """Replace numbers that are not finite, which JSON cannot represent."""
-    return [value if math.isfinite(value) else None for value in values]
 
 
 def _source_of(function: Any) -> str:

@@ -36,13 +36,13 @@ def probe_task(
         >>> probe_task(load_task("digits")).layers[0].name
         '0.weight'
     """
-    with preserve_state():
+    with preserve_state(), naming("the task cannot be probed"):
         model = fresh_model(task, seed).to(device)
         seed_everything(derive(seed, "training"))
         loader = next(epochs_of(task, seed))
         half = amp and amp_dtype(torch.device(device)) == torch.bfloat16
         autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half)
-        with naming("the task cannot be probed"), autocast:
+        with autocast:
             return probe(model, task.loss, loader, max_batches=batches)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout  # torch requires it too
 
+from gradcentral.experiment.determinism import same
 from gradcentral.experiment.errors import ResultsError
 from gradcentral.json_lines import append, drop_partial_line, read_lines
 
@@ -89,7 +89,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.runs: dict[Key, Run] = {}
-        self.fingerprint: dict[str, Any] = {}
+        self.fingerprint: dict[str, str] = {}
         self._lock = FileLock(folder / LOCK, timeout=0)
 
     def __enter__(self) -> Store:
@@ -107,7 +107,7 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def begin(self, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
+    def begin(self, fingerprint: Mapping[str, str], *, resume: bool) -> None:
         """Read the finished runs after checking that they belong to the task."""
         results, stored = self.folder / RESULTS, self.folder / FINGERPRINT
         if not resume:
@@ -128,11 +128,11 @@ class Store:
                 ) from error
         self.extend_fingerprint(fingerprint)
 
-    def extend_fingerprint(self, fingerprint: Mapping[str, Any]) -> None:
+    def extend_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
         """Add parts to the stored fingerprint, after checking that no stored part differs."""
         stored = self.fingerprint
         changed = [
-            f"{k} (was {stored[k]}, is {now})" for k, now in fingerprint.items() if not _same(stored.get(k, now), now)
+            f"{k} (was {stored[k]}, is {now})" for k, now in fingerprint.items() if not same(stored.get(k, now), now)
         ]
         if changed:
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -157,13 +157,3 @@ class Store:
             aside.mkdir()
             for path in old:
                 path.replace(aside / path.name)
-
-
-def _same(stored: Any, now: Any) -> bool:
-    """Compare parts of a fingerprint; lists hold numbers, which another machine or a GPU rounds differently."""
-    if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now):
-        return all(
-            one == other if one is None or other is None else math.isclose(one, other, rel_tol=1e-3)
-            for one, other in zip(stored, now, strict=True)
-        )
-    return bool(stored == now)

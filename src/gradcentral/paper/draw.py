@@ -14,7 +14,7 @@ import torch
 
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.determinism import derive, one_thread, seed_everything
-from gradcentral.experiment.errors import TaskError
+from gradcentral.experiment.errors import TaskError, exits_named
 from gradcentral.experiment.loading import load_task
 from gradcentral.experiment.task import CustomTask, Task, check_count, check_seed_count
 from gradcentral.experiment.training import check_device
@@ -53,6 +53,7 @@ class FigureSet(NamedTuple):
     statements: Measurements
 
 
+@exits_named()
 def draw_all(
     task: Task | str | Path = "digits",
     *,
