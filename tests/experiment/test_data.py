@@ -89,6 +89,12 @@ def test_a_loader_with_a_generator_of_its_own_gives_paired_runs(tiny: Callable[.
     assert len({run.epochs[0]["data"] for run in result.all_runs}) == 2
 
 
+def test_a_loader_is_sent_to_workers(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    loader = DataLoader(examples(30), 8, shuffle=True, generator=torch.Generator())
+    here, there = (compare(tiny(train=loader), jobs=jobs, out=tmp_path / str(jobs)) for jobs in (1, 2))
+    assert [run.epochs for run in here.all_runs] == [run.epochs for run in there.all_runs]
+
+
 def test_a_loader_and_a_dataset_train_alike(tiny: Callable[..., Task], tmp_path: Path) -> None:
     """One batch per epoch holds all examples, so that the order does not matter."""
     one, other = (

@@ -88,6 +88,10 @@ def test_outputs_and_targets_of_every_form_are_joined() -> None:
     assert join("target", [boxes[:2], boxes[2:]], [2, 2]) == boxes
     ragged = [torch.rand(n) for n in (1, 3, 2, 5)]
     assert join("target", [tuple(ragged[:2]), tuple(ragged[2:])], [2, 2]) == ragged
+    padded = join("target", [{"ids": one, "label": one[:, 0]}, {"ids": torch.rand(2, 7), "label": two[:, 0]}], sizes)
+    assert torch.equal(padded["label"], both[:, 0])
+    with pytest.raises(AttributeError, match="no 'argmax', because .*or set metric_per_batch=True"):
+        padded["ids"].argmax()
     with pytest.raises(TaskError, match=r"the outputs of the test batches have the shapes \(3, 2\) and \(2, 5\)"):
         join("output", [one, torch.rand(2, 5)], sizes)
 

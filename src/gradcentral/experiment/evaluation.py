@@ -35,6 +35,16 @@ def on_cpu(value: Any) -> Any:
     return value
 
 
+class UnjoinedBatches(list[Any]):
+    """The tensors of several batches with different shapes; a metric that does not need them may ignore them."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"no {name!r}, because the test batches have different shapes and cannot be joined; pad them to one shape, "
+            "or set metric_per_batch=True"
+        )
+
+
 def join(name: str, parts: Sequence[Any], sizes: Sequence[int]) -> Any:
     """Join what several batches of these sizes gave into one batch of the whole set.
 
@@ -61,7 +71,7 @@ def _joined(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
     if all(isinstance(part, Tensor) for part in parts):
         if all(part.ndim == 0 for part in parts):
             return torch.stack([*parts])
-        return torch.cat([*parts]) if len({part.shape[1:] for part in parts}) == 1 else [*parts]
+        return torch.cat([*parts]) if len({part.shape[1:] for part in parts}) == 1 else UnjoinedBatches(parts)
     if isinstance(first, Mapping):
         return _like(first, {key: _joined([part[key] for part in parts], sizes) for key in first})
     if isinstance(first, (list, tuple)):
