@@ -126,3 +126,38 @@ def test_a_path_need_not_be_utf_8(
     Path(folder, "line.py").write_text("def task(seed, arm):\n    raise ValueError('no')\n")
     assert run(monkeypatch, "compare", f"{folder}/line.py", "--seeds", "1", "--jobs", "1", "--out", "other") == 2
     assert "ValueError: no" in capfd.readouterr().err
+
+
+UNSPEAKABLE = """
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no message")
+
+"""
+
+
+@pytest.mark.parametrize("command", ["compare", "probe", "layout"])
+def test_an_exception_without_a_message_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    code = f"{UNSPEAKABLE}\ndef broken():\n    raise Unspeakable\n"
+    Path("line.py").write_text(code + TASK.replace("lambda: torch.nn.Linear(3, 2)", "broken"))
+    assert run(monkeypatch, command, "line.py") == 2
+    shown = capsys.readouterr().err
+    assert "Unspeakable: its message cannot be formatted, because __str__ raises RuntimeError" in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["compare", "probe", "layout"])
+@pytest.mark.parametrize(("kind", "length"), [("Dataset", 10**10), ("IterableDataset", 10)])
+def test_data_that_cannot_be_read_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, kind: str, length: int
+) -> None:
+    data = f"class Data(torch.utils.data.{kind}):\n    def __len__(self):\n        return {length}\n"
+    data += "    def __iter__(self):\n        return iter(())\n\n"
+    task = TASK.replace("TensorDataset(x[:20], x[:20, :2])", "Data()").replace("task = Task(", f"{data}task = Task(")
+    Path("line.py").write_text(task)
+    assert run(monkeypatch, command, "line.py") == 2
+    shown = capsys.readouterr().err
+    assert "train: " in shown
+    assert shown.count("\n") == 1

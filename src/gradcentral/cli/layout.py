@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradcentral.experiment.errors import one_line
+
 __all__ = ["ModelError", "build_model"]
 
 _EXAMPLE = '"torch.nn:Linear(3, 2)"'
@@ -40,7 +42,7 @@ def _build(target: str, make: Callable[[], Any]) -> nn.Module:
             model = make()
         except Exception as error:
             hint = f"; if it needs arguments, write them, as in {_EXAMPLE}" if isinstance(error, TypeError) else ""
-            raise ModelError(f"{target}: {type(error).__name__}: {error}{hint}") from error
+            raise ModelError(f"{target}: {one_line(error)}{hint}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{target} is a {type(model).__name__}, not a torch.nn.Module or a function that returns one")
     return model

@@ -44,7 +44,10 @@ class ResultsError(ExperimentError):
 
 def one_line(error: BaseException) -> str:
     """Format an exception on one line, without the type's name for an `ExperimentError`."""
-    message = " ".join(str(error).split())
+    try:
+        message = " ".join(str(error).split())
+    except Exception as failure:
+        message = f"its message cannot be formatted, because __str__ raises {type(failure).__name__}"
     return message if isinstance(error, ExperimentError) else f"{type(error).__name__}: {message}".removesuffix(": ")
 
 
