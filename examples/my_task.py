@@ -5,6 +5,7 @@ gradcentral compare examples/my_task.py --seeds 10
 
 import torch
 from sklearn.datasets import load_wine
+from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -32,9 +33,9 @@ def model() -> nn.Module:
     )
 
 
-def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Return the fraction of correct predictions."""
-    return (output.argmax(-1) == target).float().mean()
+def macro_f1(output: Tensor, target: Tensor) -> float:
+    """Return the mean F1 over the growers. A metric is given the whole test set, so it need not be a mean."""
+    return float(f1_score(target, output.argmax(-1), average="macro"))
 
 
 train, test = datasets()
@@ -44,7 +45,7 @@ task = Task(
     train=train,
     test=test,
     loss=nn.functional.cross_entropy,
-    metric=accuracy,
+    metric=macro_f1,
     optimizers={
         "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
         "adam": lambda params: torch.optim.Adam(params, lr=1e-2),

@@ -16,6 +16,7 @@ from torch import nn
 import gradcentral
 from gradcentral import __main__ as entry_point
 from gradcentral.cli import main as cli
+from gradcentral.experiment.task import check_seed_count
 
 TASK = """
 import torch
@@ -55,7 +56,7 @@ def test_compare_trains_and_writes_a_report(
     assert "4/4  sgd, update, seed 1: l1_loss" in shown
     assert "line, sgd: mean ± std of 2 runs" in shown
     assert "  update: " in shown
-    assert f"Report: {Path('runs', 'line', 'report.html')}" in shown
+    assert f"Report: {task.parent / 'runs' / 'line' / 'report.html'}" in shown
     report = task.parent / "runs" / "line" / "report.html"
     assert "seeds=2, arms=[&#39;none&#39;, &#39;update&#39;])" in report.read_text()
 
@@ -96,6 +97,13 @@ def test_figures_draws_and_writes_what_is_chosen(
         (["compare", "line.py", "--optimizers", "lion"], "optimizers: unknown optimizer 'lion'; choose from sgd"),
         (["compare", "line.py", "--seeds", "many"], "seeds: give a number such as 5, or a list such as 0,3,7"),
         (["compare", "line.py", "--seeds", "0"], "seeds: give an integer of at least 1"),
+        (
+            ["compare", "line.py", "--seeds", "99999999999"],
+            "seeds: 99999999999 is a number of seeds, which may be at most",
+        ),
+        (["figures", "--task", "line.py", "--seeds", "99999999999"], "seeds: 99999999999 is a number of seeds"),
+        (["compare", "line.py", "--device", "meta"], "device: 'meta' is not available"),
+        (["figures", "--task", "line.py", "--device", "nowhere"], "device: 'nowhere' is not available"),
         (["compare", "line.py", "--device", "nowhere"], "device: 'nowhere' is not available"),
         (["compare", "line.py", "--jobs", "0"], "jobs: give an integer of at least 1"),
         (["compare", "line.py", "--epochs", "x"], "epochs"),
@@ -167,8 +175,12 @@ def test_errors_of_the_task_are_reported_with_their_location(
     assert f"gradcentral: {task}, line 1: FileNotFoundError" in error
     task.write_text(TASK.replace("torch.nn.functional.l1_loss", "lambda output, target: 1 / 0"))
     assert run(monkeypatch, "compare", "line.py", "--jobs", "1") == 2
+    assert f"ZeroDivisionError: division by zero ({task}, line 10)" in capsys.readouterr().err
+    late = "lambda output, target: 1 / float(len(target) < 20)"  # the first batch is tried before the runs
+    task.write_text(TASK.replace("torch.nn.functional.l1_loss", late).replace("epochs=2", "epochs=2, batch_size=4"))
+    assert run(monkeypatch, "compare", "line.py", "--jobs", "1") == 2
     shown = capsys.readouterr()
-    assert "gradcentral: run sgd, none, seed 0: ZeroDivisionError: division by zero" in shown.err
+    assert "gradcentral: run sgd, none, seed 0: ZeroDivisionError: float division by zero" in shown.err
     assert shown.err.count("\n") == 1
     assert "ZeroDivisionError" in (task.parent / "runs" / "line" / "error.txt").read_text()
 
@@ -215,6 +227,12 @@ def test_the_seeds_that_an_error_suggests_are_accepted(
     found = re.search(r"such as (\S+), or a list such as (\S+), not", capsys.readouterr().err)
     assert found is not None
     assert [cli._seeds(text) for text in found.groups()] == [5, [0, 3, 7]]
+    assert run(monkeypatch, "compare", "--seeds", "20261126") == 2
+    shown = capsys.readouterr().err
+    found = re.search(r"at most (\d+); a list such as (\[.*?\]) .*command line: (\S+)\)", shown)
+    assert found is not None
+    assert cli._seeds(found[3]) == eval(found[2])
+    check_seed_count(int(found[1]))
 
 
 def test_seeds_are_a_count_or_a_list() -> None:

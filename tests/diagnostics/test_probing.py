@@ -401,8 +401,8 @@ def test_at_most_max_batches_are_drawn() -> None:
     ("model", "loss", "data", "options", "error", "message"),
     [
         (nn.Linear(8, 4), mse, [], {}, ValueError, "batches: empty"),
-        (nn.Linear(8, 4), mse, [torch.ones(2)], {}, TypeError, "a pair (input, target) or a mapping, not a Tensor"),
-        (nn.Linear(8, 4), mse, [(1, 2, 3)], {}, TypeError, "not 3 elements"),
+        (nn.Linear(8, 4), mse, [torch.ones(2)], {}, TypeError, "a tuple (input, …, target) or a mapping, not a Tensor"),
+        (nn.Linear(8, 4), mse, [(1,)], {}, TypeError, "not 1 elements"),
         (nn.Linear(8, 4), lambda o, t: o, batches(), {}, ValueError, "scalar tensor, not one of shape (32, 4)"),
         (nn.Linear(8, 4), lambda o, t: 1.0, batches(), {}, ValueError, "must return a scalar tensor, not a float"),
         (nn.Linear(8, 4), lambda o, t: t.sum(), batches(), {}, ValueError, "compute it from the model's output"),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import gradcentral
 from gradcentral.experiment import Comparison, Task
@@ -141,3 +142,39 @@ def test_a_report_of_runs_without_gradient_norms_leaves_the_figure_out(
             del run.epochs[0][name]
     write_report(result)
     assert "Gradient norm" not in result.report.read_text()
+
+
+def test_the_report_is_written_if_all_runs_diverge_in_the_first_epoch(
+    tiny: Callable[..., Task], tmp_path: Path
+) -> None:
+    task = tiny(optimizers={"sgd": lambda p: torch.optim.SGD(p, lr=1e30)})
+    result = compare(task, seeds=2, jobs=1, out=tmp_path)
+    assert all(run.diverged_at == 1 for run in result.all_runs)
+    html = result.report.read_text()
+    assert "2 of 2 runs diverged (without GC: 2), no pair finished" in html
+    assert html.count("<td>2 of 2</td>") == 3
+    assert "Training loss</h2>" not in html  # there is nothing to draw
+    assert compare(task, seeds=2, jobs=1, out=tmp_path).report.read_text()
+
+
+def test_the_report_is_written_if_the_metric_is_never_finite(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    result = compare(tiny(metric=lambda output, target: float("nan")), seeds=2, jobs=1, out=tmp_path)
+    html = result.report.read_text()
+    assert "is not finite in 2 of 2 pairs, no pair can be compared" in html
+    assert "is not finite in 6 runs: sgd, none, seed 0; " in html
+    assert html.count("<td>0 of 2</td>") == 3
+    assert "Training loss</h2>" in html
+    rows = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
+    assert [row["test_metric_mean"] for row in rows] == ["", "", ""]
+
+
+def test_the_report_notes_seeds_with_equal_initial_weights(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    weights = tiny().model().state_dict()
+
+    def pretrained() -> torch.nn.Module:
+        model = tiny().model()
+        model.load_state_dict(weights)
+        return model
+
+    html = compare(tiny(model=pretrained), seeds=2, jobs=1, out=tmp_path).report.read_text()
+    assert "All 2 seeds start from the same weights" in html

@@ -32,7 +32,7 @@ class Stream(IterableDataset[Any]):
         ("model", 3, "model: give a function"),
         ("loss", "mse", "loss: give a function"),
         ("metric", None, "metric: give a function"),
-        ("train", Stream(), "train: a Stream has no length and index"),
+        ("train", Stream(), "train: Stream is an IterableDataset, which gives no example by its index"),
         ("test", TensorDataset(torch.empty(0), torch.empty(0)), "test: the dataset is empty"),
         ("optimizers", {}, "optimizers: give at least one"),
         ("optimizers", {"a,b": torch.optim.SGD}, "optimizers: 'a,b' is not a name"),
@@ -140,11 +140,11 @@ def test_the_remedies_in_messages_work(tiny: Callable[..., Task], tmp_path: Path
         assert isinstance(
             tiny(optimizers={"sgd": factory}).optimizers["sgd"]([nn.Parameter(torch.ones(1))]), torch.optim.SGD
         )
-    with pytest.raises(TaskError, match="give a map-style Dataset") as caught:
-        tiny(train=Stream())
+    with pytest.raises(TaskError, match="give a Dataset of") as caught:
+        tiny(train=3)
     inputs = torch.ones(8, 6)
     made = eval(
-        _suggestion(caught, r"such as (.*)"), {"TensorDataset": TensorDataset, "inputs": inputs, "targets": inputs}
+        _suggestion(caught, r"such as (.*), or"), {"TensorDataset": TensorDataset, "inputs": inputs, "targets": inputs}
     )
     assert tiny(train=made).train is made
     path = tmp_path / "empty.py"

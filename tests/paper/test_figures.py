@@ -169,7 +169,7 @@ def test_the_landscape_of_a_quadratic_loss_is_exact() -> None:
         batch_size=8,
         optimizers={"sgd": lambda params: torch.optim.SGD(params, lr=0.1)},
     )
-    x, _ = task.train.tensors  # type: ignore[attr-defined]
+    x, _ = task.train.tensors
     hessian = 2 * x.T @ x / 8
     runs = study(task, epochs=3)
     weights = [next(step.model.parameters()).detach().clone() for step in runs.train("none", 0)]

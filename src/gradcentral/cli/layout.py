@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradcentral.experiment.errors import one_line
+
 __all__ = ["ModelError", "build_model"]
 
 _EXAMPLE = '"torch.nn:Linear(3, 2)"'
@@ -31,11 +33,13 @@ def build_model(target: str) -> nn.Module:
     What the user's code prints goes to stderr, so that stdout contains the layout alone.
     """
     with redirect_stdout(sys.stderr):
-        return _build(target)
+        try:
+            return _build(target, _task_model(target) if target.endswith(".py") else _named_model(target))
+        except SystemExit as error:
+            raise ModelError(f"{target}: its code ends the program (SystemExit: {error}); remove the exit") from error
 
 
-def _build(target: str) -> nn.Module:
-    make = _task_model(target) if target.endswith(".py") else _named_model(target)
+def _build(target: str, make: Callable[[], Any]) -> nn.Module:
     try:
         with torch.device("meta"):
             model = make()
@@ -44,7 +48,7 @@ def _build(target: str) -> nn.Module:
             model = make()
         except Exception as error:
             hint = f"; if it needs arguments, write them, as in {_EXAMPLE}" if isinstance(error, TypeError) else ""
-            raise ModelError(f"{target}: {type(error).__name__}: {error}{hint}") from error
+            raise ModelError(f"{target}: {one_line(error)}{hint}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{target} is a {type(model).__name__}, not a torch.nn.Module or a function that returns one")
     return model

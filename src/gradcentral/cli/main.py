@@ -108,6 +108,7 @@ def probe(
     out: Annotated[Path | None, typer.Option(help="Folder for probe.csv and probe.png; by default none.")] = None,
 ) -> None:
     """Show what GC would remove from each layer's gradient, on real batches, before training."""
+    out = None if out is None else Path.cwd() / out.expanduser()  # before the task's file, which may change the folder
     loaded = load_task(task)
     if isinstance(loaded, CustomTask):
         raise TaskError(

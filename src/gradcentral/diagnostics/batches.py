@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["loss_of", "to_device"]
+__all__ = ["loss_of", "predict", "to_device"]
 
 
 def loss_of(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) -> Tensor:
-    """Compute ``loss(model(input), target)`` for a pair, or ``loss(model(**batch), batch)`` for a mapping."""
-    if isinstance(batch, Mapping):
-        value = loss(model(**batch), batch)
-    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
-        value = loss(model(batch[0]), batch[1])
-    else:
-        found = f"{len(batch)} elements" if isinstance(batch, Sequence) else f"a {type(batch).__name__}"
-        raise TypeError(f"batches: each batch must be a pair (input, target) or a mapping, not {found}")
+    """Compute the loss of a batch; see `predict`."""
+    value = loss(*predict(model, batch))
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ValueError(f"loss: must return a scalar tensor, not {found}")
     if torch.is_grad_enabled() and not value.requires_grad:
         raise ValueError("loss: does not depend on the model's parameters; compute it from the model's output")
     return value
+
+
+def predict(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """Return output and target: of ``(input, …, target)`` by ``model(input, …)``, of a mapping by ``model(**batch)``.
+
+    The target of a mapping is the mapping itself.
+    """
+    if isinstance(batch, Mapping):
+        return model(**batch), batch
+    if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+        found = f"{len(batch)} elements" if isinstance(batch, (list, tuple)) else f"a {type(batch).__name__}"
+        raise TypeError(f"batches: each batch must be a tuple (input, …, target) or a mapping, not {found}")
+    *inputs, target = batch
+    return model(*inputs), target
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:

@@ -48,8 +48,9 @@ def probe(
     Args:
         model: a model on any device; batches are moved to it.
         loss: ``loss(output, target)`` -> scalar tensor.
-        batches: pairs ``(input, target)``, such as a ``DataLoader``; the model is called with the input. A mapping, as
-            returned by tokenizers, is passed as ``model(**batch)`` and ``loss(output, batch)``.
+        batches: pairs ``(input, target)``, such as a ``DataLoader``; the model is called with the input, or with all
+            inputs of ``(input, …, target)``. A mapping, as returned by tokenizers, is passed as ``model(**batch)`` and
+            ``loss(output, batch)``.
         layout: use this layout instead of ``weight_layout(model)``.
         max_batches: maximum number of batches to use.
 
@@ -59,7 +60,7 @@ def probe(
     Raises:
         ValueError: ``batches`` is empty; the loss is not a scalar tensor, or does not depend on the parameters; the
             model is lazy and has not run yet, is sharded, or does not train.
-        TypeError: a batch is neither a pair nor a mapping.
+        TypeError: a batch is neither a tuple that ends with the target nor a mapping.
 
     Examples:
         >>> import torch, gradcentral

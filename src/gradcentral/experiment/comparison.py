@@ -15,7 +15,7 @@ from typing import Any
 from gradcentral.diagnostics.probe_report import ProbeReport
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.statistics import Paired, epochs_to_reach, mean_std, paired
-from gradcentral.experiment.store import REPORT, Run
+from gradcentral.experiment.store import REPORT, Key, Run
 from gradcentral.experiment.verdict import Verdict, judge
 from gradcentral.extras import optional
 from gradcentral.tables import csv_text
@@ -32,7 +32,7 @@ class Row:
     Attributes:
         optimizer, arm: names of the optimizer and the arm.
         runs, diverged: number of runs, and how many of them diverged.
-        test_metric: final value of each run.
+        test_metric: final value of each run in which it is finite.
         train_loss: running mean over the last epoch of each run.
         epochs_to_baseline: for each run, the first epoch with a training loss of at most the final loss of the
             baseline's run of the same seed; None if there is none.
@@ -101,7 +101,7 @@ class Comparison:
 
     def evidence(self, optimizer: str, arm: str, name: str = "test_metric") -> Paired:
         """Compare final numbers of an arm with those of ``none``: ``test_metric``, ``train_loss`` or ``test_loss``."""
-        baseline, other = ([run.final(name) for run in self.runs(optimizer, which)] for which in (NONE, arm))
+        baseline, other = ([_result(run, name) for run in self.runs(optimizer, which)] for which in (NONE, arm))
         return paired(baseline, other, arms=len(self.arms) - 1)
 
     @cached_property
@@ -113,6 +113,24 @@ class Comparison:
             for arm in self.arms
             if arm != NONE
         )
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the runs that a reader of the verdicts needs."""
+        notes = []
+        seeds: dict[str, list[int]] = {}
+        for run in self.all_runs:
+            if run.weights is not None and run.seed not in (same := seeds.setdefault(run.weights, [])):
+                same.append(run.seed)
+        for same in (same for same in seeds.values() if len(same) > 1):
+            which = f"All {len(same)} seeds" if len(same) == len(self.seeds) else f"Seeds {', '.join(map(str, same))}"
+            notes.append(
+                f"{which} start from the same weights (a pretrained model, or a factory that sets its own seed), so "
+                "the intervals do not cover the variation between initializations."
+            )
+        if undefined := [run.key for run in self.all_runs if math.isnan(_result(run, "test_metric") or 0)]:
+            notes.append(f"The final test {self.metric} is not finite in {len(undefined)} runs: {_listed(undefined)}.")
+        return tuple(notes)
 
     def row(self, optimizer: str, arm: str) -> Row:
         """Summarize one arm under one optimizer."""
@@ -126,17 +144,17 @@ class Comparison:
             arm,
             runs=len(runs),
             diverged=len(runs) - len(finished),
-            test_metric=[run.epochs[-1]["test_metric"] for run in finished],
-            train_loss=[run.epochs[-1]["train_loss"] for run in finished],
+            test_metric=_present(run.final("test_metric") for run in finished),
+            train_loss=_present(run.final("train_loss") for run in finished),
             epochs_to_baseline=[
                 epochs_to_reach([epoch["train_loss"] for epoch in run.epochs], target)
                 for run in finished
                 if (target := targets[run.seed]) is not None
             ],
             gap=[
-                sign * (run.train_metric - run.epochs[-1]["test_metric"])
+                sign * (run.train_metric - metric)
                 for run in finished
-                if run.train_metric is not None
+                if run.train_metric is not None and (metric := run.final("test_metric")) is not None
             ],
             share=[fmean(values) for values in shares if values],
             seconds=[run.seconds for run in runs],
@@ -189,6 +207,8 @@ class Comparison:
                 line = rich_text.Text.assemble((f"{verdict.arm}: ", "bold"), verdict.sentence)
                 parts.append(optional("rich.padding").Padding(line, (0, 0, 0, 2)))
             parts.append("")
+        for note in self.notes:
+            parts += [rich_text.Text.assemble(("note: ", "bold"), note), ""]
         return optional("rich.console").Group(*parts[:-1])
 
     def __str__(self) -> str:
@@ -215,6 +235,17 @@ def spread(values: Sequence[float]) -> str:
     if not -4 <= places <= 6 or abs(mean) >= 1e7:
         return f"{mean:.2e} ± {std:.0e}"
     return f"{mean:.{max(0, places)}f} ± {std:.{max(0, places)}f}"
+
+
+def _listed(keys: Sequence[Key]) -> str:
+    more = f"; and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return "; ".join(map(str, keys[:5])) + more
+
+
+def _result(run: Run, name: str) -> float | None:
+    """Return a final number for `paired`: None if the run diverged, and NaN if the number was not finite."""
+    value = run.final(name)
+    return math.nan if value is None and run.diverged_at is None else value
 
 
 def _epochs(values: Sequence[int | None]) -> str:

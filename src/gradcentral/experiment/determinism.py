@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from itertools import starmap
 from typing import Any
 
 import torch
 
 from gradcentral.extras import optional
 
-__all__ = ["derive", "digest", "one_thread", "seed_everything"]
+__all__ = ["approximately", "derive", "digest", "one_thread", "same", "seed_everything"]
 
 
 def seed_everything(seed: int) -> None:
@@ -55,6 +57,34 @@ def digest(value: Any) -> str:
     return sha.hexdigest()[:12]
 
 
+def approximately(*values: float) -> str:
+    """Write numbers as text that `same` compares up to rounding.
+
+    >>> approximately(0.5, float("nan"))
+    '≈ 0.5, nan'
+    """
+    return "≈ " + ", ".join(f"{value:.6g}" for value in values)
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two texts are equal; numbers after "≈" may differ as rounding on other machines and GPUs makes them.
+
+    >>> same("≈ 0.5, nan", "≈ 0.50001, nan"), same("≈ 0.5", "≈ 0.6"), same("0.5", "0.50001")
+    (True, False, False)
+    """
+    if not one.startswith("≈ ") or not other.startswith("≈ "):
+        return one == other
+    numbers, others = (text[2:].split(", ") for text in (one, other))
+    return len(numbers) == len(others) and all(starmap(_close, zip(numbers, others, strict=True)))
+
+
+def _close(one: str, other: str) -> bool:
+    try:
+        return one == other or math.isclose(float(one), float(other), rel_tol=1e-3)
+    except ValueError:  # a damaged file
+        return False
+
+
 def _parts(value: Any) -> Iterator[bytes]:
     if isinstance(value, torch.Tensor):
         value = value.detach().to_dense() if value.layout != torch.strided else value.detach()
@@ -66,5 +96,10 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield f"{len(value)} items".encode()
         for item in value.items() if isinstance(value, Mapping) else value:
             yield from _parts(item)
+    elif isinstance(value, Set):
+        yield from _parts(sorted(map(digest, value)))  # the order of a set differs between processes
+    elif hasattr(value, "__array_interface__"):  # an array, an image of PIL
+        array = optional("numpy").asarray(value)
+        yield from _parts([array.dtype.str, array.shape, array.tolist() if array.dtype.hasobject else array.tobytes()])
     else:
         yield pickle.dumps(value)

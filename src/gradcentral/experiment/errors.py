@@ -8,7 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ArmError", "ExperimentError", "ResultsError", "RunError", "TaskError", "line_of", "naming", "one_line"]
+__all__ = [
+    "ArmError",
+    "ExperimentError",
+    "ResultsError",
+    "RunError",
+    "TaskError",
+    "exits_named",
+    "line_of",
+    "naming",
+    "one_line",
+]
 
 
 class ExperimentError(Exception):
@@ -60,5 +70,14 @@ def naming(part: str, file: Path | None = None) -> Iterator[None]:
         yield
     except ExperimentError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit in a task's code must not end this program
         raise TaskError(f"{part}: {one_line(error)} ({line_of(error, file)})") from error
+
+
+@contextmanager
+def exits_named() -> Iterator[None]:
+    """Turn a ``sys.exit`` in a task's code, which must not end this program, into a `TaskError`."""
+    try:
+        yield
+    except SystemExit as error:
+        raise TaskError(f"the task's code ends the program: {one_line(error)} ({line_of(error, None)})") from error

@@ -1,89 +1,135 @@
-"""The fingerprint of a task, so that runs of a changed task are never mixed.
+"""The fingerprint of a task, so that runs of different tasks are never mixed: what a run computes, not its code.
 
-It contains the source of the task's file (for a task from memory, the sources that `inspect` finds), its settings and
-a hash of its data. If a run is missing, a model is built, and the initial weights and the optimizers are added.
+It contains hashes of the data and of the initial weights, the settings, the versions of torch and gradcentral, and the
+numbers of a reference run: the loss and the metric of the untrained model, and two training steps with each optimizer.
+It is computed in every call, on one thread, and reports errors in the task before any run starts. It cannot notice a
+change that neither touches the data nor the first two steps, such as another activation from the tenth epoch on.
 """
 
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
+import math
 import textwrap
-from collections.abc import Mapping
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import metadata
+from itertools import islice
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import TensorDataset
 
-from gradcentral.experiment.determinism import digest, seed_everything
-from gradcentral.experiment.errors import TaskError, naming
+from gradcentral.experiment.arms import NONE, CheckedArm
+from gradcentral.experiment.data import Batches, epochs_of, evaluation_batches, single_last_example, steps_of
+from gradcentral.experiment.determinism import approximately, derive, digest, one_thread, seed_everything
+from gradcentral.experiment.errors import TaskError, naming, one_line
 from gradcentral.experiment.loading import LoadedTask
-from gradcentral.experiment.task import CustomTask, Task, name_of
-from gradcentral.experiment.training import Settings, fresh_model, fresh_optimizer, fresh_schedule, pair_of, steps_of
+from gradcentral.experiment.store import Key
+from gradcentral.experiment.task import CustomTask, Task, is_loader
+from gradcentral.experiment.training import Settings, Trainer, fresh_model, fresh_optimizer, fresh_schedule
 
-__all__ = ["fingerprint_of_model", "fingerprint_of_task"]
+__all__ = ["fingerprint"]
 
-# Enough examples to detect changed data, few enough to read from a slow disk.
-SAMPLED_EXAMPLES = 64
+# Data in memory are hashed whole. Of other datasets, at most so many examples, evenly spaced, and of a loader so many
+# batches: reading more from a disk could take as long as the comparison.
+SAMPLED_EXAMPLES = 10_000
+SAMPLED_BATCHES = 1_000
+REFERENCE_STEPS = 2
+# Every learning rate of a schedule with up to so many steps.
+SCHEDULED_STEPS = 10_000
 
 
-def fingerprint_of_task(loaded: LoadedTask, settings: Settings | None) -> dict[str, str]:
-    """Describe the task's source, settings and data, without a model. This seeds the global random generators."""
+def fingerprint(
+    loaded: LoadedTask, settings: Settings | None, optimizers: Sequence[str], arms: Sequence[str]
+) -> dict[str, str]:
+    """Describe the parts of the task, for `same`. This seeds the global random generators.
+
+    Raises:
+        TaskError: a part of the task is not usable; the message names it.
+    """
     task = loaded.task
-    parts = {"task": task.name, "higher_is_better": str(task.higher_is_better)}
-    if loaded.file is not None:
-        parts["source of the task's file (without comments)"] = _digest_of_source(loaded.source)
+    parts: dict[str, str] = {"task": task.name, "torch": torch.__version__}
+    parts |= {"gradcentral": metadata.version("gradcentral"), "metric": task.metric_name}
+    parts["higher_is_better"] = str(task.higher_is_better)
     if isinstance(task, CustomTask):
-        return parts | {"run": _of_function(task.run), "metric_name": task.metric_name}
+        # What a custom trainer computes would take a whole run to find out.
+        parts["source (without comments)"] = _digest_of_source(loaded.source or _source_of(task.run))
+        return parts
     assert settings is not None
-    parts |= {name: str(value) for name, value in asdict(settings).items()} | {"batch_size": str(task.batch_size)}
-    parts |= {name: _of_function(getattr(task, name)) for name in ("loss", "metric")}
-    parts["schedule"] = "none" if task.schedule is None else _of_function(task.schedule)
+    with one_thread():
+        return parts | _of_task(task, loaded, settings, optimizers, arms)
+
+
+def _of_task(
+    task: Task, loaded: LoadedTask, settings: Settings, optimizers: Sequence[str], arms: Sequence[str]
+) -> dict[str, str]:
+    parts: dict[str, str] = {name: str(value) for name, value in asdict(settings).items()}
+    parts |= {name: str(getattr(task, name)) for name in ("batch_size", "drop_last", "metric_per_batch")}
     for part in ("train", "test"):
         with naming(part, loaded.file):
-            parts[part] = _of_dataset(getattr(task, part))
+            parts[part] = _of_data(getattr(task, part))
+    with naming("model", loaded.file):
+        model = _paired_model(task)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        weights = digest(model.state_dict())
+        parts["model"] = f"{type(model).__name__} of {count} parameters, initial weights {weights}"
+    for name in optimizers:
+        with naming(f"optimizers[{name!r}]", loaded.file):
+            parts[f"optimizers[{name!r}]"] = _of_optimizer(fresh_optimizer(task, name, model))
+        with naming("schedule", loaded.file):
+            parts[f"schedule of {name}"] = _of_schedule(task, name, model, steps_of(task, settings.epochs))
+        for arm in arms:
+            _check_arm(task, name, arm, model)
+        with naming("the task cannot be trained", loaded.file):
+            trainer = Trainer(task, settings, Key(name, NONE, seed=0))
+            _check_last_batch(trainer)
+        if name == optimizers[0]:
+            with naming("the task cannot be evaluated", loaded.file):
+                parts["untrained model: test loss, metric"] = _of_evaluation(trainer)
+        with naming("the task cannot be trained", loaded.file):
+            parts[f"two steps of {name}: losses, change of the weights"] = _of_steps(trainer)
     return parts
 
 
-def fingerprint_of_model(loaded: LoadedTask, settings: Settings, optimizers: tuple[str, ...]) -> dict[str, str]:
-    """Describe the model and the optimizers by building them as a run does. This seeds the global random generators."""
-    task = loaded.task
-    assert isinstance(task, Task)
-    # Building everything here reports errors in the task before any worker starts.
-    with naming("model", loaded.file):
-        model, again = (fresh_model(task, seed=0) for _ in range(2))
-    weights = digest(model.state_dict())
-    if digest(again.state_dict()) != weights:
+def _check_arm(task: Task, name: str, arm: str, model: nn.Module) -> None:
+    """Raise a `TaskError` if the arm cannot be attached, for example because the model has nothing to center."""
+    try:
+        CheckedArm(arm, model, fresh_optimizer(task, name, model))
+    except ValueError as error:
+        raise TaskError(f"optimizers[{name!r}], arm {arm!r}: {one_line(error)}") from error
+
+
+def _of_data(data: Any) -> str:
+    seed_everything(0)  # augmentation draws random numbers
+    if is_loader(data):
+        batches = islice(Batches(data, 1, seed=0), SAMPLED_BATCHES)
+        return f"{len(data)} batches, content {digest([*map(digest, batches)])}"
+    if type(data) is TensorDataset:
+        return f"{len(data)} examples, content {digest(data.tensors)}"
+    step = 1 if isinstance(data, (list, tuple)) else math.ceil(len(data) / SAMPLED_EXAMPLES)
+    return f"{len(data)} examples, content {digest([digest(data[i]) for i in range(0, len(data), step)])}"
+
+
+def _paired_model(task: Task) -> nn.Module:
+    """Build the model, and check that it can be built again."""
+    model, again = (fresh_model(task, seed=0) for _ in range(2))
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if trained & {id(parameter) for parameter in again.parameters()}:
+        raise TaskError(
+            "model: two calls of the factory returned the same parameters, so a run would continue where another "
+            f"ended; build everything inside the factory, for example model=lambda: {type(model).__name__}(...)"
+        )
+    if digest(again.state_dict()) != digest(model.state_dict()):
         raise TaskError(
             "model: two calls under one seed gave different initial weights, so runs could not be paired; "
             "draw all random numbers from torch, NumPy or random, without setting a seed"
         )
-    parts = {"model": _of_model(model, weights)}
-    for name in optimizers:
-        with naming(f"optimizers[{name!r}]", loaded.file):
-            optimizer = fresh_optimizer(task, name, model)
-            parts[f"optimizers[{name!r}]"] = _of_optimizer(optimizer)
-        with naming("schedule", loaded.file):
-            fresh_schedule(task, optimizer, steps_of(task, settings.epochs))
-    return parts
-
-
-def _of_model(model: nn.Module, weights: str) -> str:
-    count = sum(parameter.numel() for parameter in model.parameters())
-    # str(model) lists the layers, but not the computations of a user's forward between them.
-    own = {type(module).forward for module in model.modules() if not type(module).__module__.startswith("torch.")}
-    structure = digest([str(model), *sorted(map(_source_of, own))])
-    return f"{type(model).__name__} of {count} parameters, structure {structure}, initial weights {weights}"
-
-
-def _of_dataset(dataset: Any) -> str:
-    seed_everything(0)  # augmentation draws random numbers
-    sample = [dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // SAMPLED_EXAMPLES))]
-    if not isinstance(sample[0], Mapping):
-        pair_of(sample[0])
-    return f"{len(dataset)} examples, content {digest(sample)}"
+    return model
 
 
 def _of_optimizer(optimizer: Optimizer) -> str:
@@ -94,26 +140,69 @@ def _of_optimizer(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__name__}({' | '.join(groups)})"
 
 
-def _of_function(function: Any) -> str:
-    return f"{name_of(function)}, source {_digest_of_source(_source_of(function))}"
+def _of_schedule(task: Task, name: str, model: nn.Module, steps: int) -> str:
+    optimizer = fresh_optimizer(task, name, model)
+    if (schedule := fresh_schedule(task, optimizer, steps)) is None:
+        return "none"
+    options = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # there is no step of the optimizer
+        for _ in range(min(steps, SCHEDULED_STEPS)):
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            options.append(digest(groups))
+            schedule.step()
+    return f"{type(schedule).__name__}, learning rates {digest(options)}"
 
 
-def _source_of(value: Any) -> str:
-    """Return the source that `inspect` finds, or a name that is the same in every process."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return repr(value)
-    if isinstance(value, functools.partial):
-        return "\n".join(map(_source_of, [value.func, *value.args, *value.keywords, *value.keywords.values()]))
-    if not (inspect.isroutine(value) or inspect.isclass(value)):  # an instance, such as nn.CrossEntropyLoss()
-        settings = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, (bool, int, float, str))}
-        return f"{_source_of(type(value))}\n{settings}"
-    name = f"{value.__module__}.{value.__qualname__}"
-    if name.startswith("torch."):  # a new version of torch does not change the task
-        return name
+def _of_evaluation(trainer: Trainer) -> str:
+    """Evaluate on the first test batch, or on the whole set if the metric needs it, as ROC AUC needs two classes."""
+    seed_everything(0)
+    batches = evaluation_batches(trainer.task)
     try:
-        return textwrap.dedent(inspect.getsource(value))
+        return approximately(*trainer.evaluate(batches, limit=1))
+    except TaskError:
+        raise
+    except Exception:
+        if len(batches) == 1:
+            raise
+    return approximately(*trainer.evaluate(batches))
+
+
+def _of_steps(trainer: Trainer) -> str:
+    trainer.model.train()
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    seed_everything(derive(trainer.seed, "training"))
+    batches = islice(next(epochs_of(trainer.task, trainer.seed)), REFERENCE_STEPS)
+    losses = [float(trainer.step(batch, effects=[])) for batch in batches]
+    change = [_norm(p.detach() - b) for p, b in zip(trainer.model.parameters(), before, strict=True)]
+    return approximately(*losses, math.hypot(*change))
+
+
+def _check_last_batch(trainer: Trainer) -> None:
+    """Raise a `TaskError` if the last batch of each epoch has one example and the model, as BatchNorm, needs more."""
+    if (batch := single_last_example(trainer.task)) is None:
+        return
+    try:
+        with torch.no_grad():
+            trainer.forward(batch)
+    except Exception as error:
+        raise TaskError(
+            f"train: the last batch of an epoch has a single example, which the model refuses ({one_line(error)}); "
+            "set drop_last=True"
+        ) from error
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)))
+
+
+def _source_of(function: Any) -> str:
+    """Return the source that `inspect` finds, or a name that is the same in every process."""
+    try:
+        return textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
-        return name
+        kind = function if hasattr(function, "__qualname__") else type(function)
+        return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _digest_of_source(source: str | bytes) -> str:

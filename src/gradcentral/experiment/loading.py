@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import pickle
 import sys
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,8 @@ class PackedTask(NamedTuple):
 
     file: Path | None
     content: bytes | Path
+    folder: Path | None = None
+    """The working directory in which the file was run; the file may change it."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,12 @@ class LoadedTask:
     task: AnyTask
     file: Path | None = None
     source: bytes = b""
+    folder: Path | None = None
 
     def pack(self, folder: Path | None) -> PackedTask:
         """Pack the task for `unpack`; a task from memory is pickled into ``folder``, if workers share one."""
         if self.file is not None:
-            return PackedTask(self.file, self.source)
+            return PackedTask(self.file, self.source, self.folder)
         try:
             content: bytes = optional("cloudpickle").dumps(self.task)
         except (TypeError, AttributeError, pickle.PicklingError) as error:
@@ -60,9 +65,12 @@ class LoadedTask:
 @functools.cache
 def unpack(packed: PackedTask) -> LoadedTask:
     """Restore a packed task, once per process."""
-    file, content = packed
+    file, content, working = packed
     if isinstance(content, Path):
         content = content.read_bytes()
+    if working is not None and working != Path.cwd():
+        with suppress(OSError):  # another machine may not have the folder
+            os.chdir(working)
     return LoadedTask(pickle.loads(content)) if file is None else _run_file(file, content)
 
 
@@ -110,12 +118,21 @@ def _run_file(path: Path, content: bytes) -> LoadedTask:
     module = types.ModuleType(f"gradcentral_task_{digest(str(path))}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses and pickle look the module up here
+    folder, arguments = Path.cwd(), sys.argv
+    sys.argv = [str(path)]  # the arguments of this program are not those of the file
     try:
         exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
     except SyntaxError as error:
         raise TaskError(f"{error.filename or path}, line {error.lineno}: {error.msg}") from error
+    except SystemExit as error:
+        raise TaskError(
+            f"{line_of(error, path)}: the file ends the program ({one_line(error)}); "
+            'put what a task does not need below if __name__ == "__main__":'
+        ) from error
     except Exception as error:
         raise TaskError(f"{line_of(error, path)}: {one_line(error)}") from error
+    finally:
+        sys.argv = arguments
     task = getattr(module, "task", None)
     if task is None:
         raise TaskError(f"{path}: does not define `task`; end it with task = Task(...)")
@@ -123,4 +140,4 @@ def _run_file(path: Path, content: bytes) -> LoadedTask:
         task = CustomTask(name=path.stem, run=task)
     if not isinstance(task, (Task, CustomTask)):
         raise TaskError(f"{path}: `task` is of type {type(task).__name__}; make it a gradcentral.experiment.Task")
-    return LoadedTask(task, path, content)
+    return LoadedTask(task, path, content, folder)

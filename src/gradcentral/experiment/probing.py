@@ -13,11 +13,12 @@ from gradcentral.diagnostics.input_means import InputMean
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.diagnostics.probe_report import LayerReport, ProbeReport
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES, probe
+from gradcentral.experiment.data import epochs_of
 from gradcentral.experiment.determinism import derive, seed_everything
 from gradcentral.experiment.errors import naming
 from gradcentral.experiment.output_folder import OutputFolder
 from gradcentral.experiment.task import Task
-from gradcentral.experiment.training import amp_dtype, fresh_model, loader_of, orders_of
+from gradcentral.experiment.training import amp_dtype, fresh_model
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["probe_task", "read_probe", "write_probe"]
@@ -36,13 +37,13 @@ def probe_task(
         >>> probe_task(load_task("digits")).layers[0].name
         '0.weight'
     """
-    with preserve_state():
+    with preserve_state(), naming("the task cannot be probed"):
         model = fresh_model(task, seed).to(device)
         seed_everything(derive(seed, "training"))
-        loader = loader_of(task, next(orders_of(task, seed)))
+        loader = next(epochs_of(task, seed))
         half = amp and amp_dtype(torch.device(device)) == torch.bfloat16
         autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half)
-        with naming("the task cannot be probed"), autocast:
+        with autocast:
             return probe(model, task.loss, loader, max_batches=batches)
 
 

@@ -55,7 +55,9 @@ class Progress:
             return
         result = f"diverged in epoch {run.diverged_at}"
         if run.diverged_at is None:
-            result = f"{self._metric} {run.final('test_metric'):.4g}, training loss {run.final('train_loss'):.4g}"
+            metric = run.final("test_metric")
+            result = f"{self._metric} {'not finite' if metric is None else f'{metric:.4g}'}, "
+            result += f"training loss {run.final('train_loss'):.4g}"
         width = len(str(len(self._keys)))
         self._console.print(f"{len(self._done):{width}}/{len(self._keys)}  {run.key}: {result}  ({run.seconds:.1f} s)")
 
@@ -85,7 +87,7 @@ class Progress:
     def _text(self, keys: Sequence[Key]) -> str:
         done = [self._done[key] for key in keys if key in self._done]
         finals = [value for run in done if (value := run.final("test_metric")) is not None]
-        diverged = len(done) - len(finals)
+        diverged = sum(run.diverged_at is not None for run in done)
         # A mean over several arms or optimizers would be meaningless.
         metric = f"  {self._metric} {spread(finals)}" if finals and len({key[:2] for key in keys}) == 1 else ""
         return f"{len(done)}/{len(keys)}{metric}" + (f"  {diverged} diverged" if diverged else "")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,29 @@ from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.arms import ARMS, NONE
 from gradcentral.experiment.comparison import Comparison
 from gradcentral.experiment.errors import ArmError, ResultsError, TaskError
-from gradcentral.experiment.fingerprint import fingerprint_of_model, fingerprint_of_task
+from gradcentral.experiment.fingerprint import fingerprint
 from gradcentral.experiment.loading import AnyTask, find_task
 from gradcentral.experiment.probing import probe_task, read_probe, write_probe
 from gradcentral.experiment.progress import Progress
 from gradcentral.experiment.report import write_report
 from gradcentral.experiment.store import PROBE, Key, Run, Store
-from gradcentral.experiment.task import CustomTask, Task, check_count
+from gradcentral.experiment.task import CustomTask, Task, check_count, check_seed_count
 from gradcentral.experiment.training import Settings, check_device
 from gradcentral.experiment.workers import check_backend, run_all
 
 __all__ = ["compare"]
 
 
+@contextmanager
+def _preserve_working_directory() -> Iterator[None]:
+    folder = Path.cwd()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+
+
+@_preserve_working_directory()
 @preserve_state()
 def compare(
     task: Task | CustomTask | Callable[..., Any] | str | Path,
@@ -45,8 +56,9 @@ def compare(
 
     Runs of one seed are paired: they have identical initial weights and identical batches. Every run checks that it
     trains as its arm requires. Each finished run is stored in ``out`` immediately: after an interruption, the same call
-    continues with the missing runs, and a call with more seeds, arms or optimizers adds only those. If no run is
-    missing, no model is built and only the report is rewritten.
+    continues with the missing runs, and a call with more seeds, arms or optimizers adds only those. Runs of another
+    task are never mixed in: every call compares the data, the initial weights and two training steps with those of the
+    stored runs.
 
     Args:
         task: a `Task`, a `CustomTask`, a bare ``run(seed, arm)`` function, a file that defines ``task``, or the name
@@ -76,6 +88,7 @@ def compare(
     """
     options = {"seeds": seeds, "epochs": epochs, "arms": arms, "optimizers": optimizers, "device": device, "amp": amp}
     command = _command(task, options)
+    start = Path.cwd()  # before the task's file, which may change it
     loaded = find_task(task)
     task = loaded.task
     settings, arms, seeds = _settings(task, options), _arms(arms), _seeds(seeds)
@@ -84,15 +97,12 @@ def compare(
     if jobs is not None:
         check_count("jobs", jobs)
     check_backend(backend)
-    fingerprint = fingerprint_of_task(loaded, settings)
+    parts = fingerprint(loaded, settings, optimizers, arms)
     keys = [Key(optimizer, arm, seed) for seed in seeds for optimizer in optimizers for arm in arms]
-    with Store(Path("runs", task.name) if out is None else Path(out)) as store:
-        store.begin(fingerprint, resume=resume)
+    with Store(start / (Path("runs", task.name) if out is None else Path(out).expanduser())) as store:
+        store.begin(parts, resume=resume)
         before = [store.runs[key] for key in keys if key in store.runs]
         missing = [key for key in keys if key not in store.runs]
-        # The source of a file identifies the task. A task from memory may have no source, so its model is needed too.
-        if settings is not None and (missing or loaded.file is None):
-            store.extend_fingerprint(fingerprint_of_model(loaded, settings, optimizers))
         folder = store.folder
         probe = folder.path / PROBE
         if isinstance(task, Task) and missing and not (store.runs and probe.exists()):
@@ -163,7 +173,7 @@ def _names(field: str, chosen: Sequence[str], known: tuple[str, ...]) -> tuple[s
 
 def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(seeds, int):
-        check_count("seeds", seeds)
+        check_seed_count(seeds)
         return tuple(range(seeds))
     valid = all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds)
     if not seeds or not valid or len(set(seeds)) != len(seeds):

@@ -20,7 +20,7 @@ class Paired:
     """Differences arm − baseline between runs paired by seed.
 
     Attributes:
-        differences: one per pair in which neither run diverged.
+        differences: one per pair in which neither run diverged and both numbers are finite.
         mean: mean of the differences; None if there are none.
         interval: 95% confidence interval of the mean, simultaneous for all arms; None, as are ``p`` and
             ``detectable``, if the spread cannot be estimated (there are fewer than two differences, or all are equal).
@@ -28,6 +28,7 @@ class Paired:
         detectable: the smallest true difference that this many pairs with this spread would detect with 80% power.
         arms: number of arms that are compared with the baseline.
         diverged, baseline_diverged: number of runs of the arm and of the baseline that diverged.
+        undefined: number of pairs in which neither run diverged, but a number is not finite.
         pairs: number of seeds, including those with a diverged run.
     """
 
@@ -39,6 +40,7 @@ class Paired:
     arms: int
     diverged: int
     baseline_diverged: int
+    undefined: int
     pairs: int
 
     @property
@@ -51,7 +53,8 @@ def paired(baseline: Sequence[float | None], arm: Sequence[float | None], *, arm
     """Compare the runs of an arm with those of the baseline by a paired t-test, Bonferroni-corrected for the arms.
 
     Args:
-        baseline: one number per seed; None for a run that diverged.
+        baseline: one number per seed; None for a run that diverged, and a number that is not finite, such as NaN, for
+            one that finished without a defined result.
         arm: one number per seed, in the same order.
         arms: number of arms that are compared with this baseline.
 
@@ -67,7 +70,8 @@ def paired(baseline: Sequence[float | None], arm: Sequence[float | None], *, arm
         raise ValueError(f"{len(baseline)} baseline runs cannot be paired with {len(arm)} runs of the arm")
     if arms < 1:
         raise ValueError(f"arms: must be at least 1, not {arms}")
-    both = [(a, b) for a, b in zip(baseline, arm, strict=True) if a is not None and b is not None]
+    finished = [(a, b) for a, b in zip(baseline, arm, strict=True) if a is not None and b is not None]
+    both = [pair for pair in finished if all(map(math.isfinite, pair))]
     differences = tuple(b - a for a, b in both)
     mean, std = mean_std(differences) if both else (None, None)
     interval = p = detectable = None
@@ -80,7 +84,8 @@ def paired(baseline: Sequence[float | None], arm: Sequence[float | None], *, arm
         error = std / math.sqrt(len(differences))
         detectable = (high - low) / 2 + float(scipy.t.ppf(POWER, len(differences) - 1)) * error
     diverged, baseline_diverged = arm.count(None), baseline.count(None)
-    return Paired(differences, mean, interval, p, detectable, arms, diverged, baseline_diverged, pairs=len(arm))
+    counts = diverged, baseline_diverged, len(finished) - len(both), len(arm)
+    return Paired(differences, mean, interval, p, detectable, arms, *counts)
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:

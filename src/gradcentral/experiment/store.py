@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout  # torch requires it too
 
+from gradcentral.experiment.determinism import same
 from gradcentral.experiment.errors import ResultsError
 from gradcentral.experiment.output_folder import OutputFolder
 from gradcentral.json_lines import append, finish_last_line, read_lines
@@ -160,12 +161,10 @@ class Store:
             self._read_runs()
         if self.runs:
             self.fingerprint = self._read_fingerprint()
-        self.extend_fingerprint(fingerprint)
-
-    def extend_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
-        """Add parts to the stored fingerprint, after checking that no stored part differs."""
         stored = self.fingerprint
-        changed = [f"{k} (was {stored[k]}, is {now})" for k, now in fingerprint.items() if stored.get(k, now) != now]
+        changed = [
+            f"{k} (was {stored[k]}, is {now})" for k, now in fingerprint.items() if not same(stored.get(k, now), now)
+        ]
         if changed:
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ResultsError(

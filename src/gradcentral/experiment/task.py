@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset
+from torch.utils.data import IterableDataset
 
-from gradcentral.experiment.errors import TaskError
+from gradcentral.experiment.errors import TaskError, one_line
 
-__all__ = ["CustomTask", "Task", "check_count", "name_of"]
+__all__ = ["CustomTask", "Task", "check_count", "check_seed_count", "is_loader", "name_of"]
+
+MOST_EXAMPLES = 100_000_000
+MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,25 @@ class Task:
     Args:
         name: name of the task and of its output folder.
         model: function that builds a fresh model; called once per run, with the run's seed set.
-        train: training examples: pairs ``(input, target)``, or mappings with the arguments of the model.
-        test: test examples in the same form, which are never trained on.
-        loss: ``loss(output, target)`` -> scalar tensor, the mean over the batch. If the examples are mappings, the
+        train: training data: a dataset of examples, or a ``DataLoader`` (or anything else with a length that can be
+            iterated in every epoch) of batches. An example, and so a batch, is ``(input, target)``;
+            ``(input, …, target)`` for a model with several inputs; or a mapping with the arguments of the model.
+        test: test data in the same form, which are never trained on.
+        loss: ``loss(output, target)`` -> scalar tensor, the mean over the batch. If the batches are mappings, the
             model is called as ``model(**batch)`` and the target is the batch itself.
-        metric: ``metric(output, target)`` -> number, the mean over the batch. The metric is named after the callable.
+        metric: ``metric(output, target)`` -> number. It is called once per evaluation, with the outputs and targets of
+            the whole test set, on the CPU: F1, AUC and perplexity are those of the test set. The metric is named after
+            the callable.
         optimizers: name -> ``factory(parameters)`` -> a plain ``torch.optim.Optimizer``, without GC.
-        batch_size: examples per step. Evaluation uses four times as many at once.
-        epochs: passes over the training examples.
+        batch_size: examples of a dataset per step. Evaluation uses four times as many at once.
+        epochs: passes over the training data.
         schedule: ``schedule(optimizer, steps)`` -> ``LRScheduler``, stepped once per batch; ``steps`` is the total
             number of batches.
         higher_is_better: whether a larger metric is better.
+        collate: ``collate(examples)`` -> batch, for datasets; by default that of a ``DataLoader``.
+        drop_last: whether an epoch leaves out a last batch with fewer than ``batch_size`` examples.
+        metric_per_batch: call the metric on each test batch, and use the mean over the test examples, where the outputs
+            for the whole test set would not fit into memory.
 
     Raises:
         TaskError: a field is not usable; the message names it.
@@ -60,8 +71,8 @@ class Task:
 
     name: str
     model: Callable[[], nn.Module]
-    train: Dataset[Any]
-    test: Dataset[Any]
+    train: Any  # a Dataset, a list of examples, a DataLoader …
+    test: Any
     loss: Callable[[Any, Any], Tensor]
     metric: Callable[[Any, Any], Tensor | float]
     optimizers: Mapping[str, Callable[[Iterable[nn.Parameter]], Optimizer]]
@@ -69,6 +80,9 @@ class Task:
     epochs: int = 10
     schedule: Callable[[Optimizer, int], LRScheduler] | None = None
     higher_is_better: bool = True
+    collate: Callable[[list[Any]], Any] | None = None
+    drop_last: bool = False
+    metric_per_batch: bool = False
 
     def __post_init__(self) -> None:
         _check_name_and_direction(self)
@@ -90,20 +104,35 @@ class Task:
                 f"optimizers[{name!r}]: give a function of the parameters, not an optimizer, "
                 f"for example lambda params: torch.optim.{type(factory).__name__}(params, ...)",
             )
-        functions = {name: getattr(self, name) for name in ("model", "loss", "metric", "schedule")}
+        functions = {name: getattr(self, name) for name in ("model", "loss", "metric", "schedule", "collate")}
         functions |= {f"optimizers[{name!r}]": factory for name, factory in self.optimizers.items()}
         for name, function in functions.items():
-            optional = name == "schedule" and function is None
+            optional = name in ("schedule", "collate") and function is None
             _require(optional or callable(function), f"{name}: give a function, not {function!r}")
-        for name, dataset in (("train", self.train), ("test", self.test)):
-            _require(
-                hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"),
-                f"{name}: a {type(dataset).__name__} has no length and index; give a map-style Dataset "
-                "of (input, target) pairs, such as TensorDataset(inputs, targets)",
-            )
-            _require(len(dataset) > 0, f"{name}: the dataset is empty")  # type: ignore[arg-type]
+        for name in ("drop_last", "metric_per_batch"):
+            _require(isinstance(value := getattr(self, name), bool), f"{name}: give True or False, not {value!r}")
+        for name in ("train", "test"):
+            _check_data(name, getattr(self, name))
         check_count("batch_size", self.batch_size)
         check_count("epochs", self.epochs)
+        self._check_options_of_datasets()
+
+    def _check_options_of_datasets(self) -> None:
+        """Refuse options that would be ignored, because loaders set them, and an epoch without a batch."""
+        loaders = [is_loader(self.train), is_loader(self.test)]
+        ignored = {
+            "batch_size": all(loaders) and self.batch_size != Task.batch_size,
+            "collate": all(loaders) and self.collate is not None,
+            "drop_last": loaders[0] and self.drop_last,
+        }
+        for name in (name for name in ignored if ignored[name]):
+            option = "collate_fn" if name == "collate" else name
+            raise TaskError(f"{name}: has no effect on the batches of a DataLoader; pass {option}= to the DataLoader")
+        if self.drop_last and len(self.train) < self.batch_size:
+            raise TaskError(
+                f"drop_last: train has fewer examples than a batch of {self.batch_size}, so no batch would be left; "
+                "lower batch_size"
+            )
 
     @property
     def metric_name(self) -> str:
@@ -155,15 +184,58 @@ def name_of(function: object) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
+def is_loader(data: object) -> bool:
+    """Whether the data give batches, as a ``DataLoader`` does, rather than examples by index."""
+    return not hasattr(data, "__getitem__")
+
+
 def check_count(field: str, value: object) -> None:
     """Raise a `TaskError` unless the value is a positive integer."""
     valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     _require(valid, f"{field}: give an integer of at least 1, not {value!r}")
 
 
+def check_seed_count(value: object) -> None:
+    """Raise a `TaskError` unless the value is a number of seeds."""
+    check_count("seeds", value)
+    # A date or another large number is meant as a seed.
+    _require(
+        isinstance(value, int) and value <= MOST_SEEDS,
+        f"seeds: {value} is a number of seeds, which may be at most {MOST_SEEDS}; a list such as [0, 3, 7] gives the "
+        "seeds themselves (on the command line: 0,3,7)",
+    )
+
+
 def _require(condition: object, message: str) -> None:
     if not condition:
         raise TaskError(message)
+
+
+def _check_data(name: str, data: Any) -> None:
+    kind = type(data).__name__
+    _require(
+        not isinstance(data, IterableDataset),
+        f"{name}: {kind} is an IterableDataset, which gives no example by its index; "
+        f"give a loader of it: {name}=DataLoader(dataset, batch_size=32)",
+    )
+    _require(not isinstance(data, Iterator), f"{name}: a {kind} can be read only once; give a Dataset or a DataLoader")
+    _require(
+        hasattr(data, "__getitem__") or hasattr(data, "__iter__"),
+        f"{name}: a {kind} has no length and index; give a Dataset of (input, target) pairs, such as "
+        "TensorDataset(inputs, targets), or a DataLoader",
+    )
+    try:
+        length = len(data)
+    except Exception as error:
+        raise TaskError(
+            f"{name}: the length of the {kind} is unknown ({one_line(error)}); define __len__ in the dataset"
+        ) from error
+    _require(length > 0, f"{name}: the dataset is empty")
+    _require(
+        length <= MOST_EXAMPLES,
+        f"{name}: the {kind} has {length:,} examples, more than the {MOST_EXAMPLES:,} whose order fits into memory; "
+        f"use some of them: {name}=torch.utils.data.Subset(dataset, range(1_000_000))",
+    )
 
 
 def _check_name_and_direction(task: Task | CustomTask) -> None:

@@ -6,7 +6,7 @@ import inspect
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import count, islice
@@ -17,27 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
-from gradcentral.diagnostics.batches import to_device
+from gradcentral.diagnostics.batches import predict, to_device
 from gradcentral.diagnostics.centering_effect import Effect
 from gradcentral.experiment.arms import CheckedArm
+from gradcentral.experiment.data import Batches, epochs_of, evaluation_batches, steps_of
 from gradcentral.experiment.determinism import derive, digest, seed_everything
 from gradcentral.experiment.errors import TaskError
+from gradcentral.experiment.evaluation import join, number, on_cpu
 from gradcentral.experiment.store import Key, Run
-from gradcentral.experiment.task import CustomTask, Task
+from gradcentral.experiment.task import CustomTask, Task, is_loader
 
 __all__ = [
     "Settings",
+    "Trainer",
     "amp_dtype",
     "check_device",
     "fresh_model",
     "fresh_optimizer",
     "fresh_schedule",
-    "loader_of",
-    "orders_of",
-    "pair_of",
-    "steps_of",
     "train",
 ]
 
@@ -56,14 +54,14 @@ def train(task: Task | CustomTask, key: Key, settings: Settings | None, on_epoch
 
     Two runs of one seed have the same initial weights and the same batches in the same order, regardless of arm and
     optimizer. At the first and the last step of every epoch the arm is checked (see `CheckedArm`). With a `CustomTask`,
-    which has no ``settings``, the user is responsible for both. A loss or metric that is not finite ends the run early;
+    which has no ``settings``, the user is responsible for both. A loss that is not finite ends the run early;
     divergence is a result, not an error.
     """
     started = time.perf_counter()
     seed_everything(key.seed)
     if isinstance(task, Task):
         assert settings is not None
-        trainer = _Trainer(task, settings, key)
+        trainer = Trainer(task, settings, key)
         weights, reports = digest(trainer.model.state_dict()), trainer.epochs()
     else:
         weights, reports = None, map(_checked, task.run(key.seed, key.arm), count(1))
@@ -87,15 +85,6 @@ def train(task: Task | CustomTask, key: Key, settings: Settings | None, on_epoch
     )
 
 
-class _Loader(DataLoader[Any]):
-    """A ``DataLoader`` that works under any default device."""
-
-    def __iter__(self) -> Any:
-        # torch draws a seed on the default device, although the generator is on the CPU.
-        with torch.device("cpu"):
-            return super().__iter__()
-
-
 def fresh_model(task: Task, seed: int) -> nn.Module:
     """Build the model with a seed; lazy parameters are initialized from the first training batch."""
     seed_everything(seed)
@@ -104,25 +93,8 @@ def fresh_model(task: Task, seed: int) -> nn.Module:
         raise TaskError(f"model: the factory must return an nn.Module, not {type(model).__name__}")
     if any(map(nn.parameter.is_lazy, model.parameters())):
         with torch.no_grad():
-            _predict(model.eval(), next(iter(_Loader(task.train, task.batch_size))))
+            _predict(model.eval(), next(iter(next(epochs_of(task, seed)))))
     return model.train()
-
-
-def orders_of(task: Task, seed: int) -> Iterator[list[int]]:
-    """Yield the order of the training examples in each epoch of a run, indefinitely."""
-    generator = torch.Generator("cpu").manual_seed(derive(seed, "order"))
-    while True:
-        yield torch.randperm(len(task.train), generator=generator, device="cpu").tolist()  # type: ignore[arg-type]
-
-
-def steps_of(task: Task, epochs: int) -> int:
-    """Return the number of steps in a run."""
-    return epochs * math.ceil(len(task.train) / task.batch_size)  # type: ignore[arg-type]
-
-
-def loader_of(task: Task, order: Sequence[int]) -> DataLoader[Any]:
-    """Load the batches of one epoch, without drawing from torch's global generator."""
-    return _Loader(task.train, task.batch_size, sampler=order, generator=torch.Generator("cpu"))
 
 
 def fresh_optimizer(task: Task, name: str, model: nn.Module) -> Optimizer:
@@ -131,8 +103,7 @@ def fresh_optimizer(task: Task, name: str, model: nn.Module) -> Optimizer:
     kind = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
         raise TaskError(f"optimizers[{name!r}]: the factory must return a torch.optim.Optimizer, not {kind}")
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if "closure" in _required(optimizer.step):
         raise TaskError(
             f"optimizers[{name!r}]: the step of {kind} requires a closure, which a Task does not support; "
             "write the training loop yourself as a CustomTask"
@@ -147,13 +118,26 @@ def fresh_schedule(task: Task, optimizer: Optimizer, steps: int) -> LRScheduler 
     schedule = task.schedule(optimizer, steps)
     if not isinstance(schedule, LRScheduler):
         raise TaskError(f"schedule: must return a torch LRScheduler, not {type(schedule).__name__}")
+    if required := _required(schedule.step):
+        raise TaskError(
+            f"schedule: the step of {type(schedule).__name__} requires {', '.join(required)}, but a Task steps "
+            "once per batch without arguments; use another schedule, such as CosineAnnealingLR(optimizer, steps), or "
+            "write the training loop yourself as a CustomTask"
+        )
     return schedule
+
+
+def _required(function: Callable[..., object]) -> list[str]:
+    """Return the parameters without a default that a call must pass."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variadic]
 
 
 def check_device(device: str, amp: bool) -> None:
     """Raise a `TaskError` unless the device is available and, if requested, supports mixed precision."""
     try:
-        torch.empty(1, device=device).add_(1)
+        float(torch.zeros((), device=device))  # tensors on the device meta have no values
     except Exception as error:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         available = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
@@ -162,7 +146,7 @@ def check_device(device: str, amp: bool) -> None:
         raise TaskError(f"amp: torch does not support mixed precision on {device!r}; omit it")
 
 
-class _Trainer:
+class Trainer:
     """The training loop of one run."""
 
     def __init__(self, task: Task, settings: Settings, key: Key) -> None:
@@ -180,50 +164,71 @@ class _Trainer:
         """Train, and yield the numbers of each epoch."""
         # Dropout must not depend on how many random numbers the initialization of the model drew.
         seed_everything(derive(self.seed, "training"))
-        for epoch, order in enumerate(islice(orders_of(self.task, self.seed), self.settings.epochs), start=1):
-            numbers = self._train_on(order)
-            numbers |= {f"test_{name}": value for name, value in self._evaluate(self.task.test).items()}
+        epochs = islice(epochs_of(self.task, self.seed), self.settings.epochs)
+        for epoch, batches in enumerate(epochs, start=1):
+            numbers = self._train_on(batches)
+            loss, metric = self.evaluate(evaluation_batches(self.task))
+            numbers |= {"test_loss": loss, "test_metric": metric}
             if epoch == self.settings.epochs and _is_finite(numbers):
-                # Use as many training as test examples, shuffled, since the first ones could be of a single class.
-                train, test = self.task.train, self.task.test
-                generator = torch.Generator("cpu").manual_seed(derive(self.seed, "gap"))
-                shuffled = torch.randperm(len(train), generator=generator, device="cpu")  # type: ignore[arg-type]
-                chosen = sorted(shuffled[: len(test)].tolist())  # type: ignore[arg-type]
-                numbers["train_metric"] = self._evaluate(train, chosen)["metric"]
+                numbers["train_metric"] = self.evaluate(*self._some_of_train())[1]
             yield numbers
 
-    def _train_on(self, order: list[int]) -> dict[str, Any]:
+    def _train_on(self, batches: Batches) -> dict[str, Any]:
         self.model.train()
         losses: list[Tensor] = []
+        sizes: list[int] = []
         effects: list[Effect] = []
-        batches = loader_of(self.task, order)
-        for step, batch in enumerate(batches, start=1):
+        for step, (size, batch) in enumerate(batches.sized(), start=1):
             if step == 1:
-                data = digest([order, batch])
-            losses.append(self._step(to_device(batch, self.device), effects if step in (1, len(batches)) else None))
-        loss = _mean(map(float, losses), len(order), self.task.batch_size)
+                data = digest([batches.order, batch])
+            sizes.append(size)
+            losses.append(self.step(batch, effects if step in (1, len(batches)) else None))
         share, norm, centered_norm, *_ = map(fmean, zip(*effects, strict=True)) if effects else [None] * 3
-        numbers = {"train_loss": loss, "share": share, "gradient_norm": norm, "centered_norm": centered_norm}
+        numbers = {"train_loss": _mean([float(loss) for loss in losses], sizes), "share": share}
+        numbers |= {"gradient_norm": norm, "centered_norm": centered_norm}
         return numbers | {"drift": self.arm.drift.total(), "data": data}
 
-    def _evaluate(self, dataset: Any, indices: Sequence[int] | None = None) -> dict[str, float]:
-        """Return the mean loss and metric per example in eval mode; the metric is NaN if a loss is not finite."""
-        self.model.eval()
+    def _some_of_train(self) -> tuple[Batches, int | None]:
+        """Return as many training as test examples, shuffled, since the first ones could be of a single class."""
+        train, test = self.task.train, evaluation_batches(self.task)
+        if is_loader(train):
+            return Batches(train, self.task.batch_size, seed=derive(self.seed, "gap")), len(test)
+        generator = torch.Generator("cpu").manual_seed(derive(self.seed, "gap"))
+        shuffled = torch.randperm(len(train), generator=generator, device="cpu")
         size = 4 * self.task.batch_size
-        losses, metrics = [], []
-        with torch.inference_mode():
-            for batch in _Loader(dataset, size, sampler=indices, generator=torch.Generator("cpu")):
-                loss, output, target = self._forward(to_device(batch, self.device))
-                if not math.isfinite(loss):
-                    return {"loss": float(loss), "metric": math.nan}
-                losses.append(float(loss))
-                metrics.append(float(self.task.metric(output, target)))
-        count = len(dataset if indices is None else indices)
-        return {"loss": _mean(losses, count, size), "metric": _mean(metrics, count, size)}
+        chosen = sorted(shuffled[: test.examples or len(test) * size].tolist())
+        return Batches(train, size, order=chosen, collate=self.task.collate), None
 
-    def _step(self, batch: Any, effects: list[Effect] | None) -> Tensor:
+    def evaluate(self, batches: Batches, limit: int | None = None) -> tuple[float, float]:
+        """Return the mean loss and the metric in eval mode, on the first ``limit`` batches.
+
+        The metric is NaN if a loss is not finite.
+        """
+        self.model.eval()
+        losses: list[float] = []
+        sizes: list[int] = []
+        parts: list[tuple[Any, Any]] = []
+        # Not inference_mode: a tensor that the model caches there could not be used in the next epoch's backward pass.
+        with torch.no_grad():
+            for size, batch in islice(batches.sized(), limit):
+                loss, output, target = self.forward(batch)
+                losses.append(number("loss", loss))
+                sizes.append(size)
+                if not math.isfinite(losses[-1]):
+                    return losses[-1], math.nan
+                if self.task.metric_per_batch:
+                    parts.append((number("metric", self.task.metric(output, target)), None))
+                else:
+                    parts.append((on_cpu(output), on_cpu(target)))
+            outputs, targets = zip(*parts, strict=True)
+            if self.task.metric_per_batch:
+                return _mean(losses, sizes), _mean(outputs, sizes)
+            value = self.task.metric(join("output", outputs, sizes), join("target", targets, sizes))
+            return _mean(losses, sizes), number("metric", value)
+
+    def step(self, batch: Any, effects: list[Effect] | None) -> Tensor:
         """Train on one batch, and check the arm if there are ``effects`` to add to; return the loss."""
-        loss, *_ = self._forward(batch)
+        loss, *_ = self.forward(batch)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
@@ -237,11 +242,11 @@ class _Trainer:
             self.schedule.step()
         return loss.detach()
 
-    def _forward(self, batch: Any) -> tuple[Tensor, Any, Any]:
+    def forward(self, batch: Any) -> tuple[Tensor, Any, Any]:
         """Return the loss, the model's output and the target."""
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            output, target = _predict(self.model, batch)
-            return self.task.loss(output, target), output, target
+            output, target = _predict(self.model, to_device(batch, self.device))
+            return _scalar(self.task.loss(output, target)), output, target
 
 
 def amp_dtype(device: torch.device) -> torch.dtype:
@@ -251,20 +256,22 @@ def amp_dtype(device: torch.device) -> torch.dtype:
     return torch.float16
 
 
-def pair_of(batch: Any) -> tuple[Any, Any]:
-    """Split a batch into input and target; raise a `TaskError` if it is not a pair."""
-    if not isinstance(batch, (list, tuple)) or len(batch) != 2:
-        found = f"{len(batch)} values" if isinstance(batch, (list, tuple)) else f"a {type(batch).__name__}"
-        raise TaskError(f"train and test: an example must be a pair (input, target) or a mapping, not {found}")
-    return batch[0], batch[1]
-
-
 def _predict(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    """Return the model's output for a batch, and the target."""
-    if isinstance(batch, Mapping):
-        return model(**batch), batch
-    inputs, target = pair_of(batch)
-    return model(inputs), target
+    """Return the model's output for a batch, and the target; see `gradcentral.diagnostics.batches.predict`."""
+    if not isinstance(batch, Mapping) and not (isinstance(batch, (list, tuple)) and len(batch) > 1):
+        found = f"{len(batch)} values" if isinstance(batch, (list, tuple)) else f"a {type(batch).__name__}"
+        raise TaskError(
+            f"train and test: a batch must be a tuple (input, …, target) or a mapping, not {found}; "
+            "collate=lambda examples: ... can make one of any examples"
+        )
+    return predict(model, batch)
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise TaskError(f"loss: must return a scalar tensor, not {found}")
+    return loss
 
 
 def _checked(reported: Any, epoch: int) -> dict[str, float]:
@@ -279,13 +286,13 @@ def _checked(reported: Any, epoch: int) -> dict[str, float]:
 
 
 def _is_finite(numbers: Mapping[str, Any]) -> bool:
-    return all(math.isfinite(numbers[name]) for name in ("train_loss", "test_loss", "test_metric") if name in numbers)
+    """Whether the losses are finite; a metric may be undefined, as ROC AUC is for a single class."""
+    return all(math.isfinite(numbers[name]) for name in ("train_loss", "test_loss") if name in numbers)
 
 
-def _mean(values: Iterable[float], examples: int, batch_size: int) -> float:
-    """Return the mean over the examples of values that are means over batches; the last batch may be smaller."""
-    starts = range(0, examples, batch_size)
-    return sum(x * min(batch_size, examples - start) for x, start in zip(values, starts, strict=True)) / examples
+def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
+    """Return the mean over the examples of values that are means over batches of these sizes."""
+    return sum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
 
 
 def _environment(settings: Settings | None) -> dict[str, str]:

@@ -39,10 +39,17 @@ def judge(evidence: Paired, optimizer: str, arm: str, metric: str, higher_is_bet
     """
     outcome = _outcome(evidence, higher_is_better)
     sentence = _claim(evidence, outcome, metric)
+    causes = []
     if evidence.diverged or evidence.baseline_diverged:
-        count = f"{evidence.diverged} of {evidence.pairs} runs diverged (without GC: {evidence.baseline_diverged})"
-        rest = f"; of the pairs that finished, {sentence}" if evidence.differences else ", no pair finished."
-        sentence = f"diverges more often: {count}{rest}" if outcome == "diverges more often" else count + rest
+        more = "diverges more often: " if outcome == "diverges more often" else ""
+        diverged = f"{evidence.diverged} of {evidence.pairs} runs diverged (without GC: {evidence.baseline_diverged})"
+        causes.append(more + diverged)
+    if evidence.undefined:
+        causes.append(f"{metric} is not finite in {evidence.undefined} of {evidence.pairs} pairs")
+    if causes:
+        kept = "the pairs that finished" if not evidence.undefined else "the other pairs"
+        none = ", no pair finished." if not evidence.undefined else ", no pair can be compared."
+        sentence = " and ".join(causes) + (f"; of {kept}, {sentence}" if evidence.differences else none)
     return Verdict(optimizer, arm, metric, outcome, sentence, evidence)
 
 

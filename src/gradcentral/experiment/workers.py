@@ -215,7 +215,7 @@ def _run(task: LoadedTask | PackedTask, key: Key, settings: Settings | None, on_
     try:
         loaded = unpack(task) if isinstance(task, PackedTask) else task
         return train(loaded.task, key, settings, on_epoch)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # sys.exit in a task's code must not end this program
         failure: ExperimentError = RunError(f"run {key}: {one_line(error)} ({line_of(error, task.file)})")
         if isinstance(error, ExperimentError):
             failure = type(error)(f"run {key}: {one_line(error)}")

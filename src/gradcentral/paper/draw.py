@@ -14,10 +14,10 @@ import torch
 
 from gradcentral.diagnostics.preserve import preserve_state
 from gradcentral.experiment.determinism import derive, one_thread, seed_everything
-from gradcentral.experiment.errors import TaskError
+from gradcentral.experiment.errors import TaskError, exits_named
 from gradcentral.experiment.loading import load_task
 from gradcentral.experiment.output_folder import OutputFolder
-from gradcentral.experiment.task import CustomTask, Task, check_count
+from gradcentral.experiment.task import CustomTask, Task, check_count, check_seed_count
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import optional
 from gradcentral.layout import weight_layout
@@ -55,6 +55,7 @@ class FigureSet(NamedTuple):
     statements: Measurements
 
 
+@exits_named()
 def draw_all(
     task: Task | str | Path = "digits",
     *,
@@ -82,16 +83,17 @@ def draw_all(
         TaskError: the task or an option is not usable; no trainable parameter is centered; there is only one step.
         ResultsError: ``out`` cannot be written, or holds files of these names that gradcentral did not write.
     """
+    start = Path.cwd()  # before the task's file, which may change it
     loaded = load_task(task)
     if isinstance(loaded, CustomTask):
         raise TaskError(f"task {loaded.name!r} is a CustomTask, whose training steps are not accessible; give a Task")
     chosen = _chosen(only)
     if optimizer is not None and optimizer not in loaded.optimizers:
         raise TaskError(f"optimizer: unknown optimizer {optimizer!r}; choose from {', '.join(loaded.optimizers)}")
-    check_count("seeds", seeds)
+    check_seed_count(seeds)
     epochs = loaded.epochs if epochs is None else epochs
     check_count("epochs", epochs)
-    folder = OutputFolder(out or f"runs/figures-{loaded.name}")
+    folder = OutputFolder(start / Path(out or f"runs/figures-{loaded.name}").expanduser())
     optimizer = optimizer or next(iter(loaded.optimizers))
     study = Study(loaded, task, optimizer, tuple(range(seeds)), epochs, device, folder.path / "runs", progress)
     _check(study, chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gradcentral.attach import centralize
 from gradcentral.diagnostics.batches import loss_of, to_device
 from gradcentral.diagnostics.preserve import preserve_state
-from gradcentral.experiment import training
+from gradcentral.experiment import data, training
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.determinism import derive, seed_everything
 from gradcentral.experiment.output_folder import OutputFolder
@@ -61,7 +61,7 @@ class Study:
     @property
     def steps(self) -> int:
         """The number of steps per run."""
-        return training.steps_of(self.task, self.epochs)
+        return data.steps_of(self.task, self.epochs)
 
     def fresh_model(self) -> nn.Module:
         """Build the initial model of a run of the first seed, without changing the global generators."""
@@ -70,9 +70,9 @@ class Study:
 
     def batches(self, seed: int) -> Iterator[Any]:
         """Yield all batches of a run in order, the same as in a comparison."""
-        for order in itertools.islice(training.orders_of(self.task, seed), self.epochs):
-            for batch in training.loader_of(self.task, order):
-                yield to_device(batch if isinstance(batch, Mapping) else training.pair_of(batch), self.device)
+        for batches in itertools.islice(data.epochs_of(self.task, seed), self.epochs):
+            for batch in batches:
+                yield to_device(batch, self.device)
 
     def train(self, arm: str, seed: int, steps: int | None = None) -> Iterable[TrainingStep]:
         """Train an arm as a comparison does, for all epochs or some steps; yield after each backward pass."""
