@@ -39,9 +39,9 @@ MODELS = ("ResNet-50", "GPT-2", "4096×11008", "ViT-S", "MobileNetV2", "tiny CNN
 WORKERS = 14
 """Processes that compile at the same time."""
 
-# Values to try for the kernel's settings: each alone, then one pair.
-VALUES = {"WARPS": (4,), "REGISTERS": (48, 96, 128), "PIECE": (4096, 16384), "LONGEST": (1 << 15, 1 << 17)}
-SETTINGS = [{}, *({name: value} for name in VALUES for value in VALUES[name]), {"TILE": 2048, "REGISTERS": 128}]
+# Values to try for the kernel's settings, each alone.
+VALUES = {"WARPS": (2, 8), "REGISTERS": (48, 80, 96), "PIECE": (2048, 8192), "LONGEST": (1 << 16, 1 << 18)}
+SETTINGS = [{}, *({name: value} for name in VALUES for value in VALUES[name]), {"TILE": 512}, {"SEGMENT": 512}]
 
 
 class Run:
@@ -231,13 +231,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit")
     parser.add_argument("--dry-run", action="store_true", help="run small models on the CPU, to test the script")
+    parts = {part.__name__: part for part in (tests, steps, host, iteration, settings)}
+    parser.add_argument("--parts", nargs="+", choices=parts, default=[*parts], help="parts to run; by default all")
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT / "src"))
     run = Run(arguments.out, arguments.minutes, arguments.dry_run)
     if not run.dry and not torch.cuda.is_available():
         sys.exit("torch finds no CUDA device; --dry-run tests the script without one")
-    for part in (tests, steps, host, iteration, settings):
-        run.part(part.__name__, part)
+    for name in arguments.parts:
+        run.part(name, parts[name])
     run.results["complete"] = True
     run.write()
     print(f"{arguments.out / 'gpu.md'}, bench.md and tests.txt")

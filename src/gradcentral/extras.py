@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from importlib import metadata
 from types import ModuleType
 
-__all__ = ["MissingExtraError", "optional"]
+__all__ = ["MissingExtraError", "optional", "own_version"]
 
 
 class MissingExtraError(ImportError):
@@ -28,3 +29,11 @@ def optional(module: str, extra: str = "experiments") -> ModuleType:
     except ModuleNotFoundError as error:
         missing = (error.name or module).partition(".")[0]
         raise MissingExtraError(f"{missing} is not installed: pip install 'gradcentral[{extra}]'") from error
+
+
+def own_version() -> str:
+    """Return gradcentral's version, or "not installed" if it runs from its source tree."""
+    try:
+        return metadata.version("gradcentral")
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from gradcentral.bench import cuda, steps
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.timing import Call, Clock, Ratio, clock_for, interleave, ratio
 from gradcentral.diagnostics.monitor import EVERY, Monitor
+from gradcentral.extras import own_version
 from gradcentral.kernels import native, unavailable_reasons
 from gradcentral.optim import SGD
 
@@ -242,17 +242,10 @@ def describe_machine(device: str = "cpu") -> dict[str, str]:
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "gradcentral": _version(),
+        "gradcentral": own_version(),
         "kernels": kernels,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-
-
-def _version() -> str:
-    try:
-        return metadata.version("gradcentral")
-    except metadata.PackageNotFoundError:  # run from the source tree
-        return "not installed"
 
 
 def _processor() -> str:

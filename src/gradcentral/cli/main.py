@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +26,7 @@ from gradcentral.experiment import compare as compare_task
 from gradcentral.experiment.output_folder import OutputFolder
 from gradcentral.experiment.probing import probe_task
 from gradcentral.experiment.training import check_device
-from gradcentral.extras import MissingExtraError
+from gradcentral.extras import MissingExtraError, own_version
 from gradcentral.layout import report as layout_report
 from gradcentral.paper.draw import FIGURES, STATEMENTS, draw_all, statement_table
 from gradcentral.plotting import to_png
@@ -55,7 +54,7 @@ app = typer.Typer(
 
 def _print_version(show: bool) -> None:
     if show:
-        _print(f"gradcentral {metadata.version('gradcentral')}")
+        _print(f"gradcentral {own_version()}")
         raise typer.Exit
 
 

@@ -15,7 +15,6 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from itertools import islice
 from typing import Any
 
@@ -32,6 +31,7 @@ from gradcentral.experiment.loading import LoadedTask
 from gradcentral.experiment.store import Key
 from gradcentral.experiment.task import CustomTask, Task, is_loader
 from gradcentral.experiment.training import Settings, Trainer, fresh_model, fresh_optimizer, fresh_schedule
+from gradcentral.extras import own_version
 
 __all__ = ["fingerprint"]
 
@@ -54,7 +54,7 @@ def fingerprint(
     """
     task = loaded.task
     parts: dict[str, str] = {"task": task.name, "torch": torch.__version__}
-    parts |= {"gradcentral": metadata.version("gradcentral"), "metric": task.metric_name}
+    parts |= {"gradcentral": own_version(), "metric": task.metric_name}
     parts["higher_is_better"] = str(task.higher_is_better)
     if isinstance(task, CustomTask):
         # What a custom trainer computes would take a whole run to find out.

@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import count, islice
 from statistics import fmean
 from typing import Any
@@ -27,6 +26,7 @@ from gradcentral.experiment.errors import TaskError
 from gradcentral.experiment.evaluation import join, number, on_cpu
 from gradcentral.experiment.store import Key, Run
 from gradcentral.experiment.task import CustomTask, Task, is_loader
+from gradcentral.extras import own_version
 
 __all__ = [
     "Settings",
@@ -296,7 +296,7 @@ def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
 
 
 def _environment(settings: Settings | None) -> dict[str, str]:
-    versions = {"gradcentral": metadata.version("gradcentral"), "torch": torch.__version__}
+    versions = {"gradcentral": own_version(), "torch": torch.__version__}
     versions["python"] = platform.python_version()
     if settings is None:
         return versions
