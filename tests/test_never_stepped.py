@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
@@ -14,8 +15,11 @@ import pytest
 import torch
 import torch.multiprocessing  # registers tensors with the pickler of multiprocessing
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim import SGD, AdamW, Optimizer
 
+import gradcentral
 from gradcentral import centralize
 
 
@@ -28,7 +32,7 @@ def _backward(model: nn.Module) -> None:
 
 
 def _train(model: nn.Module, step: Callable[[], object]) -> None:
-    for _ in range(8):
+    for _ in range(12):
         _backward(model)
         step()
 
@@ -80,7 +84,7 @@ def test_steps_in_backward_warn_once_and_the_remedy_works(placement: str) -> Non
     model = _model()
     optimizer = StepsInBackward(model.parameters(), lr=0.1)
     remedy = str(caught[0].message).split("computes it: ")[1]
-    exec(remedy.replace("items(): ", "items():\n    "), {"gradcentral": __import__("gradcentral"), "model": model})
+    exec(remedy.replace("items(): ", "items():\n    "), {"gradcentral": gradcentral, "model": model})
     start, before = _means(model), model[0].weight.detach().clone()
     for _ in range(3):
         _backward(model)
@@ -96,7 +100,7 @@ def test_a_wrapper_that_is_trained_by_another_method_warns_and_the_remedy_works(
     with pytest.warns(UserWarning, match="attach to the optimizer inside: gradcentral") as caught:
         _train(model, optimizer.update)
     remedy = str(caught[0].message).split("inside: ")[1]
-    exec(remedy, {"gradcentral": __import__("gradcentral"), "model": model, "optimizer": optimizer})
+    exec(remedy, {"gradcentral": gradcentral, "model": model, "optimizer": optimizer})
     start = _means(model)
     _backward(model)
     optimizer.update()
@@ -125,14 +129,110 @@ def test_usual_training_does_not_warn() -> None:
 
 
 @pytest.mark.usefixtures("_no_warnings")
-def test_weights_that_change_once_before_the_first_step_do_not_warn() -> None:
-    model, other = _model(), _model()
+def test_weights_that_change_a_few_times_before_the_first_step_do_not_warn() -> None:
+    model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     centralize(optimizer, model)
     _backward(model)
-    model.load_state_dict(other.state_dict())
-    for _ in range(3):
+    for _ in range(4):
+        model.load_state_dict(_model().state_dict())
+        for _ in range(3):
+            _backward(model)
+
+
+@pytest.mark.usefixtures("_no_warnings")
+@pytest.mark.parametrize("first", ["attached", "list", "own"])
+def test_an_optimizer_for_a_later_phase_does_not_warn(first: str) -> None:
+    model = _model()
+    later = SGD(model.parameters(), lr=0.1)
+    now = gradcentral.AdamW(model) if first == "own" else AdamW(model.parameters())
+    if first == "attached":
+        centralize(now, model)
+    centralize([now, later] if first == "list" else later, model)
+    for optimizer in (now, later):
+        _train(model, optimizer.step)
+
+
+@pytest.mark.usefixtures("_no_warnings")
+def test_a_paused_handle_does_not_warn() -> None:
+    model = _model()
+    handle = centralize(SGD(model.parameters(), lr=0.1), model)
+    handle.pause()
+    _train(model, SGD(model.parameters(), lr=0.1).step)
+
+
+def test_an_optimizer_beside_the_one_in_use_warns_and_the_remedy_works() -> None:
+    model = _model()
+    forgotten, other_optimizer = SGD(model.parameters(), lr=0.1), SGD(model.parameters(), lr=0.1)
+    centralize(forgotten, model)
+    with pytest.warns(UserWarning, match="another optimizer, SGD, holds the same weights: attach to it") as caught:
+        _train(model, other_optimizer.step)
+    remedy = re.search(r"attach to it with (.*\)), or", str(caught[0].message))
+    assert remedy
+    exec(remedy[1], {"gradcentral": gradcentral, "model": model, "other_optimizer": other_optimizer})
+    start = _means(model)
+    _backward(model)
+    other_optimizer.step()
+    for now, then in zip(_means(model), start, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=1e-13)
+
+
+@pytest.mark.usefixtures("_no_warnings")
+@pytest.mark.parametrize("restored", ["exactly", "up to rounding"])
+def test_perturbing_the_weights_in_accumulated_batches_does_not_warn(restored: str) -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    for _ in range(20):
         _backward(model)
+        before = [p.detach().clone() for p in model.parameters()]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 + 0.1 * torch.rand_like(p))
+            with torch.enable_grad():
+                _backward(model)
+            for p, w in zip(model.parameters(), before, strict=True):
+                p.copy_(w if restored == "exactly" else w * (1 + 1e-15))
+    optimizer.step()
+
+
+@pytest.mark.usefixtures("_no_warnings")
+@pytest.mark.parametrize("without_values", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+def test_backward_passes_without_values_are_not_compared(without_values: Callable[[], Any]) -> None:
+    with without_values():
+        model = nn.Linear(4, 3)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        centralize(optimizer, model)
+        for _ in range(3):
+            model(torch.rand(5, 4)).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("_no_warnings")
+def test_a_backward_pass_can_be_traced_before_the_first_step() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    _backward(model)
+
+    def gradients(x: torch.Tensor) -> Any:
+        return torch.autograd.grad(model(x).sum(), [*model.parameters()])
+
+    graph = make_fx(gradients)(torch.rand(5, 4, dtype=torch.float64))
+    assert not any("equal" in str(node.target) or "allclose" in str(node.target) for node in graph.graph.nodes)
+
+
+@pytest.mark.usefixtures("_no_warnings")
+def test_attaching_does_not_prevent_conversions_that_swap_parameters() -> None:
+    model = _model()
+    centralize(SGD(model.parameters(), lr=0.1), model)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert model[0].weight.dtype == torch.float32
 
 
 @pytest.mark.usefixtures("_no_warnings")

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 __all__ = [
     "HookedCall",
     "closure_of",
+    "holds",
     "hooked_optimizer",
     "path_to_inner",
     "refuse_differentiable",
     "refuse_unhookable",
     "replace_closure",
+    "wraps",
 ]
 
 HookedCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -55,6 +57,17 @@ def hooked_optimizer(optimizer: Any) -> Optimizer:
 def path_to_inner(optimizer: Any) -> str | None:
     """Return the attributes that lead to the next optimizer with hooks inside this one, such as ``".optimizer"``."""
     return next((path for path, current in _chain(optimizer)[1:] if _has_hooks(current)), None)
+
+
+def wraps(outer: Any, inner: Optimizer) -> bool:
+    """Return whether an optimizer wraps another one."""
+    return any(current is inner for _, current in _chain(outer)[1:])
+
+
+def holds(optimizer: Optimizer, parameter: Tensor) -> bool:
+    """Return whether a parameter is in the groups that an optimizer has of its own, unlike most wrappers."""
+    groups = vars(optimizer).get("param_groups", [])
+    return any(p is parameter for group in groups for p in group["params"])
 
 
 def refuse_unhookable(optimizer: Any, placement: str) -> None:
