@@ -81,11 +81,20 @@ def test_leaving_out_every_group_raises(kind: str) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("key", ["placement", "layout", "model", "strength"])
+@pytest.mark.parametrize("key", ["placement", "layout", "model"])
 def test_options_of_the_whole_optimizer_raise(kind: str, key: str) -> None:
     model = _model()
+    value = {"placement": "update", "layout": gradcentral.weight_layout(model[1]), "model": model[1]}[key]
     with pytest.raises(ValueError, match=f"parameter group 1 has the key '{key}'.* create one optimizer per {key}"):
-        _optimizer(model, kind, {key: "update"})
+        _optimizer(model, kind, {key: value})
+
+
+@KINDS
+def test_keys_of_other_libraries_are_accepted(kind: str) -> None:
+    model = _model()
+    keys = {"lr_scale": 0.5, "use_muon": True, "model": "decoder", "layout": None, "strength": 0.1, "neutralize": True}
+    optimizer = _optimizer(model, kind, {**keys, "initial_lr": 0.1, "name": "head", "placement": None})
+    assert _centered(model, optimizer) == [True, True]
 
 
 def test_the_remedy_for_two_placements_works() -> None:

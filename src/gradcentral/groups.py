@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from difflib import get_close_matches
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from gradcentral.layout import WeightLayout
 
 __all__ = ["OPTION", "check_keys", "excluded_parameters"]
 
 OPTION = "centralize"
-_OF_THE_WHOLE_OPTIMIZER = ("placement", "layout", "model", "strength")
+# With values of these types, since other libraries may use the same keys for something else.
+_OF_THE_WHOLE_OPTIMIZER = {"placement": str, "layout": WeightLayout, "model": nn.Module}
 
 
 def check_keys(optimizer: Optimizer, settings: Mapping[str, object], *, own: bool) -> None:
@@ -34,12 +37,12 @@ def check_keys(optimizer: Optimizer, settings: Mapping[str, object], *, own: boo
             if key == "model" and own and all(other.get(key) is value for other in groups):
                 continue
             problem = f"parameter group {index} has the key {key!r}"
-            if key in _OF_THE_WHOLE_OPTIMIZER:
+            if isinstance(value, _OF_THE_WHOLE_OPTIMIZER.get(key, ())):
                 raise ValueError(
                     f"{problem}, but it applies to a whole optimizer: create one optimizer per {key}; "
                     '"centralize": False leaves a group out'
                 )
-            if get_close_matches(key, [OPTION], cutoff=0.8):
+            if get_close_matches(key, [OPTION], cutoff=0.85):
                 raise ValueError(f'{problem}, which has no effect: use "centralize": False to leave the group out')
 
 
