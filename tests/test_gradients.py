@@ -110,6 +110,14 @@ class DPOptimizer(Optimizer):
         self.original_optimizer.step()
 
 
+def test_a_model_whose_per_sample_gradients_are_cleared_is_centered() -> None:
+    model = _model()
+    for p in model.parameters():
+        p.grad, p.grad_sample = torch.rand_like(p), None  # as Opacus leaves them
+    centralize_gradients(model)
+    assert model[0].weight.grad.mean(1).abs().max() < 1e-15
+
+
 def test_per_sample_gradients_raise_and_the_remedy_works() -> None:
     model = _model()
     optimizer = DPOptimizer(SGD(model.parameters(), lr=0.1))

@@ -44,7 +44,7 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
     if not layout and not layout.pending:
         raise ValueError(f"nothing to center: {layout.summary()}\n{layout.to_paste()}".rstrip())
     for p in layout:
-        if hasattr(p, "grad_sample"):
+        if getattr(p, "grad_sample", None) is not None:
             raise ValueError(
                 f"{layout.names[p]} has per-sample gradients (grad_sample), from which Opacus computes p.grad inside "
                 "its step: attach to the optimizer instead, with gradcentral.centralize(optimizer, model)"

@@ -100,7 +100,7 @@ def _warn(stepping: Stepping, optimizer: Optimizer, parameter: Tensor) -> None:
     elif others:
         remedy = (
             f"another optimizer, {type(others[0]).__name__}, holds the same weights: attach to it with "
-            "gradcentral.centralize(other_optimizer, model), or ignore this if it trains without GC before this one"
+            "gradcentral.centralize(other_optimizer, model), or ignore this if it is meant to train without GC"
         )
     else:
         remedy = (
