@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -195,13 +196,24 @@ def test_wrappers_around_no_torch_optimizer_raise_with_a_remedy() -> None:
         centralize(loop, model)  # type: ignore[arg-type]
 
 
-def test_the_remedy_for_a_container_of_optimizers_works() -> None:
+@pytest.mark.parametrize(
+    ("name", "hold"),
+    [
+        ("optimizers", lambda one, other: [one, other]),
+        ("chained", lambda one, other: (Plain("optimizer", one), other)),
+        ("by_name", lambda one, other: {"body": one, "head": other}),
+        ("inner_opt", lambda one, other: one),
+    ],
+)
+def test_the_remedy_for_an_object_that_holds_optimizers_works(name: str, hold: Callable[..., Any]) -> None:
     model = _model()
-    optimizer: Any = Plain("optimizers", [SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)])
-    with pytest.raises(TypeError, match="it holds several: gradcentral") as raised:
+    optimizers = [SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)]
+    optimizer: Any = Plain(name, hold(*optimizers))
+    with pytest.raises(TypeError, match=f"attach to what it holds: gradcentral.*{name}") as raised:
         centralize(optimizer, model)
-    handle = eval(str(raised.value).split("it holds several: ")[1])
-    assert all(attached(one) == [handle] for one in optimizer.optimizers)
+    handle = eval(str(raised.value).split("it holds: ")[1])
+    assert attached(optimizers[0]) == [handle]
+    assert name == "inner_opt" or attached(optimizers[1]) == [handle]
 
 
 # Arguments of step that are no closure, and closures that are not called.

@@ -39,11 +39,9 @@ def hooked_optimizer(optimizer: Any) -> Optimizer:
     """
     found: list[Optimizer] = [current for _, current in _chain(optimizer) if _has_hooks(current)]
     if not found:
-        several = getattr(optimizer, "optimizers", None)
-        if isinstance(several, (list, tuple)) and any(map(_has_hooks, several)):
-            remedy = "it holds several: gradcentral.centralize(optimizer.optimizers, model)"
-        else:
-            remedy = "for another kind of optimizer, call gradcentral.centralize_gradients(model) before each step"
+        remedy = "for another kind of optimizer, call gradcentral.centralize_gradients(model) before each step"
+        if (inside := _optimizers_inside(optimizer)) is not None:
+            remedy = f"attach to what it holds: gradcentral.centralize({inside}, model)"
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer with step hooks, not {type(optimizer).__name__}; {remedy}"
         )
@@ -141,6 +139,22 @@ def _chain(optimizer: Any) -> list[tuple[str, Any]]:
             break
         chain.append(found)
     return chain
+
+
+def _optimizers_inside(optimizer: Any) -> str | None:
+    """Return an expression for the optimizers that an object holds under a name not in ``_INNER``."""
+
+    def is_followed(candidate: Any) -> bool:
+        return any(_has_hooks(current) for _, current in _chain(candidate))
+
+    for name, value in getattr(optimizer, "__dict__", {}).items():
+        if is_followed(value):
+            return f"optimizer.{name}"
+        if isinstance(value, (list, tuple)) and value and all(map(is_followed, value)):
+            return f"optimizer.{name}"
+        if isinstance(value, dict) and value and all(map(is_followed, value.values())):
+            return f"[*optimizer.{name}.values()]"
+    return None
 
 
 def _steps(candidate: Any) -> bool:
