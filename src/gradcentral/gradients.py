@@ -16,7 +16,13 @@ from gradcentral.local_shard import local, overlaps_itself
 from gradcentral.projection import Pair, center
 from gradcentral.targets import layout_to_use, refuse_sparse, shards_in_layout
 
-__all__ = ["center_gradients_", "centralize_gradients", "eager_or_traced"]
+__all__ = ["CENTER_IN_BACKWARD", "center_gradients_", "centralize_gradients", "eager_or_traced"]
+
+CENTER_IN_BACKWARD = (
+    "center each gradient when backward() computes it: for p, v in gradcentral.weight_layout(model).items(): "
+    "p.register_hook(lambda g, v=v: gradcentral.center(g, v))"
+)
+"""The remedy where neither a step hook nor ``p.grad`` can be used."""
 
 
 def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout | None = None) -> None:
@@ -112,7 +118,6 @@ def _warn_without_gradients(layout: WeightLayout) -> None:
     warnings.warn(
         "centralize_gradients centered nothing, because no parameter has a gradient: call it after backward() and "
         "before zero_grad(); center the gradients of torch.func with gradcentral.center(gradient, layout[name]); where "
-        "p.grad is None in every step (DeepSpeed's ZeRO), center each gradient when backward() computes it: for p, v "
-        "in gradcentral.weight_layout(model).items(): p.register_hook(lambda g, v=v: gradcentral.center(g, v))",
+        f"p.grad is None in every step (DeepSpeed's ZeRO), {CENTER_IN_BACKWARD}",
         stacklevel=3,
     )

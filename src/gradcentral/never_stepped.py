@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradcentral.gradients import CENTER_IN_BACKWARD
 from gradcentral.kernels.forms import is_plain
 from gradcentral.kernels.planner import dispatch_is_observed
 from gradcentral.step_hooks import holds, path_to_inner, wraps
@@ -103,10 +104,7 @@ def _warn(stepping: Stepping, optimizer: Optimizer, parameter: Tensor) -> None:
             "gradcentral.centralize(other_optimizer, model), or ignore this if it is meant to train without GC"
         )
     else:
-        remedy = (
-            "center each gradient when backward() computes it: for p, v in gradcentral.weight_layout(model).items(): "
-            "p.register_hook(lambda g, v=v: gradcentral.center(g, v))"
-        )
+        remedy = CENTER_IN_BACKWARD
     warnings.warn(
         f"the weights change, but {type(optimizer).__name__}.step(), where Gradient Centralization is attached, is not "
         f"called, so nothing is centered; {remedy}",
