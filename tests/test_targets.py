@@ -134,6 +134,26 @@ def test_a_layer_replaced_after_the_first_step_warns_once(attached: tuple[Any, O
     assert torch.equal(model[2].weight, before)
 
 
+def test_a_tied_head_that_is_replaced_warns_once() -> None:
+    model = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
+    model[1].weight = model[0].weight
+    optimizer = SGD(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    optimizer.step()
+    model[1] = nn.Linear(4, 4, bias=False)
+    with pytest.warns(UserWarning, match=r"no longer uses \(1.weight\).* in their place \(1.weight\)"):
+        optimizer.step()
+    optimizer.step()
+
+
+def test_a_layer_inserted_before_others_does_not_warn(attached: tuple[Any, Optimizer]) -> None:
+    """Their names change, but they are trained as before."""
+    model, optimizer = attached
+    _step(model, optimizer)
+    model.insert(0, nn.Linear(4, 4))
+    _step(model, optimizer)
+
+
 def test_adapters_added_to_a_frozen_model_warn_once(attached: tuple[Any, Optimizer]) -> None:
     model, optimizer = attached
     model.requires_grad_(False)

@@ -220,6 +220,9 @@ class Targets:
             if p.requires_grad and p not in held and p not in known and not is_gathered(self._known.get(name, p), p)
         }
         self._removed.update(lost.values())
+        # A tied parameter may have been replaced under one of its names only.
+        kept = {p for name, p in self._known.items() if in_model.get(name) is p}
+        lost |= {name: p for name, p in self._known.items() if name in new and p in held and p in kept}
         remaining = [p for p in present if p in held]
         # Unless nothing remains, a layer that was removed from the model without a replacement may stay.
         replaced = [
