@@ -314,6 +314,21 @@ def test_the_handle_creates_no_reference_cycle_with_the_optimizer() -> None:
     handle.remove()
 
 
+def test_deleting_model_optimizer_and_handle_releases_the_parameters_at_once() -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = centralize(optimizer, model)
+    _backward(model)
+    optimizer.step()
+    parameter = weakref.ref(model[0].weight)
+    gc.disable()
+    try:
+        del model, optimizer, handle
+        assert parameter() is None
+    finally:
+        gc.enable()
+
+
 def test_attaching_again_with_the_same_settings_returns_the_same_handle() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)

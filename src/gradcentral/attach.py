@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -88,7 +89,7 @@ def centralize(
         return existing
     for attachment, one in zip(attachments, optimizers, strict=True):
         attachment.register(one)
-    handle._attachments = attachments
+    handle._references = [*map(weakref.ref, attachments)]
     return handle
 
 
@@ -101,13 +102,19 @@ class Handle:
     def __init__(self, layout: WeightLayout, placement: str) -> None:
         self._layout = layout
         self._placement = placement
-        self._attachments: list[Attachment] = []
+        # The optimizers keep the attachments alive, and these keep the handle alive. Weak references avoid a cycle, so
+        # that the memory of a model is released as soon as its last reference is deleted.
+        self._references: list[weakref.ref[Attachment]] = []
         self._removed = False
         self._paused = False
         self._paused_blocks = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_attachments": []}
+        return {**self.__dict__, "_references": []}
+
+    @property
+    def _attachments(self) -> list[Attachment]:
+        return [attachment for reference in self._references if (attachment := reference()) is not None]
 
     @property
     def layout(self) -> WeightLayout:
