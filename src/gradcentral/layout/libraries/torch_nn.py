@@ -1,6 +1,7 @@
 """The layers of torch.nn. The tests verify each rule numerically by theorem 4.1 of the paper.
 
-The sizes distinguish a subclass that stores its weights in another order, such as a Linear with [in, out].
+The sizes distinguish a subclass that stores its weights in another order, such as a Linear with [in, out]. They are not
+compared in a layer of torch.nn itself, which ignores them: a longer or shorter weight is often assigned to it.
 """
 
 import math
@@ -11,12 +12,34 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 import gradcentral.layout.reasons as skip
-from gradcentral.layout.rules import Decision, LeaveAlone, Rules, axes, size_of, unexpected_shape, unexpected_sizes
+from gradcentral.layout.rules import (
+    Decision,
+    LeaveAlone,
+    Rule,
+    Rules,
+    apply_rule,
+    axes,
+    size_of,
+    unexpected_shape,
+    unexpected_sizes,
+)
 from gradcentral.weight_vectors import WeightVectors
 
 _SPLIT = "([m] s)"
+
+
+def _ignores_sizes(module: nn.Module) -> bool:
+    """Return whether torch.nn's own forward computes with the weight, whatever sizes the module stores."""
+    cls = type_before_parametrizations(module)
+    return cls.__module__.startswith("torch.nn.modules.") and "forward" not in vars(module)
+
+
+def _axes(pattern: str, **sizes: str) -> Rule:
+    sized, free = axes(pattern, **sizes), axes(pattern)
+    return lambda module, tensor: apply_rule(free if _ignores_sizes(module) else sized, module, tensor)
 
 
 def _of_state(module: nn.Module, tensor: Tensor, *, both_directions: bool = False) -> str | LeaveAlone:
@@ -32,7 +55,7 @@ def _of_state(module: nn.Module, tensor: Tensor, *, both_directions: bool = Fals
 def _lookup(module: nn.Module, tensor: Tensor) -> LeaveAlone:
     # The number of rows is not compared, since a vocabulary is often extended by assigning a longer table.
     size = getattr(module, "embedding_dim", None)
-    if size is None or tensor.shape[-1:] == (size,):
+    if _ignores_sizes(module) or size is None or tensor.shape[-1:] == (size,):
         return skip.LOOKUP
     return unexpected_shape(module, tensor, f"rows of embedding_dim = {size}")
 
@@ -59,6 +82,8 @@ class _Taps(NamedTuple):
 
 def _taps(module: nn.Module, tensor: Tensor) -> list[_Taps]:
     settings = [getattr(module, name) for name in ("kernel_size", "stride", "dilation")]
+    if _ignores_sizes(module):
+        settings[0] = tuple(tensor.shape[2:])
     # torch's functions accept one number for all axes, so code may have assigned one to the module.
     settings = [value if isinstance(value, tuple) else (value,) * (tensor.ndim - 2) for value in settings]
     return [_Taps(size, stride // math.gcd(stride, dilation)) for size, stride, dilation in zip(*settings, strict=True)]
@@ -75,6 +100,8 @@ def _transposed_convolution(module: nn.Module, tensor: Tensor) -> Decision:
     Along an axis with uneven phases, a weight vector runs over the taps of all phases.
     """
     attributes = {"g": "groups", "i": "in_channels/groups", "o": "out_channels/groups"}
+    if _ignores_sizes(module):
+        attributes = {"g": "groups"}
     sizes = {name: size for name, attribute in attributes.items() if (size := size_of(module, attribute)) is not None}
     try:
         taps = _taps(module, tensor)
@@ -94,14 +121,14 @@ def _transposed_convolution(module: nn.Module, tensor: Tensor) -> Decision:
 _NORM: Rules = {"weight": skip.NORM_GAIN, "bias": skip.BIAS}
 
 TABLE: dict[type[nn.Module], Rules] = {
-    nn.Linear: {"weight": axes("o [i]", o="out_features", i="in_features"), "bias": skip.BIAS},
+    nn.Linear: {"weight": _axes("o [i]", o="out_features", i="in_features"), "bias": skip.BIAS},
     nn.Bilinear: {
-        "weight": axes("o [i j]", o="out_features", i="in1_features", j="in2_features"),
+        "weight": _axes("o [i j]", o="out_features", i="in1_features", j="in2_features"),
         "bias": skip.BIAS,
     },
     # With groups, axis i of a convolution holds in/groups channels, so that a whole filter is one weight vector.
     _ConvNd: {
-        "weight": axes("o [i k...]", o="out_channels", i="in_channels/groups", k="kernel_size"),
+        "weight": _axes("o [i k...]", o="out_channels", i="in_channels/groups", k="kernel_size"),
         "bias": skip.BIAS,
     },
     _ConvTransposeNd: {"weight": _transposed_convolution, "bias": skip.BIAS},
