@@ -431,6 +431,7 @@ def _named(name: str, module: nn.Module) -> nn.Module:
         _named("norm1", LinearOfPaths()),
         _named("ln_1", LinearOfPaths()),
         _named("layer", type("RMSNorm", (LinearOfPaths,), {})()),
+        _named("layer", type("Normalize", (LinearOfPaths,), {})()),
         _named("layer", type("LayerScale", (LinearOfPaths,), {})()),
         _named("layer", type("PReLU6", (LinearOfPaths,), {})()),
         nn.ParameterDict({"weight_bias": torch.zeros(48)}),

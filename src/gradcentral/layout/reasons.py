@@ -57,7 +57,7 @@ _WEIGHTS = {
     "theta",
     "matrix",
 }
-_NORMS = {"norm", "norms", "normalization", "ln", "bn", "gn", "grn", "frn"}
+_NORMS = {"ln", "bn", "gn", "grn", "frn"}
 _COEFFICIENTS = {"scale", "scaler", "scaling", "gain", "affine", "gamma", "beta", "alpha", "mix", "mixing", "loss"}
 _COEFFICIENTS |= {"activation", "act"}
 _TABLES = {"layer", "class", "pos"}  # one coefficient per layer or class
@@ -79,7 +79,7 @@ def without_rule(module: nn.Module, cls: type[nn.Module], name: str, path: str, 
         return unknown
     words = _words(local) | _words(cls.__name__)
     is_gain = (
-        any(word in _NORMS or word.endswith("norm") for word in words | _words(attribute))
+        any(word in _NORMS or word.startswith("norm") or word.endswith("norm") for word in words | _words(attribute))
         or any(word in _COEFFICIENTS or word.endswith("lu") for word in words)
         or bool(_words(local) & _TABLES)
         or getattr(getattr(module, "bias", None), "shape", None) == tensor.shape
