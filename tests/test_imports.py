@@ -40,6 +40,7 @@ PARTS = (
     "tables",
     "json_lines",
     "extras",
+    "caller",
     "startup",
 )
 

@@ -125,8 +125,10 @@ def test_a_layer_replaced_after_the_first_step_warns_once(attached: tuple[Any, O
     model, optimizer = attached
     _step(model, optimizer)
     model[2] = nn.Linear(6, 5)
-    with pytest.warns(UserWarning, match=r"no longer uses \(2.weight, 2.bias\).* does not train them: add them"):
+    message = r"no longer uses \(2.weight, 2.bias\).* does not train them: add them"
+    with pytest.warns(UserWarning, match=message) as found:
         _step(model, optimizer)
+    assert [warning.filename for warning in found] == [__file__]  # rather than the wrapper of step in torch.optim
     _step(model, optimizer)
     model[2].weight.grad[:] = 1
     before = model[2].weight.detach().clone()

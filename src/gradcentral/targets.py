@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from gradcentral.caller import level_of_caller
 from gradcentral.distributed import Shards, shards_of
 from gradcentral.groups import OPTION, check_keys, excluded_parameters
 from gradcentral.kernels.forms import same_objects
@@ -127,7 +128,7 @@ class Targets:
         warnings.warn(
             f"the optimizer holds parameters that are not in the model, of shape {shapes}: they are not centered; "
             f"{remedy}",
-            stacklevel=6,
+            stacklevel=level_of_caller(),
         )
 
     def attach(self, optimizer: Optimizer, required: bool = True) -> Shards:
@@ -235,7 +236,7 @@ class Targets:
                 f"the optimizer holds frozen parameters only, and lacks the trained parameters {_some(new)}, which "
                 "were added to the model later: this step trains nothing; create the optimizer, and attach Gradient "
                 "Centralization, after get_peft_model or anything else that adds parameters",
-                stacklevel=4,
+                stacklevel=level_of_caller(),
             )
         if not replaced:
             return
@@ -251,7 +252,7 @@ class Targets:
         warnings.warn(
             f"{problem}: add them with optimizer.add_param_group({{'params': new_parameters}}), or ignore this if "
             "another optimizer holds them",
-            stacklevel=4,
+            stacklevel=level_of_caller(),
         )
 
 

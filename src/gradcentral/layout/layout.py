@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
+from gradcentral.caller import level_of_caller
 from gradcentral.layout import table
 from gradcentral.layout.recipe import Recipe, Selector
 from gradcentral.layout.rules import LAZY, Entry, LeaveAlone, Rule, apply_rule, check_rule, not_centerable, too_few_axes
@@ -301,7 +301,7 @@ def _layout_of(
             f"no module was found that holds the parameters of shape {', '.join(map(str, shapes))}: they are centered "
             "as rows of weights, which is wrong for embeddings and transposed layers; pass model=, or "
             "layout=WeightLayout.from_shapes(params) if this is intended",
-            stacklevel=_level_of_caller(),
+            stacklevel=level_of_caller(),
         )
     return WeightLayout(entries, recipe if models else None, guessed)
 
@@ -314,14 +314,6 @@ def _entry_by_shape(position: int, named: tuple[str, Tensor]) -> Entry:
     )
     vectors, reason = (None, decision.reason) if isinstance(decision, LeaveAlone) else (decision, "")
     return Entry(name or str(position), tensor, vectors, _SHAPE_RULE, reason)
-
-
-def _level_of_caller() -> int:
-    """Return the ``stacklevel`` at which a warning of the calling function names the line outside gradcentral."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_globals.get("__name__", "").startswith("gradcentral.") and frame.f_back is not None:
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _fraction_centered(entries: Sequence[Entry], what: str) -> str:
