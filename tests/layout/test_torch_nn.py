@@ -211,7 +211,7 @@ def test_a_layer_of_torch_nn_may_receive_a_weight_of_another_size(
 
 def test_a_layer_with_a_forward_of_its_own_is_compared_with_its_sizes() -> None:
     layer = _with_shape(nn.Linear(6, 4), "weight", (6, 4))
-    layer.forward = lambda x: x @ layer.weight  # type: ignore[method-assign]
+    layer.forward = lambda x: x @ layer.weight
     assert [entry.name for entry in weight_layout(layer).unknown] == ["weight"]
 
 
