@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 import gradcentral
 from gradcentral.experiment import Task, TaskError
@@ -87,6 +97,34 @@ def test_a_loader_with_a_generator_of_its_own_gives_paired_runs(tiny: Callable[.
     loader = DataLoader(examples(30), 8, shuffle=True, generator=torch.Generator().manual_seed(3))
     result = compare(tiny(train=loader), out=tmp_path)
     assert len({run.epochs[0]["data"] for run in result.all_runs}) == 2
+
+
+class Noisy(Dataset[Any]):
+    """Examples with random augmentation."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> Any:
+        return examples(32)[index][0] + torch.randn(6) + random.random(), torch.ones(2)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_workers_of_a_loader_draw_the_same_numbers_in_every_run(
+    tiny: Callable[..., Task], tmp_path: Path, jobs: int
+) -> None:
+    loader = DataLoader(Noisy(), 16, shuffle=True, num_workers=1, persistent_workers=True)
+    task = tiny(train=loader, test=examples(20))
+    compare(task, out=tmp_path, jobs=jobs, arms=["none", "update"])
+    runs = compare(task, out=tmp_path, jobs=jobs).all_runs  # the loader, read before, has the same fingerprint
+    assert runs[0].epochs[0]["data"] == runs[1].epochs[0]["data"] != runs[0].epochs[1]["data"]
+
+
+def test_the_sampler_of_a_batch_sampler_is_seeded(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    data = examples(32)
+    sampler = BatchSampler(RandomSampler(data, generator=torch.Generator().manual_seed(3)), 16, drop_last=False)
+    runs = compare(tiny(train=DataLoader(data, batch_sampler=sampler), test=examples(20)), out=tmp_path).all_runs
+    assert runs[0].epochs[0]["data"] == runs[1].epochs[0]["data"]
 
 
 def test_a_loader_is_sent_to_workers(tiny: Callable[..., Task], tmp_path: Path) -> None:
@@ -274,6 +312,11 @@ def test_a_last_batch_of_one_is_refused_if_the_model_needs_more(
     assert steps_of(task, 3) == 6
     assert [len(batch[0]) for batch in next(epochs_of(task, 0))] == [16, 16]
     assert len(compare(task, out=tmp_path / "out").all_runs) == 4
+
+
+def test_a_sampler_that_leaves_no_single_example_is_accepted(tiny: Callable[..., Task], tmp_path: Path) -> None:
+    loader = DataLoader(examples(33), 16, sampler=SubsetRandomSampler(range(32)))
+    assert len(compare(tiny(model=batchnorm, train=loader), out=tmp_path).all_runs) == 4
 
 
 def test_a_last_batch_of_one_is_accepted_without_batchnorm(tiny: Callable[..., Task], tmp_path: Path) -> None:

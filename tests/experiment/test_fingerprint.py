@@ -242,13 +242,14 @@ def test_a_changed_file_of_a_custom_task_is_refused_unless_only_comments_changed
 
 
 MEMORY = """
-import functools, torch
+import functools, torch, types
 from gradcentral.experiment import Task, CustomTask
 from gradcentral.experiment.fingerprint import fingerprint
 from gradcentral.experiment.loading import LoadedTask
 from gradcentral.experiment.training import Settings
 
-data = [{"input": torch.ones(3), "tags": {"mean", "average", "sum"}} for _ in range(4)]
+note = types.SimpleNamespace(tags={"mean", "average", "sum"}, mask=torch.ones(3))
+data = [{"input": torch.ones(3), "tags": {"mean", "average", "sum"}, "note": note} for _ in range(4)]
 def loss(output, batch, modes={"mean", "average", "sum"}):
     return output.square().mean() if "mean" in modes else output.sum()
 collate = lambda examples: {"input": torch.stack([example["input"] for example in examples])}
@@ -272,6 +273,44 @@ def test_the_fingerprint_of_a_task_from_memory_is_the_same_in_every_process() ->
         for seed in range(3)
     }
     assert len(found) == 1
+
+
+MOVED = """
+import dataclasses, threading, torch
+from gradcentral.experiment import Task
+
+@dataclasses.dataclass
+class Example:
+    x: torch.Tensor
+    y: torch.Tensor
+
+class Cache:
+    def __init__(self): self.lock = threading.Lock()
+
+data = [Example(x, x[:2]) for x in torch.rand(8, 3)]  # drawn without a seed
+def collate(examples): return torch.stack([e.x for e in examples]), torch.stack([e.y for e in examples])
+def sgd(parameters):
+    return torch.optim.SGD([{"params": list(parameters), "cache": Cache(), "rule": lambda step: step}], lr=0.1)
+task = Task(name="moved", model=lambda: torch.nn.Linear(3, 2), train=data, test=data, loss=torch.nn.functional.mse_loss,
+    metric=torch.nn.functional.l1_loss, optimizers={"sgd": sgd}, collate=collate, epochs=1,
+    schedule=lambda optimizer, steps: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=steps))
+"""
+
+
+def test_a_moved_file_continues_with_objects_and_random_data(tmp_path: Path) -> None:
+    def at(folder: str) -> Path:
+        path = tmp_path / folder / "moved.py"
+        path.parent.mkdir()
+        path.write_text(MOVED)
+        return path
+
+    state = torch.get_rng_state()
+    runs = compare(at("one"), out=tmp_path / "out", seeds=1).all_runs
+    assert compare(at("two"), out=tmp_path / "out", seeds=2, device="cpu:0", jobs=2).all_runs[: len(runs)] == runs
+    assert torch.equal(torch.get_rng_state(), state)
+    (tmp_path / "one" / "moved.py").write_text(MOVED.replace("Example(x, x[:2])", "Example(x, x[1:])"))
+    with pytest.raises(ResultsError, match="Changed: train"):
+        compare(tmp_path / "one" / "moved.py", out=tmp_path / "out")
 
 
 COUNTED = """

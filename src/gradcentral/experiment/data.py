@@ -15,7 +15,7 @@ from gradcentral.experiment.determinism import derive, seed_everything
 from gradcentral.experiment.errors import TaskError
 from gradcentral.experiment.task import Task, is_loader
 
-__all__ = ["Batches", "epochs_of", "evaluation_batches", "single_last_example", "steps_of"]
+__all__ = ["Batches", "end_workers", "epochs_of", "evaluation_batches", "single_last_example", "steps_of"]
 
 
 class Batches:
@@ -57,9 +57,7 @@ class Batches:
         """Yield every batch after its number of examples."""
         if self._seed is not None:
             seed_everything(self._seed)
-            for holder in (self._loader, getattr(self._loader, "sampler", None)):
-                if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
-                    generator.manual_seed(self._seed)
+            _seed_loader(self._loader, self._seed)
         index = -1
         with torch.device("cpu"):  # torch draws a seed on the default device, although the generator is on the CPU
             batches = iter(self._loader)
@@ -99,12 +97,29 @@ def steps_of(task: Task, epochs: int) -> int:
 def single_last_example(task: Task) -> Any | None:
     """Return a batch of one if every epoch ends with such a batch; None otherwise."""
     data, size, collate, drop_last = task.train, task.batch_size, task.collate, task.drop_last
+    sampler = data
     if isinstance(data, DataLoader):
         size, collate, drop_last = data.batch_size or 0, data.collate_fn, data.drop_last
-        data = data.dataset
+        data, sampler = data.dataset, data.sampler
     if is_loader(data) or isinstance(data, IterableDataset) or size < 2 or drop_last:
         return None
-    return next(iter(Batches(data, 1, order=[0], collate=collate))) if len(data) % size == 1 else None
+    return next(iter(Batches(data, 1, order=[0], collate=collate))) if len(sampler) % size == 1 else None
+
+
+def _seed_loader(loader: Any, seed: int) -> None:
+    """Let the next pass over a loader draw the random numbers of this seed, in its samplers and its workers."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
+    for holder in (loader, *samplers):
+        if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
+            generator.manual_seed(seed)
+    end_workers(loader)  # torch seeds each worker only once
+
+
+def end_workers(loader: Any) -> None:
+    """End the persistent workers of a loader; its next pass starts new ones."""
+    if getattr(loader, "persistent_workers", False):
+        loader._iterator = None
 
 
 def _size_of(value: Any) -> int:

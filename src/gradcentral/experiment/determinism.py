@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import pickle
 import random
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import starmap
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -46,7 +48,10 @@ def one_thread() -> Iterator[None]:
 
 
 def digest(value: Any) -> str:
-    """Hash tensors, arrays, numbers, strings, containers of them, or any picklable value, to twelve hex digits.
+    """Hash tensors, arrays, numbers, strings, containers and objects of them, to twelve hex digits.
+
+    The hash is the same in every process and wherever a task's file lies. Functions and what cannot be pickled count
+    by their names.
 
     >>> digest([1, "a"]) == digest((1, "a")) != digest([1, "b"])
     True
@@ -85,11 +90,11 @@ def _close(one: str, other: str) -> bool:
         return False
 
 
-def _parts(value: Any) -> Iterator[bytes]:
+def _parts(value: Any) -> Iterator[Any]:
     if isinstance(value, torch.Tensor):
         value = value.detach().to_dense() if value.layout != torch.strided else value.detach()
         yield f"tensor {value.dtype} {tuple(value.shape)}".encode()
-        yield value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        yield value.cpu().contiguous().flatten().view(torch.uint8).numpy()  # not a copy: it may be a whole dataset
     elif value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         yield f"{value!r};".encode()
     elif isinstance(value, (Mapping, Sequence)):
@@ -101,5 +106,28 @@ def _parts(value: Any) -> Iterator[bytes]:
     elif hasattr(value, "__array_interface__"):  # an array, an image of PIL
         array = optional("numpy").asarray(value)
         yield from _parts([array.dtype.str, array.shape, array.tolist() if array.dtype.hasobject else array.tobytes()])
+    elif isinstance(value, _NAMED):
+        yield f"{value.__name__};".encode()
     else:
-        yield pickle.dumps(value)
+        yield _pickled(value)
+
+
+# Their modules are not hashed, because that of a task is named after the path of its file.
+_NAMED = (type, FunctionType, MethodType, ModuleType)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickle objects by the digests of their parts whose own pickles differ between processes."""
+
+    def persistent_id(self, value: Any) -> str | None:
+        hashed = isinstance(value, (torch.Tensor, Set, *_NAMED)) or hasattr(type(value), "__array_interface__")
+        return digest(value) if hashed else None
+
+
+def _pickled(value: Any) -> bytes:
+    file = io.BytesIO()
+    try:
+        _Pickler(file).dump(value)
+    except Exception:  # a lock, an open file, an own error of __getstate__
+        return f"{type(value).__qualname__};".encode()
+    return file.getvalue()

@@ -69,6 +69,7 @@ def _of_task(
     task: Task, loaded: LoadedTask, settings: Settings, optimizers: Sequence[str], arms: Sequence[str]
 ) -> dict[str, str]:
     parts: dict[str, str] = {name: str(value) for name, value in asdict(settings).items()}
+    parts["device"] = torch.device(settings.device).type  # runs may continue on another GPU
     parts |= {name: str(getattr(task, name)) for name in ("batch_size", "drop_last", "metric_per_batch")}
     for part in ("train", "test"):
         with naming(part, loaded.file):
@@ -134,10 +135,15 @@ def _paired_model(task: Task) -> nn.Module:
 
 def _of_optimizer(optimizer: Optimizer) -> str:
     groups = [
-        ", ".join(f"{k}={v}" for k, v in group.items() if k != "params" and v is not None and v is not False)
+        ", ".join(f"{k}={_text(v)}" for k, v in group.items() if k != "params" and v is not None and v is not False)
         for group in optimizer.param_groups
     ]
     return f"{type(optimizer).__name__}({' | '.join(groups)})"
+
+
+def _text(value: Any) -> str:
+    """Return the value as text, or its hash if the text of an object may contain its address."""
+    return str(value) if isinstance(value, (bool, int, float, complex, str, tuple, list, Tensor)) else digest(value)
 
 
 def _of_schedule(task: Task, name: str, model: nn.Module, steps: int) -> str:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradcentral.experiment.determinism import digest
+from gradcentral.diagnostics.preserve import preserve_state
+from gradcentral.experiment.data import end_workers
+from gradcentral.experiment.determinism import digest, seed_everything
 from gradcentral.experiment.errors import TaskError, line_of, one_line
 from gradcentral.experiment.task import CustomTask, Task, name_of
 from gradcentral.extras import optional
@@ -48,6 +50,9 @@ class LoadedTask:
         """Pack the task for `unpack`; a task from memory is pickled into ``folder``, if workers share one."""
         if self.file is not None:
             return PackedTask(self.file, self.source, self.folder)
+        if isinstance(self.task, Task):
+            for data in (self.task.train, self.task.test):
+                end_workers(data)  # which cannot be pickled
         try:
             content: bytes = optional("cloudpickle").dumps(self.task)
         except (TypeError, AttributeError, pickle.PicklingError) as error:
@@ -79,7 +84,8 @@ def load_task(source: AnyTask | Callable[..., Any] | str | Path) -> AnyTask:
 
     Args:
         source: the name of a built-in task, the path of a Python file that defines ``task``, a bare ``run(seed, arm)``
-            function, or a task, which is returned unchanged.
+            function, or a task, which is returned unchanged. A file is run with the seed 0, so that the data it draws
+            are the same each time.
 
     Raises:
         TaskError: the task or file does not exist, or the file cannot be run; the message names the line.
@@ -121,7 +127,9 @@ def _run_file(path: Path, content: bytes) -> LoadedTask:
     folder, arguments = Path.cwd(), sys.argv
     sys.argv = [str(path)]  # the arguments of this program are not those of the file
     try:
-        exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
+        with preserve_state():
+            seed_everything(0)  # data that the file draws without a seed are the same in every process
+            exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
     except SyntaxError as error:
         raise TaskError(f"{error.filename or path}, line {error.lineno}: {error.msg}") from error
     except SystemExit as error:

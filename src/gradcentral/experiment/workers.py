@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import threading
 import traceback
@@ -192,6 +193,8 @@ _one_at_a_time = threading.Lock()
 def _run_in_worker(task: PackedTask, key: Key, settings: Settings | None, shared: _Shared | None) -> Result:
     if shared is not None:
         end_with_parent(shared.parent, shared.path)
+        # The method that loky sets in its workers cannot start the workers of a DataLoader; None is the platform's.
+        multiprocessing.set_start_method(None, force=True)
     on_epoch = partial(_append_epoch, shared and shared.epochs, key)
     with _one_at_a_time, preserve_state(), one_thread():
         return _run(task, key, settings, on_epoch)
