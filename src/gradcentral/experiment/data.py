@@ -97,10 +97,10 @@ def steps_of(task: Task, epochs: int) -> int:
 def single_last_example(task: Task) -> Any | None:
     """Return a batch of one if every epoch ends with such a batch; None otherwise."""
     data, size, collate, drop_last = task.train, task.batch_size, task.collate, task.drop_last
-    sampler = data
+    sampler: Any = data
     if isinstance(data, DataLoader):
         size, collate, drop_last = data.batch_size or 0, data.collate_fn, data.drop_last
-        data, sampler = data.dataset, data.sampler
+        sampler, data = data.sampler, data.dataset
     if is_loader(data) or isinstance(data, IterableDataset) or size < 2 or drop_last:
         return None
     return next(iter(Batches(data, 1, order=[0], collate=collate))) if len(sampler) % size == 1 else None
