@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -303,6 +304,56 @@ def test_a_closure_that_adds_to_the_gradients_is_centered() -> None:
         _backward(model)
         optimizer.step(lambda: _backward(model, zero=False))
     _assert_means_kept(model, start, before)
+
+
+def test_a_closure_receives_the_gradients_as_they_are() -> None:
+    """Lightning's closure adds the last micro-batch to the gradients and clips the sum."""
+    torch.manual_seed(0)
+    model, batches = _model(), torch.rand(3, 2, 5, 4, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+
+    def add_and_clip(net: Any, batch: Tensor, clip: bool) -> None:
+        (net(batch) - 1).square().mean().backward()
+        if clip:
+            nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+
+    optimizer, by_hand = SGD(model.parameters(), lr=0.1), SGD(plain.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    for first, second in batches:
+        for net, one in ((model, optimizer), (plain, by_hand)):
+            one.zero_grad()
+            add_and_clip(net, first, clip=False)
+        optimizer.step(lambda second=second: add_and_clip(model, second, clip=True))
+        add_and_clip(plain, second, clip=True)
+        gradcentral.centralize_gradients(plain)
+        by_hand.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+class ZeroesInStep(SGD):
+    """An optimizer that sets the gradients to zero in place before it calls the closure, which adds to them."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.zero_grad(set_to_none=False)
+        return super().step(closure)
+
+
+def test_gradients_that_the_optimizer_changes_before_the_closure_stay_changed() -> None:
+    torch.manual_seed(0)
+    model, batch = _model(), torch.rand(5, 4, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+
+    def add(net: Any) -> None:
+        (net(batch) - 1).square().mean().backward()
+
+    optimizer = ZeroesInStep(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    _backward(model)
+    optimizer.step(lambda: add(model))
+    add(plain)
+    gradcentral.centralize_gradients(plain)
+    SGD(plain.parameters(), lr=0.1).step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
 class BackwardInStep(Optimizer):

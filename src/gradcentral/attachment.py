@@ -32,6 +32,20 @@ class _BeforeStep(NamedTuple):
     split_sums: list[Tensor]
 
 
+class _Early(NamedTuple):
+    """A gradient that was centered before the optimizer called a closure."""
+
+    gradient: Tensor
+    version: int
+    original: Tensor
+
+    def undo_(self) -> None:
+        """Write the original values back, unless the optimizer has changed the gradient in the meantime."""
+        if local(self.gradient)._version == self.version:
+            with torch.no_grad():
+                self.gradient.copy_(self.original)
+
+
 class Attachment:
     """The centering that a handle has attached to one optimizer.
 
@@ -48,6 +62,7 @@ class Attachment:
         self._hooks: list[Any] = []
         self._centering = Centering()
         self._before: _BeforeStep | None = None
+        self._early: list[_Early] = []
         self._found_gradients = True  # when this step was last centered
         self._closure_calls: int | None = None  # in this step; None without a closure
         self._calls_closures = False  # whether the optimizer has called one in an earlier step
@@ -70,12 +85,12 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._before = None
+        self._before, self._early = None, []
         self.stepped = True  # no warning that it never stepped
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCall | None:
         self.stepped = True
-        self._before = None
+        self._before, self._early = None, []
         self._found_gradients, self._closure_calls = True, None
         refuse_differentiable(optimizer)
         self.targets.check(optimizer)
@@ -89,9 +104,9 @@ class Attachment:
             self._center(optimizer)
             return None
         if not self._calls_closures:
-            # Some optimizers accept a closure and do not call it, so center the gradients that exist now. Φ is linear:
-            # if the closure adds to them, centering the sum has the same result.
-            self._center(optimizer)
+            # Some optimizers accept a closure and do not call it, so center the gradients that exist now. If it is
+            # called after all, it receives them as they were: it may add to them and clip the sum (Lightning).
+            self._center_early(optimizer)
         self._closure_calls = 0
         return replace_closure(args, kwargs, self._centering_closure(optimizer, closure))
 
@@ -113,7 +128,7 @@ class Attachment:
             with torch.no_grad():
                 eager_or_traced(self._centering).restore_(before.pairs, before.means)
                 before.shards.restore_split_means_(before.split_sums)
-        self._before = None
+        self._before, self._early = None, []
         if not torch.compiler.is_compiling():
             self._check_centered(optimizer)
 
@@ -134,12 +149,22 @@ class Attachment:
         # The gradients appear inside step(), each time it calls the closure.
         @functools.wraps(closure)
         def centering_closure() -> Any:
+            for early in self._early:
+                early.undo_()
+            self._early = []
             loss = closure()
             self._closure_calls = (self._closure_calls or 0) + 1
             self._center(optimizer)
             return loss
 
         return centering_closure
+
+    def _center_early(self, optimizer: Optimizer) -> None:
+        pairs = self.targets.current(optimizer).pairs
+        originals = [(p, p.grad.detach().clone()) for p, _ in pairs if p.grad is not None]
+        self._center(optimizer)
+        centered = [(p.grad, original) for p, original in originals if p.grad is not None]
+        self._early = [_Early(gradient, local(gradient)._version, original) for gradient, original in centered]
 
     def _center(self, optimizer: Optimizer) -> None:
         shards = self.targets.current(optimizer)
