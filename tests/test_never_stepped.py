@@ -116,6 +116,33 @@ def _no_warnings() -> Any:
 
 
 @pytest.mark.usefixtures("_no_warnings")
+@pytest.mark.parametrize("own", [False, True])
+def test_an_optimizer_that_is_stepped_later_does_not_warn(own: bool) -> None:
+    """Adam first and LBFGS later; in notebooks, an optimizer that was created again."""
+    model = _model()
+    first: Optimizer = gradcentral.SGD(model, lr=0.1) if own else SGD(model.parameters(), lr=0.1)
+    if not own:
+        centralize(first, model)
+    later = torch.optim.LBFGS(model.parameters(), lr=0.1)
+    centralize(later, model)
+    _train(model, first.step)
+
+    def closure() -> float:
+        _backward(model)
+        return 0.0
+
+    later.step(closure)
+
+
+def test_a_plain_optimizer_in_its_place_warns() -> None:
+    model = _model()
+    attached_to = SGD(model.parameters(), lr=0.1)
+    centralize(attached_to, model)
+    with pytest.warns(UserWarning, match=r"SGD.step\(\).* is not called, so nothing is centered"):
+        _train(model, SGD(model.parameters(), lr=0.1).step)
+
+
+@pytest.mark.usefixtures("_no_warnings")
 def test_usual_training_does_not_warn() -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
