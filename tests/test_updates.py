@@ -172,6 +172,25 @@ def test_schedule_free_keeps_the_means_of_both_sequences() -> None:
         assert _drift(free, before) > 1e-3
 
 
+def test_updates_during_the_backward_pass_are_centered() -> None:
+    model, expected = _model(), _model()
+
+    def descend(p: Tensor) -> None:
+        assert p.grad is not None
+        p.data.add_(p.grad, alpha=-0.1)
+
+    for p in model.parameters():  # as LOMO does
+        p.register_post_accumulate_grad_hook(descend)
+    optimizer = gradcentral.SGD(expected, lr=0.1, placement="update")
+    for step in range(3):
+        with centered_update(model):
+            _backward(model, step)
+        _backward(expected, step)
+        optimizer.step()
+    for p, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, other, rtol=0, atol=1e-13)
+
+
 def test_an_exception_leaves_what_happened() -> None:
     model, free = _model(), _model()
 
