@@ -197,9 +197,8 @@ def _check_not_replaced(
     model: nn.Module | None, layout: WeightLayout, trained: list[Any], names: Mapping[Tensor, str]
 ) -> None:
     """Raise if a parameter is no longer in the model, unless FSDP2 has put its gathered form there."""
-    now: Mapping[str, Tensor] | None = layout.current_parameters()
-    if model is not None:
-        now = dict(model.named_parameters(remove_duplicate=False))
+    now: Mapping[str, Tensor] | None
+    now = layout.current_parameters() if model is None else dict(model.named_parameters(remove_duplicate=False))
     if now is None:
         return
     present = {*now.values()}
