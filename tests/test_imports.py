@@ -27,6 +27,7 @@ PARTS = (
     "attachment",
     "never_stepped",
     "step_hooks",
+    "updates",
     "gradients",
     "targets",
     "groups",

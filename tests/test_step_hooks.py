@@ -431,7 +431,10 @@ def test_hooks_of_others_see_the_arguments_that_torch_defines() -> None:
 class ScheduleFree(SGD):
     def train(self) -> None: ...
 
-    def eval(self) -> None: ...
+    def eval(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(0.1)  # another sequence, whose means have drifted
 
 
 class ScheduleFreeWrapper(Plain):
@@ -444,12 +447,20 @@ def test_placement_update_refuses_schedule_free_optimizers() -> None:
     model = _model()
     optimizer = ScheduleFree(model.parameters(), lr=0.1)
     for wrapped in (optimizer, Plain("opt", optimizer), Projecting(optimizer)):
-        with pytest.raises(ValueError, match="ScheduleFree keeps a second .* use placement='gradient'$") as raised:
+        with pytest.raises(ValueError, match="ScheduleFree keeps a second .*'gradient', or a block") as raised:
             centralize(wrapped, model, "update")  # type: ignore[arg-type]
     found = re.search("use (placement='gradient')", str(raised.value))
     assert found
     eval(f"centralize(optimizer, model, {found[1]})", globals(), {"optimizer": optimizer, "model": model})
-    assert len(attached(optimizer)) == 1
+    (handle,) = attached(optimizer)
+    handle.remove()
+    block = re.search(r"with gradcentral\.centered_update\(model\):", str(raised.value))
+    assert block
+    start, before = _means(model), model[0].weight.detach().clone()
+    _backward(model)
+    for call in ("step", "eval"):
+        exec(f"{block[0]} optimizer.{call}()", globals(), {"optimizer": optimizer, "model": model})
+        _assert_means_kept(model, start, before)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -472,9 +483,9 @@ def test_the_optimizer_of_accelerate_is_followed(placement: str) -> None:
 def test_placement_update_names_the_optimizer_inside_a_schedule_free_wrapper() -> None:
     model = _model()
     optimizer = ScheduleFreeWrapper("base", SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="use placement='gradient', or gradcentral.centralize") as raised:
+    with pytest.raises(ValueError, match="use placement='gradient', gradcentral.centralize") as raised:
         centralize(optimizer, model, "update")  # type: ignore[arg-type]
-    handle = eval(str(raised.value).split(", or ")[-1])
+    handle = eval(str(raised.value).split("'gradient', ")[1].split(", or ")[0])
     assert handle.placement == "update"
     assert attached(optimizer) == [handle]  # type: ignore[arg-type]
 

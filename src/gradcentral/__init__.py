@@ -19,6 +19,7 @@ from gradcentral.initialization import center_weights_
 from gradcentral.layout import Entry, LeaveAlone, WeightLayout, register_layout, weight_layout
 from gradcentral.optim import SGD, Adam, AdamW
 from gradcentral.projection import center, projection_matrix, share
+from gradcentral.updates import center_update_, centered_update
 from gradcentral.weight_vectors import WeightVectors
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ __all__ = [
     "WeightVectors",
     "attached",
     "center",
+    "center_update_",
     "center_weights_",
+    "centered_update",
     "centralize",
     "centralize_gradients",
     "compare",

@@ -177,11 +177,11 @@ def _add_over_ranks(sums: list[Tensor], groups: list[tuple[dist.ProcessGroup, ..
     return totals
 
 
-def shards_of(targets: list[Pair], names: Mapping[Tensor, str]) -> Shards:
+def shards_of(targets: list[Pair], names: Mapping[Tensor, str], frozen: bool = False) -> Shards:
     """Separate the weight vectors that this rank holds whole from those that are split between ranks.
 
-    The result depends only on shapes and placements, so all ranks agree on which parameters are split. Frozen
-    parameters are omitted, and so are empty shards that take part in no collective.
+    The result depends only on shapes and placements, so all ranks agree on which parameters are split. Unless
+    ``frozen``, parameters without ``requires_grad`` are omitted; so are empty shards that take part in no collective.
 
     Raises:
         ValueError: a parameter is sharded in a way that cannot be centered (with its name and a remedy).
@@ -191,7 +191,7 @@ def shards_of(targets: list[Pair], names: Mapping[Tensor, str]) -> Shards:
     for parameter, vectors in targets:
         if not is_sharded(parameter):
             whole.append((parameter, vectors))
-        elif parameter.requires_grad and parameter.device_mesh.get_coordinate() is not None:
+        elif (frozen or parameter.requires_grad) and parameter.device_mesh.get_coordinate() is not None:
             shard = _shard(parameter, vectors, names[parameter])
             if isinstance(shard, SplitParameter):
                 split.append(shard)

@@ -16,7 +16,7 @@ from gradcentral.local_shard import local, overlaps_itself
 from gradcentral.projection import Pair, center
 from gradcentral.targets import layout_to_use, refuse_sparse, shards_in_layout
 
-__all__ = ["CENTER_IN_BACKWARD", "center_gradients_", "centralize_gradients", "eager_or_traced"]
+__all__ = ["CENTER_IN_BACKWARD", "center_gradients_", "centralize_gradients", "eager_or_traced", "remembered_layout"]
 
 CENTER_IN_BACKWARD = (
     "center each gradient when backward() computes it: for p, v in gradcentral.weight_layout(model).items(): "
@@ -44,7 +44,7 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
         >>> model(torch.randn(8, 4)).square().sum().backward()
         >>> gradcentral.centralize_gradients(model)
     """
-    layout = _remembered_layout(model) if model is not None and layout is None else layout_to_use(model, layout)
+    layout = remembered_layout(model) if model is not None and layout is None else layout_to_use(model, layout)
     if not torch.compiler.is_compiling():
         layout.follow()
     if not layout and not layout.pending:
@@ -102,7 +102,8 @@ _layouts: weakref.WeakKeyDictionary[nn.Module, WeightLayout] = weakref.WeakKeyDi
 _warned: weakref.WeakSet[WeightLayout] = weakref.WeakSet()
 
 
-def _remembered_layout(model: nn.Module) -> WeightLayout:
+def remembered_layout(model: nn.Module) -> WeightLayout:
+    """Return the layout of a model, determined at the first call; lazy parameters may have received shapes since."""
     layout = _layouts.get(model)
     if layout is None:
         layout = _layouts[model] = weight_layout(model)

@@ -7,6 +7,7 @@ from torch import nn
 
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.projection import center_
+from gradcentral.updates import check_usable
 
 __all__ = ["center_weights_"]
 
@@ -37,15 +38,7 @@ def center_weights_(model: nn.Module, layout: WeightLayout | None = None) -> Wei
         True
     """
     layout = weight_layout(model) if layout is None else layout
-    if layout.pending:
-        raise ValueError("model: a lazy parameter has no values yet: run one forward pass of the model first")
-    if not layout:
-        raise ValueError(f"nothing to center: {layout.summary()}\n{layout.to_paste()}".rstrip())
-    own = {*model.parameters()}
-    for parameter in layout:
-        if parameter not in own:
-            name = layout.names[parameter]
-            raise ValueError(f"layout: {name} is not a parameter of the model: pass weight_layout(model)")
+    check_usable(layout, model)
     with torch.no_grad():
         for parameter, vectors in layout.items():
             center_(parameter, vectors)

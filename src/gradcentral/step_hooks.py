@@ -88,10 +88,11 @@ def refuse_unhookable(optimizer: Any, placement: str) -> None:
             )
         if placement == "update" and _has_two_sequences(current):
             inner = next((at for at, one in chain if len(at) > len(path) and _has_hooks(one)), None)
-            remedy = "" if inner is None else f", or gradcentral.centralize(optimizer{inner}, model, 'update')"
+            remedy = "" if inner is None else f"gradcentral.centralize(optimizer{inner}, model, 'update'), "
             raise ValueError(
                 f"{type(current).__name__} keeps a second sequence of weights, which its eval() installs and placement "
-                f"'update' does not center: use placement='gradient'{remedy}"
+                f"'update' does not center: use placement='gradient', {remedy}or a block around each call of step(), "
+                "train() and eval(): with gradcentral.centered_update(model): …"
             )
     refuse_differentiable(hooked_optimizer(optimizer))
 
