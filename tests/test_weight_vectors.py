@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from gradcentral import WeightVectors
 from gradcentral.weight_vectors import as_vectors, check_pattern
-from tests.strategies import shapes_and_vectors
+from tests.strategies import Written, shapes_and_vectors, written_patterns
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,7 @@ def test_count_and_fan_in(vectors: WeightVectors, count: int, fan_in: int) -> No
         ({"span": (1, -1), "shape": (2, 3)}, "names an axis twice"),
         ({"span": (2,), "shape": (2, 3)}, "axis 2 is out of range"),
         ({"span": (0,), "view": (2, 4), "shape": (3, 3)}, "8 elements"),
+        ({"span": (0,), "view": (-2, -4), "shape": (4, 2)}, "has a negative size; write every size out"),
     ],
 )
 def test_invalid_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -146,6 +148,9 @@ def test_views_that_merge_axes_read_back_and_views_that_cut_across_axes_are_name
         ("(3 [i]) o", (8, 4), {}, "axis 0 has size 8, which is not a multiple of 3"),
         ("o [i]", (8, 4), {"i": 3}, "axis 1 has size 4, which is not 3"),
         ("o [i]", (8, 4), {"g": 3}, "g = 3, but 0 axes are named g"),
+        ("(g [i]) o", (8, 4), {"g": -2}, "g = -2 is negative; give the size of the axis"),
+        ("(0 [i]) o", (8, 4), {}, "axis 0 has size 8, which is not a multiple of 0"),
+        ("", (8, 4), {}, "put brackets around the axes"),
     ],
 )
 def test_patterns_that_do_not_fit_are_refused(
@@ -153,6 +158,59 @@ def test_patterns_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         WeightVectors.parse(pattern, shape, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sizes", "message"),
+    [
+        ("(g [i]) o", {"g": "2"}, "g must be an integer or a sequence of integers, not '2'"),
+        ("(g [i]) o", {"g": 2.0}, "g must be an integer or a sequence of integers, not 2.0"),
+        ("o [i...]", {"i": (2, None)}, "i must be an integer or a sequence of integers, not (2, None)"),
+        (("o", "[i]"), {}, "a pattern must be text, such as 'o [i]'"),
+    ],
+)
+def test_patterns_and_sizes_of_another_type_are_refused(pattern: Any, sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"pattern {pattern!r} for shape (8, 4): {message}")):
+        WeightVectors.parse(pattern, (8, 4), **sizes)
+
+
+@given(written_patterns())
+@example(Written("[(a 2)] b", (8, 3), (0, 1), (4, 2, 3), {}))
+@example(Written("a... [b]", (2, 3, 4), (2,), (2, 3, 4), {}))
+def test_a_written_pattern_means_its_span_and_view_and_is_printed_as_such(written: Written) -> None:
+    vectors = WeightVectors.parse(written.pattern, written.shape, **written.sizes)
+    assert vectors == written.vectors
+    printed = vectors.pattern
+    again = WeightVectors.parse(printed, written.shape)  # all sizes but one per axis are printed
+    assert again == vectors
+    assert again.pattern == printed
+    assert WeightVectors.parse(written.vectors.pattern, written.shape) == vectors  # without names
+
+
+@given(written_patterns(), st.sampled_from([-1, 1]))
+def test_a_pattern_for_another_number_of_axes_is_refused_with_the_pattern_and_the_shape(
+    written: Written, change: int
+) -> None:
+    assume("..." not in written.pattern)
+    shape = (*written.shape, 2)[: len(written.shape) + change]
+    with pytest.raises(ValueError, match="but the shape has") as refused:
+        WeightVectors.parse(written.pattern, shape)
+    assert str(refused.value).startswith(f"pattern {written.pattern!r} for shape {shape}: ")
+
+
+@given(st.text("oik23[]() .!", max_size=12), st.lists(st.integers(0, 9), max_size=4).map(tuple))
+def test_any_text_is_either_a_pattern_or_refused_with_the_pattern_and_the_shape(
+    text: str, shape: tuple[int, ...]
+) -> None:
+    refusal = ""
+    try:
+        vectors = WeightVectors.parse(text, shape)
+    except ValueError as error:
+        refusal = str(error)
+    else:
+        assert math.prod(vectors.dims) == math.prod(shape)
+        check_pattern(text)
+    assert not refusal or refusal.startswith(f"pattern {text!r} for shape {shape}: ")
 
 
 def test_the_correction_that_a_refusal_suggests_is_accepted() -> None:

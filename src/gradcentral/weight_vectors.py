@@ -19,6 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from operator import index
 
 __all__ = ["WeightVectors", "as_vectors", "check_pattern"]
 
@@ -59,6 +60,9 @@ class WeightVectors:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(map(int, value)))
         span, view, shape = self.span, self.view, self.shape
+        for name, sizes in (("view", view), ("shape", shape)):
+            if sizes is not None and min(sizes, default=0) < 0:
+                raise ValueError(f"{name} {sizes} has a negative size; write every size out")
         if not span:
             raise ValueError("span is empty: name at least one axis that a weight vector runs over")
         if view is not None and shape is not None and math.prod(view) != math.prod(shape):
@@ -88,6 +92,7 @@ class WeightVectors:
         Raises:
             ValueError: the pattern is malformed, has no brackets, or does not fit the shape; an axis is split and more
                 than one of the sizes is unknown; ``sizes`` names an axis that the pattern does not have.
+            TypeError: the pattern is not text; a size is not an integer.
 
         Examples:
             >>> WeightVectors.parse("o [i k k]", (16, 3, 5, 5))
@@ -100,8 +105,8 @@ class WeightVectors:
         shape = tuple(shape)
         try:
             groups = _sized(_read(pattern), shape, sizes)
-        except ValueError as error:
-            raise ValueError(f"pattern {pattern!r} for shape {shape}: {error}") from None
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"pattern {pattern!r} for shape {shape}: {error}") from None
         axes = [axis for group in groups for axis in group]
         view = tuple(axis.size or 0 for axis in axes)
         span = tuple(position for position, axis in enumerate(axes) if axis.spanned)
@@ -191,6 +196,8 @@ class _Axis:
 
 def _read(pattern: str) -> list[list[_Axis]]:
     """Read the axes of a pattern, as one list per axis of the parameter."""
+    if not isinstance(pattern, str):
+        raise TypeError("a pattern must be text, such as 'o [i]'")
     groups: list[list[_Axis]] = []
     opened: list[str] = []
     for token in re.findall(r"\w+(?:\.\.\.)?|\S", pattern):
@@ -233,7 +240,7 @@ def _sized(
         raise ValueError("no axis of the shape is inside the brackets")
     for name, value in sizes.items():
         named = [axis for group in groups for axis in group if axis.name == name]
-        given = [value] * max(len(named), 1) if isinstance(value, int) else value
+        given = _integers(name, value, max(len(named), 1))
         if len(given) != len(named):
             raise ValueError(f"{name} = {value}, but {len(named)} axes are named {name}")
         for axis, axis_size in zip(named, given, strict=True):
@@ -249,6 +256,17 @@ def _sized(
         for axis in unknown:
             axis.size = size // known
     return [[axis for axis in group if axis.size != 1 or axis.spanned] or group[:1] for group in groups]
+
+
+def _integers(name: str, value: int | Sequence[int], times: int) -> list[int]:
+    """Return the sizes given for a name, an integer that holds for all of its axes or one for each of them."""
+    try:
+        given = list(map(index, value)) if isinstance(value, Sequence) else [index(value)] * times
+    except TypeError:
+        raise TypeError(f"{name} must be an integer or a sequence of integers, not {value!r}") from None
+    if min(given, default=0) < 0:
+        raise ValueError(f"{name} = {value} is negative; give the size of the axis")
+    return given
 
 
 def _factors(shape: tuple[int, ...] | None, view: tuple[int, ...]) -> list[list[tuple[int, int]]] | None:

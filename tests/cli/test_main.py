@@ -84,6 +84,15 @@ def test_figures_draws_and_writes_what_is_chosen(
         assert (task.parent / folder / name).stat().st_size > 0
 
 
+def test_figures_draws_trained_weights(
+    task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(nn.Linear(3, 2).state_dict(), task.parent / "trained.pt")
+    assert run(monkeypatch, "figures", "--task", "line.py", "--only", "initial-means", "--weights", "trained.pt") == 0
+    assert "before and after training" in capsys.readouterr().out
+    assert "after training" in (task.parent / "runs" / "figures-line" / "initial-means.csv").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -103,6 +112,7 @@ def test_figures_draws_and_writes_what_is_chosen(
         ),
         (["figures", "--task", "line.py", "--seeds", "99999999999"], "seeds: 99999999999 is a number of seeds"),
         (["compare", "line.py", "--device", "meta"], "device: 'meta' is not available"),
+        (["figures", "--task", "line.py", "--weights", "none.pt"], "none.pt cannot be read: No such file"),
         (["figures", "--task", "line.py", "--device", "nowhere"], "device: 'nowhere' is not available"),
         (["compare", "line.py", "--device", "nowhere"], "device: 'nowhere' is not available"),
         (["compare", "line.py", "--jobs", "0"], "jobs: give an integer of at least 1"),

@@ -38,6 +38,7 @@ _MODEL_HELP = (
     "MODULE:NAME of a model, or of a class or function that returns one (transformers:GPT2LMHeadModel); "
     "MODULE:EXPRESSION (\"timm:create_model('resnet18')\"); or a task file."
 )
+_WEIGHTS_HELP = "Trained weights of the task's network (a state dict), which initial-means shows too."
 _FIGURES_HELP = f"Some of {', '.join((*FIGURES, STATEMENTS))}; by default all."
 Task = Annotated[str, typer.Argument(help=_TASK_HELP)]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs per run; by default the task's own.")]
@@ -131,11 +132,13 @@ def figures(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds for results with a spread.")] = 5,
     epochs: Epochs = None,
     device: Device = "cpu",
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help=_WEIGHTS_HELP)] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder; by default runs/figures-TASK.")] = None,
 ) -> None:
     """Measure and draw the paper's figures and statements on a real network, as PNG, SVG and CSV."""
     chosen = None if only is None else _names(only)
-    drawn = draw_all(task, out=out, only=chosen, optimizer=optimizer, seeds=seeds, epochs=epochs, device=device)
+    how: dict[str, Any] = {"seeds": seeds, "epochs": epochs, "device": device, "weights": weights}
+    drawn = draw_all(task, out=out, only=chosen, optimizer=optimizer, **how)
     if drawn.statements:
         Console(highlight=False).print(statement_table(drawn.statements))
     for name, title in drawn.titles.items():

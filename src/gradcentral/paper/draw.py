@@ -25,6 +25,7 @@ from gradcentral.paper.figures.before_training import initial_means_figure, oper
 from gradcentral.paper.figures.training import geometry_figure, gradient_norms_figure, landscape_figure, learning_figure
 from gradcentral.paper.statements import Measurements, measure_all
 from gradcentral.paper.study import Figure, Study
+from gradcentral.paper.trained_weights import read_weights
 from gradcentral.tables import csv_text
 
 __all__ = ["FIGURES", "STATEMENTS", "FigureSet", "draw_all", "statement_table"]
@@ -65,6 +66,7 @@ def draw_all(
     seeds: int = 5,
     epochs: int | None = None,
     device: str = "cpu",
+    weights: str | Path | None = None,
     progress: bool = True,
 ) -> FigureSet:
     """Draw the paper's figures as PNG, SVG and CSV, and measure its statements, with a task's own network and data.
@@ -77,10 +79,13 @@ def draw_all(
         seeds: the number of runs behind each interval.
         epochs: the number of epochs per run; by default the task's.
         device: the torch device to train and measure on; it must support double precision.
+        weights: a file with trained weights of the task's network: a state dict, as safetensors or as saved by
+            ``torch.save``. The figure "initial-means" then shows them beside the network's initial weights.
         progress: whether to show progress.
 
     Raises:
-        TaskError: the task or an option is not usable; no trainable parameter is centered; there is only one step.
+        TaskError: the task or an option is not usable; no trainable parameter is centered; there is only one step; the
+            weights do not fit the task's network.
         ResultsError: ``out`` cannot be written, or holds files of these names that gradcentral did not write.
     """
     start = Path.cwd()  # before the task's file, which may change it
@@ -97,6 +102,8 @@ def draw_all(
     optimizer = optimizer or next(iter(loaded.optimizers))
     study = Study(loaded, task, optimizer, tuple(range(seeds)), epochs, device, folder.path / "runs", progress)
     _check(study, chosen)
+    if weights is not None:
+        study = _with_weights(study, start / Path(weights).expanduser(), chosen)
     kinds = {name: ("csv",) if name == STATEMENTS else ("png", "svg", "csv") for name in chosen}
     folder.claim([f"{name}.{kind}" for name, kinds in kinds.items() for kind in kinds])
     titles: dict[str, str] = {}
@@ -161,6 +168,12 @@ def _statements(study: Study, folder: OutputFolder) -> Measurements:
     rows += [[s.source, s.statement, *[None] * 6, f"skipped: {s.reason}"] for s in found.skipped]
     folder.write(f"{STATEMENTS}.csv", csv_text([header, *rows]))
     return found
+
+
+def _with_weights(study: Study, path: Path, chosen: Sequence[str]) -> Study:
+    if "initial-means" not in chosen:
+        raise TaskError("weights: only the figure initial-means shows them; add it to only")
+    return replace(study, weights=read_weights(path, weight_layout(study.fresh_model())))
 
 
 def _chosen(only: Sequence[str] | None) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +50,7 @@ class Study:
     device: str = "cpu"
     runs: Path = Path("runs")  # the output folder of a comparison
     progress: bool = False
+    weights: Mapping[str, Tensor] | None = None  # the centered parameters of the network after training, by name
     # A function that returns the iterable and shows its progress.
     track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda iterable, total: iterable
 

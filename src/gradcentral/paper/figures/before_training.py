@@ -1,18 +1,20 @@
-"""The figures of a network before training, of its first gradients and of its initial weights."""
+"""The figures that train no network: of its first gradients, of its initial weights, and of trained ones in a file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.probing import probe_task
+from gradcentral.layout import weight_layout
 from gradcentral.paper.gradients import as_rows
 from gradcentral.paper.initial_weights import sampled_means
 from gradcentral.paper.study import Figure, Study, drawing, gradient_of, layer_label
+from gradcentral.paper.trained_weights import means_of
 from gradcentral.plotting import LIGHT
 from gradcentral.projection import center
 
@@ -68,35 +70,77 @@ def _draw_operation(panel: Any, before: Tensor, after: Tensor, means: list[float
     bars.ticklabel_format(axis="x", scilimits=(0, 0), useMathText=True)
 
 
-def initial_means_figure(study: Study) -> Figure:
-    """Draw figure 3 of the paper: log₁₀ |mean(w⁰)| of every weight vector of ResNet-50.
+class _Means(NamedTuple):
+    """The means of weight vectors of one kind."""
 
-    The weights are sampled in the shapes of the layers, so no network is built. The paper shows pretrained
-    weights, which would have to be downloaded, in place of Xavier initialization.
+    name: str  # in the figure's data
+    label: str
+    color: str
+    absolute: Tensor  # |mean(w)|
+    relative: Tensor  # |mean(w)| in units of σ/√M
+
+
+def initial_means_figure(study: Study) -> Figure:
+    """Draw figure 3 of the paper: log₁₀ |mean(w)| of every weight vector.
+
+    By default, the weights are sampled in the shapes of ResNet-50's layers, so no network is built. With trained
+    weights, which the paper shows too, these are drawn beside the task's own network before training.
     """
-    shapes, rows = list(_resnet50_shapes()), []
+    sets = _resnet50_means(study) if study.weights is None else _means_before_and_after_training(study)
+    shown, rows = [], []
+    for means in study.track(sets, 2):
+        counts, edges = torch.histogram(means.absolute.clamp_min(1e-12).log10(), 60)
+        bins = zip(edges.tolist(), edges[1:].tolist(), counts.int().tolist(), strict=False)
+        rows += [(means.name, *numbers) for numbers in bins]
+        shown.append(means)
     with drawing(3.6) as image:
-        logs, units = image.subplots(1, 2)
-        schemes = (("xavier_normal", "Xavier", "gradient"), ("kaiming_normal", "Kaiming", "update"))
-        for index, (scheme, name, arm) in enumerate(study.track(schemes, len(schemes))):
-            means, color = sampled_means(shapes, scheme, study.seeds[0] + index * len(shapes)), LIGHT.arms[arm]
-            absolute = means["absolute"]
-            counts, edges = torch.histogram(absolute.clamp_min(1e-12).log10(), 60)
-            bins = zip(edges.tolist(), edges[1:].tolist(), counts.int().tolist(), strict=False)
-            rows += [(scheme, *numbers) for numbers in bins]
-            shown, label = absolute.clamp_min(1e-8).log10().numpy(), f"{name}, median {float(absolute.median()):.1e}"
-            logs.hist(shown, bins=80, histtype="stepfilled", alpha=0.35, color=color, lw=0)
-            logs.hist(shown, bins=80, histtype="step", color=color, lw=1.5, label=label)
-            units.hist(means["relative"].numpy(), bins=60, range=(0, 4), histtype="step", color=color, density=True)
-        at = torch.linspace(0, 4, 200, dtype=torch.float64, device="cpu")
-        density = (2 / torch.pi) ** 0.5 * torch.exp(-at.square() / 2)
-        units.plot(at.numpy(), density.numpy(), color=LIGHT.text, lw=1.2, ls=":")
-        units.set(xlabel="|mean(w⁰)| in units of σ/√M    (dotted: half-normal density)", ylabel="density")
-        logs.set(xlabel="log₁₀ |mean(w⁰)|", ylabel="weight vectors")
-        logs.legend(frameon=False, loc="upper left", fontsize=9)
-        logs.set_xlim(left=-7)
-    title = f"ResNet-50: the means of its {sum(shape[0] for shape in shapes):,} weight vectors before training"
+        _draw_means(image, shown, "w⁰" if study.weights is None else "w")
+    vectors = f"{len(shown[0].absolute):,} weight vectors"
+    title = (
+        f"ResNet-50: the means of its {vectors} before training"
+        if study.weights is None
+        else f"{study.task.name}: the means of its {vectors} before and after training"
+    )
     return Figure(title, image, ("scheme", "log10_mean_from", "log10_mean_to", "count"), rows)
+
+
+def _draw_means(image: Any, sets: Sequence[_Means], symbol: str) -> None:
+    logs, units = image.subplots(1, 2)
+    bins = max(12, min(80, len(sets[0].absolute) // 6))
+    # The few means that are nearly zero would stretch the axis; they are counted in its first bin.
+    values = torch.stack([means.absolute for means in sets]).clamp_min(1e-8).log10()
+    low = float(values.quantile(0.001))
+    reach = max(4.0, float(torch.cat([means.relative for means in sets]).quantile(0.99)))
+    for means, logarithms in zip(sets, values.clamp_min(low).numpy(), strict=True):
+        label = f"{means.label}, median {float(means.absolute.median()):.1e}"
+        span: dict[str, Any] = {"bins": bins, "range": (low, float(values.max())), "color": means.color}
+        logs.hist(logarithms, histtype="stepfilled", alpha=0.35, lw=0, **span)
+        logs.hist(logarithms, histtype="step", lw=1.5, label=label, **span)
+        span |= {"bins": min(60, bins), "range": (0, reach)}
+        units.hist(means.relative.numpy(), histtype="step", density=True, **span)
+    at = torch.linspace(0, reach, 200, dtype=torch.float64, device="cpu")
+    density = (2 / torch.pi) ** 0.5 * torch.exp(-at.square() / 2)
+    units.plot(at.numpy(), density.numpy(), color=LIGHT.text, lw=1.2, ls=":")
+    units.set(xlabel=f"|mean({symbol})| in units of σ/√M    (dotted: half-normal density)", ylabel="density")
+    logs.set(xlabel=f"log₁₀ |mean({symbol})|", ylabel="weight vectors")
+    logs.legend(frameon=False, loc="upper left", fontsize=9)
+
+
+def _resnet50_means(study: Study) -> Iterator[_Means]:
+    shapes = list(_resnet50_shapes())
+    schemes = (("xavier_normal", "Xavier", "gradient"), ("kaiming_normal", "Kaiming", "update"))
+    for index, (scheme, name, arm) in enumerate(schemes):
+        means = sampled_means(shapes, scheme, study.seeds[0] + index * len(shapes))
+        yield _Means(scheme, name, LIGHT.arms[arm], **means)
+
+
+def _means_before_and_after_training(study: Study) -> Iterator[_Means]:
+    assert study.weights is not None
+    layout = weight_layout(study.fresh_model())
+    vectors = {layout.names[parameter]: found for parameter, found in layout.items()}
+    before = {layout.names[parameter]: parameter for parameter in layout}
+    for name, arm, weights in (("before training", "none", before), ("after training", "gradient", study.weights)):
+        yield _Means(name, name, LIGHT.arms[arm], **means_of(weights, vectors))
 
 
 def _resnet50_shapes() -> Iterator[tuple[int, ...]]:
