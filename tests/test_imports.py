@@ -25,6 +25,7 @@ PARTS = (
     "optim",
     "attach",
     "attachment",
+    "gradient_hooks",
     "never_stepped",
     "step_hooks",
     "gradients",

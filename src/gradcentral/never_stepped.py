@@ -71,10 +71,7 @@ def _warn(optimizer: Optimizer) -> None:
     if (path := path_to_inner(optimizer)) is not None:
         remedy = f"attach to the optimizer inside: gradcentral.centralize(optimizer{path}, model)"
     else:
-        remedy = (
-            "center each gradient when backward() computes it: for p, v in gradcentral.weight_layout(model).items(): "
-            "p.register_hook(lambda g, v=v: gradcentral.center(g, v))"
-        )
+        remedy = "center each gradient when backward() computes it: gradcentral.centralize_in_backward(model)"
     warnings.warn(
         f"the weights change, but {type(optimizer).__name__}.step(), where Gradient Centralization is attached, is not "
         f"called, so nothing is centered; {remedy}",

@@ -41,7 +41,10 @@ def hooked_optimizer(optimizer: Any) -> Optimizer:
         if isinstance(several, (list, tuple)) and any(map(_has_hooks, several)):
             remedy = "it holds several: gradcentral.centralize(optimizer.optimizers, model)"
         else:
-            remedy = "for another kind of optimizer, call gradcentral.centralize_gradients(model) before each step"
+            remedy = (
+                "for another kind of optimizer, call gradcentral.centralize_in_backward(model) once, or "
+                "gradcentral.centralize_gradients(model) before each step"
+            )
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer with step hooks, not {type(optimizer).__name__}; {remedy}"
         )
