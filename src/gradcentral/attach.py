@@ -214,7 +214,7 @@ class Handle:
 def attached(optimizer: Optimizer | nn.Module) -> list[Handle]:
     """Return the handles on an optimizer, or those of `centralize_in_backward` on a model, that were not removed."""
     found: Sequence[Attachment | GradientHooks]
-    if isinstance(optimizer, nn.Module) and not isinstance(optimizer, Optimizer):
+    if isinstance(optimizer, nn.Module) and not hasattr(optimizer, "param_groups"):
         found = hooks_of(optimizer.parameters())
     else:
         found = attachments_of(hooked_optimizer(optimizer))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradcentral.gradient_hooks import hooks_of
 from gradcentral.local_shard import is_sharded
 from gradcentral.step_hooks import path_to_inner
 
@@ -64,7 +65,8 @@ class _Watch:
             self._weights = parameter.detach().clone()
         if self._changes == _CHANGES:
             self._hook.remove()
-            _warn(optimizer)
+            if not hooks_of([parameter]):  # otherwise it is centered in backward
+                _warn(optimizer)
 
 
 def _warn(optimizer: Optimizer) -> None:

@@ -170,7 +170,10 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
             return
         models = self.models()
         if any(not isinstance(p, nn.Parameter) for model in models for p in model.parameters()):
-            return  # torch.func.functional_call has put other tensors in place of the parameters, for one call
+            # For one call, FSDP1 or torch.func.functional_call has put other tensors in place of the parameters.
+            for entry in self.entries:
+                refuse_flat(entry.name, entry.parameter)
+            return
         self._structure = Structure(models) if models else None
         now = self.current_parameters() or {}
         if models and not any(is_gathered(entry.parameter, now.get(entry.name)) for entry in self.entries):
