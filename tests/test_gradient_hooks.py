@@ -114,9 +114,10 @@ def test_gradients_of_autograd_grad_are_centered_too() -> None:
     assert found[-1] is None
     for gradient, expected in zip(found, _by_hand(_mlp, _x()).values(), strict=False):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-14)
-    unused = nn.ModuleList([_mlp(), nn.Linear(3, 2)])
+    unused: Any = nn.ModuleList([_mlp(), nn.Linear(3, 2)])
     centralize_in_backward(unused)
-    assert torch.autograd.grad(unused[0](_x()).sum(), unused[1].weight, allow_unused=True) == (None,)
+    found = torch.autograd.grad(unused[0](_x()).sum(), unused[1].weight, allow_unused=True)
+    assert found == (None,)
 
 
 def test_the_second_derivative_contains_the_projection() -> None:
@@ -529,6 +530,27 @@ def test_attaching_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         "Gradient Centralization attached to backward(): 3 parameters, placement 'gradient'",
         "Gradient Centralization attached to gradcentral.AdamW: 3 parameters, placement 'update'",
     ]
+
+
+def test_a_probe_in_a_paused_block_measures_the_gradients_that_autograd_computes() -> None:
+    data = [(_x(), torch.zeros(5, 3, dtype=torch.float64))]
+    model = _mlp()
+    handle = centralize_in_backward(model)
+    with handle.paused():
+        paused = gradcentral.probe(model, nn.functional.mse_loss, data)
+    expected = gradcentral.probe(_mlp(), nn.functional.mse_loss, data)
+    assert str(paused) == str(expected)
+    assert str(gradcentral.probe(model, nn.functional.mse_loss, data)) != str(expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_model_can_be_scripted_after_removing_the_hooks() -> None:
+    model = _mlp()
+    handle = centralize_in_backward(model)
+    with pytest.raises(AttributeError, match="_AfterForward"):
+        torch.jit.script(model)
+    handle.remove()
+    assert torch.equal(torch.jit.script(model)(_x()), model(_x()))
 
 
 def test_a_model_with_hooks_is_freed() -> None:
