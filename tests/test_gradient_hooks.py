@@ -543,6 +543,21 @@ def test_a_probe_in_a_paused_block_measures_the_gradients_that_autograd_computes
     assert str(gradcentral.probe(model, nn.functional.mse_loss, data)) != str(expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "convert",
+    [torch.jit.script, lambda model: torch.jit.trace(model, _x()), lambda model: torch.compile(model, backend="eager")],
+    ids=["scripted", "traced", "compiled"],
+)
+def test_converted_models(convert: Callable[[Any], Any]) -> None:
+    model = convert(_mlp())
+    handle = centralize_in_backward(model)
+    assert centralize_in_backward(model) is handle
+    _backward(model, _x())
+    expected = _by_hand(_mlp, _x())
+    _assert_gradients(model, {name: expected[name.removeprefix("_orig_mod.")] for name, _ in model.named_parameters()})
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_model_can_be_scripted_after_removing_the_hooks() -> None:
     model = _mlp()

@@ -53,6 +53,8 @@ class GradientHooks:
         self.update()
         self._without_gradient = {p for p in self.layout if p.grad is None}
         for model in self.layout.models():
+            if isinstance(model, torch.jit.ScriptModule):
+                continue  # it takes no such hooks, and cannot change
             _remove_copied_hooks(model)
             self._on_models.append(model.register_forward_hook(_AfterForward(self)))
 
