@@ -27,6 +27,7 @@ PARTS = (
     "attachment",
     "never_stepped",
     "step_hooks",
+    "gradient_hooks",
     "updates",
     "gradients",
     "targets",

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import SGD, AdamW, Optimizer
 
 import gradcentral
-from gradcentral import centralize
+from gradcentral import centralize, centralize_in_backward
 
 
 def _model() -> Any:
@@ -84,7 +84,7 @@ def test_steps_in_backward_warn_once_and_the_remedy_works(placement: str) -> Non
     model = _model()
     optimizer = StepsInBackward(model.parameters(), lr=0.1)
     remedy = str(caught[0].message).split("computes it: ")[1]
-    exec(remedy.replace("items(): ", "items():\n    "), {"gradcentral": gradcentral, "model": model})
+    exec(remedy, {"gradcentral": gradcentral, "model": model})
     start, before = _means(model), model[0].weight.detach().clone()
     for _ in range(3):
         _backward(model)
@@ -275,6 +275,18 @@ def test_optimizers_that_are_not_in_use_do_not_warn() -> None:
     plain = SGD(model.parameters(), lr=0.1)
     _train(model, plain.step)
     assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.usefixtures("_no_warnings")
+def test_steps_in_backward_of_a_model_that_is_centered_in_backward_do_not_warn() -> None:
+    model = _model()
+    optimizer = StepsInBackward(model.parameters(), lr=0.1)
+    centralize(optimizer, model)
+    centralize_in_backward(model)
+    start = _means(model)
+    _train(model, lambda: None)
+    for now, then in zip(_means(model), start, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=1e-13)
 
 
 @pytest.mark.usefixtures("_no_warnings")

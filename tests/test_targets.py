@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, cast
@@ -290,8 +291,13 @@ def test_centralize_gradients_follows_pruning() -> None:
 def test_attaching_to_flat_partitions_raises() -> None:
     model = _model()
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    with pytest.raises(ValueError, match="flat partitions, such as DeepSpeed's ZeRO, cannot be centered"):
+    with pytest.raises(ValueError, match="flat partitions, such as DeepSpeed's ZeRO, cannot be centered") as raised:
         centralize(SGD([flat], lr=0.1), model)
+    remedy = re.search(r"or call (gradcentral.+) before deepspeed.initialize$", str(raised.value))
+    assert remedy
+    eval(remedy[1])
+    model(torch.randn(5, 4)).square().sum().backward()
+    assert model[0].weight.grad.mean(1).abs().max() < 1e-5
 
 
 def test_attaching_to_partitioned_parameters_raises() -> None:
@@ -299,8 +305,18 @@ def test_attaching_to_partitioned_parameters_raises() -> None:
     weight: Any = model[0].weight
     weight.ds_id, weight.ds_shape = 0, weight.shape  # as DeepSpeed's ZeRO-3 marks them
     weight.data = torch.empty(0)
-    with pytest.raises(ValueError, match="0.weight of shape .* made by DeepSpeed ZeRO-3"):
+    with pytest.raises(ValueError, match="0.weight of shape .* made by DeepSpeed ZeRO-3") as raised:
         gradcentral.SGD(model, lr=0.1)
+    remedy = re.search(r"or call (gradcentral.+) before deepspeed.initialize$", str(raised.value))
+    assert remedy
+    model = _model()
+    eval(remedy[1])
+    weight = model[0].weight
+    whole, weight.data = weight.detach().clone(), torch.empty(0)  # partitioned, and gathered for each pass
+    weight.ds_id, weight.ds_shape, weight.data = 0, whole.shape, whole
+    model(torch.randn(5, 4)).square().sum().backward()
+    assert weight.grad.abs().max() > 0
+    assert weight.grad.mean(1).abs().max() < 1e-5
 
 
 def test_parameters_registered_under_another_name_do_not_raise() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gradcentral import startup  # noqa: F401, before torch is imported
 
 # isort: split
-from gradcentral.attach import Handle, attached, centralize
+from gradcentral.attach import Handle, attached, centralize, centralize_in_backward
 from gradcentral.gradients import centralize_gradients
 from gradcentral.initialization import center_weights_
 from gradcentral.layout import Entry, LeaveAlone, WeightLayout, register_layout, weight_layout
@@ -44,6 +44,7 @@ __all__ = [
     "centered_update",
     "centralize",
     "centralize_gradients",
+    "centralize_in_backward",
     "compare",
     "probe",
     "projection_matrix",

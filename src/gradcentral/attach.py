@@ -1,4 +1,4 @@
-"""`centralize`: Gradient Centralization on any torch optimizer, and the handle that it returns."""
+"""`centralize` and `centralize_in_backward` attach Gradient Centralization, and return a `Handle`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradcentral.attachment import Attachment, attachments_of
+from gradcentral.gradient_hooks import GradientHooks, hooks_of, parameters_to_hook
 from gradcentral.layout import WeightLayout
 from gradcentral.projection import Pair
 from gradcentral.step_hooks import hooked_optimizer, refuse_unhookable
-from gradcentral.targets import Targets, check_placement, layout_to_use
+from gradcentral.targets import Targets, check_placement, layout_to_use, log_attached
 
-__all__ = ["Handle", "attached", "centering_of", "centralize"]
+__all__ = ["Handle", "attached", "centering_of", "centralize", "centralize_in_backward"]
 
 
 def centralize(
@@ -89,12 +90,66 @@ def centralize(
         return existing
     for attachment, one in zip(attachments, optimizers, strict=True):
         attachment.register(one)
-    handle._references = [*map(weakref.ref, attachments)]
+    handle._references = [weakref.ref(attachment) for attachment in attachments]
+    names = ", ".join(type(one).__name__ for one in optimizers)
+    log_attached(names, sum(map(len, pairs)), placement)
+    return handle
+
+
+def centralize_in_backward(model: nn.Module | None = None, *, layout: WeightLayout | None = None) -> Handle:
+    """Center each gradient when ``backward()`` computes it, by a hook per parameter, whatever optimizer uses it.
+
+    For training without a step hook: DeepSpeed's ZeRO, optimizers that step in ``backward()``, optimizers that are not
+    torch's. Since Φ is linear, the result is that of placement ``"gradient"`` with any accumulation, reduction and loss
+    scaling; clipping sees the centered gradients. The gradients that ``torch.autograd.grad`` returns are centered too,
+    and can be differentiated. Together with `centralize` on the same parameters nothing changes, since Φ(Φ(g)) = Φ(g).
+
+    Lazy and frozen parameters are centered once they receive gradients. Added, removed, replaced and pruned layers are
+    followed when the model's ``forward`` has returned; if it never runs, or only compiled, call this function again.
+
+    Args:
+        model: determines the layout (see `weight_layout`).
+        layout: use this layout instead: ``weight_layout(model, only="conv")``.
+
+    Returns:
+        A `Handle`. Attaching again with the same settings returns the existing handle.
+
+    Raises:
+        ValueError: neither or both of model and layout; nothing to center; a parameter is already centered in backward
+            with other settings; the model is sharded by FSDP2 or tensor parallelism; per-sample gradients (Opacus).
+
+    Note:
+        A copy of a model (``copy.deepcopy``, pickle) has no hooks, and warns if it is trained: call this function on
+        the copy.
+
+    Examples:
+        >>> import torch, gradcentral
+        >>> model = torch.nn.Linear(4, 2)
+        >>> handle = gradcentral.centralize_in_backward(model)
+        >>> model(torch.randn(8, 4)).square().sum().backward()
+        >>> bool(model.weight.grad.mean(1).abs().max() < 1e-6)
+        True
+    """
+    handle = Handle(layout_to_use(model, layout), "gradient")
+    wanted = handle.layout
+    on_model = hooks_of(wanted.names)
+    for present in hooks_of(parameters_to_hook(wanted)):
+        present.update()
+        if dict(present.layout) == dict(wanted) and isinstance(present.handle, Handle):
+            return present.handle
+        raise ValueError(
+            f"parameters of this model are already centered in backward ({len(present.layout)} parameters; requested: "
+            f"{len(wanted)}): remove that handle first: gradcentral.attached(model)[{on_model.index(present)}].remove()"
+        )
+    hooks = GradientHooks(handle, wanted)
+    hooks.register()
+    handle._references = [weakref.ref(hooks)]
+    log_attached("backward()", len(wanted), "gradient")
     return handle
 
 
 class Handle:
-    """Handle of the centering that `centralize` attached: the layout in use, and methods to pause and remove it.
+    """Handle of attached centering: the layout in use, and methods to pause and remove it.
 
     To change the settings, remove the handle and attach again. A copy of a handle is attached to nothing.
     """
@@ -104,7 +159,7 @@ class Handle:
         self._placement = placement
         # The optimizers keep the attachments alive, and these keep the handle alive. Weak references avoid a cycle, so
         # that the memory of a model is released as soon as its last reference is deleted.
-        self._references: list[weakref.ref[Attachment]] = []
+        self._references: list[weakref.ref[Attachment | GradientHooks]] = []
         self._removed = False
         self._paused = False
         self._paused_blocks = 0
@@ -113,7 +168,7 @@ class Handle:
         return {**self.__dict__, "_references": []}
 
     @property
-    def _attachments(self) -> list[Attachment]:
+    def _attachments(self) -> list[Attachment | GradientHooks]:
         return [attachment for reference in self._references if (attachment := reference()) is not None]
 
     @property
@@ -127,7 +182,7 @@ class Handle:
         return self._placement
 
     def remove(self) -> None:
-        """Stop centering: the optimizer steps as it did before. Calling this twice is harmless."""
+        """Stop centering for good. Calling this twice is harmless."""
         for attachment in self._attachments:
             attachment.remove()
         self._removed = True
@@ -137,12 +192,12 @@ class Handle:
         self._set_paused(True, self._paused_blocks)
 
     def resume(self) -> None:
-        """Center again, from the next step or from the end of the enclosing `paused` block."""
+        """Center again, from the next step or backward pass or from the end of the enclosing `paused` block."""
         self._set_paused(False, self._paused_blocks)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Return a context manager: steps inside the ``with`` block do not center."""
+        """Return a context manager: steps (or backward passes) inside the ``with`` block do not center."""
         self._set_paused(self._paused, self._paused_blocks + 1)
         try:
             yield
@@ -152,7 +207,7 @@ class Handle:
     def _set_paused(self, paused: bool, blocks: int) -> None:
         self._paused, self._paused_blocks = paused, blocks
         for attachment in self._attachments:
-            attachment.targets.paused = paused or blocks > 0
+            attachment.paused = paused or blocks > 0
 
     def __repr__(self) -> str:
         if self._removed or not any(attachment.active for attachment in self._attachments):
@@ -163,9 +218,14 @@ class Handle:
         return f"<gradcentral handle, {state}: placement {self.placement!r}, {self.layout.summary()}>"
 
 
-def attached(optimizer: Optimizer) -> list[Handle]:
-    """Return the handles that `centralize` has attached to an optimizer and that have not been removed."""
-    return [each.handle for each in attachments_of(hooked_optimizer(optimizer)) if isinstance(each.handle, Handle)]
+def attached(optimizer: Optimizer | nn.Module) -> list[Handle]:
+    """Return the handles on an optimizer, or those of `centralize_in_backward` on a model, that were not removed."""
+    found: Sequence[Attachment | GradientHooks]
+    if isinstance(optimizer, nn.Module) and not hasattr(optimizer, "param_groups"):
+        found = hooks_of(optimizer.parameters())
+    else:
+        found = attachments_of(hooked_optimizer(optimizer))
+    return [each.handle for each in found if isinstance(each.handle, Handle)]
 
 
 def centering_of(optimizer: Optimizer) -> list[Targets]:

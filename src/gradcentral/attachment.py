@@ -72,6 +72,15 @@ class Attachment:
         """Whether the optimizer exists and has the hooks."""
         return any(hook.id in (hook.hooks_dict_ref() or ()) for hook in self._hooks)
 
+    @property
+    def paused(self) -> bool:
+        """Whether steps currently do not center."""
+        return self.targets.paused
+
+    @paused.setter
+    def paused(self, paused: bool) -> None:
+        self.targets.paused = paused
+
     def register(self, optimizer: Optimizer) -> None:
         """Register the hooks."""
         self._hooks = [

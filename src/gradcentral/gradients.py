@@ -6,7 +6,7 @@ import warnings
 import weakref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradcentral.distributed import Shards
 from gradcentral.kernels import Centering
@@ -16,13 +16,8 @@ from gradcentral.local_shard import local, overlaps_itself
 from gradcentral.projection import Pair, center
 from gradcentral.targets import layout_to_use, refuse_sparse, shards_in_layout
 
-__all__ = ["CENTER_IN_BACKWARD", "center_gradients_", "centralize_gradients", "eager_or_traced", "remembered_layout"]
-
-CENTER_IN_BACKWARD = (
-    "center each gradient when backward() computes it: for p, v in gradcentral.weight_layout(model).items(): "
-    "p.register_hook(lambda g, v=v: gradcentral.center(g, v))"
-)
-"""The remedy where neither a step hook nor ``p.grad`` can be used."""
+__all__ = ["center_gradients_", "centralize_gradients", "eager_or_traced", "refuse_empty", "refuse_per_sample"]
+__all__ += ["remembered_layout"]
 
 
 def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout | None = None) -> None:
@@ -47,17 +42,35 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
     layout = remembered_layout(model) if model is not None and layout is None else layout_to_use(model, layout)
     if not torch.compiler.is_compiling():
         layout.follow()
-    if not layout and not layout.pending:
-        raise ValueError(f"nothing to center: {layout.summary()}\n{layout.to_paste()}".rstrip())
+    refuse_empty(layout)
     for p in layout:
-        if getattr(p, "grad_sample", None) is not None:
-            raise ValueError(
-                f"{layout.names[p]} has per-sample gradients (grad_sample), from which Opacus computes p.grad inside "
-                "its step: attach to the optimizer instead, with gradcentral.centralize(optimizer, model)"
-            )
+        refuse_per_sample(p, layout)
     if not torch.compiler.is_compiling() and all(p.grad is None for p in layout):
         _warn_without_gradients(layout)
     center_gradients_(layout, shards_in_layout(layout, list(layout.items())), Centering())
+
+
+def refuse_empty(layout: WeightLayout) -> None:
+    """Refuse a layout that centers nothing.
+
+    Raises:
+        ValueError: with suggestions for unknown layers.
+    """
+    if not layout and not layout.pending:
+        raise ValueError(f"nothing to center: {layout.summary()}\n{layout.to_paste()}".rstrip())
+
+
+def refuse_per_sample(parameter: Tensor, layout: WeightLayout) -> None:
+    """Refuse a parameter whose gradient is computed later.
+
+    Raises:
+        ValueError: it has per-sample gradients (with its name and a remedy).
+    """
+    if getattr(parameter, "grad_sample", None) is not None:
+        raise ValueError(
+            f"{layout.names[parameter]} has per-sample gradients (grad_sample), from which Opacus computes p.grad "
+            "inside its step: attach to the optimizer instead, with gradcentral.centralize(optimizer, model)"
+        )
 
 
 def center_gradients_(layout: WeightLayout, shards: Shards, centering: Centering) -> None:
@@ -119,6 +132,7 @@ def _warn_without_gradients(layout: WeightLayout) -> None:
     warnings.warn(
         "centralize_gradients centered nothing, because no parameter has a gradient: call it after backward() and "
         "before zero_grad(); center the gradients of torch.func with gradcentral.center(gradient, layout[name]); where "
-        f"p.grad is None in every step (DeepSpeed's ZeRO), {CENTER_IN_BACKWARD}",
+        "p.grad is None in every step (DeepSpeed's ZeRO), center each gradient when backward() computes it: "
+        "gradcentral.centralize_in_backward(model)",
         stacklevel=3,
     )

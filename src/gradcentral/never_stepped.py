@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradcentral.gradients import CENTER_IN_BACKWARD
+from gradcentral.gradient_hooks import hooks_of
 from gradcentral.kernels.forms import is_plain
 from gradcentral.kernels.planner import dispatch_is_observed
 from gradcentral.step_hooks import holds, path_to_inner, wraps
@@ -82,7 +82,8 @@ class _Watch:
             self._changes += 1
         if self._changes == _CHANGES:
             self._hook.remove()
-            _warn(stepping, optimizer, parameter)
+            if not hooks_of([parameter]):  # otherwise it is centered in backward
+                _warn(stepping, optimizer, parameter)
 
     def _find(self, optimizer: Optimizer) -> Tensor | None:
         return next((p for group in optimizer.param_groups for p in group["params"] if id(p) == self._id), None)
@@ -104,7 +105,7 @@ def _warn(stepping: Stepping, optimizer: Optimizer, parameter: Tensor) -> None:
             "gradcentral.centralize(other_optimizer, model), or ignore this if it is meant to train without GC"
         )
     else:
-        remedy = CENTER_IN_BACKWARD
+        remedy = "center each gradient when backward() computes it: gradcentral.centralize_in_backward(model)"
     warnings.warn(
         f"the weights change, but {type(optimizer).__name__}.step(), where Gradient Centralization is attached, is not "
         f"called, so nothing is centered; {remedy}",

@@ -39,7 +39,10 @@ def hooked_optimizer(optimizer: Any) -> Optimizer:
     """
     found: list[Optimizer] = [current for _, current in _chain(optimizer) if _has_hooks(current)]
     if not found:
-        remedy = "for another kind of optimizer, call gradcentral.centralize_gradients(model) before each step"
+        remedy = (
+            "for another kind of optimizer, call gradcentral.centralize_in_backward(model) once, or "
+            "gradcentral.centralize_gradients(model) before each step"
+        )
         if (inside := _optimizers_inside(optimizer)) is not None:
             remedy = f"attach to what it holds: gradcentral.centralize({inside}, model)"
         raise TypeError(

@@ -5,6 +5,7 @@ Hooks, gradcentral's optimizers, Monitor and the arms of a comparison all use `T
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Collection
 
@@ -23,7 +24,15 @@ from gradcentral.layout.structure import is_gathered
 from gradcentral.local_shard import any_sharded
 from gradcentral.projection import Pair
 
-__all__ = ["PLACEMENTS", "Targets", "check_placement", "layout_to_use", "refuse_sparse", "shards_in_layout"]
+__all__ = [
+    "PLACEMENTS",
+    "Targets",
+    "check_placement",
+    "layout_to_use",
+    "log_attached",
+    "refuse_sparse",
+    "shards_in_layout",
+]
 
 PLACEMENTS = ("gradient", "update")
 
@@ -36,6 +45,13 @@ def check_placement(placement: str) -> None:
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"unknown placement {placement!r}; choose from {', '.join(map(repr, PLACEMENTS))}")
+
+
+def log_attached(what: str, parameters: int, placement: str) -> None:
+    """Log that centering has been attached, at level INFO of the logger "gradcentral"."""
+    logging.getLogger("gradcentral").info(
+        "Gradient Centralization attached to %s: %d parameters, placement %r", what, parameters, placement
+    )
 
 
 class Targets:
@@ -154,11 +170,11 @@ class Targets:
             return shards
         held = {names[p] for p in self._parameters if layout.in_model(p)}
         if not held and (self._parameters or not several):
-            flat = self._parameters and all(p.ndim <= 1 for p in self._parameters)
+            flat = bool(self._parameters) and all(p.ndim <= 1 for p in self._parameters)
+            instead = f"; flat partitions, such as DeepSpeed's ZeRO, cannot be centered: {_INSTEAD_OF_FLAT}"
             raise ValueError(
                 "none of the model's parameters is in the optimizer: pass the model whose parameters it was created "
-                "with (create the optimizer after moving, wrapping or sharding the model)"
-                + (f"; flat partitions, such as DeepSpeed's ZeRO, cannot be centered: {_KEEPS_SHAPES}" if flat else "")
+                "with (create the optimizer after moving, wrapping or sharding the model)" + (instead if flat else "")
             )
         if not several:
             skipped = {**layout.skipped, **{names[p]: "excluded by its group" for p in self.excluded if p in names}}
@@ -193,7 +209,7 @@ class Targets:
         elif self._at_attach and not any(p in held for _, p, _ in self._at_attach):
             raise RuntimeError(
                 "the optimizer no longer holds any of the parameters to center: they were replaced after Gradient "
-                f"Centralization was attached, as DeepSpeed's ZeRO does; {_KEEPS_SHAPES}"
+                f"Centralization was attached, as DeepSpeed's ZeRO does; {_INSTEAD_OF_FLAT}"
             )
         for name, p, shape in self._at_attach:
             if p.shape != shape:
@@ -259,6 +275,7 @@ class Targets:
 _KEEPS_SHAPES = (
     "use torch.distributed.fsdp.fully_shard (FSDP2) or ZeroRedundancyOptimizer, which keep the shapes of parameters"
 )
+_INSTEAD_OF_FLAT = f"{_KEEPS_SHAPES}, or call gradcentral.centralize_in_backward(model) before deepspeed.initialize"
 
 
 def layout_to_use(model: nn.Module | None, layout: WeightLayout | None, params: ParamsT | None = None) -> WeightLayout:

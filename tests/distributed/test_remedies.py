@@ -229,7 +229,43 @@ def use_zero_instead_of_flat_partitions() -> None:
     _assert_step_centers(model, optimizer)
 
 
+def attach_to_the_optimizer_of_fully_sharded_parameters() -> None:
+    model = _model()
+    gradcentral.centralize_in_backward(model)
+    late = _model()
+    gradcentral.centralize_in_backward(late[1])
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    fully_shard(late[1], mesh=mesh)
+    for mistake in (
+        lambda: gradcentral.centralize_in_backward(model),
+        lambda: model(torch.randn(5, 4)),
+        lambda: late(torch.randn(5, 4)),
+    ):
+        optimizer = SGD(model.parameters(), lr=0.1)
+        exec(_suggested(mistake, r"attach to the optimizer instead, with (gradcentral.+)$"), {**globals(), **locals()})
+        _assert_step_centers(model, optimizer)
+
+
+def attach_to_the_optimizer_under_tensor_parallelism() -> None:
+    model = parallelize_module(
+        _model(),
+        init_device_mesh("cpu", (dist.get_world_size(),)),
+        {"0": ColwiseParallel(), "1": RowwiseParallel()},
+    )
+    remedy = _suggested(
+        lambda: gradcentral.centralize_in_backward(model), r"attach to the optimizer instead, with (gradcentral.+)$"
+    )
+    optimizer = SGD(model.parameters(), lr=0.1)
+    exec(remedy, {**globals(), **locals()})
+    _assert_step_centers(model, optimizer)
+
+
 CASES = (
+    attach_to_the_optimizer_of_fully_sharded_parameters,
+    attach_to_the_optimizer_under_tensor_parallelism,
     skip_a_view_that_cuts_axes,
     replace_a_view_that_cuts_axes,
     skip_a_partial_parameter,

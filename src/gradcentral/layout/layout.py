@@ -168,11 +168,20 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
         """Refresh if modules or parameters have been added to the model, removed or replaced since the last call."""
         if self._structure is None or self._structure.is_current():
             return
-        models = [] if self._recipe is None else self._recipe.models()
+        models = self.models()
+        if any(not isinstance(p, nn.Parameter) for model in models for p in model.parameters()):
+            # For one call, FSDP1 or torch.func.functional_call has put other tensors in place of the parameters.
+            for entry in self.entries:
+                refuse_flat(entry.name, entry.parameter)
+            return
         self._structure = Structure(models) if models else None
         now = self.current_parameters() or {}
         if models and not any(is_gathered(entry.parameter, now.get(entry.name)) for entry in self.entries):
             self.refresh()
+
+    def models(self) -> list[nn.Module]:
+        """Return the models that the layout was created for, or nothing if one of them no longer exists."""
+        return [] if self._recipe is None else self._recipe.models()
 
     def current_parameters(self) -> dict[str, Tensor] | None:
         """Return {name: parameter} of the current model, tied ones under each of their names; None without a model."""

@@ -63,13 +63,14 @@ def sites(model: nn.Module) -> Iterator[Site]:
 def refuse_flat(name: str, tensor: Tensor) -> None:
     """Refuse a flat part of a parameter, as made by FSDP1 and DeepSpeed's ZeRO-3: it has no visible weight vectors."""
     if getattr(tensor, "_fsdp_flattened", False):
-        maker = "FullyShardedDataParallel (FSDP1)"
+        maker, also = "FullyShardedDataParallel (FSDP1)", ""
     elif hasattr(tensor, "ds_id") and hasattr(tensor, "ds_shape"):
         maker = "DeepSpeed ZeRO-3"
+        also = ", or call gradcentral.centralize_in_backward(model) before deepspeed.initialize"
     else:
         return
     what = f"{name} of shape {tuple(tensor.shape)} is a flat part of a parameter, made by {maker}"
-    raise ValueError(f"{what}, whose weight vectors {_REMEDY}")
+    raise ValueError(f"{what}, whose weight vectors {_REMEDY}{also}")
 
 
 def _owner(module: nn.Module, path: str, name: str, modules: dict[str, nn.Module], classes: _Classes) -> Owner:

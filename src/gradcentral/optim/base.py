@@ -21,7 +21,7 @@ from gradcentral.layout import WeightLayout
 from gradcentral.local_shard import any_sharded, local, overlaps_itself, with_local
 from gradcentral.optim.fused import FusedOptimizer, GroupPlan, KernelCall, LocalTensors
 from gradcentral.projection import center, restore_means_, unit_means
-from gradcentral.targets import Targets, check_placement, layout_to_use, refuse_sparse
+from gradcentral.targets import Targets, check_placement, layout_to_use, log_attached, refuse_sparse
 
 __all__ = ["CentralizedOptimizer"]
 
@@ -75,7 +75,8 @@ class CentralizedOptimizer(FusedOptimizer):
         self._fresh: set[Tensor] = set()
         super().__init__(params, *args, **kwargs)
         self.targets = Targets(WeightLayout.from_parameters(self.param_groups) if chosen is None else chosen, placement)
-        self.targets.attach(self)
+        shards = self.targets.attach(self)
+        log_attached(f"gradcentral.{type(self).__name__}", len(shards.pairs), placement)
 
     @property
     def placement(self) -> str:
