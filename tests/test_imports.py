@@ -31,6 +31,7 @@ PARTS = (
     "targets",
     "groups",
     "distributed",
+    "weight_decay",
     "local_shard",
     "kernels",
     "layout",

@@ -24,7 +24,7 @@ from gradcentral.projection import Pair
 
 __all__ = ["PLACEMENTS", "Targets", "check_placement", "layout_to_use", "refuse_sparse", "shards_in_layout"]
 
-PLACEMENTS = ("gradient", "update")
+PLACEMENTS = ("gradient", "regularized", "update")
 
 
 def check_placement(placement: str) -> None:
