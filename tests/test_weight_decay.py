@@ -145,7 +145,7 @@ def test_weight_decay_may_change_during_training(route: str) -> None:
 
 @pytest.mark.parametrize("strides", ["transposed", "expanded"])
 def test_gradients_may_have_other_strides_than_the_weights(strides: str) -> None:
-    model = nn.Sequential(nn.Linear(5, 4, dtype=torch.float64), nn.Linear(4, 3, dtype=torch.float64))
+    model: Any = nn.Sequential(nn.Linear(5, 4, dtype=torch.float64), nn.Linear(4, 3, dtype=torch.float64))
     optimizer = torch.optim.SGD(
         [{"params": model[0].parameters(), "weight_decay": DECAY}, {"params": model[1].parameters()}], lr=1.0
     )
@@ -169,7 +169,7 @@ class Unknown(Optimizer):
         super().__init__(params, {"weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take a step of gradient descent."""
         for group in self.param_groups:
             for p in group["params"]:

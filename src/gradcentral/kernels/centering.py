@@ -95,10 +95,9 @@ class Centering:
             means = other.plan.means(other.tensors(decaying))
             torch._foreach_mul_([*means.split(other.counts)], [-factor for factor in other.group.select(factors)])
             found.plan.shift_(found.tensors(pairs), means if scale is None else means.mul_(scale.to(means.device)))
-        rest = of_gradients._rest
-        _center_regularized_by_reference_(
-            *([items[position] for position in rest] for items in (pairs, decaying, factors)), scale
-        )
+        for position in of_gradients._rest:
+            at = slice(position, position + 1)
+            _center_regularized_by_reference_(pairs[at], decaying[at], factors[at], scale)
 
     def means(self, pairs: Sequence[Pair]) -> Means:
         """Return the mean of every weight vector, to be passed to `restore_`."""
