@@ -634,7 +634,8 @@ def test_a_mask_that_is_applied_again_after_centering_keeps_frozen_entries() -> 
 
 def test_an_unknown_placement_raises() -> None:
     model = _model()
-    with pytest.raises(ValueError, match="unknown placement 'weights'; choose from 'gradient', 'update'"):
+    choices = "'gradient', 'regularized', 'update'"
+    with pytest.raises(ValueError, match=f"unknown placement 'weights'; choose from {choices}"):
         centralize(SGD(model.parameters()), model, "weights")
 
 

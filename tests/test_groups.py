@@ -102,7 +102,7 @@ def test_the_remedy_for_two_placements_works() -> None:
     with pytest.raises(ValueError, match="create one optimizer per placement"):
         _optimizer(model, "attached", {"placement": "update"})
     optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model]
-    for optimizer, placement in zip(optimizers, PLACEMENTS, strict=True):
+    for optimizer, placement in zip(optimizers, ("gradient", "update"), strict=True):
         centralize(optimizer, model, placement)
     assert _centered(model, optimizers[0]) == [True, True]  # the second layer does not move
     assert _centered(model, optimizers[1]) == [True, True]

@@ -33,6 +33,7 @@ PARTS = (
     "targets",
     "groups",
     "distributed",
+    "weight_decay",
     "local_shard",
     "kernels",
     "layout",

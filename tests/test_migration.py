@@ -168,13 +168,16 @@ MOMENTA: list[Options] = [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": T
 BETAS = {"betas": (BETA1, BETA2), "eps": EPS}
 ROWS = [
     *(Row(formula, "SGD", "update", d, o) for formula in (sgd_gc, sgd_gc_last) for d in (0.0, 0.1) for o in MOMENTA),
+    *(Row(sgd_gc, "SGD", "regularized", d, o) for d in (0.0, 0.1) for o in MOMENTA),
     *(Row(sgd_gc, "SGD", "gradient", 0.0, o) for o in MOMENTA),
     *(Row(sgd_decay_last, "SGD", "gradient", d, o) for d in (0.0, 0.1) for o in MOMENTA),
     *(Row(sgdw_gc, "SGD", "gradient", 0.0, o) for o in MOMENTA),
     Row(sgdw_gc, "SGD", "gradient", 0.1),
     *(Row(sgdw_gc, "SGD", "gradient", 0.1, o, _decay_before) for o in MOMENTA),
+    *(Row(adam_gc, "Adam", "regularized", d, BETAS) for d in (0.0, 0.1)),
     Row(adam_gc, "Adam", "gradient", 0.0, BETAS),
     *(Row(adam_gc2, "Adam", "update", d, BETAS) for d in (0.0, 0.1)),
+    *(Row(adagrad_gc, "Adagrad", "regularized", d) for d in (0.0, 0.1)),
     Row(adagrad_gc, "Adagrad", "gradient", 0.0),
     *(Row(adamw_gc, "AdamW", "gradient", d, BETAS, _scaled_eps_and_decay) for d in (0.0, 0.1)),
     *(Row(adamw_gc2, "AdamW", "update", d, BETAS, _scaled_eps_and_decay) for d in (0.0, 0.1)),

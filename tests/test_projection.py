@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradcentral import WeightVectors, center, projection_matrix, share
-from gradcentral.projection import center_, restore_means_, unit_means
+from gradcentral.projection import center_, center_regularized, restore_means_, unit_means
 from tests.strategies import COMPLEX, FLOATING, Case, cases
 
 DOUBLE = (torch.float64,)
@@ -112,6 +112,19 @@ def test_center_in_place_works_where_the_strides_do_not_allow_the_view() -> None
 def test_center_in_place_raises_where_elements_share_memory() -> None:
     with pytest.raises(RuntimeError, match="single memory location"):
         center_(torch.ones(1, 3).expand(2, 3), WeightVectors((1,)))
+
+
+@given(case=cases(DOUBLE + COMPLEX[:1]), l2=st.floats(-2, 2))
+def test_center_regularized_centers_the_sum(case: Case, l2: float) -> None:
+    """Placement "regularized": g′ + λw = P(g + λw)."""
+    g, vectors = case
+    w = torch.randn_like(g)
+    _close(center_regularized(g, w, l2, vectors) + l2 * w, center(g + l2 * w, vectors))
+
+
+def test_center_regularized_without_weight_decay_does_not_read_the_weights() -> None:
+    g, rows = torch.randn(2, 3), WeightVectors((1,))
+    assert torch.equal(center_regularized(g, torch.full((2, 3), torch.inf), 0.0, rows), center(g, rows))
 
 
 @given(case=cases(DOUBLE + COMPLEX[:1], expanded=False))

@@ -16,6 +16,7 @@ from gradcentral.layout import WeightLayout
 from gradcentral.projection import Pair
 from gradcentral.step_hooks import hooked_optimizer, refuse_unhookable
 from gradcentral.targets import Targets, check_placement, layout_to_use, log_attached
+from gradcentral.weight_decay import l2_of
 
 __all__ = ["Handle", "attached", "centering_of", "centralize", "centralize_in_backward"]
 
@@ -40,9 +41,11 @@ def centralize(
         model: determines the layout (see `weight_layout`). Without it, the models that hold the optimizer's parameters
             are searched (see `WeightLayout.from_parameters`).
         placement: ``"gradient"``: the optimizer receives Φ(∂L/∂w), written into ``p.grad`` in place (algorithms 1 and
-            2 of the paper). ``"update"``: w ← w + Φ(Δw), Δw the whole change that the step makes, weight decay
-            included; ``p.grad`` is unchanged. For SGD with momentum and L2 this equals centering g + λw. Weight vectors
-            that are not finite, such as those of a masked class, have no mean and are not shifted.
+            2 of the paper). ``"regularized"``: it centers g + λw, the gradient with L2 weight decay, since it receives
+            Φ(g) − λ·mean(w); this equals ``"gradient"`` without weight decay or with a decoupled one (AdamW).
+            ``"update"``: w ← w + Φ(Δw), Δw the whole change that the step makes, weight decay included; ``p.grad`` is
+            unchanged. For SGD with momentum this equals ``"regularized"``. Weight vectors that are not finite, such as
+            those of a masked class, have no mean and are not shifted.
         layout: use this layout instead of the model's default: ``weight_layout(model, only="conv")``.
 
     Returns:
@@ -52,7 +55,8 @@ def centralize(
     Raises:
         ValueError: an unknown placement; both model and layout; none of the model's parameters is in the
             optimizer; nothing is left to center; a parameter is already centered with other settings; a differentiable
-            optimizer; placement ``"update"`` for an optimizer with ``train()`` and ``eval()`` (Schedule-Free).
+            optimizer; placement ``"update"`` for an optimizer with ``train()`` and ``eval()`` (Schedule-Free);
+            placement ``"regularized"`` for the weight decay of an optimizer that is not derived from torch's.
         TypeError: the optimizer has no step hooks.
 
     Note:
@@ -80,6 +84,9 @@ def centralize(
             raise ValueError(f"gradcentral.{type(inner).__name__} already centers: pass placement= when you create it")
         refuse_unhookable(one, placement)
     optimizers = [*dict.fromkeys(hooked)]
+    if placement == "regularized":
+        for one in optimizers:
+            l2_of(one)  # raises for weight decay of unknown kind
     groups = [group for one in optimizers for group in one.param_groups]
     handle = Handle(layout_to_use(model, layout, groups), placement)
     attachments = [Attachment(handle, handle.layout, placement) for _ in optimizers]
@@ -178,7 +185,7 @@ class Handle:
 
     @property
     def placement(self) -> str:
-        """``"gradient"`` or ``"update"``."""
+        """``"gradient"``, ``"regularized"`` or ``"update"``."""
         return self._placement
 
     def remove(self) -> None:

@@ -19,6 +19,7 @@ from gradcentral.never_stepped import watch_for_steps
 from gradcentral.projection import Pair
 from gradcentral.step_hooks import HookedCall, closure_of, refuse_differentiable, replace_closure
 from gradcentral.targets import Targets
+from gradcentral.weight_decay import l2_of
 
 __all__ = ["Attachment", "attachments_of"]
 
@@ -177,7 +178,8 @@ class Attachment:
 
     def _center(self, optimizer: Optimizer) -> None:
         shards = self.targets.current(optimizer)
-        center_gradients_(self.targets.layout, shards, self._centering)
+        l2 = l2_of(optimizer) if self.targets.placement == "regularized" else None
+        center_gradients_(self.targets.layout, shards, self._centering, l2)
         if not torch.compiler.is_compiling():
             self._found_gradients = any(p.grad is not None for p, _ in shards.pairs)
 

@@ -28,6 +28,7 @@ from gradcentral.local_shard import (
     with_local,
 )
 from gradcentral.projection import Pair
+from gradcentral.weight_decay import L2
 from gradcentral.weight_vectors import WeightVectors
 
 if TYPE_CHECKING:
@@ -118,17 +119,20 @@ class Shards(NamedTuple):
             if gradient is not parameter.grad:
                 parameter.grad = gradient
 
-    def center_split_gradients_(self) -> None:
-        """Center the gradients of the split parameters in place. This is a collective."""
+    def center_split_gradients_(self, l2: L2 | None = None) -> None:
+        """Center the gradients of the split parameters in place, as `center_regularized` with ``l2``.
+
+        This is a collective.
+        """
         gradients = self._split_gradients()
-        for gradient, means in zip(gradients, self._gradient_means(gradients), strict=True):
+        for gradient, means in zip(gradients, self._gradient_means(gradients, l2), strict=True):
             if gradient is not None:
                 gradient.sub_(means)
 
-    def centered_split_gradients(self) -> dict[Tensor, Tensor]:
-        """Return the centered local gradient of each split parameter; ``p.grad`` is unchanged. This is a collective."""
+    def centered_split_gradients(self, l2: L2 | None = None) -> dict[Tensor, Tensor]:
+        """Return what `center_split_gradients_` writes, leaving ``p.grad`` unchanged. This is a collective."""
         gradients = self._split_gradients()
-        found = zip(self.split, gradients, self._gradient_means(gradients), strict=True)
+        found = zip(self.split, gradients, self._gradient_means(gradients, l2), strict=True)
         return {split.parameter: (g - means).to(g.dtype) for split, g, means in found if g is not None}
 
     def split_sums(self) -> list[Tensor]:
@@ -150,9 +154,15 @@ class Shards(NamedTuple):
         gradients = [split.parameter.grad for split in self.split]
         return [None if gradient is None else local(gradient) for gradient in gradients]
 
-    def _gradient_means(self, gradients: list[Tensor | None]) -> list[Tensor]:
+    def _gradient_means(self, gradients: list[Tensor | None], l2: L2 | None) -> list[Tensor]:
         # Every rank takes part, with zeros where it has no gradient: the message depends only on the parameters.
-        return self._means([split.sums(gradient) for split, gradient in zip(self.split, gradients, strict=True)])
+        all_sums = []
+        for split, gradient in zip(self.split, gradients, strict=True):
+            sums = split.sums(gradient)
+            if gradient is not None and l2 is not None and split.parameter in l2.factors:
+                sums = sums + l2.of(split.parameter) * split.sums(local(split.parameter))
+            all_sums.append(sums)
+        return self._means(all_sums)
 
     def _means(self, sums: list[Tensor]) -> list[Tensor]:
         totals = _add_over_ranks(sums, [split.groups for split in self.split])

@@ -13,8 +13,10 @@ from gradcentral.kernels import Centering
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.local_shard import local, overlaps_itself
-from gradcentral.projection import Pair, center
+from gradcentral.projection import Pair, center_regularized
 from gradcentral.targets import layout_to_use, refuse_sparse, shards_in_layout
+from gradcentral.weight_decay import L2
+from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["center_gradients_", "centralize_gradients", "eager_or_traced", "refuse_empty", "refuse_per_sample"]
 __all__ += ["remembered_layout"]
@@ -73,18 +75,34 @@ def refuse_per_sample(parameter: Tensor, layout: WeightLayout) -> None:
         )
 
 
-def center_gradients_(layout: WeightLayout, shards: Shards, centering: Centering) -> None:
-    """Center the gradients of some of a layout's parameters in place; overlapping ones are replaced by copies."""
+def center_gradients_(layout: WeightLayout, shards: Shards, centering: Centering, l2: L2 | None = None) -> None:
+    """Center the gradients of some of a layout's parameters in place; overlapping ones are replaced by copies.
+
+    Args:
+        layout: their layout.
+        shards: the parameters.
+        centering: the plans.
+        l2: the weight decay, for placement "regularized"; None for "gradient".
+    """
+    if l2 is not None and not l2.factors:
+        l2 = None
     traced = torch.compiler.is_compiling()
-    if not shards.sharded and not traced:
+    if not shards.sharded and not traced and l2 is None:
         # Nothing is sharded. Sparse and overlapping gradients, which need the checks below, never fit a plan.
         pairs = [(p.grad, vectors) for p, vectors in shards.whole if p.grad is not None]
         if centering.center_if_planned_(pairs):
             return
     with torch.no_grad():
         shards.place_gradients(p for p, _ in shards.pairs)
-        eager_or_traced(centering).center_all_(_writable_gradients(layout, shards.whole))
-        shards.center_split_gradients_()
+        found = _writable_gradients(layout, shards.whole, l2)
+        pairs = [(gradient, vectors) for _, gradient, vectors in found]
+        if l2 is None:
+            eager_or_traced(centering).center_all_(pairs)
+        else:
+            weights = [local(p) for p, _, _ in found]
+            factors = [l2.factors.get(p, 0.0) for p, _, _ in found]
+            eager_or_traced(centering).center_regularized_(pairs, weights, factors, l2.grad_scale)
+        shards.center_split_gradients_(l2)
 
 
 def eager_or_traced(centering: Centering) -> Centering | TracedCentering:
@@ -95,9 +113,14 @@ def eager_or_traced(centering: Centering) -> Centering | TracedCentering:
 _TRACED = TracedCentering()
 
 
-def _writable_gradients(layout: WeightLayout, targets: list[Pair]) -> list[Pair]:
-    """Return the local gradients that can be centered in place; overlapping ones are replaced by centered copies."""
-    pairs = []
+def _writable_gradients(
+    layout: WeightLayout, targets: list[Pair], l2: L2 | None
+) -> list[tuple[Tensor, Tensor, WeightVectors]]:
+    """Return each parameter with its local gradient that can be centered in place, and their weight vectors.
+
+    Overlapping gradients are replaced by centered copies.
+    """
+    found = []
     for parameter, vectors in targets:
         gradient = parameter.grad
         if gradient is None:
@@ -105,10 +128,10 @@ def _writable_gradients(layout: WeightLayout, targets: list[Pair]) -> list[Pair]
         refuse_sparse(gradient, parameter, layout)
         held = local(gradient)
         if overlaps_itself(held):
-            parameter.grad = center(gradient, vectors)
+            parameter.grad = center_regularized(gradient, parameter, 0.0 if l2 is None else l2.of(parameter), vectors)
         else:
-            pairs.append((held, vectors))
-    return pairs
+            found.append((parameter, held, vectors))
+    return found
 
 
 _layouts: weakref.WeakKeyDictionary[nn.Module, WeightLayout] = weakref.WeakKeyDictionary()

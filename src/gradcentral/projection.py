@@ -2,8 +2,9 @@
 
     Φ(g) = g − mean(g) = P g,  P = I − e eᵀ,  e = (1, …, 1)/√M,  M = fan-in          (Yong et al. 2020, eq. 1 and 2)
 
-    placement "gradient":  the optimizer receives Φ(∂L/∂w)                           `center`
-    placement "update":    w ← w + Φ(Δw), Δw the whole change of a step              `restore_means_`
+    placement "gradient":     the optimizer receives Φ(∂L/∂w)                        `center`
+    placement "regularized":  the optimizer receives g′ with g′ + λw = P(∂L/∂w + λw) `center_regularized`
+    placement "update":       w ← w + Φ(Δw), Δw the whole change of a step           `restore_means_`
 
 Every faster path (kernels, compiled graphs, sharded tensors) is tested to equal these functions.
 """
@@ -19,6 +20,7 @@ __all__ = [
     "Pair",
     "center",
     "center_",
+    "center_regularized",
     "positive_or_one",
     "projection_matrix",
     "restore_means_",
@@ -68,6 +70,27 @@ def center_(tensor: Tensor, vectors: WeightVectors) -> Tensor:
         RuntimeError: several elements share memory (an expanded tensor), as for every in-place operation of torch.
     """
     return subtract_means_(tensor, unit_means(tensor, vectors), vectors)
+
+
+def center_regularized(gradient: Tensor, weights: Tensor, l2: float | Tensor, vectors: WeightVectors) -> Tensor:
+    """Return the gradient with which L2 weight decay gives a centered sum (placement "regularized").
+
+        g′ = Φ(g) − λ·mean(w),   so that   g′ + λw = g + λw − mean(g + λw) = P(g + λw)
+
+    Args:
+        gradient: g = ∂L/∂w.
+        weights: w, of the same shape.
+        l2: λ, which the optimizer multiplies the weights by before it adds them to the gradient.
+        vectors: which elements form one weight vector.
+
+    Source: Yong et al. 2020, section 3.4.
+    """
+    _check(gradient)
+    view, span = _view(_at_least_32_bits(gradient), vectors)
+    mean = _mean(view, span)
+    if isinstance(l2, Tensor) or l2 != 0:  # without weight decay an infinite weight would give NaN
+        mean = mean + l2 * unit_means(weights, vectors)
+    return (view - mean).reshape(gradient.shape).to(gradient.dtype)
 
 
 def restore_means_(weights: Tensor, means: Tensor, vectors: WeightVectors) -> Tensor:

@@ -34,7 +34,7 @@ __all__ = [
     "shards_in_layout",
 ]
 
-PLACEMENTS = ("gradient", "update")
+PLACEMENTS = ("gradient", "regularized", "update")
 
 
 def check_placement(placement: str) -> None:

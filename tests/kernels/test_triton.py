@@ -26,6 +26,7 @@ from gradcentral.kernels.loops import Loop
 from gradcentral.kernels.planner import loop_of
 from gradcentral.kernels.triton import division
 from gradcentral.kernels.triton.division import TileShape
+from gradcentral.targets import PLACEMENTS
 from tests.strategies import Case, cases, shapes_and_vectors
 
 why_not = triton.unavailable_reason()
@@ -253,13 +254,13 @@ def assert_equal_steps(
         torch.testing.assert_close(p.double(), q, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("placement", ["gradient", "update"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_steps_equal_the_reference(name: str, placement: str) -> None:
     assert_equal_steps(name, placement, torch.float32)
 
 
-@pytest.mark.parametrize("placement", ["gradient", "update"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("name", ["sgd", "nesterov", "adamw amsgrad"])
 def test_narrow_steps_equal_the_reference(name: str, placement: str) -> None:
     assert_equal_steps(name, placement, torch.bfloat16)
@@ -276,6 +277,7 @@ def test_f16_steps_equal_the_reference(name: str) -> None:
     [
         ("nesterov", "gradient", torch.float32),
         ("nesterov", "update", torch.bfloat16),
+        ("nesterov", "regularized", torch.float32),
         ("adamw", "gradient", torch.bfloat16),
         ("adamw", "update", torch.float32),
     ],
@@ -288,7 +290,7 @@ def test_steps_in_parts_equal_the_reference(name: str, placement: str, dtype: to
 @given(
     drawn=st.lists(shapes_and_vectors(), min_size=1, max_size=2),
     name=st.sampled_from([*ALGORITHMS]),
-    placement=st.sampled_from(["gradient", "update"]),
+    placement=st.sampled_from(PLACEMENTS),
     data=st.data(),
 )
 def test_steps_equal_the_reference_on_random_layouts(

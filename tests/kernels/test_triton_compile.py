@@ -66,6 +66,8 @@ def compiled(capability: int, rule: int, placement: int, dtype: Any, extras: boo
         (90, UpdateRule.AMSGRAD, Placement.UPDATE, "bfloat16", True),
         (80, UpdateRule.ADAM, Placement.GRADIENT, "float16", False),
         (80, Operation.CENTER, Placement.GRADIENT, "float32", False),
+        (90, Operation.SHIFT, Placement.GRADIENT, "bfloat16", False),
+        (90, UpdateRule.ADAM, Placement.REGULARIZED, "float32", True),
     ],
 )
 def test_the_kernel_compiles(capability: int, rule: int, placement: Placement, dtype: str, extras: bool) -> None:

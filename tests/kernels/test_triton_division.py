@@ -16,7 +16,7 @@ from gradcentral.kernels.loops import Loop, loop_of_vectors
 from gradcentral.kernels.triton import division
 from gradcentral.kernels.triton.division import FIELDS, REACH, STEP, SUM, TiledParameter, TileShape, divide
 
-PLAIN, GRADIENT, UPDATE = Placement
+PLAIN, GRADIENT, UPDATE, _ = Placement
 LOOPS = st.tuples(
     st.builds(Loop, *[st.integers(1, size) for size in (5, 3000, 200, 30)]).map(
         lambda loop: loop if loop.units * loop.inner > 1 else Loop(loop.groups, loop.outer, 1, 1)

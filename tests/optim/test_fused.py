@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 import gradcentral
 from gradcentral import WeightLayout, WeightVectors, weight_layout
 from gradcentral.kernels import native
+from gradcentral.targets import PLACEMENTS
 from tests.strategies import shapes_and_vectors
 
 needs_native = pytest.mark.skipif(
@@ -76,7 +77,7 @@ def _train(optimizer: Optimizer, params: list[nn.Parameter], gradients: list[lis
 @settings(max_examples=20)
 @given(
     drawn=st.lists(shapes_and_vectors(), min_size=1, max_size=3),
-    placement=st.sampled_from(["gradient", "update"]),
+    placement=st.sampled_from(PLACEMENTS),
     seed=st.integers(0, 2**31),
     data=st.data(),
 )

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 import gradcentral
 from gradcentral.kernels import native, triton
-from gradcentral.projection import center, restore_means_, unit_means
+from gradcentral.projection import center_regularized, restore_means_, unit_means
 from gradcentral.targets import PLACEMENTS
 from tests.optim.creation import create_optimizer
 
@@ -155,11 +155,13 @@ def test_autocast_in_bfloat16_centers_gradients_in_float32(variant: str, kind: s
             assert output.dtype == torch.bfloat16
             output.float().square().mean().backward()
         means = {p: unit_means(p.detach(), v) for p, v in layout.items()}
-        if placement == "gradient":
+        if placement != "update":
             for p, vectors in layout.items():
                 assert p.grad is not None
                 assert p.grad.dtype == torch.float32
-                p.grad = center(p.grad, vectors)
+                decay = OPTIONS[kind].get("weight_decay", 0.0)
+                l2 = decay if placement == "regularized" and kind != "AdamW" else 0.0
+                p.grad = center_regularized(p.grad, p.detach(), l2, vectors)
         plain.step()
         if placement == "update":
             with torch.no_grad():

@@ -15,13 +15,12 @@ from gradcentral.diagnostics.drift import Drift
 from gradcentral.experiment.errors import ArmError
 from gradcentral.layout import weight_layout
 from gradcentral.projection import center, unit_means
-from gradcentral.targets import PLACEMENTS
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["ARMS", "NONE", "CheckedArm"]
 
 NONE = "none"
-ARMS = (NONE, *PLACEMENTS)
+ARMS = (NONE, "gradient", "update")
 
 # In units of the dtype's eps. The mean is summed, subtracted and stored, each with one or two rounding errors.
 ROUNDING = 8

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gradcentral.kernels.forms import Placement, States, same_objects
 from gradcentral.kernels.planner import KernelGroup, group_by_kernels, kernels_for
-from gradcentral.projection import Pair, center_, restore_means_, unit_means
+from gradcentral.projection import Pair, center_, center_regularized, restore_means_, unit_means
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["Centering", "Means"]
@@ -29,6 +30,11 @@ class _PlannedGroup(NamedTuple):
     plan: Any
     """A native or Triton plan."""
 
+    @property
+    def counts(self) -> list[int]:
+        """Number of weight vectors of each tensor."""
+        return [loop.groups * loop.units * loop.phases for loop in self.group.loops]
+
     def tensors(self, pairs: Sequence[Pair]) -> list[Tensor]:
         return [tensor for tensor, _ in self.group.select(pairs)]
 
@@ -47,6 +53,7 @@ class Centering:
         self._planned: list[_PlannedGroup] = []
         self._rest: list[int] = []
         self._count = -1
+        self._regularized: tuple[Centering, Centering] | None = None
 
     def center_if_planned_(self, pairs: Sequence[Pair]) -> bool:
         """Center every tensor in place if kernels process all of them and the plans still fit; otherwise do nothing.
@@ -64,6 +71,33 @@ class Centering:
         self._center_planned_(pairs)
         for position in self._rest:
             center_(*pairs[position])
+
+    def center_regularized_(
+        self, gradients: Sequence[Pair], weights: Sequence[Tensor], l2: Sequence[float], scale: Tensor | None = None
+    ) -> None:
+        """Replace every gradient in place by `center_regularized` of it, its weights and λ · scale."""
+        self.center_all_([pair for pair, factor in zip(gradients, l2, strict=True) if factor == 0])
+        decayed = [position for position, factor in enumerate(l2) if factor != 0]
+        if not decayed:
+            return
+        if self._regularized is None:
+            self._regularized = Centering(), Centering()
+        of_gradients, of_weights = self._regularized
+        pairs = [gradients[position] for position in decayed]
+        decaying = [(weights[position], gradients[position][1]) for position in decayed]
+        factors = [l2[position] for position in decayed]
+        of_gradients._plan(pairs)
+        of_weights._plan(decaying)
+        if not of_gradients._divides_like(of_weights):
+            _center_regularized_by_reference_(pairs, decaying, factors, scale)
+            return
+        for found, other in zip(of_gradients._planned, of_weights._planned, strict=True):
+            means = other.plan.means(other.tensors(decaying))
+            torch._foreach_mul_([*means.split(other.counts)], [-factor for factor in other.group.select(factors)])
+            found.plan.shift_(found.tensors(pairs), means if scale is None else means.mul_(scale.to(means.device)))
+        for position in of_gradients._rest:
+            at = slice(position, position + 1)
+            _center_regularized_by_reference_(pairs[at], decaying[at], factors[at], scale)
 
     def means(self, pairs: Sequence[Pair]) -> Means:
         """Return the mean of every weight vector, to be passed to `restore_`."""
@@ -84,6 +118,12 @@ class Centering:
         for found in self._planned:
             found.plan.center_(found.tensors(pairs))
 
+    def _divides_like(self, other: Centering) -> bool:
+        """Return whether the means of both, in the same positions, belong to the same weight vectors."""
+        return self._rest == other._rest and [each.group for each in self._planned] == [
+            each.group for each in other._planned
+        ]
+
     def _fits(self, pairs: Sequence[Pair]) -> bool:
         return (
             len(pairs) == self._count
@@ -102,3 +142,10 @@ class Centering:
             loops = [(loop, Placement.GRADIENT) for loop in group.loops]
             plan = group.kernels.Plan(None, [], tensors, States(), loops)
             self._planned.append(_PlannedGroup(group, of_tensors, plan))
+
+
+def _center_regularized_by_reference_(
+    gradients: Sequence[Pair], weights: Sequence[Pair], l2: Sequence[float], scale: Tensor | None
+) -> None:
+    for (gradient, vectors), (w, _), factor in zip(gradients, weights, l2, strict=True):
+        gradient.copy_(center_regularized(gradient, w, factor if scale is None else scale * factor, vectors))

@@ -1,4 +1,4 @@
-"""Centering under ``torch.compile``: two custom operators, so that centering all tensors is one node of the graph.
+"""Centering under ``torch.compile``: custom operators, so that centering all tensors is one node of the graph.
 
 The compiler sees the operators and their fake implementations (shapes only). The operators run `Centering`, with
 kernels where possible. Tensors that the operators do not accept are centered by the reference path and traced like any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradcentral.kernels.centering import Centering, Means
-from gradcentral.projection import Pair, center_, restore_means_, unit_means
+from gradcentral.projection import Pair, center_, center_regularized, restore_means_, unit_means
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["TracedCentering"]
@@ -26,6 +26,10 @@ _library.define("means(Tensor[] tensors, int[] vectors) -> Tensor", tags=torch.T
 # Without means, each weight vector is shifted to mean zero, which is Φ.
 _library.define(
     "restore_means_(Tensor(a!)[] tensors, Tensor? means, int[] vectors) -> ()", tags=torch.Tag.pt2_compliant_tag
+)
+_library.define(
+    "center_regularized_(Tensor(a!)[] gradients, Tensor[] weights, float[] l2, Tensor? scale, int[] vectors) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 
 
@@ -39,6 +43,25 @@ class TracedCentering:
             torch.ops.gradcentral.restore_means_([tensor for tensor, _ in served], None, _encode(served))
         for tensor, vectors in rest:
             center_(tensor, vectors)
+
+    def center_regularized_(
+        self, gradients: Sequence[Pair], weights: Sequence[Tensor], l2: Sequence[float], scale: Tensor | None = None
+    ) -> None:
+        """Replace every gradient in place by `center_regularized` of it, its weights and λ · scale."""
+        takes = _are_served(gradients)
+        served = [pair for pair, taken in zip(gradients, takes, strict=True) if taken]
+        if served:
+            torch.ops.gradcentral.center_regularized_(
+                [gradient for gradient, _ in served],
+                [w for w, taken in zip(weights, takes, strict=True) if taken],
+                [factor for factor, taken in zip(l2, takes, strict=True) if taken],
+                scale,
+                _encode(served),
+            )
+        for (gradient, vectors), w, factor, taken in zip(gradients, weights, l2, takes, strict=True):
+            if not taken:
+                of_weights = factor if scale is None or factor == 0 else scale * factor
+                gradient.copy_(center_regularized(gradient, w, of_weights, vectors))
 
     def means(self, pairs: Sequence[Pair]) -> Means:
         """Return the mean of every weight vector, to be passed to `restore_`."""
@@ -55,15 +78,16 @@ class TracedCentering:
             restore_means_(tensor, old, vectors)
 
 
-def _served_and_rest(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+def _are_served(pairs: Sequence[Pair]) -> list[bool]:
     # One call returns one tensor of means on one device; means are passed as real numbers in float64.
     device = next((tensor.device for tensor, _ in pairs if tensor.device.type in ("cpu", "cuda")), None)
-    served: list[Pair] = []
-    rest: list[Pair] = []
-    for tensor, vectors in pairs:
-        takes = tensor.is_floating_point() and tensor.device == device
-        (served if takes else rest).append((tensor, vectors))
-    return served, rest
+    return [tensor.is_floating_point() and tensor.device == device for tensor, _ in pairs]
+
+
+def _served_and_rest(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    takes = _are_served(pairs)
+    served = [pair for pair, taken in zip(pairs, takes, strict=True) if taken]
+    return served, [pair for pair, taken in zip(pairs, takes, strict=True) if not taken]
 
 
 def _encode(pairs: Sequence[Pair]) -> list[int]:
@@ -131,6 +155,14 @@ def _restore_means_(tensors: list[Tensor], means: Tensor | None, vectors: list[i
         cached.centering.restore_(pairs, old)
 
 
+def _center_regularized_(
+    gradients: list[Tensor], weights: list[Tensor], l2: list[float], scale: Tensor | None, vectors: list[int]
+) -> None:
+    cached, pairs = _cached(gradients, vectors)
+    with cached.lock:
+        cached.centering.center_regularized_(pairs, weights, l2, scale)
+
+
 def _fake_means(tensors: list[Tensor], vectors: list[int]) -> Tensor:
     counts = [WeightVectors(span, view).count for view, span in _decode(vectors)]
     return tensors[0].new_empty(sum(counts), dtype=torch.float64)
@@ -140,9 +172,16 @@ def _fake_restore_means_(tensors: list[Tensor], means: Tensor | None, vectors: l
     return None
 
 
+def _fake_center_regularized_(
+    gradients: list[Tensor], weights: list[Tensor], l2: list[float], scale: Tensor | None, vectors: list[int]
+) -> None:
+    return None
+
+
 for _name, _real, _fake in (
     ("means", _means, _fake_means),
     ("restore_means_", _restore_means_, _fake_restore_means_),
+    ("center_regularized_", _center_regularized_, _fake_center_regularized_),
 ):
     _library.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gradcentral::{_name}", _fake, lib=_library)

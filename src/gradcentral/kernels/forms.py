@@ -40,11 +40,12 @@ POINTERS = 6
 
 
 class Placement(IntEnum):
-    """The target of centering for one parameter: nothing, the gradient, or the change of the weights."""
+    """The target of centering for one parameter: nothing, the gradient g, the change of the weights, or g + λw."""
 
     PLAIN = 0
     GRADIENT = 1
     UPDATE = 2
+    REGULARIZED = 3
 
 
 PlacedLoops = Sequence[tuple[Loop, Placement]]
@@ -66,6 +67,8 @@ class Operation(IntEnum):
     CENTER = 4
     MEANS = 5
     RESTORE = 6
+    SHIFT = 7
+    """`center_regularized`: like RESTORE, but a mean that is not finite is subtracted, as in CENTER."""
 
 
 class Coefficients(ctypes.Structure):
@@ -251,6 +254,11 @@ class BasePlan:
         means = torch.empty(self._vectors, dtype=self.means_dtype, device=self.device)
         self._center(tensors, Operation.MEANS, means)
         return means
+
+    def shift_(self, tensors: list[Tensor], means: Tensor) -> None:
+        """Shift every weight vector so that its mean is the given value, in the order of `means`."""
+        self._center(tensors, Operation.SHIFT, means)
+        torch.autograd.graph.increment_version(tensors)
 
     def restore_(self, tensors: list[Tensor], means: Tensor) -> None:
         """Shift every weight vector so that its mean is again the value that `means` returned."""

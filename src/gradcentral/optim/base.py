@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradcentral.groups import OPTION
 from gradcentral.kernels import native
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.kernels.forms import same_objects
@@ -20,8 +19,9 @@ from gradcentral.kernels.planner import dispatch_is_observed
 from gradcentral.layout import WeightLayout
 from gradcentral.local_shard import any_sharded, local, overlaps_itself, with_local
 from gradcentral.optim.fused import FusedOptimizer, GroupPlan, KernelCall, LocalTensors
-from gradcentral.projection import center, restore_means_, unit_means
+from gradcentral.projection import center_regularized, restore_means_, unit_means
 from gradcentral.targets import Targets, check_placement, layout_to_use, log_attached, refuse_sparse
+from gradcentral.weight_decay import L2, l2_of
 
 __all__ = ["CentralizedOptimizer"]
 
@@ -35,7 +35,7 @@ class CentralizedOptimizer(FusedOptimizer):
             torch's own implementation, which receives centered gradients.
         model: determines the layout if ``params`` is not the model itself.
         layout: use this layout instead (see `gradcentral.weight_layout`).
-        placement: ``"gradient"`` or ``"update"`` (see `gradcentral.centralize`).
+        placement: ``"gradient"``, ``"regularized"`` or ``"update"`` (see `gradcentral.centralize`).
 
     ``p.grad`` is unchanged. The fused kernels update dense parameters, including those that are not centered: on the
     CPU in float32, float64 or bfloat16; on CUDA devices in float32, bfloat16 or float16, if Triton is installed (step
@@ -71,7 +71,7 @@ class CentralizedOptimizer(FusedOptimizer):
             params = model.parameters()
         self._search = model is None and layout is None
         chosen = None if self._search else layout_to_use(model, layout)
-        self._plans: dict[tuple[int, bool | None], GroupPlan] = {}
+        self._plans: dict[tuple[object, ...], GroupPlan] = {}
         self._fresh: set[Tensor] = set()
         super().__init__(params, *args, **kwargs)
         self.targets = Targets(WeightLayout.from_parameters(self.param_groups) if chosen is None else chosen, placement)
@@ -80,7 +80,7 @@ class CentralizedOptimizer(FusedOptimizer):
 
     @property
     def placement(self) -> str:
-        """``"gradient"`` or ``"update"``; fixed, like the layout, when the optimizer is created."""
+        """``"gradient"``, ``"regularized"`` or ``"update"``; fixed, like the layout, when the optimizer is created."""
         return self.targets.placement
 
     @property
@@ -170,7 +170,7 @@ class CentralizedOptimizer(FusedOptimizer):
     def _any_sharded(self) -> bool:
         """Return whether parameters are DTensors; read from the plans while the groups hold the same parameters."""
         for index, group in enumerate(self.param_groups):
-            plan, params = self._plans.get((index, group.get(OPTION))), group["params"]
+            plan, params = self._plans.get(self._plan_key(index, group)), group["params"]
             known = plan is not None and same_objects(params, plan.all_params)
             if plan.sharded if known and plan is not None else any_sharded(params):
                 return True
@@ -185,9 +185,13 @@ class CentralizedOptimizer(FusedOptimizer):
             )
         shards = self.targets.current(self)
         shards.place_gradients(p for group in self.param_groups for p in group["params"])
-        if self.placement == "gradient":
-            return LocalTensors(shards, shards.centered_split_gradients(), [])
-        return LocalTensors(shards, {}, shards.split_sums())
+        if self.placement == "update":
+            return LocalTensors(shards, {}, shards.split_sums())
+        return LocalTensors(shards, shards.centered_split_gradients(self._l2()), [])
+
+    def _l2(self) -> L2 | None:
+        """Return the weight decay that is centered together with the gradients."""
+        return l2_of(self) if self.placement == "regularized" else None
 
     def _kernel_calls(self, held: LocalTensors | None) -> tuple[list[KernelCall], bool]:
         """Return the kernel calls of this step, and whether they update every parameter that has a gradient."""
@@ -211,7 +215,7 @@ class CentralizedOptimizer(FusedOptimizer):
         grads: list[Tensor],
         held: LocalTensors | None,
     ) -> list[KernelCall]:
-        key = (index, group.get(OPTION))
+        key = self._plan_key(index, group)
         plan, calls = self._plans.get(key), None
         if plan is not None and plan.rule == self._update_rule(group) and same_objects(params, plan.params):
             calls = plan.kernel_calls(self, group, grads, held)
@@ -223,7 +227,7 @@ class CentralizedOptimizer(FusedOptimizer):
 
     def _refuse_sparse(self) -> None:
         """Refuse the sparse gradients that cannot be centered, or that torch's step would refuse halfway."""
-        if self.placement == "gradient":
+        if self.placement != "update":
             for p, _ in self.targets.current(self).pairs:
                 if p.grad is not None:
                     refuse_sparse(p.grad, p, self.layout)
@@ -254,6 +258,7 @@ class CentralizedOptimizer(FusedOptimizer):
         targets = [(p, vectors) for p, vectors in whole if p.grad is not None and p not in done]
         replaced = {p: p.grad for p in updated}
         means = []
+        l2 = self._l2()
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable", False))):
             try:
                 for p in updated:
@@ -268,7 +273,8 @@ class CentralizedOptimizer(FusedOptimizer):
                         continue
                     gradient = cast("Tensor", p.grad)
                     replaced[p] = gradient
-                    p.grad = with_local(gradient, center(local(gradient), vectors))
+                    factor = 0.0 if l2 is None else l2.of(p)
+                    p.grad = with_local(gradient, center_regularized(local(gradient), local(p), factor, vectors))
                 for p in self._fresh.difference(done):
                     self.state[p]["momentum_buffer"] = None  # torch starts it with the gradient itself
                 self._torch_step()
@@ -307,7 +313,14 @@ class CentralizedOptimizer(FusedOptimizer):
             return
         grads = [cast("Tensor", p.grad) for p, _ in targets]
         negated, centered = [-g for g in grads], [g.clone() for g in grads]
-        traced.center_all_([(g, vectors) for g, (_, vectors) in zip(centered, targets, strict=True)])
+        pairs = [(g, vectors) for g, (_, vectors) in zip(centered, targets, strict=True)]
+        l2 = self._l2()
+        if l2 is None or not l2.factors:
+            traced.center_all_(pairs)
+        else:
+            params = [p for p, _ in targets]
+            factors = [l2.factors.get(p, 0.0) for p in params]
+            traced.center_regularized_(pairs, params, factors, l2.grad_scale)
         for gradient, value in zip(grads, centered, strict=True):
             gradient.copy_(value)
         self._torch_step()

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradcentral.distributed import Shards
+from gradcentral.groups import OPTION
 from gradcentral.kernels import native
 from gradcentral.kernels.forms import Coefficients, DeviceCoefficients, Placement, States, UpdateRule, same_objects
 from gradcentral.kernels.planner import group_by_kernels
 from gradcentral.layout import WeightLayout
 from gradcentral.local_shard import any_sharded, local
 from gradcentral.targets import Targets
+from gradcentral.weight_decay import l2_of_group
 
 __all__ = ["FusedOptimizer", "GroupPlan", "KernelCall", "LocalTensors"]
 
@@ -43,6 +45,16 @@ class FusedOptimizer(Optimizer):
     def _coefficients(self, group: dict[str, Any], lr: float) -> Coefficients:
         """Return the coefficients for a group's options and this learning rate."""
         raise NotImplementedError
+
+    def _placement_of(self, group: dict[str, Any]) -> Placement:
+        """Return the target of centering in a group: without L2 weight decay, "regularized" equals "gradient"."""
+        if self.targets.placement == "regularized" and l2_of_group(self, group) == 0:
+            return Placement.GRADIENT
+        return Placement[self.targets.placement.upper()]
+
+    def _plan_key(self, index: int, group: dict[str, Any]) -> tuple[object, ...]:
+        """Return what a plan depends on besides the tensors: the position and the options of its group."""
+        return index, group.get(OPTION), self._placement_of(group)
 
     def _create_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         """Return a parameter's state, created as torch creates it if it does not exist.
@@ -127,7 +139,7 @@ class GroupPlan(NamedTuple):
 
         calls = []
         with torch.no_grad():
-            centered = Placement[optimizer.targets.placement.upper()]
+            centered = optimizer._placement_of(group)
             for chosen in group_by_kernels(shards, [targets.get(p) for p in params], companions)[0]:
                 owners = [*chosen.select(params)]
                 states = [optimizer._create_state(group, p) for p in owners]

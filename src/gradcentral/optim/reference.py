@@ -37,12 +37,12 @@ def sgd_step(
         w, g: the weights and their gradient ∂L/∂w, of one shape.
         m: the momentum buffer, None before the first step.
         vectors: which elements form one weight vector; None for a parameter that is not centered.
-        placement: ``"gradient"`` or ``"update"``.
+        placement: ``"gradient"``, ``"regularized"`` or ``"update"``.
 
     Returns:
         The new weights and momentum buffer; the arguments are unchanged.
     """
-    d = _gradient(g, vectors, placement) + _decay(weight_decay, w)
+    d = _direction(g, weight_decay, w, vectors, placement)
     if momentum != 0:
         m = d if m is None else momentum * m + (1 - dampening) * d
         d = d + momentum * m if nesterov else m
@@ -81,7 +81,7 @@ def adam_step(
 
     Arguments and results are as in `sgd_step`, with an `AdamState` in place of the momentum buffer.
     """
-    d = _gradient(g, vectors, placement) + _decay(0.0 if decoupled else weight_decay, w)
+    d = _direction(g, 0.0 if decoupled else weight_decay, w, vectors, placement)
     beta1, beta2 = betas
     t = state.t + 1
     m = beta1 * state.m + (1 - beta1) * d
@@ -97,9 +97,12 @@ def _decay(factor: float, w: Tensor) -> Tensor | float:
     return 0.0 if factor == 0 else factor * w
 
 
-def _gradient(g: Tensor, vectors: WeightVectors | None, placement: str) -> Tensor:
-    """Return Φ(g) under placement "gradient", else g."""
-    return center(g, vectors) if vectors is not None and placement == "gradient" else g
+def _direction(g: Tensor, l2: float, w: Tensor, vectors: WeightVectors | None, placement: str) -> Tensor:
+    """Return Φ(g) + λw under placement "gradient", Φ(g + λw) under "regularized", else g + λw."""
+    if vectors is not None and placement == "gradient":
+        g = center(g, vectors)
+    d = g + _decay(l2, w)
+    return center(d, vectors) if vectors is not None and placement == "regularized" else d
 
 
 def _update(change: Tensor, vectors: WeightVectors | None, placement: str) -> Tensor:

@@ -1,6 +1,7 @@
-/* Means of weight vectors, and Φ in place: x ← x − (mean(x) − kept), where kept is 0 for CENTER
- * and, for RESTORE, the mean before the step. Restoring it turns the step into w ← w + Φ(Δw),
- * which is placement "update"; a mean that is not finite is not restored. This file is included
+/* Means of weight vectors, and Φ in place: x ← x − (mean(x) − kept), where kept is 0 for CENTER,
+ * the mean before the step for RESTORE, and −λ·mean(w) for SHIFT. Restoring the mean turns the step
+ * into w ← w + Φ(Δw), which is placement "update"; a mean that is not finite is not restored. SHIFT
+ * turns a gradient into Φ(g) − λ·mean(w), which is placement "regularized". This file is included
  * once per dtype. */
 #define NAME(name) JOIN2(name, SUFFIX)
 
@@ -116,8 +117,17 @@ CLONES static void NAME(center_rows)(const Parameter *p, int64_t begin, int64_t 
     for (int64_t r = begin; r < end; r++) {
         STORED *restrict row = (STORED *)p->w + r * n;
         const double mean = NAME(sum)(row, n) / n;
-        const REAL shift = p->kept ? OR_ZERO((REAL)(mean - p->kept[r])) : (REAL)mean;
-        NAME(subtract)(row, n, NULL, shift, 0);
+        NAME(subtract)(row, n, NULL, (REAL)(p->kept ? mean - p->kept[r] : mean), 0);
+    }
+}
+
+CLONES static void NAME(restore_rows)(const Parameter *p, int64_t begin, int64_t end,
+                                      const Coefficients *unused) {
+    const int64_t n = p->outer;
+    for (int64_t r = begin; r < end; r++) {
+        STORED *restrict row = (STORED *)p->w + r * n;
+        const REAL shift = (REAL)(NAME(sum)(row, n) / n - p->kept[r]);
+        NAME(subtract)(row, n, NULL, OR_ZERO(shift), 0);
     }
 }
 
@@ -145,25 +155,35 @@ static void NAME(keep_means)(const Parameter *p, int64_t group, const Coefficien
     if (j == first) *kept++ = means[SLOT(j, width)];
 }
 
-/* Turn means into shifts that restore the kept ones. */
-static void NAME(restore_means)(const Parameter *p, int64_t group, const Coefficients *unused) {
-    NAME(finish_means)(p, group, unused);
+/* Turn means into shifts to the kept ones; with `if_finite`, shifts that are not finite into 0. */
+INLINE void NAME(shifts)(const Parameter *p, int64_t group, const int if_finite) {
+    NAME(finish_means)(p, group, NULL);
     const int64_t width = width_of(p);
     REAL *means = (REAL *)p->means + group * width;
     const double *kept = p->kept + group * p->units * p->phases;
     EACH_COLUMN(j, first, p) {
         if (j == first) {
-            means[SLOT(j, width)] = OR_ZERO(means[SLOT(j, width)] - (REAL)*kept);
-            kept++;
+            const REAL shift = means[SLOT(j, width)] - (REAL)*kept++;
+            means[SLOT(j, width)] = if_finite ? OR_ZERO(shift) : shift;
         } else {
             means[SLOT(j, width)] = means[SLOT(first, width)];
         }
     }
 }
 
+static void NAME(restore_means)(const Parameter *p, int64_t group, const Coefficients *unused) {
+    NAME(shifts)(p, group, 1);
+}
+
+static void NAME(shift_means)(const Parameter *p, int64_t group, const Coefficients *unused) {
+    NAME(shifts)(p, group, 0);
+}
+
 static const Kernels NAME(center) = {NULL, NAME(center_rows), NAME(sum_block), NAME(finish_means),
                                      NAME(center_columns)};
 static const Kernels NAME(means) = {NULL, NAME(keep_rows), NAME(sum_block), NAME(keep_means), NULL};
-static const Kernels NAME(restore) = {NULL, NAME(center_rows), NAME(sum_block), NAME(restore_means),
-                                      NAME(center_columns)};
+static const Kernels NAME(restore) = {NULL, NAME(restore_rows), NAME(sum_block),
+                                      NAME(restore_means), NAME(center_columns)};
+static const Kernels NAME(shift) = {NULL, NAME(center_rows), NAME(sum_block), NAME(shift_means),
+                                    NAME(center_columns)};
 #undef NAME

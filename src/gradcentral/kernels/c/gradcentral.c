@@ -24,11 +24,11 @@
 #define DTYPE BF16
 #include "dtype.h"
 
-#define KERNELS_OF(dtype)                                                   \
-    {&sgd_##dtype,    &momentum_##dtype, &adam_##dtype,   &amsgrad_##dtype, \
-     &center_##dtype, &means_##dtype,    &restore_##dtype}
+#define KERNELS_OF(dtype)                                                    \
+    {&sgd_##dtype,    &momentum_##dtype, &adam_##dtype,    &amsgrad_##dtype, \
+     &center_##dtype, &means_##dtype,    &restore_##dtype, &shift_##dtype}
 /* Indexed by dtype, then by UpdateRule or Operation. */
-static const Kernels *const KERNELS[3][7] = {KERNELS_OF(f32), KERNELS_OF(f64), KERNELS_OF(bf16)};
+static const Kernels *const KERNELS[3][8] = {KERNELS_OF(f32), KERNELS_OF(f64), KERNELS_OF(bf16)};
 
 static void run_piece(const Kernels *kernels, Parameter *p, const WorkPiece *piece,
                       const Coefficients *coefficients) {
@@ -102,8 +102,8 @@ static void count_steps(Parameter *parameters, int64_t n, void *const *pointers,
 #endif
 
 /* Process parameters of one dtype: take an optimizer step (`rule` is an UpdateRule), or center each
- * w (CENTER), write the mean of each weight vector to `means` (MEANS), or restore these means
- * (RESTORE). */
+ * w (CENTER), write the mean of each weight vector to `means` (MEANS), restore these means
+ * (RESTORE), or shift each weight vector to the mean given there (SHIFT). */
 EXPORT void gradcentral_run(Parameter *parameters, int64_t n, void *const *pointers,
                             const WorkList *list, int32_t dtype, int32_t rule,
                             const Coefficients *coefficients, double *means, int32_t threads) {

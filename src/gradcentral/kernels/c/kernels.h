@@ -32,8 +32,8 @@
 #define JOIN3(a, b, c) JOIN2(a, JOIN2(b, c))
 
 /* The enumerations of forms.py, with the same numbers. */
-enum { PLAIN = 0, GRADIENT = 1, UPDATE = 2 }; /* Placement */
-enum { CENTER = 4, MEANS = 5, RESTORE = 6 };  /* Operation */
+enum { PLAIN = 0, GRADIENT = 1, UPDATE = 2, REGULARIZED = 3 }; /* Placement */
+enum { CENTER = 4, MEANS = 5, RESTORE = 6, SHIFT = 7 };        /* Operation */
 
 /* UpdateRule, and the dtypes. They are macros because the preprocessor compares them. */
 #define SGD 0
@@ -72,7 +72,7 @@ typedef struct {
     double root_correction;  /* Adam: 1 / √(1 − β₂ᵗ) */
     double *sums;            /* columns: groups × blocks × width */
     void *means;             /* columns: groups × width, of type REAL (see dtype.h) */
-    double *kept;            /* MEANS, RESTORE: its means, in the caller's memory */
+    double *kept;            /* MEANS, RESTORE, SHIFT: its means, in the caller's memory */
     int64_t missing;         /* columns: number of blocks not yet summed */
 } Parameter;
 

@@ -22,18 +22,23 @@ INLINE PARTIAL NAME(step_stretch)(NAME(Tensors) t, int64_t n, const REAL *restri
     return total;
 }
 
-/* Make the first pass of placement "update" over n elements; return the sum of Δw. */
-INLINE PARTIAL NAME(first_stretch)(NAME(Tensors) t, int64_t n, NAME(Scalars) c) {
+/* Make the first pass of placement "update" over n elements and return the sum of Δw, or that of
+ * "regularized" and return the sum of g + λw. */
+INLINE PARTIAL NAME(first_stretch)(NAME(Tensors) t, int64_t n, const int update, NAME(Scalars) c) {
     PARTIAL total = 0;
     const int64_t pairs = PAIRS(n);
 #pragma omp simd reduction(+ : total)
     for (int64_t k = 0; k < pairs; k++) {
         REAL low, high;
-        NAME(first_pass_at_pair)(t, 2 * k, &low, &high, c);
+        if (update)
+            NAME(first_pass_at_pair)(t, 2 * k, &low, &high, c);
+        else
+            NAME(direction_at_pair)(t, 2 * k, &low, &high, c);
         total += low + high;
     }
 #pragma omp simd reduction(+ : total)
-    for (int64_t i = 2 * pairs; i < n; i++) total += NAME(first_pass_at)(t, i, c);
+    for (int64_t i = 2 * pairs; i < n; i++)
+        total += update ? NAME(first_pass_at)(t, i, c) : NAME(direction_at)(t, i, c);
     return total;
 }
 
@@ -80,24 +85,35 @@ CLONES static void NAME(update_rows)(const Parameter *p, int64_t begin, int64_t 
     for (int64_t r = begin; r < end; r++) {
         double total = 0;
         EACH_STRETCH(from, count, n)
-        total += NAME(first_stretch)(NAME(tensors)(p, r * n + from), count, c);
+        total += NAME(first_stretch)(NAME(tensors)(p, r * n + from), count, 1, c);
         NAME(second_stretch)(NAME(tensors)(p, r * n), n, NULL, OR_ZERO((REAL)(total / n)), 0, c);
+    }
+}
+
+CLONES static void NAME(regularized_rows)(const Parameter *p, int64_t begin, int64_t end,
+                                          const Coefficients *coefficients) {
+    const NAME(Scalars) c = NAME(scalars)(p, coefficients);
+    const int64_t n = p->outer;
+    for (int64_t r = begin; r < end; r++) {
+        double total = 0;
+        EACH_STRETCH(from, count, n)
+        total += NAME(first_stretch)(NAME(tensors)(p, r * n + from), count, 0, c);
+        NAME(step_stretch)(NAME(tensors)(p, r * n), n, NULL, (REAL)(total / n), 0, NULL, 0, c);
     }
 }
 
 static void NAME(rows)(const Parameter *p, int64_t begin, int64_t end,
                        const Coefficients *coefficients) {
-    (p->placement == GRADIENT ? NAME(gradient_rows) : NAME(update_rows))(p, begin, end,
-                                                                         coefficients);
+    switch (p->placement) {
+    case GRADIENT: NAME(gradient_rows)(p, begin, end, coefficients); break;
+    case UPDATE: NAME(update_rows)(p, begin, end, coefficients); break;
+    default: NAME(regularized_rows)(p, begin, end, coefficients);
+    }
 }
 
-/* Make the first pass over a block of columns: compute the column sums of the gradient or of Δw. */
-CLONES static void NAME(sum_block)(const Parameter *p, int64_t index,
-                                   const Coefficients *coefficients) {
-    if (p->placement == GRADIENT) {
-        JOIN2(sum_block, SUFFIX)(p, index, coefficients);
-        return;
-    }
+/* Add the results of the first pass over a block to its column sums. */
+INLINE void NAME(add_block)(const Parameter *p, int64_t index, const int update,
+                            const Coefficients *coefficients) {
     const NAME(Scalars) c = NAME(scalars)(p, coefficients);
     const Block block = block_of(p, index);
     double *restrict sums = p->sums + index * block.width;
@@ -108,11 +124,26 @@ CLONES static void NAME(sum_block)(const Parameter *p, int64_t index,
 #pragma omp simd
         for (int64_t k = 0; k < pairs; k++) {
             REAL low, high;
-            NAME(first_pass_at_pair)(t, 2 * k, &low, &high, c);
+            if (update)
+                NAME(first_pass_at_pair)(t, 2 * k, &low, &high, c);
+            else
+                NAME(direction_at_pair)(t, 2 * k, &low, &high, c);
             sums[k] += low, sums[pairs + k] += high;
         }
 #pragma omp simd
-        for (int64_t k = 2 * pairs; k < block.width; k++) sums[k] += NAME(first_pass_at)(t, k, c);
+        for (int64_t k = 2 * pairs; k < block.width; k++)
+            sums[k] += update ? NAME(first_pass_at)(t, k, c) : NAME(direction_at)(t, k, c);
+    }
+}
+
+/* Make the first pass over a block of columns: compute the column sums of the gradient, of Δw or of
+ * g + λw. */
+CLONES static void NAME(sum_block)(const Parameter *p, int64_t index,
+                                   const Coefficients *coefficients) {
+    switch (p->placement) {
+    case GRADIENT: JOIN2(sum_block, SUFFIX)(p, index, coefficients); break;
+    case UPDATE: NAME(add_block)(p, index, 1, coefficients); break;
+    default: NAME(add_block)(p, index, 0, coefficients);
     }
 }
 
@@ -125,10 +156,10 @@ CLONES static void NAME(step_columns)(const Parameter *p, int64_t begin, int64_t
     for (int64_t row = begin; row < end; row++) {
         const NAME(Tensors) t = NAME(tensors)(p, row * width);
         const REAL *means = (const REAL *)p->means + row / p->outer * width;
-        if (p->placement == GRADIENT)
-            NAME(step_stretch)(t, width, means, 0, 1, NULL, 0, c);
-        else
+        if (p->placement == UPDATE)
             NAME(second_stretch)(t, width, means, 0, 1, c);
+        else
+            NAME(step_stretch)(t, width, means, 0, 1, NULL, 0, c);
     }
 }
 

@@ -5,7 +5,7 @@
  * Algorithms 1 and 2 of Yong et al. 2020 (SGD with momentum, Adam), with torch's options:
  *
  *     g ← scale · Φ(∂L/∂w)             placement "gradient"; without Φ otherwise
- *     d ← g + λ w                      L2 weight decay
+ *     d ← g + λ w                      L2 weight decay; Φ(g + λ w): placement "regularized"
  *     state ← advance(state, d)
  *     Δw ← change(state, d, w)
  *     w ← w + Δw                       or w + Φ(Δw): placement "update"
@@ -16,8 +16,8 @@
  * buffer starts as d.
  * 2. The centered gradient is never stored, and p.grad keeps its values: `direction` subtracts
  * scale·mean(g).
- * 3. L2 weight decay is added after centering, as if the optimizer had received Φ(g). The authors'
- * Adam_GC centers g + λw (§3.4).
+ * 3. Under placement "gradient", L2 weight decay is added after centering, as if the optimizer had
+ * received Φ(g). Placement "regularized" centers g + λw (§3.4).
  * 4. Nesterov momentum is one linear combination, Δw = of_d·d + of_m·m, instead of a second pass
  * over d.
  * 5. Adam's m is torch's lerp from m to d, which starts from the nearer end. The bias corrections
@@ -75,8 +75,8 @@ INLINE NAME(Scalars) NAME(scalars)(const Parameter *p, const Coefficients *coeff
     return c;
 }
 
-/* `shift` is scale·mean(g) if the gradient is centered, otherwise 0, so that centering costs no
- * multiplication per element. */
+/* `shift` is scale·mean(g) under placement "gradient", mean(scale·g + λw) under "regularized",
+ * otherwise 0, so that centering costs no multiplication per element. */
 INLINE REAL NAME(direction)(REAL g, REAL w, REAL shift, NAME(Scalars) c) {
     return c.scale * g + (c.l2 * CHOOSE(c.has_l2, w, 0) - shift);
 }
@@ -175,7 +175,12 @@ INLINE void NAME(store_state)(NAME(Tensors) t, int64_t j, NAME(State) s) {
     if (HAS_X) t.x[j] = STORE(s.x);
 }
 
-/* The passes on element j in memory. */
+/* The passes on element j in memory. `direction_at` is the first pass of placement "regularized".
+ */
+INLINE REAL NAME(direction_at)(NAME(Tensors) t, int64_t j, NAME(Scalars) c) {
+    return NAME(direction)(LOAD(t.g[j]), LOAD(t.w[j]), 0, c);
+}
+
 INLINE void NAME(step_at)(NAME(Tensors) t, int64_t j, REAL shift, NAME(Scalars) c) {
     NAME(State) s = NAME(load_state)(t, j);
     const REAL w = NAME(step)(LOAD(t.w[j]), LOAD(t.g[j]), &s, shift, c);
@@ -207,6 +212,13 @@ INLINE void NAME(store_states)(NAME(Tensors) t, int64_t j, NAME(State) low, NAME
     if (HAS_M) store_pair(t.m + j, low.m, high.m);
     if (HAS_V) store_pair(t.v + j, low.v, high.v);
     if (HAS_X) store_pair(t.x + j, low.x, high.x);
+}
+
+INLINE void NAME(direction_at_pair)(NAME(Tensors) t, int64_t j, REAL *low, REAL *high,
+                                    NAME(Scalars) c) {
+    const uint32_t w = word_of(t.w + j), g = word_of(t.g + j);
+    *low = NAME(direction)(lower(g), lower(w), 0, c);
+    *high = NAME(direction)(upper(g), upper(w), 0, c);
 }
 
 INLINE void NAME(step_at_pair)(NAME(Tensors) t, int64_t j, REAL low_shift, REAL high_shift,

@@ -4,7 +4,7 @@
 Algorithms 1 and 2 of Yong et al. 2020 (SGD with momentum, Adam), with torch's options:
 
     g ← scale · Φ(∂L/∂w)             placement "gradient"; without Φ otherwise
-    d ← g + λ w                      L2 weight decay
+    d ← g + λ w                      L2 weight decay; Φ(g + λ w): placement "regularized"
     state ← advance(state, d)
     Δw ← change(state, d, w)
     w ← w + Δw                       or w + Φ(Δw): placement "update"
@@ -17,9 +17,9 @@ The differences from the paper and from torch are those that step.h lists, and t
    synchronization and can be captured in CUDA graphs.
 
 A step reads a weight vector twice: `first_pass` returns the values to be averaged, `second_pass` uses the mean.
-Centering without a step is a rule of its own (CENTER, MEANS, RESTORE), whose first pass returns the tensor. Tensors are
-passed as the tuple ``(w, g, m, v, x)`` of pointers to weight, gradient, momentum, squares and largest squares;
-coefficients are passed as the tuple that `step.py` creates.
+Centering without a step is a rule of its own (CENTER, MEANS, RESTORE, SHIFT), whose first pass returns the tensor.
+Tensors are passed as the tuple ``(w, g, m, v, x)`` of pointers to weight, gradient, momentum, squares and largest
+squares; coefficients are passed as the tuple that `step.py` creates.
 """
 
 import triton
@@ -40,6 +40,7 @@ CENTER = tl.constexpr(int(Operation.CENTER))
 RESTORE = tl.constexpr(int(Operation.RESTORE))
 GRADIENT = tl.constexpr(int(Placement.GRADIENT))
 UPDATE = tl.constexpr(int(Placement.UPDATE))
+REGULARIZED = tl.constexpr(int(Placement.REGULARIZED))
 
 
 @triton.jit
@@ -140,7 +141,7 @@ def _change(m, v, x, d, w, c, RULE: tl.constexpr):
 
 @triton.jit
 def step(tensors, offsets, mask, shift, c, RULE: tl.constexpr):
-    """Update elements; ``shift`` is scale · mean(g) if the gradient is centered, otherwise 0."""
+    """Update elements; ``shift`` is the mean of scale · g, or with placement "regularized" of d; otherwise 0."""
     w_at, g_at, _, _, _ = tensors
     scale, l2, _, _, _, _, _, _, _, _, _, _, _ = c
     w = _load(w_at, offsets, mask, "evict_first")
@@ -154,7 +155,7 @@ def step(tensors, offsets, mask, shift, c, RULE: tl.constexpr):
 
 @triton.jit
 def first_pass(tensors, offsets, mask, c, RULE: tl.constexpr, PLACEMENT: tl.constexpr):
-    """Return the values to be averaged: the gradient or, with placement "update", Δw, after advancing the state.
+    """Return the values to be averaged: g, g + λw, or with placement "update" Δw, after advancing the state.
 
     In f32, this pass stores w + Δw, and `second_pass` subtracts the mean from it. In a narrow dtype that would round
     twice, and a mean smaller than the rounding error of w would be lost in every weight. There `second_pass` computes
@@ -166,6 +167,8 @@ def first_pass(tensors, offsets, mask, c, RULE: tl.constexpr, PLACEMENT: tl.cons
     if RULE >= CENTER or PLACEMENT == GRADIENT:
         return g
     w = _load(w_at, offsets, mask, "evict_last")
+    if PLACEMENT == REGULARIZED:
+        return scale * g + _l2_term(l2, w)
     m, v, x = _load_state(tensors, offsets, mask, RULE)
     d = scale * g + _l2_term(l2, w)
     m, v, x = _advance(m, v, x, d, c, RULE)
@@ -196,6 +199,8 @@ def second_pass(tensors, offsets, mask, mean, c, RULE: tl.constexpr, PLACEMENT: 
         _store(w_at, offsets, _load(w_at, offsets, mask, "evict_first") - mean, mask)
     elif PLACEMENT == GRADIENT:
         step(tensors, offsets, mask, scale * mean, c, RULE)
+    elif PLACEMENT == REGULARIZED:
+        step(tensors, offsets, mask, mean, c, RULE)
     else:
         w = _load(w_at, offsets, mask, "evict_first")
         delta = 0.0

@@ -141,7 +141,7 @@ def _vectors(
                 if part == 0:
                     tl.store(means_at + mean_of, means, mask=is_first)
             else:
-                if RULE == _RESTORE:
+                if RULE >= _RESTORE:
                     means -= tl.load(means_at + mean_of, mask=here, other=0.0)
                 if PLACEMENT == _UPDATE:
                     tl.debug_barrier()  # a thread may read what another wrote in the first pass
@@ -247,7 +247,7 @@ def run(
             0 between two launches.
         partials: sums of parts.
         tap_map: the taps of division.py.
-        means: means of all weight vectors, written by MEANS, read by RESTORE.
+        means: means of all weight vectors, written by MEANS, read by RESTORE and SHIFT.
         fresh: int32 ``[n_parameters]``, with dampening: whether a momentum buffer is new.
         lr_at, grad_scale, found_inf: None, or one number on the device that replaces lr, divides the gradient, or makes
             the step change nothing if it is not 0.
