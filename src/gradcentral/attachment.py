@@ -16,7 +16,7 @@ from gradcentral.kernels import Centering, Means
 from gradcentral.layout import WeightLayout
 from gradcentral.local_shard import local
 from gradcentral.never_stepped import watch_for_steps
-from gradcentral.projection import Pair
+from gradcentral.projection import Pair, Strength
 from gradcentral.step_hooks import HookedCall, closure_of, refuse_differentiable, replace_closure
 from gradcentral.targets import Targets
 from gradcentral.weight_decay import l2_of
@@ -42,9 +42,9 @@ class Attachment:
         stepped: whether the optimizer's step has been called.
     """
 
-    def __init__(self, handle: object, layout: WeightLayout, placement: str) -> None:
+    def __init__(self, handle: object, layout: WeightLayout, placement: str, strength: Strength) -> None:
         self.handle = handle
-        self.targets = Targets(layout, placement)
+        self.targets = Targets(layout, placement, strength)
         self.stepped = False
         self._hooks: list[Any] = []
         self._centering = Centering()
@@ -91,7 +91,9 @@ class Attachment:
             return None
         if not self._calls_closures:
             # Some optimizers accept a closure and do not call it, so center the gradients that exist now. Φ is linear:
-            # if the closure adds to them, centering the sum has the same result.
+            # if the closure adds to them, centering the sum has the same result. P_s is not a projection for s < 1:
+            # there the closure receives the original gradients.
+            closure = self._with_original_gradients(optimizer, closure)
             self._center(optimizer)
         self._closure_calls = 0
         return replace_closure(args, kwargs, self._centering_closure(optimizer, closure))
@@ -112,8 +114,9 @@ class Attachment:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (before := self._before) is not None:
             with torch.no_grad():
-                eager_or_traced(self._centering).restore_(before.pairs, before.means)
-                before.shards.restore_split_means_(before.split_sums)
+                strength = self.targets.strength_now
+                eager_or_traced(self._centering).restore_(before.pairs, before.means, strength)
+                before.shards.restore_split_means_(before.split_sums, strength)
         self._before = None
         if not torch.compiler.is_compiling():
             self._check_centered(optimizer)
@@ -142,10 +145,29 @@ class Attachment:
 
         return centering_closure
 
+    def _with_original_gradients(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        strength = self.targets.strength_now
+        if not isinstance(strength, Tensor) and strength in (0, 1):
+            return closure
+        kept = [
+            (p, p.grad, p.grad.detach().clone()) for p, _ in self.targets.current(optimizer).pairs if p.grad is not None
+        ]
+
+        @functools.wraps(closure)
+        def restoring_closure() -> Any:
+            with torch.no_grad():
+                for p, gradient, original in kept:
+                    if p.grad is gradient:
+                        gradient.copy_(original)
+            kept.clear()
+            return closure()
+
+        return restoring_closure
+
     def _center(self, optimizer: Optimizer) -> None:
         shards = self.targets.current(optimizer)
         l2 = l2_of(optimizer) if self.targets.placement == "regularized" else None
-        center_gradients_(self.targets.layout, shards, self._centering, l2)
+        center_gradients_(self.targets.layout, shards, self._centering, l2, self.targets.strength_now)
         if not torch.compiler.is_compiling():
             self._found_gradients = any(p.grad is not None for p, _ in shards.pairs)
 
