@@ -577,3 +577,21 @@ def test_a_model_with_hooks_is_freed() -> None:
     gc.collect()
     assert parameter() is None
     assert module() is None
+
+
+def test_a_strength_below_1_subtracts_a_part_of_the_mean_and_can_be_changed() -> None:
+    model, plain = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    plain.load_state_dict(model.state_dict())
+    handle = centralize_in_backward(model, strength=0.5)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for strength in (0.5, 0.25, 1.0):
+        handle.strength = strength
+        for net in (model, plain):
+            net.zero_grad()
+            net(x).square().sum().backward()
+        assert model.weight.grad is not None
+        assert plain.weight.grad is not None
+        expected = plain.weight.grad - strength * plain.weight.grad.mean(1, keepdim=True)
+        torch.testing.assert_close(model.weight.grad, expected, rtol=0, atol=1e-14)
+    with pytest.raises(ValueError, match="strength"):
+        centralize_in_backward(nn.Linear(4, 3), strength=1.5)

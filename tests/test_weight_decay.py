@@ -110,9 +110,7 @@ def test_a_scaled_gradient_is_centered_with_scaled_weights(route: str) -> None:
         optimizer: Any = torch.optim.Adam(model.parameters(), lr=0.05, weight_decay=DECAY, fused=True)
         centralize(optimizer, model, "regularized")
     else:
-        optimizer = gradcentral.Adam(
-            model, lr=0.05, weight_decay=DECAY, placement="regularized", foreach=None if route == "fused" else False
-        )
+        optimizer = gradcentral.Adam(model, lr=0.05, weight_decay=DECAY, placement="regularized", fused=True)
         if route == "torch's step":
             optimizer = gradcentral.SGD(model, lr=0.05, weight_decay=DECAY, placement="regularized", fused=False)
     kind = torch.optim.SGD if route == "torch's step" else torch.optim.Adam

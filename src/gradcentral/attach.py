@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradcentral.attachment import Attachment, attachments_of
 from gradcentral.gradient_hooks import GradientHooks, hooks_of, parameters_to_hook
 from gradcentral.layout import WeightLayout
-from gradcentral.projection import Pair
+from gradcentral.projection import Pair, Strength, checked_strength
 from gradcentral.step_hooks import hooked_optimizer, refuse_unhookable
 from gradcentral.targets import Targets, check_placement, layout_to_use, log_attached
 from gradcentral.weight_decay import l2_of
@@ -27,6 +27,7 @@ def centralize(
     placement: str = "gradient",
     *,
     layout: WeightLayout | None = None,
+    strength: Strength = 1.0,
 ) -> Handle:
     """Attach Gradient Centralization to an optimizer: one line, for any ``torch.optim.Optimizer``.
 
@@ -47,15 +48,18 @@ def centralize(
             unchanged. For SGD with momentum this equals ``"regularized"``. Weight vectors that are not finite, such as
             those of a masked class, have no mean and are not shifted.
         layout: use this layout instead of the model's default: ``weight_layout(model, only="conv")``.
+        strength: s of P_s = I − s·eeᵀ in place of P, from 0 (off) to 1 (GC): s·mean is subtracted. It may change while
+            training, as ``handle.strength``; for CUDA graphs it may be a 0-dim tensor on the device.
 
     Returns:
-        A `Handle`: ``.layout``, ``.remove()``, ``.pause()``, ``.resume()``, ``.paused()``. Attaching again with the
-        same settings returns the existing handle.
+        A `Handle`: ``.layout``, ``.strength``, ``.remove()``, ``.pause()``, ``.resume()``, ``.paused()``. Attaching
+        again with the same settings returns the existing handle.
 
     Raises:
-        ValueError: an unknown placement; both model and layout; none of the model's parameters is in the
-            optimizer; nothing is left to center; a parameter is already centered with other settings; a differentiable
-            optimizer; placement ``"update"`` for an optimizer with ``train()`` and ``eval()`` (Schedule-Free);
+        ValueError: an unknown placement; a strength that is not between 0 and 1; both model and layout; none of the
+            model's parameters is in the optimizer; nothing is left to center; a parameter is already centered with
+            other settings; a differentiable optimizer; placement ``"update"`` for an optimizer with ``train()`` and
+            ``eval()`` (Schedule-Free);
             placement ``"regularized"`` for the weight decay of an optimizer that is not derived from torch's.
         TypeError: the optimizer has no step hooks.
 
@@ -88,8 +92,8 @@ def centralize(
         for one in optimizers:
             l2_of(one)  # raises for weight decay of unknown kind
     groups = [group for one in optimizers for group in one.param_groups]
-    handle = Handle(layout_to_use(model, layout, groups), placement)
-    attachments = [Attachment(handle, handle.layout, placement) for _ in optimizers]
+    handle = Handle(layout_to_use(model, layout, groups), placement, strength)
+    attachments = [Attachment(handle, handle.layout, placement, strength) for _ in optimizers]
     pairs = [each.targets.attach(one, required=False).pairs for each, one in zip(attachments, optimizers, strict=True)]
     if not any(pairs):
         attachments[0].targets.attach(optimizers[0])
@@ -103,7 +107,9 @@ def centralize(
     return handle
 
 
-def centralize_in_backward(model: nn.Module | None = None, *, layout: WeightLayout | None = None) -> Handle:
+def centralize_in_backward(
+    model: nn.Module | None = None, *, layout: WeightLayout | None = None, strength: Strength = 1.0
+) -> Handle:
     """Center each gradient when ``backward()`` computes it, by a hook per parameter, whatever optimizer uses it.
 
     For training without a step hook: DeepSpeed's ZeRO, optimizers that step in ``backward()``, optimizers that are not
@@ -117,6 +123,7 @@ def centralize_in_backward(model: nn.Module | None = None, *, layout: WeightLayo
     Args:
         model: determines the layout (see `weight_layout`).
         layout: use this layout instead: ``weight_layout(model, only="conv")``.
+        strength: see `centralize`.
 
     Returns:
         A `Handle`. Attaching again with the same settings returns the existing handle.
@@ -137,18 +144,19 @@ def centralize_in_backward(model: nn.Module | None = None, *, layout: WeightLayo
         >>> bool(model.weight.grad.mean(1).abs().max() < 1e-6)
         True
     """
-    handle = Handle(layout_to_use(model, layout), "gradient")
+    handle = Handle(layout_to_use(model, layout), "gradient", strength)
     wanted = handle.layout
     on_model = hooks_of(wanted.names)
     for present in hooks_of(parameters_to_hook(wanted)):
         present.update()
-        if dict(present.layout) == dict(wanted) and isinstance(present.handle, Handle):
+        alike = dict(present.layout) == dict(wanted) and _same(present.strength, strength)
+        if alike and isinstance(present.handle, Handle):
             return present.handle
         raise ValueError(
             f"parameters of this model are already centered in backward ({len(present.layout)} parameters; requested: "
             f"{len(wanted)}): remove that handle first: gradcentral.attached(model)[{on_model.index(present)}].remove()"
         )
-    hooks = GradientHooks(handle, wanted)
+    hooks = GradientHooks(handle, wanted, strength)
     hooks.register()
     handle._references = [weakref.ref(hooks)]
     log_attached("backward()", len(wanted), "gradient")
@@ -158,15 +166,17 @@ def centralize_in_backward(model: nn.Module | None = None, *, layout: WeightLayo
 class Handle:
     """Handle of attached centering: the layout in use, and methods to pause and remove it.
 
-    To change the settings, remove the handle and attach again. A copy of a handle is attached to nothing.
+    To change settings other than the strength, remove the handle and attach again. A copy of a handle is attached to
+    nothing.
     """
 
-    def __init__(self, layout: WeightLayout, placement: str) -> None:
+    def __init__(self, layout: WeightLayout, placement: str, strength: Strength = 1.0) -> None:
         self._layout = layout
         self._placement = placement
         # The optimizers keep the attachments alive, and these keep the handle alive. Weak references avoid a cycle, so
         # that the memory of a model is released as soon as its last reference is deleted.
         self._references: list[weakref.ref[Attachment | GradientHooks]] = []
+        self._strength = checked_strength(strength)
         self._removed = False
         self._paused = False
         self._paused_blocks = 0
@@ -187,6 +197,20 @@ class Handle:
     def placement(self) -> str:
         """``"gradient"``, ``"regularized"`` or ``"update"``."""
         return self._placement
+
+    @property
+    def strength(self) -> Strength:
+        """s of P_s = I − s·eeᵀ, from 0 (off) to 1 (GC). Assign to it to change it from the next step on.
+
+        Assigning to it raises a ValueError if it is not between 0 and 1. ``state_dict`` does not contain it.
+        """
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: Strength) -> None:
+        self._strength = checked_strength(strength)
+        for attachment in self._attachments:
+            attachment.strength = strength
 
     def remove(self) -> None:
         """Stop centering for good. Calling this twice is harmless."""
@@ -256,12 +280,20 @@ def _attached_alike(
             if shared is None:
                 continue
             alike = present == dict(wanted) and other.targets.placement == handle.placement
+            alike = alike and _same(other.targets.strength, handle.strength)
             if alike and isinstance(other.handle, Handle) and all(other.handle in attached(one) for one in optimizers):
                 return other.handle
             name = f"optimizer[{index}]" if several else "optimizer"
             raise ValueError(
                 f"{handle.layout.names[shared]} is already centered in this optimizer (placement "
-                f"{other.targets.placement!r}, {len(present)} parameters; requested: {handle.placement!r}, "
-                f"{len(wanted)}): remove that handle first: gradcentral.attached({name})[{position}].remove()"
+                f"{other.targets.placement!r}, {len(present)} parameters, strength {other.targets.strength}; "
+                "requested: "
+                f"{handle.placement!r}, {len(wanted)}, {handle.strength}): remove that handle first: "
+                f"gradcentral.attached({name})[{position}].remove()"
             )
     return None
+
+
+def _same(one: Strength, other: Strength) -> bool:
+    """Return whether two strengths are the same tensor or equal numbers."""
+    return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)

@@ -16,7 +16,7 @@ from gradcentral.kernels import Centering, Means
 from gradcentral.layout import WeightLayout
 from gradcentral.local_shard import local
 from gradcentral.never_stepped import watch_for_steps
-from gradcentral.projection import Pair
+from gradcentral.projection import Pair, Strength
 from gradcentral.step_hooks import HookedCall, closure_of, refuse_differentiable, replace_closure
 from gradcentral.targets import Targets
 from gradcentral.weight_decay import l2_of
@@ -56,9 +56,9 @@ class Attachment:
         stepped: whether the optimizer's step has been called.
     """
 
-    def __init__(self, handle: object, layout: WeightLayout, placement: str) -> None:
+    def __init__(self, handle: object, layout: WeightLayout, placement: str, strength: Strength) -> None:
         self.handle = handle
-        self.targets = Targets(layout, placement)
+        self.targets = Targets(layout, placement, strength)
         self.stepped = False
         self._hooks: list[Any] = []
         self._centering = Centering()
@@ -81,6 +81,15 @@ class Attachment:
     @paused.setter
     def paused(self, paused: bool) -> None:
         self.targets.paused = paused
+
+    @property
+    def strength(self) -> Strength:
+        """s of P_s = I − s·eeᵀ."""
+        return self.targets.strength
+
+    @strength.setter
+    def strength(self, strength: Strength) -> None:
+        self.targets.strength = strength
 
     def register(self, optimizer: Optimizer) -> None:
         """Register the hooks."""
@@ -136,8 +145,9 @@ class Attachment:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (before := self._before) is not None:
             with torch.no_grad():
-                eager_or_traced(self._centering).restore_(before.pairs, before.means)
-                before.shards.restore_split_means_(before.split_sums)
+                strength = self.targets.strength_now
+                eager_or_traced(self._centering).restore_(before.pairs, before.means, strength)
+                before.shards.restore_split_means_(before.split_sums, strength)
         self._before, self._early = None, []
         if not torch.compiler.is_compiling():
             self._check_centered(optimizer)
@@ -179,7 +189,7 @@ class Attachment:
     def _center(self, optimizer: Optimizer) -> None:
         shards = self.targets.current(optimizer)
         l2 = l2_of(optimizer) if self.targets.placement == "regularized" else None
-        center_gradients_(self.targets.layout, shards, self._centering, l2)
+        center_gradients_(self.targets.layout, shards, self._centering, l2, self.targets.strength_now)
         if not torch.compiler.is_compiling():
             self._found_gradients = any(p.grad is not None for p, _ in shards.pairs)
 

@@ -13,7 +13,7 @@ from gradcentral.gradients import refuse_empty, refuse_per_sample
 from gradcentral.layout import WeightLayout
 from gradcentral.layout.rules import LAZY
 from gradcentral.local_shard import is_sharded
-from gradcentral.projection import center
+from gradcentral.projection import Strength, center
 from gradcentral.targets import refuse_sparse
 
 __all__ = ["GradientHooks", "hooks_of", "parameters_to_hook"]
@@ -28,12 +28,14 @@ class GradientHooks:
     Attributes:
         handle: the handle.
         layout: the weight vectors of the model's parameters.
+        strength: s of P_s = I − s·eeᵀ.
         paused: whether backward passes currently do not center.
     """
 
-    def __init__(self, handle: object, layout: WeightLayout) -> None:
+    def __init__(self, handle: object, layout: WeightLayout, strength: Strength = 1.0) -> None:
         self.handle = handle
         self.layout = layout
+        self.strength = strength
         self.paused = False
         self._hooks: dict[Tensor, Any] = {}
         self._on_models: list[Any] = []
@@ -115,7 +117,7 @@ class GradientHooks:
         refuse_sparse(gradient, parameter, self.layout)
         refuse_per_sample(parameter, self.layout)
         # Autograd may use this gradient elsewhere, so it is not changed in place.
-        return center(gradient, self.layout[parameter])
+        return center(gradient, self.layout[parameter], self.strength)
 
     def after_forward(self) -> None:
         """Follow changes of the model, and warn once if gradients are computed without the hooks."""

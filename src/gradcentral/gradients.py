@@ -13,7 +13,7 @@ from gradcentral.kernels import Centering
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.local_shard import local, overlaps_itself
-from gradcentral.projection import Pair, center_regularized
+from gradcentral.projection import Pair, Strength, as_number, center_regularized, checked_strength
 from gradcentral.targets import layout_to_use, refuse_sparse, shards_in_layout
 from gradcentral.weight_decay import L2
 from gradcentral.weight_vectors import WeightVectors
@@ -22,7 +22,9 @@ __all__ = ["center_gradients_", "centralize_gradients", "eager_or_traced", "refu
 __all__ += ["remembered_layout"]
 
 
-def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout | None = None) -> None:
+def centralize_gradients(
+    model: nn.Module | None = None, *, layout: WeightLayout | None = None, strength: Strength = 1.0
+) -> None:
     """Center every gradient of a model now: in a hand-written loop, after ``unscale_`` and around clipping.
 
     If none of the parameters has a gradient, it warns, once per layout.
@@ -30,10 +32,12 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
     Args:
         model: its layout is determined at the first call and kept until its parameters change.
         layout: use this layout instead.
+        strength: from 0 (off) to 1 (GC): g − s·mean(g). Only with 1, a second call changes nothing.
 
     Raises:
         ValueError: neither or both of model and layout; nothing to center; a sparse gradient (with its name);
-            per-sample gradients (Opacus), from which the gradient is computed later.
+            a strength that is not between 0 and 1; per-sample gradients (Opacus), from which the gradient is computed
+            later.
 
     Examples:
         >>> import torch, gradcentral
@@ -41,6 +45,7 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
         >>> model(torch.randn(8, 4)).square().sum().backward()
         >>> gradcentral.centralize_gradients(model)
     """
+    strength = as_number(checked_strength(strength))
     layout = remembered_layout(model) if model is not None and layout is None else layout_to_use(model, layout)
     if not torch.compiler.is_compiling():
         layout.follow()
@@ -49,7 +54,7 @@ def centralize_gradients(model: nn.Module | None = None, *, layout: WeightLayout
         refuse_per_sample(p, layout)
     if not torch.compiler.is_compiling() and all(p.grad is None for p in layout):
         _warn_without_gradients(layout)
-    center_gradients_(layout, shards_in_layout(layout, list(layout.items())), Centering())
+    center_gradients_(layout, shards_in_layout(layout, list(layout.items())), Centering(), strength=strength)
 
 
 def refuse_empty(layout: WeightLayout) -> None:
@@ -75,7 +80,9 @@ def refuse_per_sample(parameter: Tensor, layout: WeightLayout) -> None:
         )
 
 
-def center_gradients_(layout: WeightLayout, shards: Shards, centering: Centering, l2: L2 | None = None) -> None:
+def center_gradients_(
+    layout: WeightLayout, shards: Shards, centering: Centering, l2: L2 | None = None, strength: Strength = 1.0
+) -> None:
     """Center the gradients of some of a layout's parameters in place; overlapping ones are replaced by copies.
 
     Args:
@@ -83,26 +90,29 @@ def center_gradients_(layout: WeightLayout, shards: Shards, centering: Centering
         shards: the parameters.
         centering: the plans.
         l2: the weight decay, for placement "regularized"; None for "gradient".
+        strength: s of P_s.
     """
+    if not isinstance(strength, Tensor) and strength == 0:
+        return
     if l2 is not None and not l2.factors:
         l2 = None
     traced = torch.compiler.is_compiling()
     if not shards.sharded and not traced and l2 is None:
         # Nothing is sharded. Sparse and overlapping gradients, which need the checks below, never fit a plan.
         pairs = [(p.grad, vectors) for p, vectors in shards.whole if p.grad is not None]
-        if centering.center_if_planned_(pairs):
+        if centering.center_if_planned_(pairs, strength):
             return
     with torch.no_grad():
         shards.place_gradients(p for p, _ in shards.pairs)
-        found = _writable_gradients(layout, shards.whole, l2)
+        found = _writable_gradients(layout, shards.whole, l2, strength)
         pairs = [(gradient, vectors) for _, gradient, vectors in found]
         if l2 is None:
-            eager_or_traced(centering).center_all_(pairs)
+            eager_or_traced(centering).center_all_(pairs, strength)
         else:
             weights = [local(p) for p, _, _ in found]
             factors = [l2.factors.get(p, 0.0) for p, _, _ in found]
-            eager_or_traced(centering).center_regularized_(pairs, weights, factors, l2.grad_scale)
-        shards.center_split_gradients_(l2)
+            eager_or_traced(centering).center_regularized_(pairs, weights, factors, l2.grad_scale, strength)
+        shards.center_split_gradients_(l2, strength)
 
 
 def eager_or_traced(centering: Centering) -> Centering | TracedCentering:
@@ -114,7 +124,7 @@ _TRACED = TracedCentering()
 
 
 def _writable_gradients(
-    layout: WeightLayout, targets: list[Pair], l2: L2 | None
+    layout: WeightLayout, targets: list[Pair], l2: L2 | None, strength: Strength
 ) -> list[tuple[Tensor, Tensor, WeightVectors]]:
     """Return each parameter with its local gradient that can be centered in place, and their weight vectors.
 
@@ -128,7 +138,8 @@ def _writable_gradients(
         refuse_sparse(gradient, parameter, layout)
         held = local(gradient)
         if overlaps_itself(held):
-            parameter.grad = center_regularized(gradient, parameter, 0.0 if l2 is None else l2.of(parameter), vectors)
+            factor = 0.0 if l2 is None else l2.of(parameter)
+            parameter.grad = center_regularized(gradient, parameter, factor, vectors, strength)
         else:
             found.append((parameter, held, vectors))
     return found

@@ -18,12 +18,16 @@ from gradcentral.weight_vectors import WeightVectors, as_vectors
 
 __all__ = [
     "Pair",
+    "Strength",
+    "as_number",
     "center",
     "center_",
     "center_regularized",
+    "checked_strength",
     "positive_or_one",
     "projection_matrix",
     "restore_means_",
+    "scaled",
     "share",
     "subtract_means_",
     "unit_means",
@@ -32,21 +36,26 @@ __all__ = [
 Pair = tuple[Tensor, WeightVectors]
 """A tensor and its weight vectors."""
 
+Strength = float | Tensor
+"""s of P_s = I − s·eeᵀ: a number between 0 and 1, or a 0-dim tensor of one."""
 
-def center(tensor: Tensor, vectors: WeightVectors | str) -> Tensor:
+
+def center(tensor: Tensor, vectors: WeightVectors | str, strength: Strength = 1.0) -> Tensor:
     """Return Φ(g): subtract from each weight vector its mean. Pure and differentiable.
 
     Args:
         tensor: any floating-point or complex dtype, any strides. Types narrower than 32 bits are averaged in float32
             and rounded once.
         vectors: which elements form one weight vector: `WeightVectors`, or a pattern such as ``"o [i k k]"``.
+        strength: s of P_s = I − s·eeᵀ, from 0 (off) to 1 (GC): g − s·mean(g).
 
     Returns:
         A new tensor of the same shape and dtype.
 
     Raises:
         TypeError: the tensor is neither floating-point nor complex.
-        ValueError: the tensor is sparse, or ``vectors`` does not fit its shape or is not a valid pattern.
+        ValueError: the tensor is sparse, ``vectors`` does not fit its shape or is not a valid pattern, or ``strength``
+            is not between 0 and 1.
 
     Source: Yong et al. 2020, eq. 1.
 
@@ -57,31 +66,35 @@ def center(tensor: Tensor, vectors: WeightVectors | str) -> Tensor:
         tensor([[-2., -1.,  3.]])
     """
     _check(tensor)
+    strength = checked_strength(strength)
     g = _at_least_32_bits(tensor)
     view, span = _view(g, as_vectors(vectors, tensor.shape))
-    return (view - _mean(view, span)).reshape(tensor.shape).to(tensor.dtype)
+    return (view - scaled(_mean(view, span), strength)).reshape(tensor.shape).to(tensor.dtype)
 
 
-def center_(tensor: Tensor, vectors: WeightVectors) -> Tensor:
+def center_(tensor: Tensor, vectors: WeightVectors, strength: Strength = 1.0) -> Tensor:
     """Apply `center` in place; the tensor keeps its storage and strides.
 
     Raises:
         TypeError, ValueError: as `center`.
         RuntimeError: several elements share memory (an expanded tensor), as for every in-place operation of torch.
     """
-    return subtract_means_(tensor, unit_means(tensor, vectors), vectors)
+    return subtract_means_(tensor, scaled(unit_means(tensor, vectors), strength), vectors)
 
 
-def center_regularized(gradient: Tensor, weights: Tensor, l2: float | Tensor, vectors: WeightVectors) -> Tensor:
+def center_regularized(
+    gradient: Tensor, weights: Tensor, l2: float | Tensor, vectors: WeightVectors, strength: Strength = 1.0
+) -> Tensor:
     """Return the gradient with which L2 weight decay gives a centered sum (placement "regularized").
 
-        g′ = Φ(g) − λ·mean(w),   so that   g′ + λw = g + λw − mean(g + λw) = P(g + λw)
+        g′ = g − s·mean(g + λw),   so that   g′ + λw = P_s(g + λw);   for s = 1, g′ = Φ(g) − λ·mean(w)
 
     Args:
         gradient: g = ∂L/∂w.
         weights: w, of the same shape.
         l2: λ, which the optimizer multiplies the weights by before it adds them to the gradient.
         vectors: which elements form one weight vector.
+        strength: s.
 
     Source: Yong et al. 2020, section 3.4.
     """
@@ -90,15 +103,15 @@ def center_regularized(gradient: Tensor, weights: Tensor, l2: float | Tensor, ve
     mean = _mean(view, span)
     if isinstance(l2, Tensor) or l2 != 0:  # without weight decay an infinite weight would give NaN
         mean = mean + l2 * unit_means(weights, vectors)
-    return (view - mean).reshape(gradient.shape).to(gradient.dtype)
+    return (view - scaled(mean, strength)).reshape(gradient.shape).to(gradient.dtype)
 
 
-def restore_means_(weights: Tensor, means: Tensor, vectors: WeightVectors) -> Tensor:
+def restore_means_(weights: Tensor, means: Tensor, vectors: WeightVectors, strength: Strength = 1.0) -> Tensor:
     """Shift each weight vector in place so that its mean is ``means`` again (placement "update").
 
-        w ← w − (mean(w) − m),   m = mean(w_old)
+        w ← w − s·(mean(w) − m),   m = mean(w_old)
 
-    After a step w = w_old + Δw, so the result is w_old + Δw − mean(Δw) = w_old + Φ(Δw), for any optimizer and without
+    After a step w = w_old + Δw, so the result is w_old + Δw − s·mean(Δw) = w_old + P_s(Δw), for any optimizer, without
     a copy of w_old. It keeps the constraint eᵀ(w − w⁰) = 0. A weight vector that is not finite has no mean to restore,
     so it is not shifted.
 
@@ -106,11 +119,43 @@ def restore_means_(weights: Tensor, means: Tensor, vectors: WeightVectors) -> Te
         weights: the weights after a step.
         means: `unit_means` of the weights before it.
         vectors: which elements form one weight vector.
+        strength: s; the mean moves by (1 − s) times as much as in the plain step.
 
     Source: Yong et al. 2020, eq. 4.
     """
-    shift = unit_means(weights, vectors) - means
+    shift = scaled(unit_means(weights, vectors) - means, strength)
     return subtract_means_(weights, torch.where(shift.isfinite(), shift, 0), vectors)
+
+
+def checked_strength(strength: Strength) -> Strength:
+    """Return a strength that may be used. A tensor on another device than the CPU is not read, as that would wait.
+
+    Raises:
+        ValueError: it is not a number between 0 and 1, or a tensor of one.
+    """
+    if isinstance(strength, Tensor):
+        if strength.ndim or strength.is_complex():
+            raise ValueError(f"strength must be a number or a 0-dim tensor, not one of shape {tuple(strength.shape)}")
+        if not strength.is_cpu or torch.compiler.is_compiling():
+            return strength
+    if not 0 <= float(strength) <= 1:
+        raise ValueError(f"strength must be between 0 and 1, not {float(strength)}")
+    return strength
+
+
+def as_number(strength: Strength) -> Strength:
+    """Return the number in a tensor on the CPU. One on another device stays there, for kernels and CUDA graphs."""
+    if isinstance(strength, Tensor) and strength.is_cpu and not torch.compiler.is_compiling():
+        return float(strength)
+    return strength
+
+
+def scaled(means: Tensor, strength: Strength) -> Tensor:
+    """Return s·mean; 0 for a strength of 0, even if the mean is not finite."""
+    if isinstance(strength, Tensor):
+        strength = strength.to(means.device)
+        return torch.where(strength == 0, 0, strength * means)
+    return means if strength == 1 else torch.zeros_like(means) if strength == 0 else strength * means
 
 
 def unit_means(tensor: Tensor, vectors: WeightVectors) -> Tensor:

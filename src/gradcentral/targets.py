@@ -22,7 +22,7 @@ from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.layout.structure import is_gathered
 from gradcentral.local_shard import any_sharded
-from gradcentral.projection import Pair
+from gradcentral.projection import Pair, Strength, as_number, checked_strength
 
 __all__ = [
     "PLACEMENTS",
@@ -67,8 +67,9 @@ class Targets:
         excluded: the parameters of groups with ``"centralize": False``.
     """
 
-    def __init__(self, layout: WeightLayout, placement: str) -> None:
+    def __init__(self, layout: WeightLayout, placement: str, strength: Strength = 1.0) -> None:
         check_placement(placement)
+        self.strength = strength
         self.layout = layout
         self.placement = placement
         self.paused = False
@@ -87,6 +88,20 @@ class Targets:
         self._removed: set[Tensor] = set()
         self._checked = -1
 
+    @property
+    def strength(self) -> Strength:
+        """s of P_s = I − s·eeᵀ, as it was set."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: Strength) -> None:
+        self._strength = checked_strength(strength)
+
+    @property
+    def strength_now(self) -> Strength:
+        """The strength of this step: a number, or a tensor on the device or while ``torch.compile`` traces."""
+        return as_number(checked_strength(self._strength))
+
     def current(self, optimizer: Optimizer, warn: bool = True) -> Shards:
         """Return the optimizer's centered parameters, each with the weight vectors that this rank holds.
 
@@ -99,7 +114,9 @@ class Targets:
         options = [group.get(OPTION) for group in optimizer.param_groups]
         if options != self._options or not self._is_current(parameters):
             own = getattr(optimizer, "targets", None) is self
-            check_keys(optimizer, {"placement": self.placement, "layout": self.layout}, own=own)
+            check_keys(
+                optimizer, {"placement": self.placement, "layout": self.layout, "strength": self.strength}, own=own
+            )
             self.excluded = excluded_parameters(optimizer, self.excluded)
             self._options = options
             new = self._find_new([p for p in parameters if p not in self.excluded])

@@ -77,7 +77,7 @@ Kind = Callable[[Weights, str], Optimizer]
 def _sgd(model: Weights, placement: str) -> Optimizer:
     # Plain SGD: torch's arithmetic on DTensors is slow and not under test.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
-    gradcentral.centralize(optimizer, layout=model.layout(), placement=placement)
+    gradcentral.centralize(optimizer, layout=model.layout(), placement=placement, strength=0.5)
     return optimizer
 
 
@@ -87,7 +87,8 @@ def _fused_sgd(model: Weights, placement: str) -> Optimizer:
 
 
 def _fused_adamw(model: Weights, placement: str) -> Optimizer:
-    return gradcentral.AdamW(model.parameters(), lr=0.1, layout=model.layout(), placement=placement)
+    gc: dict[str, Any] = {"layout": model.layout(), "placement": placement, "strength": 0.25}
+    return gradcentral.AdamW(model.parameters(), lr=0.1, **gc)
 
 
 def _reference_sgd(model: Weights, placement: str) -> Optimizer:

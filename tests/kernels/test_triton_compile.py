@@ -35,7 +35,7 @@ def compiled(capability: int, rule: int, placement: int, dtype: Any, extras: boo
         "BESIDE": elements_beside(dtype.primitive_bitwidth // 8),
         "TILE": TILE,
     }
-    optional = {"lr_at": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32", "fresh": "*i32"}
+    optional = {"lr_at": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32", "strength_at": "*fp32", "fresh": "*i32"}
     if not extras:
         constants |= dict.fromkeys(optional)
     signature: dict[str, Any] = {
@@ -46,6 +46,7 @@ def compiled(capability: int, rule: int, placement: int, dtype: Any, extras: boo
         "n_parameters": "i32",
         "n_counters": "i32",
         "lr": "fp32",
+        "strength": "fp32",
         "rule": ("fp32",) * 11,
         "logs": ("fp32",) * 4,
         **dict.fromkeys(constants, "constexpr"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradcentral.kernels.forms import Placement, States, same_objects
 from gradcentral.kernels.planner import KernelGroup, group_by_kernels, kernels_for
-from gradcentral.projection import Pair, center_, center_regularized, restore_means_, unit_means
+from gradcentral.projection import Pair, Strength, center_, center_regularized, restore_means_, unit_means
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["Centering", "Means"]
@@ -55,28 +55,33 @@ class Centering:
         self._count = -1
         self._regularized: tuple[Centering, Centering] | None = None
 
-    def center_if_planned_(self, pairs: Sequence[Pair]) -> bool:
+    def center_if_planned_(self, pairs: Sequence[Pair], strength: Strength = 1.0) -> bool:
         """Center every tensor in place if kernels process all of them and the plans still fit; otherwise do nothing.
 
         The caller need not check the tensors first: sparse, expanded or overlapping tensors never fit a plan.
         """
         if self._rest or not self._fits(pairs):
             return False
-        self._center_planned_(pairs)
+        self._center_planned_(pairs, strength)
         return True
 
-    def center_all_(self, pairs: Sequence[Pair]) -> None:
+    def center_all_(self, pairs: Sequence[Pair], strength: Strength = 1.0) -> None:
         """Center every tensor in place."""
         self._plan(pairs)
-        self._center_planned_(pairs)
+        self._center_planned_(pairs, strength)
         for position in self._rest:
-            center_(*pairs[position])
+            center_(*pairs[position], strength)
 
     def center_regularized_(
-        self, gradients: Sequence[Pair], weights: Sequence[Tensor], l2: Sequence[float], scale: Tensor | None = None
+        self,
+        gradients: Sequence[Pair],
+        weights: Sequence[Tensor],
+        l2: Sequence[float],
+        scale: Tensor | None = None,
+        strength: Strength = 1.0,
     ) -> None:
         """Replace every gradient in place by `center_regularized` of it, its weights and λ · scale."""
-        self.center_all_([pair for pair, factor in zip(gradients, l2, strict=True) if factor == 0])
+        self.center_all_([pair for pair, factor in zip(gradients, l2, strict=True) if factor == 0], strength)
         decayed = [position for position, factor in enumerate(l2) if factor != 0]
         if not decayed:
             return
@@ -89,15 +94,16 @@ class Centering:
         of_gradients._plan(pairs)
         of_weights._plan(decaying)
         if not of_gradients._divides_like(of_weights):
-            _center_regularized_by_reference_(pairs, decaying, factors, scale)
+            _center_regularized_by_reference_(pairs, decaying, factors, scale, strength)
             return
         for found, other in zip(of_gradients._planned, of_weights._planned, strict=True):
             means = other.plan.means(other.tensors(decaying))
             torch._foreach_mul_([*means.split(other.counts)], [-factor for factor in other.group.select(factors)])
-            found.plan.shift_(found.tensors(pairs), means if scale is None else means.mul_(scale.to(means.device)))
+            means = means if scale is None else means.mul_(scale.to(means.device))
+            found.plan.shift_(found.tensors(pairs), means, strength)
         for position in of_gradients._rest:
             at = slice(position, position + 1)
-            _center_regularized_by_reference_(pairs[at], decaying[at], factors[at], scale)
+            _center_regularized_by_reference_(pairs[at], decaying[at], factors[at], scale, strength)
 
     def means(self, pairs: Sequence[Pair]) -> Means:
         """Return the mean of every weight vector, to be passed to `restore_`."""
@@ -105,18 +111,18 @@ class Centering:
         planned = [found.plan.means(found.tensors(pairs)) for found in self._planned]
         return Means(planned, [unit_means(*pairs[position]) for position in self._rest])
 
-    def restore_(self, pairs: Sequence[Pair], means: Means) -> None:
+    def restore_(self, pairs: Sequence[Pair], means: Means, strength: Strength = 1.0) -> None:
         """Apply `restore_means_` to every tensor."""
         self._plan(pairs)
         for found, old in zip(self._planned, means.planned, strict=True):
-            found.plan.restore_(found.tensors(pairs), old)
+            found.plan.restore_(found.tensors(pairs), old, strength)
         for position, old in zip(self._rest, means.reference, strict=True):
             tensor, vectors = pairs[position]
-            restore_means_(tensor, old, vectors)
+            restore_means_(tensor, old, vectors, strength)
 
-    def _center_planned_(self, pairs: Sequence[Pair]) -> None:
+    def _center_planned_(self, pairs: Sequence[Pair], strength: Strength) -> None:
         for found in self._planned:
-            found.plan.center_(found.tensors(pairs))
+            found.plan.center_(found.tensors(pairs), strength)
 
     def _divides_like(self, other: Centering) -> bool:
         """Return whether the means of both, in the same positions, belong to the same weight vectors."""
@@ -145,7 +151,8 @@ class Centering:
 
 
 def _center_regularized_by_reference_(
-    gradients: Sequence[Pair], weights: Sequence[Pair], l2: Sequence[float], scale: Tensor | None
+    gradients: Sequence[Pair], weights: Sequence[Pair], l2: Sequence[float], scale: Tensor | None, strength: Strength
 ) -> None:
     for (gradient, vectors), (w, _), factor in zip(gradients, weights, l2, strict=True):
-        gradient.copy_(center_regularized(gradient, w, factor if scale is None else scale * factor, vectors))
+        of_weights = factor if scale is None else scale * factor
+        gradient.copy_(center_regularized(gradient, w, of_weights, vectors, strength))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradcentral.kernels.centering import Centering, Means
-from gradcentral.projection import Pair, center_, center_regularized, restore_means_, unit_means
+from gradcentral.projection import Pair, Strength, center_, center_regularized, restore_means_, unit_means
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["TracedCentering"]
@@ -25,10 +25,12 @@ _library: Any = torch.library.Library("gradcentral", "DEF")  # type: ignore[no-u
 _library.define("means(Tensor[] tensors, int[] vectors) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 # Without means, each weight vector is shifted to mean zero, which is Φ.
 _library.define(
-    "restore_means_(Tensor(a!)[] tensors, Tensor? means, int[] vectors) -> ()", tags=torch.Tag.pt2_compliant_tag
+    "restore_means_(Tensor(a!)[] tensors, Tensor? means, int[] vectors, Tensor? strength=None) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    "center_regularized_(Tensor(a!)[] gradients, Tensor[] weights, float[] l2, Tensor? scale, int[] vectors) -> ()",
+    "center_regularized_(Tensor(a!)[] gradients, Tensor[] weights, float[] l2, Tensor? scale, int[] vectors,"
+    " Tensor? strength=None) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -36,16 +38,23 @@ _library.define(
 class TracedCentering:
     """The interface of `Centering` while ``torch.compile`` traces: each method puts one operator into the graph."""
 
-    def center_all_(self, pairs: Sequence[Pair]) -> None:
+    def center_all_(self, pairs: Sequence[Pair], strength: Strength = 1.0) -> None:
         """Center every tensor in place."""
         served, rest = _served_and_rest(pairs)
         if served:
-            torch.ops.gradcentral.restore_means_([tensor for tensor, _ in served], None, _encode(served))
+            torch.ops.gradcentral.restore_means_(
+                [tensor for tensor, _ in served], None, _encode(served), _on_graph(strength)
+            )
         for tensor, vectors in rest:
-            center_(tensor, vectors)
+            center_(tensor, vectors, strength)
 
     def center_regularized_(
-        self, gradients: Sequence[Pair], weights: Sequence[Tensor], l2: Sequence[float], scale: Tensor | None = None
+        self,
+        gradients: Sequence[Pair],
+        weights: Sequence[Tensor],
+        l2: Sequence[float],
+        scale: Tensor | None = None,
+        strength: Strength = 1.0,
     ) -> None:
         """Replace every gradient in place by `center_regularized` of it, its weights and λ · scale."""
         takes = _are_served(gradients)
@@ -57,11 +66,12 @@ class TracedCentering:
                 [factor for factor, taken in zip(l2, takes, strict=True) if taken],
                 scale,
                 _encode(served),
+                _on_graph(strength),
             )
         for (gradient, vectors), w, factor, taken in zip(gradients, weights, l2, takes, strict=True):
             if not taken:
                 of_weights = factor if scale is None or factor == 0 else scale * factor
-                gradient.copy_(center_regularized(gradient, w, of_weights, vectors))
+                gradient.copy_(center_regularized(gradient, w, of_weights, vectors, strength))
 
     def means(self, pairs: Sequence[Pair]) -> Means:
         """Return the mean of every weight vector, to be passed to `restore_`."""
@@ -69,13 +79,21 @@ class TracedCentering:
         planned = [torch.ops.gradcentral.means([tensor for tensor, _ in served], _encode(served))] if served else []
         return Means(planned, [unit_means(tensor, vectors) for tensor, vectors in rest])
 
-    def restore_(self, pairs: Sequence[Pair], means: Means) -> None:
+    def restore_(self, pairs: Sequence[Pair], means: Means, strength: Strength = 1.0) -> None:
         """Apply `restore_means_` to every tensor."""
         served, rest = _served_and_rest(pairs)
         for flat in means.planned:
-            torch.ops.gradcentral.restore_means_([tensor for tensor, _ in served], flat, _encode(served))
+            torch.ops.gradcentral.restore_means_(
+                [tensor for tensor, _ in served], flat, _encode(served), _on_graph(strength)
+            )
         for (tensor, vectors), old in zip(rest, means.reference, strict=True):
-            restore_means_(tensor, old, vectors)
+            restore_means_(tensor, old, vectors, strength)
+
+
+def _on_graph(strength: Strength) -> Tensor | None:
+    if isinstance(strength, Tensor):
+        return strength
+    return None if strength == 1 else torch.tensor(strength, dtype=torch.float64, device="cpu")
 
 
 def _are_served(pairs: Sequence[Pair]) -> list[bool]:
@@ -140,11 +158,14 @@ def _means(tensors: list[Tensor], vectors: list[int]) -> Tensor:
     return torch.cat([part.reshape(-1).double() for parts in found for part in parts])
 
 
-def _restore_means_(tensors: list[Tensor], means: Tensor | None, vectors: list[int]) -> None:
+def _restore_means_(
+    tensors: list[Tensor], means: Tensor | None, vectors: list[int], strength: Tensor | None = None
+) -> None:
+    part = 1.0 if strength is None else strength
     cached, pairs = _cached(tensors, vectors)
     if means is None:
         with cached.lock:
-            cached.centering.center_all_(pairs)
+            cached.centering.center_all_(pairs, part)
         return
     form = cached.form_of_means
     if form is None:
@@ -152,15 +173,20 @@ def _restore_means_(tensors: list[Tensor], means: Tensor | None, vectors: list[i
     pieces = iter(torch.split(means, [part.numel() for parts in form for part in parts]))
     old = Means(*([next(pieces).view(part.shape).to(part.dtype) for part in parts] for parts in form))
     with cached.lock:
-        cached.centering.restore_(pairs, old)
+        cached.centering.restore_(pairs, old, part)
 
 
 def _center_regularized_(
-    gradients: list[Tensor], weights: list[Tensor], l2: list[float], scale: Tensor | None, vectors: list[int]
+    gradients: list[Tensor],
+    weights: list[Tensor],
+    l2: list[float],
+    scale: Tensor | None,
+    vectors: list[int],
+    strength: Tensor | None = None,
 ) -> None:
     cached, pairs = _cached(gradients, vectors)
     with cached.lock:
-        cached.centering.center_regularized_(pairs, weights, l2, scale)
+        cached.centering.center_regularized_(pairs, weights, l2, scale, 1.0 if strength is None else strength)
 
 
 def _fake_means(tensors: list[Tensor], vectors: list[int]) -> Tensor:
@@ -168,12 +194,19 @@ def _fake_means(tensors: list[Tensor], vectors: list[int]) -> Tensor:
     return tensors[0].new_empty(sum(counts), dtype=torch.float64)
 
 
-def _fake_restore_means_(tensors: list[Tensor], means: Tensor | None, vectors: list[int]) -> None:
+def _fake_restore_means_(
+    tensors: list[Tensor], means: Tensor | None, vectors: list[int], strength: Tensor | None = None
+) -> None:
     return None
 
 
 def _fake_center_regularized_(
-    gradients: list[Tensor], weights: list[Tensor], l2: list[float], scale: Tensor | None, vectors: list[int]
+    gradients: list[Tensor],
+    weights: list[Tensor],
+    l2: list[float],
+    scale: Tensor | None,
+    vectors: list[int],
+    strength: Tensor | None = None,
 ) -> None:
     return None
 

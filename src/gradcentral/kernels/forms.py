@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gradcentral.kernels.loops import Loop
+from gradcentral.projection import Strength
 
 __all__ = [
     "BasePlan",
@@ -76,7 +77,19 @@ class Coefficients(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_double)
-        for name in ("lr", "l2", "decay", "momentum", "keep", "nesterov", "beta1", "beta2", "epsilon", "scale")
+        for name in (
+            "lr",
+            "l2",
+            "decay",
+            "momentum",
+            "keep",
+            "nesterov",
+            "beta1",
+            "beta2",
+            "epsilon",
+            "scale",
+            "strength",
+        )
     )
 
 
@@ -90,6 +103,8 @@ class DeviceCoefficients(NamedTuple):
     """Set by a GradScaler on fused optimizers: the gradients are divided by it."""
     found_inf: Tensor | None = None
     """Set by a GradScaler on fused optimizers: if it is not 0, the step changes nothing."""
+    strength: Tensor | None = None
+    """Replaces that of the coefficients."""
 
 
 class States(NamedTuple):
@@ -241,31 +256,31 @@ class BasePlan:
         """
         raise NotImplementedError
 
-    def _center(self, tensors: list[Tensor], operation: Operation, means: Tensor | None) -> None:
+    def _center(self, tensors: list[Tensor], operation: Operation, means: Tensor | None, strength: Strength) -> None:
         raise NotImplementedError
 
-    def center_(self, tensors: list[Tensor]) -> None:
+    def center_(self, tensors: list[Tensor], strength: Strength) -> None:
         """Center each tensor in place."""
-        self._center(tensors, Operation.CENTER, None)
+        self._center(tensors, Operation.CENTER, None, strength)
         torch.autograd.graph.increment_version(tensors)
 
     def means(self, tensors: list[Tensor]) -> Tensor:
         """Return the means of all weight vectors of all tensors, concatenated."""
         means = torch.empty(self._vectors, dtype=self.means_dtype, device=self.device)
-        self._center(tensors, Operation.MEANS, means)
+        self._center(tensors, Operation.MEANS, means, 1.0)
         return means
 
-    def shift_(self, tensors: list[Tensor], means: Tensor) -> None:
-        """Shift every weight vector so that its mean is the given value, in the order of `means`."""
-        self._center(tensors, Operation.SHIFT, means)
+    def shift_(self, tensors: list[Tensor], means: Tensor, strength: Strength) -> None:
+        """Shift the mean of every weight vector to the given value, in the order of `means`, or part of the way."""
+        self._center(tensors, Operation.SHIFT, means, strength)
         torch.autograd.graph.increment_version(tensors)
 
-    def restore_(self, tensors: list[Tensor], means: Tensor) -> None:
-        """Shift every weight vector so that its mean is again the value that `means` returned."""
+    def restore_(self, tensors: list[Tensor], means: Tensor, strength: Strength) -> None:
+        """Shift the mean of every weight vector back to the value that `means` returned, or part of the way."""
         if means.numel() != self._vectors:
             raise RuntimeError(
                 "parameters changed shape during the step, so their means cannot be restored: change shapes "
                 "between steps"
             )
-        self._center(tensors, Operation.RESTORE, means)
+        self._center(tensors, Operation.RESTORE, means, strength)
         torch.autograd.graph.increment_version(tensors)

@@ -26,6 +26,7 @@ from gradcentral.kernels.forms import (
     is_counter,
 )
 from gradcentral.kernels.loops import Loop
+from gradcentral.projection import Strength
 
 __all__ = [
     "Plan",
@@ -200,8 +201,8 @@ class NativePlan(BasePlan):
             parameter.fresh = 0
         torch.autograd.graph.increment_version(self.params)
 
-    def _center(self, tensors: list[Tensor], operation: Operation, means: Tensor | None) -> None:
-        self.work.run(self._pointers(tensors), operation, means=means)
+    def _center(self, tensors: list[Tensor], operation: Operation, means: Tensor | None, strength: Strength) -> None:
+        self.work.run(self._pointers(tensors), operation, Coefficients(scale=1.0, strength=float(strength)), means)
 
 
 Plan = NativePlan

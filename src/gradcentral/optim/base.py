@@ -19,7 +19,7 @@ from gradcentral.kernels.planner import dispatch_is_observed
 from gradcentral.layout import WeightLayout
 from gradcentral.local_shard import any_sharded, local, overlaps_itself, with_local
 from gradcentral.optim.fused import FusedOptimizer, GroupPlan, KernelCall, LocalTensors
-from gradcentral.projection import center_regularized, restore_means_, unit_means
+from gradcentral.projection import Strength, center_regularized, checked_strength, restore_means_, unit_means
 from gradcentral.targets import Targets, check_placement, layout_to_use, log_attached, refuse_sparse
 from gradcentral.weight_decay import L2, l2_of
 
@@ -36,6 +36,7 @@ class CentralizedOptimizer(FusedOptimizer):
         model: determines the layout if ``params`` is not the model itself.
         layout: use this layout instead (see `gradcentral.weight_layout`).
         placement: ``"gradient"``, ``"regularized"`` or ``"update"`` (see `gradcentral.centralize`).
+        strength: from 0 (off) to 1 (GC); the attribute ``strength`` may change while training.
 
     ``p.grad`` is unchanged. The fused kernels update dense parameters, including those that are not centered: on the
     CPU in float32, float64 or bfloat16; on CUDA devices in float32, bfloat16 or float16, if Triton is installed (step
@@ -48,8 +49,8 @@ class CentralizedOptimizer(FusedOptimizer):
         targets: the parameters that are centered; see `Targets`.
 
     Raises:
-        ValueError: an unknown placement; both model and layout; none of the model's parameters is in the optimizer;
-            nothing is left to center.
+        ValueError: an unknown placement; a strength that is not between 0 and 1; both model and layout; none of the
+            model's parameters is in the optimizer; nothing is left to center.
     """
 
     _torch_optimizer: type[Optimizer]
@@ -61,9 +62,11 @@ class CentralizedOptimizer(FusedOptimizer):
         model: nn.Module | None = None,
         layout: WeightLayout | None = None,
         placement: str = "gradient",
+        strength: Strength = 1.0,
         **kwargs: Any,
     ) -> None:
         check_placement(placement)
+        checked_strength(strength)
         if isinstance(params, nn.Module):
             if model is not None and model is not params:
                 raise ValueError("pass the model once: as the first argument or as model=")
@@ -74,7 +77,8 @@ class CentralizedOptimizer(FusedOptimizer):
         self._plans: dict[tuple[object, ...], GroupPlan] = {}
         self._fresh: set[Tensor] = set()
         super().__init__(params, *args, **kwargs)
-        self.targets = Targets(WeightLayout.from_parameters(self.param_groups) if chosen is None else chosen, placement)
+        layout = WeightLayout.from_parameters(self.param_groups) if chosen is None else chosen
+        self.targets = Targets(layout, placement, strength)
         shards = self.targets.attach(self)
         log_attached(f"gradcentral.{type(self).__name__}", len(shards.pairs), placement)
 
@@ -82,6 +86,18 @@ class CentralizedOptimizer(FusedOptimizer):
     def placement(self) -> str:
         """``"gradient"``, ``"regularized"`` or ``"update"``; fixed, like the layout, when the optimizer is created."""
         return self.targets.placement
+
+    @property
+    def strength(self) -> Strength:
+        """s of P_s = I − s·eeᵀ, from 0 (off) to 1 (GC). Assign to it to change it from the next step on.
+
+        Assigning to it raises a ValueError if it is not between 0 and 1. ``state_dict`` does not contain it.
+        """
+        return self.targets.strength
+
+    @strength.setter
+    def strength(self, strength: Strength) -> None:
+        self.targets.strength = strength
 
     @property
     def layout(self) -> WeightLayout:
@@ -102,12 +118,12 @@ class CentralizedOptimizer(FusedOptimizer):
         ours = inspect.signature(CentralizedOptimizer.__init__).parameters
         signature = inspect.signature(base.__init__)  # type: ignore[misc]
         inherited = [parameter for name, parameter in signature.parameters.items() if name != "self"]
-        extra = [ours[name] for name in ("model", "layout", "placement")]
+        extra = [ours[name] for name in ("model", "layout", "placement", "strength")]
         cls.__signature__ = signature.replace(parameters=[*inherited, *extra])  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only three attributes; a copy without its layout would stop centering without an error.
-        own = {"_search": self._search, "_copied": (self.layout, self.placement)}
+        own = {"_search": self._search, "_copied": (self.layout, self.placement, self.strength)}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -123,7 +139,7 @@ class CentralizedOptimizer(FusedOptimizer):
         super().add_param_group(param_group)
         created = hasattr(self, "targets")
         if created and self._search and not all(map(self.layout.in_model, self.param_groups[-1]["params"])):
-            self.targets = Targets(WeightLayout.from_parameters(self.param_groups), self.placement)
+            self.targets = Targets(WeightLayout.from_parameters(self.param_groups), self.placement, self.strength)
             self.targets.attach(self)
 
     # Unlike the steps of torch.optim, this one refuses what it cannot update and plans the kernel calls of all groups
@@ -158,7 +174,7 @@ class CentralizedOptimizer(FusedOptimizer):
         self._fresh.clear()
         if held is not None and self.placement == "update":
             with torch.no_grad():
-                held.shards.restore_split_means_(held.old_sums)
+                held.shards.restore_split_means_(held.old_sums, self.targets.strength_now)
         return loss
 
     def _needs_found_inf(self, calls: list[KernelCall], complete: bool) -> bool:
@@ -187,7 +203,7 @@ class CentralizedOptimizer(FusedOptimizer):
         shards.place_gradients(p for group in self.param_groups for p in group["params"])
         if self.placement == "update":
             return LocalTensors(shards, {}, shards.split_sums())
-        return LocalTensors(shards, shards.centered_split_gradients(self._l2()), [])
+        return LocalTensors(shards, shards.centered_split_gradients(self._l2(), self.targets.strength_now), [])
 
     def _l2(self) -> L2 | None:
         """Return the weight decay that is centered together with the gradients."""
@@ -258,7 +274,7 @@ class CentralizedOptimizer(FusedOptimizer):
         targets = [(p, vectors) for p, vectors in whole if p.grad is not None and p not in done]
         replaced = {p: p.grad for p in updated}
         means = []
-        l2 = self._l2()
+        l2, strength = self._l2(), self.targets.strength_now
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable", False))):
             try:
                 for p in updated:
@@ -274,7 +290,8 @@ class CentralizedOptimizer(FusedOptimizer):
                     gradient = cast("Tensor", p.grad)
                     replaced[p] = gradient
                     factor = 0.0 if l2 is None else l2.of(p)
-                    p.grad = with_local(gradient, center_regularized(local(gradient), local(p), factor, vectors))
+                    centered = center_regularized(local(gradient), local(p), factor, vectors, strength)
+                    p.grad = with_local(gradient, centered)
                 for p in self._fresh.difference(done):
                     self.state[p]["momentum_buffer"] = None  # torch starts it with the gradient itself
                 self._torch_step()
@@ -282,7 +299,7 @@ class CentralizedOptimizer(FusedOptimizer):
                 for p, gradient_or_none in replaced.items():
                     p.grad = gradient_or_none
             for (p, vectors), old in zip(targets if means else [], means, strict=True):
-                restore_means_(local(p), old, vectors)
+                restore_means_(local(p), old, vectors, strength)
 
     def _can_be_traced(self) -> bool:
         """Return whether the custom operators apply: they are not differentiable and do not communicate.
@@ -309,18 +326,18 @@ class CentralizedOptimizer(FusedOptimizer):
         if self.placement == "update":
             means = traced.means(targets)
             self._torch_step()
-            traced.restore_(targets, means)
+            traced.restore_(targets, means, self.targets.strength_now)
             return
         grads = [cast("Tensor", p.grad) for p, _ in targets]
         negated, centered = [-g for g in grads], [g.clone() for g in grads]
         pairs = [(g, vectors) for g, (_, vectors) in zip(centered, targets, strict=True)]
-        l2 = self._l2()
+        l2, strength = self._l2(), self.targets.strength_now
         if l2 is None or not l2.factors:
-            traced.center_all_(pairs)
+            traced.center_all_(pairs, strength)
         else:
             params = [p for p, _ in targets]
             factors = [l2.factors.get(p, 0.0) for p in params]
-            traced.center_regularized_(pairs, params, factors, l2.grad_scale)
+            traced.center_regularized_(pairs, params, factors, l2.grad_scale, strength)
         for gradient, value in zip(grads, centered, strict=True):
             gradient.copy_(value)
         self._torch_step()

@@ -48,6 +48,9 @@ class FusedOptimizer(Optimizer):
 
     def _placement_of(self, group: dict[str, Any]) -> Placement:
         """Return the target of centering in a group: without L2 weight decay, "regularized" equals "gradient"."""
+        strength = self.targets.strength_now
+        if not isinstance(strength, Tensor) and strength == 0:
+            return Placement.PLAIN
         if self.targets.placement == "regularized" and l2_of_group(self, group) == 0:
             return Placement.GRADIENT
         return Placement[self.targets.placement.upper()]
@@ -196,12 +199,16 @@ def _states_of(rule: UpdateRule, states: Sequence[dict[str, Any]]) -> States:
 def _coefficients_for(optimizer: FusedOptimizer, group: dict[str, Any], plan: Any) -> Coefficients | DeviceCoefficients:
     """Return the coefficients in the form that the plan's kernel takes."""
     sign = -1.0 if group["maximize"] else 1.0
+    strength = optimizer.targets.strength_now
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     if isinstance(plan, native.Plan):
         coefficients = optimizer._coefficients(group, float(group["lr"]))
         coefficients.scale = sign / (1.0 if grad_scale is None else float(grad_scale))
+        coefficients.strength = float(strength)
         return coefficients
     # The learning rate and the scaler's results stay on the device: reading them here would synchronize.
     coefficients = optimizer._coefficients(group, 1.0)
     coefficients.scale = sign
-    return DeviceCoefficients(coefficients, group["lr"], grad_scale, found_inf)
+    on_device = strength if isinstance(strength, Tensor) else None
+    coefficients.strength = 1.0 if isinstance(strength, Tensor) else strength
+    return DeviceCoefficients(coefficients, group["lr"], grad_scale, found_inf, on_device)

@@ -25,6 +25,7 @@ def sgd_step(
     vectors: WeightVectors | None,
     placement: str,
     *,
+    strength: float = 1.0,
     lr: float,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -38,15 +39,16 @@ def sgd_step(
         m: the momentum buffer, None before the first step.
         vectors: which elements form one weight vector; None for a parameter that is not centered.
         placement: ``"gradient"``, ``"regularized"`` or ``"update"``.
+        strength: s of P_s = I − s·eeᵀ, in place of P.
 
     Returns:
         The new weights and momentum buffer; the arguments are unchanged.
     """
-    d = _direction(g, weight_decay, w, vectors, placement)
+    d = _direction(g, weight_decay, w, vectors, placement, strength)
     if momentum != 0:
         m = d if m is None else momentum * m + (1 - dampening) * d
         d = d + momentum * m if nesterov else m
-    return w + _update(-lr * d, vectors, placement), m
+    return w + _update(-lr * d, vectors, placement, strength), m
 
 
 class AdamState(NamedTuple):
@@ -70,6 +72,7 @@ def adam_step(
     vectors: WeightVectors | None,
     placement: str,
     *,
+    strength: float = 1.0,
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -81,7 +84,7 @@ def adam_step(
 
     Arguments and results are as in `sgd_step`, with an `AdamState` in place of the momentum buffer.
     """
-    d = _direction(g, 0.0 if decoupled else weight_decay, w, vectors, placement)
+    d = _direction(g, 0.0 if decoupled else weight_decay, w, vectors, placement, strength)
     beta1, beta2 = betas
     t = state.t + 1
     m = beta1 * state.m + (1 - beta1) * d
@@ -89,7 +92,7 @@ def adam_step(
     largest_v = torch.maximum(state.largest_v, v) if amsgrad else v
     m_hat, v_hat = m / (1 - beta1**t), largest_v / (1 - beta2**t)
     change = -lr * m_hat / (v_hat.sqrt() + eps) - _decay(lr * weight_decay if decoupled else 0.0, w)
-    return w + _update(change, vectors, placement), AdamState(m, v, largest_v, t)
+    return w + _update(change, vectors, placement, strength), AdamState(m, v, largest_v, t)
 
 
 def _decay(factor: float, w: Tensor) -> Tensor | float:
@@ -97,14 +100,16 @@ def _decay(factor: float, w: Tensor) -> Tensor | float:
     return 0.0 if factor == 0 else factor * w
 
 
-def _direction(g: Tensor, l2: float, w: Tensor, vectors: WeightVectors | None, placement: str) -> Tensor:
-    """Return Φ(g) + λw under placement "gradient", Φ(g + λw) under "regularized", else g + λw."""
+def _direction(
+    g: Tensor, l2: float, w: Tensor, vectors: WeightVectors | None, placement: str, strength: float
+) -> Tensor:
+    """Return P_s g + λw under placement "gradient", P_s(g + λw) under "regularized", else g + λw."""
     if vectors is not None and placement == "gradient":
-        g = center(g, vectors)
+        g = center(g, vectors, strength)
     d = g + _decay(l2, w)
-    return center(d, vectors) if vectors is not None and placement == "regularized" else d
+    return center(d, vectors, strength) if vectors is not None and placement == "regularized" else d
 
 
-def _update(change: Tensor, vectors: WeightVectors | None, placement: str) -> Tensor:
-    """Return Φ(Δw) under placement "update", else Δw."""
-    return center(change, vectors) if vectors is not None and placement == "update" else change
+def _update(change: Tensor, vectors: WeightVectors | None, placement: str, strength: float) -> Tensor:
+    """Return P_s Δw under placement "update", else Δw."""
+    return center(change, vectors, strength) if vectors is not None and placement == "update" else change

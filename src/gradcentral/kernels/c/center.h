@@ -1,8 +1,8 @@
-/* Means of weight vectors, and Φ in place: x ← x − (mean(x) − kept), where kept is 0 for CENTER,
- * the mean before the step for RESTORE, and −λ·mean(w) for SHIFT. Restoring the mean turns the step
- * into w ← w + Φ(Δw), which is placement "update"; a mean that is not finite is not restored. SHIFT
- * turns a gradient into Φ(g) − λ·mean(w), which is placement "regularized". This file is included
- * once per dtype. */
+/* Means of weight vectors, and P_s in place: x ← x − s·(mean(x) − kept), where kept is 0 for
+ * CENTER, the mean before the step for RESTORE, and −λ·mean(w) for SHIFT. Restoring the mean turns
+ * the step into w ← w + Φ(Δw), which is placement "update"; a mean that is not finite is not
+ * restored. SHIFT turns a gradient into Φ(g) − λ·mean(w), which is placement "regularized". This
+ * file is included once per dtype. */
 #define NAME(name) JOIN2(name, SUFFIX)
 
 #define EACH_STRETCH(from, count, n)                                    \
@@ -74,11 +74,12 @@ CLONES static void NAME(sum_block)(const Parameter *p, int64_t index, const Coef
              j++)
 
 /* Compute the mean of each weight vector of a group from the column sums of the group's blocks, and
- * write it to every column of the vector. In a step with placement "gradient", it is the mean of
- * the scaled gradient; in centering, coefficients is NULL. */
+ * write it, times the strength, to every column of the vector. In a step with placement "gradient",
+ * it is the mean of the scaled gradient. Without coefficients, it is the mean itself. */
 static void NAME(finish_means)(const Parameter *p, int64_t group,
                                const Coefficients *coefficients) {
-    const double factor = p->placement == GRADIENT && coefficients ? coefficients->scale : 1;
+    const double scale = p->placement == GRADIENT && coefficients ? coefficients->scale : 1;
+    const double factor = coefficients ? scale * coefficients->strength : 1;
     const int64_t width = width_of(p);
     const double fan_in = (double)p->outer * (double)(p->inner / p->phases);
     double *sums = p->sums + group * p->blocks * width;
@@ -112,21 +113,24 @@ INLINE void NAME(subtract)(STORED *restrict x, int64_t n, const REAL *restrict s
 }
 
 CLONES static void NAME(center_rows)(const Parameter *p, int64_t begin, int64_t end,
-                                     const Coefficients *unused) {
+                                     const Coefficients *coefficients) {
+    const double strength = coefficients->strength;
     const int64_t n = p->outer;
     for (int64_t r = begin; r < end; r++) {
         STORED *restrict row = (STORED *)p->w + r * n;
         const double mean = NAME(sum)(row, n) / n;
-        NAME(subtract)(row, n, NULL, (REAL)(p->kept ? mean - p->kept[r] : mean), 0);
+        const REAL shift = (REAL)(strength * (p->kept ? mean - p->kept[r] : mean));
+        NAME(subtract)(row, n, NULL, shift, 0);
     }
 }
 
 CLONES static void NAME(restore_rows)(const Parameter *p, int64_t begin, int64_t end,
-                                      const Coefficients *unused) {
+                                      const Coefficients *coefficients) {
+    const double strength = coefficients->strength;
     const int64_t n = p->outer;
     for (int64_t r = begin; r < end; r++) {
         STORED *restrict row = (STORED *)p->w + r * n;
-        const REAL shift = (REAL)(NAME(sum)(row, n) / n - p->kept[r]);
+        const REAL shift = (REAL)(strength * (NAME(sum)(row, n) / n - p->kept[r]));
         NAME(subtract)(row, n, NULL, OR_ZERO(shift), 0);
     }
 }
@@ -147,7 +151,7 @@ static void NAME(keep_rows)(const Parameter *p, int64_t begin, int64_t end,
 }
 
 static void NAME(keep_means)(const Parameter *p, int64_t group, const Coefficients *unused) {
-    NAME(finish_means)(p, group, unused);
+    NAME(finish_means)(p, group, NULL);
     const int64_t width = width_of(p);
     const REAL *means = (const REAL *)p->means + group * width;
     double *kept = p->kept + group * p->units * p->phases;
@@ -156,14 +160,14 @@ static void NAME(keep_means)(const Parameter *p, int64_t group, const Coefficien
 }
 
 /* Turn means into shifts to the kept ones; with `if_finite`, shifts that are not finite into 0. */
-INLINE void NAME(shifts)(const Parameter *p, int64_t group, const int if_finite) {
+INLINE void NAME(shifts)(const Parameter *p, int64_t group, const int if_finite, REAL strength) {
     NAME(finish_means)(p, group, NULL);
     const int64_t width = width_of(p);
     REAL *means = (REAL *)p->means + group * width;
     const double *kept = p->kept + group * p->units * p->phases;
     EACH_COLUMN(j, first, p) {
         if (j == first) {
-            const REAL shift = means[SLOT(j, width)] - (REAL)*kept++;
+            const REAL shift = strength * (means[SLOT(j, width)] - (REAL)*kept++);
             means[SLOT(j, width)] = if_finite ? OR_ZERO(shift) : shift;
         } else {
             means[SLOT(j, width)] = means[SLOT(first, width)];
@@ -171,12 +175,13 @@ INLINE void NAME(shifts)(const Parameter *p, int64_t group, const int if_finite)
     }
 }
 
-static void NAME(restore_means)(const Parameter *p, int64_t group, const Coefficients *unused) {
-    NAME(shifts)(p, group, 1);
+static void NAME(restore_means)(const Parameter *p, int64_t group,
+                                const Coefficients *coefficients) {
+    NAME(shifts)(p, group, 1, (REAL)coefficients->strength);
 }
 
-static void NAME(shift_means)(const Parameter *p, int64_t group, const Coefficients *unused) {
-    NAME(shifts)(p, group, 0);
+static void NAME(shift_means)(const Parameter *p, int64_t group, const Coefficients *coefficients) {
+    NAME(shifts)(p, group, 0, (REAL)coefficients->strength);
 }
 
 static const Kernels NAME(center) = {NULL, NAME(center_rows), NAME(sum_block), NAME(finish_means),

@@ -111,7 +111,8 @@ typedef struct {
     double momentum, keep; /* μ; 1 − dampening */
     double nesterov;       /* 0 or 1 */
     double beta1, beta2, epsilon;
-    double scale; /* of the gradient: −1 to maximize, 1/grad_scale to unscale */
+    double scale;    /* of the gradient: −1 to maximize, 1/grad_scale to unscale */
+    double strength; /* s: the part of each mean that is subtracted */
 } Coefficients;
 
 /* The functions of one update rule or Operation for one dtype. Each processes a range of the work,

@@ -70,7 +70,7 @@ CLONES static void NAME(gradient_rows)(const Parameter *p, int64_t begin, int64_
     double total = JOIN2(sum, SUFFIX)(g + begin * n, n);
     for (int64_t r = begin; r < end; r++) {
         const STORED *next = g + (r + 1 < end ? r + 1 : r) * n;
-        const REAL shift = (REAL)(coefficients->scale * (total / n));
+        const REAL shift = (REAL)(coefficients->strength * (coefficients->scale * (total / n)));
         total = 0;
         EACH_STRETCH(from, count, n)
         total += NAME(step_stretch)(NAME(tensors)(p, r * n + from), count, NULL, shift, 0,
@@ -86,7 +86,8 @@ CLONES static void NAME(update_rows)(const Parameter *p, int64_t begin, int64_t 
         double total = 0;
         EACH_STRETCH(from, count, n)
         total += NAME(first_stretch)(NAME(tensors)(p, r * n + from), count, 1, c);
-        NAME(second_stretch)(NAME(tensors)(p, r * n), n, NULL, OR_ZERO((REAL)(total / n)), 0, c);
+        NAME(second_stretch)(NAME(tensors)(p, r * n), n, NULL,
+                             OR_ZERO((REAL)(coefficients->strength * (total / n))), 0, c);
     }
 }
 
@@ -98,7 +99,8 @@ CLONES static void NAME(regularized_rows)(const Parameter *p, int64_t begin, int
         double total = 0;
         EACH_STRETCH(from, count, n)
         total += NAME(first_stretch)(NAME(tensors)(p, r * n + from), count, 0, c);
-        NAME(step_stretch)(NAME(tensors)(p, r * n), n, NULL, (REAL)(total / n), 0, NULL, 0, c);
+        NAME(step_stretch)(NAME(tensors)(p, r * n), n, NULL,
+                           (REAL)(coefficients->strength * (total / n)), 0, NULL, 0, c);
     }
 }
 

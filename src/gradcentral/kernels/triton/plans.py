@@ -33,6 +33,7 @@ from gradcentral.kernels.forms import (
 from gradcentral.kernels.triton.division import TILE, divide, elements_beside
 from gradcentral.kernels.triton.interpreter import INTERPRETED
 from gradcentral.kernels.triton.step import run
+from gradcentral.projection import Strength
 
 __all__ = ["TritonPlan"]
 
@@ -41,7 +42,6 @@ _TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.uint16 if INTERPRETED else tl.bfloat16,  # see rules.py
 }
-_NO_COEFFICIENTS = DeviceCoefficients(Coefficients(), 0.0)
 _HERE = nullcontext()
 
 _captured: list[tuple[object, ...]] = []
@@ -196,8 +196,11 @@ class TritonPlan(BasePlan):
         self._launch(grads, self.rule, coefficients, self._fresh if dampened else None)
         torch.autograd.graph.increment_version(self.params)
 
-    def _center(self, tensors: list[Tensor], operation: Operation, means: Tensor | None) -> None:
-        self._launch(tensors, operation, _NO_COEFFICIENTS, None, means)
+    def _center(self, tensors: list[Tensor], operation: Operation, means: Tensor | None, strength: Strength) -> None:
+        on_device = strength if isinstance(strength, Tensor) else None
+        number = 1.0 if isinstance(strength, Tensor) else strength
+        coefficients = DeviceCoefficients(Coefficients(strength=number), 0.0, strength=on_device)
+        self._launch(tensors, operation, coefficients, None, means)
 
     def _launch(
         self,
@@ -222,11 +225,13 @@ class TritonPlan(BasePlan):
                 lr_at,
                 _on(self.device, coefficients.grad_scale),
                 _on(self.device, coefficients.found_inf),
+                _on(self.device, coefficients.strength),
             )
             numbers = (
                 len(grads),
                 self._n_counters,
                 float(lr) if lr_at is None else 0.0,
+                coefficients.coefficients.strength,
                 _numbers(coefficients.coefficients),
                 _logarithms(coefficients.coefficients) if rule > UpdateRule.MOMENTUM else (0.0, 0.0, 0.0, 0.0),
             )

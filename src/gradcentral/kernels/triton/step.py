@@ -107,7 +107,7 @@ def _vectors(
     PLACEMENT: tl.constexpr,
 ):
     """Process some weight vectors, or a part of a few long ones: sum, wait for any other parts, update."""
-    fan_in, part, parts, count, partial, counter, means_at, taps, phases, tap_at = places
+    fan_in, part, parts, count, partial, counter, means_at, taps, phases, tap_at, strength = places
     axis: tl.constexpr = 0 if MEMORY == _BESIDE else 1
     for v in range(0, nv, V):
         vs = v + tl.arange(0, V)
@@ -143,6 +143,7 @@ def _vectors(
             else:
                 if RULE >= _RESTORE:
                     means -= tl.load(means_at + mean_of, mask=here, other=0.0)
+                means = tl.where(strength != 0, strength * means, 0.0)  # even if the mean is not finite
                 if PLACEMENT == _UPDATE:
                     tl.debug_barrier()  # a thread may read what another wrote in the first pass
                 for k in range(0, nk, K):
@@ -222,9 +223,11 @@ def run(
     lr_at,
     grad_scale,
     found_inf,
+    strength_at,
     n_parameters,
     n_counters,
     lr,
+    strength,
     rule,
     logs,
     RULE: tl.constexpr,
@@ -249,8 +252,8 @@ def run(
         tap_map: the taps of division.py.
         means: means of all weight vectors, written by MEANS, read by RESTORE and SHIFT.
         fresh: int32 ``[n_parameters]``, with dampening: whether a momentum buffer is new.
-        lr_at, grad_scale, found_inf: None, or one number on the device that replaces lr, divides the gradient, or makes
-            the step change nothing if it is not 0.
+        lr_at, grad_scale, found_inf, strength_at: None, or one number on the device that replaces lr, divides the
+            gradient, makes the step change nothing if it is not 0, or replaces the strength.
         rule: the coefficients of the update rule.
         logs: ln β₁ and ln β₂ as two f32 each.
         DAMPENED: SGD with dampening, which does not apply to the first step.
@@ -261,6 +264,8 @@ def run(
     """
     if lr_at is not None:
         lr = tl.load(lr_at).to(tl.float32)
+    if strength_at is not None:
+        strength = tl.load(strength_at).to(tl.float32)
     skipped = 0.0
     if found_inf is not None:
         skipped = tl.load(found_inf).to(tl.float32)
@@ -295,6 +300,7 @@ def run(
             taps.to(tl.int32),
             phases.to(tl.int32),
             tap_map + 2 * first_tap,
+            strength,
         )
         c = _coefficients(pointers, n_parameters, parameter, fresh, lr, grad_scale, rule, logs, RULE, DAMPENED)
         starts = (

@@ -1,0 +1,248 @@
+"""The strength s of P_s = I − s·eeᵀ: every route subtracts s times the mean, and s may change while training."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import gradcentral
+from gradcentral import WeightVectors, center, centralize, centralize_gradients, weight_layout
+from gradcentral.kernels import triton
+from gradcentral.optim.reference import AdamState, adam_step, sgd_step
+from gradcentral.projection import projection_matrix, restore_means_, unit_means
+from gradcentral.targets import PLACEMENTS
+from tests.strategies import Case, cases, shapes_and_vectors
+
+DTYPES = (torch.float32, torch.bfloat16) if triton.serves_cpu else (torch.float64, torch.float32, torch.bfloat16)
+SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
+ADAM: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.05, "eps": 1e-3}
+ROUTES = ("fused", "torch's step", "attached")
+
+
+def _make(route: str, kind: str, params: list[Any], layout: Any, placement: str, strength: Any) -> Optimizer:
+    options = SGD if kind == "SGD" else ADAM
+    gc: dict[str, Any] = {"layout": layout, "placement": placement, "strength": strength}
+    if route == "attached":
+        optimizer: Optimizer = getattr(torch.optim, kind)(params, **options)
+        centralize(optimizer, **gc)
+        return optimizer
+    fused = False if route == "torch's step" else None
+    own: Optimizer = getattr(gradcentral, kind)(params, **options, **gc, fused=fused)
+    return own
+
+
+def _reference(kind: str, w: Tensor, g: Tensor, state: Any, vectors: Any, placement: str, s: float) -> Any:
+    if kind == "SGD":
+        return sgd_step(w, g, state, vectors, placement, strength=s, **SGD)
+    state = AdamState.zero(w) if state is None else state
+    return adam_step(w, g, state, vectors, placement, strength=s, **ADAM, decoupled=kind == "AdamW")
+
+
+@settings(max_examples=10 if triton.serves_cpu else 60)
+@given(
+    drawn=st.lists(shapes_and_vectors(), min_size=1, max_size=2),
+    dtype=st.sampled_from(DTYPES),
+    placement=st.sampled_from(PLACEMENTS),
+    kind=st.sampled_from(["SGD", "Adam", "AdamW"]),
+    route=st.sampled_from(ROUTES),
+    strengths=st.lists(st.floats(0, 1) | st.sampled_from([0.0, 1.0]), min_size=2, max_size=2),
+    as_tensor=st.booleans(),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_steps_of_any_strength_equal_the_reference_in_float64(
+    drawn: list[tuple[tuple[int, ...], WeightVectors]],
+    dtype: torch.dtype,
+    placement: str,
+    kind: str,
+    route: str,
+    strengths: list[float],
+    as_tensor: bool,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    """The strength changes between the steps; memory formats are any dense ones."""
+    numbers = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=numbers, dtype=torch.float64).to(dtype)
+
+    weights = []
+    for shape, _ in drawn:
+        order = data.draw(st.permutations(range(len(shape))))
+        w = randn(*(shape[axis] for axis in order))
+        weights.append(w.permute(*(order.index(axis) for axis in range(len(shape)))))
+    params = [nn.Parameter(w.clone()) for w in [*weights, torch.zeros(2, 2, dtype=dtype)]]
+    model = nn.ParameterList(params)
+    vectors = [v for _, v in drawn] + [WeightVectors((1,))]
+    rules: dict[Any, Any] = {str(i): v for i, v in enumerate(vectors) if v.for_shape(params[i].shape).fan_in > 1}
+    layout = weight_layout(model, overrides=rules)
+    scalar = torch.tensor(strengths[0], dtype=torch.float64)
+    optimizer = _make(route, kind, params, layout, placement, scalar if as_tensor else strengths[0])
+    holder: Any = gradcentral.attached(optimizer)[0] if route == "attached" else optimizer
+    expected: list[Tensor] = [p.detach().double() for p in params]
+    states: list[Any] = [None] * len(params)
+    for s in strengths:
+        if as_tensor:
+            scalar.fill_(s)
+        else:
+            holder.strength = s
+        for i, p in enumerate(params):
+            p.grad = torch.empty_like(p).copy_(randn(*p.shape) + 0.5)
+            chosen = vectors[i] if str(i) in rules else None
+            expected[i], states[i] = _reference(kind, expected[i], p.grad.double(), states[i], chosen, placement, s)
+        optimizer.step()
+    for p, wanted in zip(params, expected, strict=True):
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+        torch.testing.assert_close(p.detach().double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@given(case=cases((torch.float64, torch.complex128), expanded=False), s=st.floats(0, 1))
+def test_center_subtracts_a_part_of_the_mean(case: Case, s: float) -> None:
+    found = center(case.tensor, case.vectors, s)
+    torch.testing.assert_close(found, case.tensor - s * (case.tensor - center(case.tensor, case.vectors)))
+    assert torch.equal(center(case.tensor, case.vectors, 1.0), center(case.tensor, case.vectors))
+
+
+def test_it_is_the_matrix_of_the_definition() -> None:
+    g = torch.randn(5, dtype=torch.float64)
+    removed = torch.eye(5, dtype=torch.float64) - projection_matrix(5, dtype=torch.float64)
+    torch.testing.assert_close(center(g[None], "o [i]", 0.3)[0], g - 0.3 * removed @ g)
+
+
+@given(case=cases((torch.float64,), expanded=False), s=st.floats(0, 1))
+def test_under_update_the_mean_moves_by_the_rest(case: Case, s: float) -> None:
+    old, new = torch.randn_like(case.tensor), case.tensor.clone()
+    before, plain = unit_means(old, case.vectors), unit_means(new, case.vectors)
+    after = unit_means(restore_means_(new, before, case.vectors, s), case.vectors)
+    torch.testing.assert_close(after - before, (1 - s) * (plain - before), rtol=0, atol=1e-12)
+
+
+def test_centralize_gradients_takes_a_strength() -> None:
+    model = nn.Linear(4, 3)
+    for s in (0.25, torch.tensor(0.25)):
+        model.weight.grad = torch.randn(3, 4)
+        expected = center(model.weight.grad, "o [i]", 0.25)
+        centralize_gradients(model, strength=s)
+        torch.testing.assert_close(model.weight.grad, expected)
+
+
+# Settings.
+
+BAD: tuple[Any, ...] = (-0.1, 1.1, math.nan, math.inf, torch.tensor(2.0), torch.tensor(math.nan), torch.ones(2))
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_a_strength_outside_0_to_1_raises(bad: Any) -> None:
+    model = nn.Linear(4, 3)
+    model.weight.grad = torch.ones(3, 4)
+    optimizer, own = torch.optim.SGD(model.parameters(), lr=0.1), gradcentral.SGD(model, lr=0.1)
+    handle = centralize(optimizer, model, strength=0.5)
+    calls: list[Callable[[], Any]] = [
+        lambda: centralize(torch.optim.SGD(model.parameters(), lr=0.1), model, strength=bad),
+        lambda: gradcentral.AdamW(model, strength=bad),
+        lambda: setattr(handle, "strength", bad),
+        lambda: setattr(own, "strength", bad),
+        lambda: centralize_gradients(model, strength=bad),
+        lambda: center(torch.ones(2, 2), "o [i]", bad),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="strength must be "):
+            call()
+    assert handle.strength == 0.5
+    assert own.strength == 1
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_strength_0_is_torchs_step_even_where_a_mean_does_not_exist(route: str, placement: str) -> None:
+    model = nn.Linear(4, 3)
+    twin = copy.deepcopy(model)
+    optimizer = _make(route, "SGD", [*model.parameters()], weight_layout(model), placement, 0.0)
+    plain = torch.optim.SGD(twin.parameters(), **SGD)
+    for net, opt in ((model, optimizer), (twin, plain)):
+        for p in net.parameters():
+            p.grad = torch.arange(float(p.numel())).view(p.shape)
+        net.weight.grad[1, 2] = math.inf  # type: ignore[index]
+        opt.step()
+    torch.testing.assert_close(model.weight, twin.weight)
+    assert model.weight.isfinite().sum() == 11
+
+
+@pytest.mark.parametrize("route", ["fused", "attached"])
+def test_a_closure_sees_the_strength_once(route: str) -> None:
+    """Gradients that exist before the step are not centered twice, although P_s of P_s is not P_s."""
+    model = nn.Linear(4, 3, dtype=torch.float64)
+    w, g = model.weight.detach().clone(), torch.randn(3, 4, dtype=torch.float64) + 0.5
+    if route == "fused":
+        optimizer: Optimizer = gradcentral.SGD(model, lr=1.0, strength=0.5)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        centralize(optimizer, model, strength=0.5)
+    model.weight.grad = g.clone()
+
+    def closure() -> float:
+        assert model.weight.grad is not None
+        model.weight.grad += g
+        return 0.0
+
+    optimizer.step(closure)
+    torch.testing.assert_close(model.weight.detach(), w - center(2 * g, "o [i]", 0.5))
+
+
+def test_state_dicts_do_not_contain_it_and_copies_keep_it() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = gradcentral.AdamW(model, strength=0.25)
+    plain = torch.optim.AdamW(model.parameters())
+    assert optimizer.state_dict().keys() == plain.state_dict().keys()
+    assert optimizer.state_dict()["param_groups"][0].keys() == plain.state_dict()["param_groups"][0].keys()
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.strength == 0.25
+    assert copy.deepcopy(optimizer).strength == pickle.loads(pickle.dumps(optimizer)).strength == 0.25
+
+
+def test_attaching_again_with_another_strength_raises() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = centralize(optimizer, model, strength=0.5)
+    assert centralize(optimizer, model, strength=0.5) is handle
+    with pytest.raises(ValueError, match=r"strength 0\.5; requested: 'gradient', 1, 1\.0\)"):
+        centralize(optimizer, model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("route", ["fused", "attached"])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_compiled_step_follows_the_strength(route: str, placement: str, as_tensor: bool) -> None:
+    results = []
+    start = nn.Linear(4, 3)
+    for compiled in (False, True):
+        model = copy.deepcopy(start)
+        scalar = torch.tensor(0.5)
+        first = scalar if as_tensor else 0.5
+        optimizer = _make(route, "SGD", [*model.parameters()], weight_layout(model), placement, first)
+        holder: Any = gradcentral.attached(optimizer)[0] if route == "attached" else optimizer
+        torch._dynamo.reset()
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        numbers = torch.Generator().manual_seed(0)
+        for s in (0.5, 0.25, 0.75):
+            if as_tensor:
+                scalar.fill_(s)
+            else:
+                holder.strength = s
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=numbers) + 0.5
+            step()
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results)
