@@ -312,7 +312,7 @@ def test_the_signature_is_torchs_followed_by_our_arguments(kind: str) -> None:
     ours, torchs = getattr(gradcentral, kind), getattr(torch.optim, kind)
     assert issubclass(ours, torchs)
     names = list(inspect.signature(ours).parameters)
-    assert names == [*inspect.signature(torchs).parameters, "model", "layout", "placement"]
+    assert names == [*inspect.signature(torchs).parameters, "model", "layout", "placement", "strength"]
 
 
 def test_a_subclass_keeps_its_own_signature() -> None:
