@@ -88,13 +88,6 @@ def _assert_gradients(model: nn.Module, expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-14)
 
 
-@pytest.fixture
-def _no_warnings() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
 @pytest.mark.usefixtures("_no_warnings")
 def test_accumulated_gradients_are_centered() -> None:
     model = _net()

@@ -6,7 +6,6 @@ import copy
 import gc
 import pickle
 import re
-import warnings
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -106,13 +105,6 @@ def test_a_wrapper_that_is_trained_by_another_method_warns_and_the_remedy_works(
     optimizer.update()
     for now, then in zip(_means(model), start, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=1e-13)
-
-
-@pytest.fixture
-def _no_warnings() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
 
 
 @pytest.mark.usefixtures("_no_warnings")
