@@ -81,10 +81,11 @@ def test_leaving_out_every_group_raises(kind: str) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("key", ["placement", "layout", "model"])
+@pytest.mark.parametrize("key", ["placement", "strength", "layout", "model"])
 def test_options_of_the_whole_optimizer_raise(kind: str, key: str) -> None:
     model = _model()
-    value = {"placement": "update", "layout": gradcentral.weight_layout(model[1]), "model": model[1]}[key]
+    layout = gradcentral.weight_layout(model[1])
+    value = {"placement": "update", "strength": 0.5, "layout": layout, "model": model[1]}[key]
     with pytest.raises(ValueError, match=f"parameter group 1 has the key '{key}'.* create one optimizer per {key}"):
         _optimizer(model, kind, {key: value})
 
@@ -92,7 +93,14 @@ def test_options_of_the_whole_optimizer_raise(kind: str, key: str) -> None:
 @KINDS
 def test_keys_of_other_libraries_are_accepted(kind: str) -> None:
     model = _model()
-    keys = {"lr_scale": 0.5, "use_muon": True, "model": "decoder", "layout": None, "strength": 0.1, "neutralize": True}
+    keys = {
+        "lr_scale": 0.5,
+        "use_muon": True,
+        "model": "decoder",
+        "layout": None,
+        "strength": "high",
+        "neutralize": True,
+    }
     optimizer = _optimizer(model, kind, {**keys, "initial_lr": 0.1, "name": "head", "placement": None})
     assert _centered(model, optimizer) == [True, True]
 
@@ -153,8 +161,8 @@ def test_keys_of_the_optimizer_itself_are_its_own() -> None:
     assert _centered(model, optimizer) == [True, True]
 
 
-@pytest.mark.parametrize("options", [{"placement": "update"}, {}])
-def test_wrappers_may_copy_the_arguments_of_an_own_optimizer_into_its_groups(options: dict[str, str]) -> None:
+@pytest.mark.parametrize("options", [{"placement": "update"}, {"strength": 1.0}, {}])
+def test_wrappers_may_copy_the_arguments_of_an_own_optimizer_into_its_groups(options: dict[str, Any]) -> None:
     """SAM and ZeroRedundancyOptimizer do."""
     model = _model()
     arguments = {"lr": 0.1, "model": model, **options}

@@ -14,7 +14,12 @@ __all__ = ["OPTION", "check_keys", "excluded_parameters"]
 
 OPTION = "centralize"
 # With values of these types, since other libraries may use the same keys for something else.
-_OF_THE_WHOLE_OPTIMIZER = {"placement": str, "layout": WeightLayout, "model": nn.Module}
+_OF_THE_WHOLE_OPTIMIZER: dict[str, type | tuple[type, ...]] = {
+    "placement": str,
+    "strength": (int, float, Tensor),
+    "layout": WeightLayout,
+    "model": nn.Module,
+}
 
 
 def check_keys(optimizer: Optimizer, settings: Mapping[str, object], *, own: bool) -> None:
@@ -22,7 +27,7 @@ def check_keys(optimizer: Optimizer, settings: Mapping[str, object], *, own: boo
 
     Args:
         optimizer: the optimizer.
-        settings: the placement and the layout in use; keys with these values are harmless. Wrappers (SAM,
+        settings: the placement, the strength and the layout in use; keys with these values are harmless. Wrappers (SAM,
             ``ZeroRedundancyOptimizer``) copy the arguments of the optimizer that they create into its groups.
         own: whether it is gradcentral's own optimizer, whose ``model=`` they copy too.
 
@@ -32,7 +37,7 @@ def check_keys(optimizer: Optimizer, settings: Mapping[str, object], *, own: boo
     groups = optimizer.param_groups
     for index, group in enumerate(groups):
         for key, value in group.items():
-            if key in optimizer.defaults or key == OPTION or (key in settings and value == settings[key]):
+            if key in optimizer.defaults or key == OPTION or (key in settings and _same(value, settings[key])):
                 continue
             if key == "model" and own and all(other.get(key) is value for other in groups):
                 continue
@@ -44,6 +49,10 @@ def check_keys(optimizer: Optimizer, settings: Mapping[str, object], *, own: boo
                 )
             if get_close_matches(key, [OPTION], cutoff=0.85):
                 raise ValueError(f'{problem}, which has no effect: use "centralize": False to leave the group out')
+
+
+def _same(one: object, other: object) -> bool:
+    return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)
 
 
 def excluded_parameters(optimizer: Optimizer, before: Set[Tensor] = frozenset()) -> set[Tensor]:
