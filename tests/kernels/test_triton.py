@@ -399,6 +399,22 @@ def test_a_plan_follows_replaced_tensors() -> None:
         torch.testing.assert_close(p.double(), q, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_a_state_whose_strides_change_in_place_is_stepped_as_by_torch(key: str) -> None:
+    results = []
+    for fused in (None, False):
+        torch.manual_seed(0)
+        model = nn.Linear(16, 16, bias=False, device=DEVICE)
+        optimizer = gradcentral.AdamW(model, lr=0.1, fused=fused)
+        for step in range(4):
+            model.weight.grad = randn(16, 16)
+            optimizer.step()
+            if step == 1:
+                optimizer.state[model.weight][key].t_()
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
 def test_a_captured_step_has_its_own_pointer_table() -> None:
     """Later steps with other gradients do not change the pointers that a CUDA graph reads at each replay."""
     from gradcentral.kernels.triton import plans

@@ -149,8 +149,8 @@ class TritonPlan(BasePlan):
     # itself ensures that a gradient has the shape and the device of its parameter.
     gradient_properties = (Tensor.numel, Tensor.stride, attrgetter("dtype"), type, Tensor.is_neg)
     centering_properties = (Tensor.size, Tensor.get_device, *gradient_properties)
-    parameter_properties = (Tensor.stride,)
-    lasting_properties = ()
+    parameter_properties = ()
+    lasting_properties = (Tensor.stride,)  # code may change the view of a parameter or a state in place
     means_dtype = torch.float32
 
     def _prepare(self, grads: list[Tensor], loops: PlacedLoops) -> None:
