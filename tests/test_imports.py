@@ -17,6 +17,7 @@ PARTS = (
     "__main__",
     "cli",
     "gradcentral",  # __init__.py, the public names
+    "integrations",
     "bench",
     "paper",
     "experiment",
