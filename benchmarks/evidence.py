@@ -6,7 +6,8 @@
     python benchmarks/evidence.py confirm --out DIR                 repeat the strongest findings on fresh seeds
     python benchmarks/evidence.py report                            rewrite the page's tables and the figures
 
-`run` searches for learning rates first where DIR and benchmarks/results have none. On a machine without scikit-learn,
+`run` searches for learning rates first where DIR and benchmarks/results have none; tuned.json of the package is a copy
+of what it chose. On a machine without scikit-learn,
 set GRADCENTRAL_DATA to the folder that `data` wrote. `run --device cuda --scale paper` trains ResNet-18 on CIFAR-100
 for 200 epochs, which takes hours, if GRADCENTRAL_DATA contains cifar-100-python.
 """
@@ -23,12 +24,11 @@ from pathlib import Path
 
 import evidence_runs as runs
 
-from gradcentral.experiment.tasks.optimizers import tuned
 from gradcentral.experiment.tasks.sources import DATA, DIABETES, FASHION, TEXT, diabetes, find
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TUNED = Path(runs.__file__).resolve().parent.parent / "src" / "gradcentral" / "experiment" / "tasks" / "tuned.json"
-SEARCH, RUNS, PROBES, CONFIRMED = "search.jsonl", "runs.jsonl", "probes.jsonl", "confirmation.jsonl"
+SEARCH, RATES = "search.jsonl", "tuned.json"
+RUNS, PROBES, CONFIRMED = "runs.jsonl", "probes.jsonl", "confirmation.jsonl"
 
 
 def prepare_data(out: Path) -> None:
@@ -51,16 +51,17 @@ def begin(out: Path, *names: str) -> None:
 
 
 def search(pool: runs.Pool, tasks: Sequence[str], out: Path) -> dict[str, dict[str, runs.Rates]]:
-    """Complete the search and write the best rates to ``tuned.json`` in the folder."""
-    begin(out, SEARCH)
-    best = runs.search(pool, tasks, out / SEARCH)
-    rates = {name: best.get(name, {}) for name in tasks} | {"cifar100": tuned("cifar100")}
-    (out / TUNED.name).write_text(json.dumps(rates, indent=1) + "\n")
+    """Search where the folder and the results have no rates yet, and write all rates to ``tuned.json``."""
+    begin(out, SEARCH, RATES)
+    chosen = json.loads((out / RATES).read_text(encoding="utf-8")) if (out / RATES).exists() else {}
+    best = runs.search(pool, tasks, out / SEARCH, chosen)
+    (out / RATES).write_text(json.dumps(chosen | best, indent=1) + "\n", encoding="utf-8")
     return best
 
 
 def run(pool: runs.Pool, tasks: Sequence[str], out: Path, seeds: int, more: int) -> None:
     """Search if needed, probe, and train the grid."""
+    begin(out, RUNS, PROBES)
     best = search(pool, tasks, out)
     complete = [task for task in tasks if len(best.get(task, {})) == len(runs.OPTIMIZERS)]
     probed = {record["task"] for record in runs.read_records(out / PROBES)}
@@ -68,9 +69,7 @@ def run(pool: runs.Pool, tasks: Sequence[str], out: Path, seeds: int, more: int)
         runs.append(out / PROBES, json.dumps(record) + "\n")
     cells = runs.grid(complete, lambda task, optimizer: best[task][optimizer], seeds, more)
     done, total = runs.run_all(pool, cells, out / RUNS)
-    print(
-        f"{done} of {total} runs are in {out / RUNS}; the search is complete for {len(complete)} of {len(tasks)} tasks"
-    )
+    print(f"{done} of {total} runs are in {out / RUNS}; rates were chosen for {len(complete)} of {len(tasks)} tasks")
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -126,6 +125,8 @@ def main(given: Sequence[str] | None = None) -> None:
             cells = strongest(runs.read_records(options.out / RUNS))
             done, total = runs.run_all(pool, cells, options.out / CONFIRMED)
             print(f"{done} of {total} runs are in {options.out / CONFIRMED}")
+    if pool.failed:
+        sys.exit(f"{pool.failed} runs failed; the messages above name them")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,6 +36,8 @@ __all__ = ["Cell", "Pool", "grid", "grid_of_paper", "probe_record", "read_record
 PROBE_SEEDS = (0, 1, 2)
 SEARCH_SEEDS = (9000, 9001)
 """Seeds of the search for learning rates, which no other command uses."""
+SEARCH_UNTIL = 0.4
+"""Fraction of the time limit after which the search ends, so that time remains for the runs."""
 FACTORS = (1.0, 0.25, 4.0)
 STARTS = {"sgd": (0.01, 0.03, 0.1, 0.3), "adamw": (1e-3, 3e-3, 1e-2, 3e-2), "lion": (1e-4, 3e-4, 1e-3, 3e-3)}
 DECAYS = {"sgd": (5e-4, 0.0, 5e-3), "adamw": (0.01, 0.0, 0.1), "lion": (0.1, 0.0, 1.0)}
@@ -153,7 +156,9 @@ class Pool:
     """Worker processes with one torch thread each, until a time limit."""
 
     def __init__(self, jobs: int, minutes: float) -> None:
-        self.jobs, self._end = jobs, time.monotonic() + 60 * minutes
+        self.jobs, self._start, self._seconds = jobs, time.monotonic(), 60 * minutes
+        self.failed = 0
+        """The number of calls that raised an exception."""
         # The variable must be set before the workers import torch.
         os.environ["OMP_NUM_THREADS"] = "1"
         self._executor = ProcessPoolExecutor(
@@ -166,46 +171,54 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    @property
-    def out_of_time(self) -> bool:
-        """Whether no further call starts."""
-        return time.monotonic() > self._end
+    def out_of_time(self, until: float = 1.0) -> bool:
+        """Whether more than this fraction of the time has passed."""
+        return time.monotonic() - self._start > until * self._seconds
 
-    def results(self, function: Callable[..., dict[str, Any]], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Yield the results as they finish. Calls start in order; none starts after the time limit."""
+    def results(
+        self, function: Callable[..., dict[str, Any]], calls: Iterable[tuple[Any, ...]], until: float = 1.0
+    ) -> Iterator[Any]:
+        """Yield the results as they finish. Calls start in order, and none after this fraction of the time."""
         queue, running = iter(calls), set[Future[dict[str, Any]]]()
         while True:
             # A few more than the workers, so that none waits for this process.
-            while len(running) < self.jobs + 2 and not self.out_of_time and (call := next(queue, None)) is not None:
+            while len(running) < self.jobs + 2 and not self.out_of_time(until) and (call := next(queue, None)):
                 running.add(self._executor.submit(function, *call))
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                yield future.result()
+                if (error := future.exception()) is None:
+                    yield future.result()
+                else:  # the other runs are still of use
+                    self.failed += 1
+                    traceback.print_exception(error)
 
 
-def search(pool: Pool, tasks: Sequence[str], path: Path) -> dict[str, dict[str, Rates]]:
+def search(
+    pool: Pool, tasks: Sequence[str], path: Path, chosen: Mapping[str, Mapping[str, Rates]]
+) -> dict[str, dict[str, Rates]]:
     """Find the learning rate and weight decay of each task and optimizer without GC, and record all trials in a file.
 
     Learning rates, about √10 apart, are compared first; the range is extended while its best rate is at an end. Then
     weight decays are compared at the best rate. A trial's score is the mean of the final test metric over its seeds.
+    After `SEARCH_UNTIL` of the time, the best of the trials so far counts. Rates ``chosen`` earlier are kept.
     """
     records = read_records(path)
-    pairs = [(task, optimizer) for task in tasks for optimizer in OPTIMIZERS]
-    while not pool.out_of_time:
+    pairs = [(task, name) for task in tasks for name in OPTIMIZERS if name not in chosen.get(task, {})]
+    while not pool.out_of_time(SEARCH_UNTIL):
         known = {Cell(*(record[name] for name in Cell._fields)) for record in records}
         wanted = [cell for pair in pairs for cell in trials(*pair, records) if cell not in known]
         if not wanted:
             break
-        for record in pool.results(run_cell, ((cell,) for cell in wanted)):
+        for record in pool.results(run_cell, ((cell,) for cell in wanted), SEARCH_UNTIL):
             append(path, json.dumps(record) + "\n")
             records.append(record)
             _report(record)
-    best: dict[str, dict[str, Rates]] = {}
+    best = {task: dict(chosen.get(task, {})) for task in tasks}
     for task, optimizer in pairs:
         if (found := best_rates(task, optimizer, records)) is not None:
-            best.setdefault(task, {})[optimizer] = found
+            best[task][optimizer] = found
     return best
 
 
@@ -225,9 +238,9 @@ def trials(task: str, optimizer: str, records: Sequence[dict[str, Any]]) -> list
 
 
 def best_rates(task: str, optimizer: str, records: Sequence[dict[str, Any]]) -> Rates | None:
-    """Return the best learning rate and weight decay; None if the search is not complete."""
+    """Return the best learning rate and weight decay; None before the first learning rates have been tried."""
     scores = _scores(task, optimizer, records)
-    if any((cell.lr, cell.weight_decay) not in scores for cell in trials(task, optimizer, records)):
+    if any((lr, DECAYS[optimizer][0]) not in scores for lr in STARTS[optimizer]):
         return None
     lr, weight_decay = max(scores, key=lambda trial: scores[trial])
     return {"lr": lr, "weight_decay": weight_decay}
