@@ -28,7 +28,7 @@ Record = dict[str, Any]
 LEVEL = 0.05
 FRESH_SEEDS = range(5000, 5010)
 CONFIRMED_FINDINGS = 3
-RESAMPLES = 4000
+RESAMPLES = 2000
 ROUNDING = 1e-9  # percent; a smaller standard error is not a measured spread
 
 KINDS = {
@@ -195,7 +195,9 @@ def share_correlation(
     def spearman(chosen: Sequence[str]) -> float:
         x = [shares[task] for task in chosen for _ in by_task[task]]
         y = [number for task in chosen for number in by_task[task]]
-        return float(stats.spearmanr(x, y).statistic) if len({*x}) > 1 and len({*y}) > 1 else math.nan
+        if len({*x}) < 2 or len({*y}) < 2:
+            return math.nan
+        return float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])
 
     random = np.random.default_rng(0)
     # Whole tasks, since the cells of a task share their share.

@@ -27,6 +27,7 @@ from evidence_runs import FACTORS, read_records
 
 from gradcentral.experiment.arms import NONE
 from gradcentral.experiment.tasks.optimizers import OPTIMIZERS
+from gradcentral.extras import optional
 from gradcentral.plotting import LIGHT, new_figure, style, to_png
 
 __all__ = ["PAGE", "parts", "write_page"]
@@ -62,8 +63,8 @@ def filled(text: str, found: dict[str, str]) -> str:
     Raises:
         ValueError: the page lacks a part, or has one that is not generated.
     """
-    named = re.findall(r"<!-- ([\w-]+) -->", text)
-    if sorted(name for name in named if name != "end") != sorted(found):
+    named = [name for name in re.findall(r"<!-- ([\w-]+) -->", text) if name != "end"]
+    if sorted(named) != sorted(found):
         raise ValueError(f"the page has the parts {', '.join(named)}; generated are {', '.join(found)}")
     for name, content in found.items():
         text = re.sub(
@@ -262,9 +263,18 @@ def _draw_kinds(effects: Sequence[Effect]) -> Any:
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_xscale("symlog", linthresh=5)
+        _plain_ticks(axis.xaxis)
         axis.set_xlabel("reduction of the test error, % of the error without GC    → better")
         axis.legend(loc="best", frameon=False)
     return figure
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Label a scale that is linear up to 5% and logarithmic beyond with ordinary numbers."""
+    low, high = axis.get_view_interval()
+    ticks = [tick for tick in (-50, -20, -10, -5, 0, 5, 10, 20, 50) if low <= tick <= high]
+    axis.set_ticks(ticks, [str(tick).replace("-", "−") for tick in ticks])
+    axis.set_minor_locator(optional("matplotlib.ticker").NullLocator())
 
 
 def _draw_shares(effects: Sequence[Effect], shares: dict[str, float]) -> Any:
@@ -282,6 +292,7 @@ def _draw_shares(effects: Sequence[Effect], shares: dict[str, float]) -> Any:
             axis.set_title(arm, loc="left", fontweight="bold")
             axis.set_xlabel("share removed before training, %")
             axis.set_yscale("symlog", linthresh=5)
+            _plain_ticks(axis.yaxis)
         axes[0].set_ylabel("reduction of the test error, %")
         axes[0].legend(loc="best", frameon=False)
     return figure
