@@ -5,6 +5,7 @@ Each part of the page between ``<!-- NAME -->`` and ``<!-- end -->`` is the text
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ __all__ = ["PAGE", "parts", "write_page"]
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "should-i-use-it.md"
 FIGURES = ROOT / "docs" / "results"
+ADVICE = ROOT / "src" / "gradcentral" / "diagnostics" / "evidence.json"
 NAMES = {"sgd": "SGD", "adamw": "AdamW", "lion": "Lion"}
 ARMS = ("gradient", "update")
 
@@ -82,7 +84,8 @@ def write_page(results: Path) -> list[Path]:
     records = read_records(results / "runs.jsonl")
     shares = {record["task"]: fmean(record["shares"]) for record in read_records(results / "probes.jsonl")}
     effects = cells(records)
-    written = [PAGE]
+    ADVICE.write_text(json.dumps(summaries(effects), indent=1) + "\n", encoding="utf-8")
+    written = [PAGE, ADVICE]
     for name, figure, title in (
         ("evidence-kinds", _draw_kinds(effects), "Effect of GC on the test error, by kind of model"),
         ("evidence-share", _draw_shares(effects, shares), "Effect of GC and share of the gradient that it removes"),
@@ -90,6 +93,17 @@ def write_page(results: Path) -> list[Path]:
         (FIGURES / f"{name}.png").write_bytes(to_png(figure, title))
         written.append(FIGURES / f"{name}.png")
     return written
+
+
+def summaries(effects: Sequence[Effect]) -> dict[str, list[dict[str, Any]]]:
+    """Return what `gradcentral.probe` reports about each kind of model."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for effect in kinds(effects):
+        assert effect.interval is not None
+        low, high = effect.interval
+        numbers = {"mean": round(effect.mean, 1), "low": round(low, 1), "high": round(high, 1)}
+        found.setdefault(effect.name, []).append({"arm": effect.arm, **numbers, "verdict": effect.verdict})
+    return found
 
 
 def _percent(value: float) -> str:

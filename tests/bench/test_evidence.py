@@ -28,9 +28,22 @@ RATES = {"lr": 0.1, "weight_decay": 0.0}
 def record(task: str, optimizer: str, arm: str, seed: int, metric: float, **changes: Any) -> dict[str, Any]:
     """Return the record of a run, with accuracy as the metric."""
     fields = {
-        "task": task, "optimizer": optimizer, "arm": arm, "factor": 1.0, "seed": seed, **RATES,
-        "metric": "accuracy", "higher_is_better": True, "diverged_at": None, "train_loss": [1.0, 0.5],
-        "test_metric": [0.1, metric], "share": 0.2, "drift": 1.0, "dead": 0.1, "data": "", "seconds": 1.0,
+        "task": task,
+        "optimizer": optimizer,
+        "arm": arm,
+        "factor": 1.0,
+        "seed": seed,
+        **RATES,
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "diverged_at": None,
+        "train_loss": [1.0, 0.5],
+        "test_metric": [0.1, metric],
+        "share": 0.2,
+        "drift": 1.0,
+        "dead": 0.1,
+        "data": "",
+        "seconds": 1.0,
         "machine": "a computer",
     }
     return fields | changes
@@ -185,7 +198,10 @@ def test_the_page_is_filled_with_tables_and_figures(
     copy.write_text(page.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(page, "PAGE", copy)
     monkeypatch.setattr(page, "FIGURES", tmp_path)
-    assert len(page.write_page(results)) == 3
+    monkeypatch.setattr(page, "ADVICE", tmp_path / "evidence.json")
+    assert len(page.write_page(results)) == 4
+    advice = json.loads((tmp_path / "evidence.json").read_text())
+    assert [effect["verdict"] for effect in advice["CNN without normalization"]] == ["no clear effect", "helps"]
     text = copy.read_text(encoding="utf-8")
     assert re.search(r"\| CNN without normalization \| 10% \| .* \| \*\*\+5\d .*`update` helps \|", text)
     assert len(re.findall(r"\| `fashion-none` \| SGD \| `update` \|.* \*\*\+50 \[.* \| 10 \| yes \|", text)) == 1
@@ -197,6 +213,8 @@ def test_the_page_is_filled_with_tables_and_figures(
 def test_the_numbers_on_the_page_are_those_of_the_raw_runs() -> None:
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.filled(text, page.parts(evidence.RESULTS)) == text
+    effects = analysis.cells(runs.read_records(evidence.RESULTS / evidence.RUNS))
+    assert json.loads(page.ADVICE.read_text()) == page.summaries(effects)
 
 
 def test_a_page_that_lacks_a_part_is_refused() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from gradcentral.diagnostics.advice import kinds_of
 from gradcentral.experiment import Task, TaskError, load_task
 from gradcentral.experiment.data import epochs_of
 from gradcentral.experiment.store import Key
@@ -71,6 +72,14 @@ def test_each_task_trains_with_each_optimizer_and_its_steps_are_centered(found: 
         assert trainer.optimizer.param_groups[0]["initial_lr"] == tuned(name)[optimizer]["lr"]
         if name == "cifar100":  # ResNet-18 is slow on a CPU
             break
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_the_probe_recognizes_the_kind_of_each_measured_model(found: Path, name: str) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from evidence_analysis import KINDS
+
+    assert KINDS[name] in kinds_of(built_in(name).model())
 
 
 def test_fine_tuning_starts_from_the_same_network_with_a_new_head(found: Path) -> None:

@@ -26,6 +26,7 @@ from gradcentral.experiment import compare as compare_task
 from gradcentral.experiment.arms import ARMS, DEFAULT_ARMS
 from gradcentral.experiment.output_folder import OutputFolder
 from gradcentral.experiment.probing import probe_task
+from gradcentral.experiment.tasks import MODULES
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import MissingExtraError, own_version
 from gradcentral.layout import report as layout_report
@@ -34,7 +35,7 @@ from gradcentral.plotting import to_png
 
 __all__ = ["run"]
 
-_TASK_HELP = "A Python file that defines `task`, or a built-in task: digits, digits-batchnorm, digits-vit."
+_TASK_HELP = f"A Python file that defines `task`, or a built-in task: {', '.join(MODULES)}."
 _MODEL_HELP = (
     "MODULE:NAME of a model, or of a class or function that returns one (transformers:GPT2LMHeadModel); "
     "MODULE:EXPRESSION (\"timm:create_model('resnet18')\"); or a task file."
