@@ -52,7 +52,8 @@ class Effect(NamedTuple):
     """The mean effect of an arm, in percent of the error without GC, with its 95% interval.
 
     ``p`` is two-sided; ``p_holm`` is corrected for all effects that were computed together. The interval and both are
-    None if the spread cannot be estimated.
+    None if the spread cannot be estimated. The mean is that of the pairs in which no run diverged; ``diverged`` and
+    ``baseline_diverged`` count the runs of the arm and without GC that did.
     """
 
     name: str
@@ -64,6 +65,8 @@ class Effect(NamedTuple):
     interval: tuple[float, float] | None = None
     p: float | None = None
     p_holm: float | None = None
+    diverged: int = 0
+    baseline_diverged: int = 0
 
     @property
     def significant(self) -> bool:
@@ -72,7 +75,9 @@ class Effect(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """``"helps"``, ``"hurts"`` or ``"no clear effect"``."""
+        """``"helps"``, ``"hurts"``, ``"diverges more often"`` or ``"no clear effect"``."""
+        if self.diverged > self.baseline_diverged:
+            return "diverges more often"
         return ("helps" if self.mean > 0 else "hurts") if self.significant else "no clear effect"
 
 
@@ -120,19 +125,26 @@ def _effects(records: Iterable[Record], factors: Sequence[float] = FACTORS[:1]) 
     for task in SUITE:
         for optimizer in OPTIMIZERS:
             for arm in arms_of(optimizer)[1:]:
-                pairs = []
+                pairs, diverged, baseline_diverged = [], 0, 0
                 for seed in sorted(found[task, optimizer, arm, factors[0]]):
                     runs = [[found[task, optimizer, a, f].get(seed) for f in factors] for a in (NONE, arm)]
+                    if any(run is None for some in runs for run in some):
+                        continue
                     errors = [[test_error(run) for run in some if run is not None] for some in runs]
                     none, other = ([e for e in some if e is not None] for some in errors)
+                    baseline_diverged += len(factors) - len(none)
+                    diverged += len(factors) - len(other)
                     if len(none) == len(other) == len(factors):
                         pairs.append((fmean(none), fmean(other)))
-                if pairs:
+                counts = {"diverged": diverged, "baseline_diverged": baseline_diverged}
+                if not pairs and any(counts.values()):
+                    yield Effect(task, optimizer, arm, 0, math.nan, 0.0, **counts)
+                elif pairs:
                     baseline = fmean(none for none, _ in pairs)
                     differences = [100 * (none - other) / baseline for none, other in pairs]
                     error = stdev(differences) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
                     error = error if error > ROUNDING else 0.0
-                    yield Effect(task, optimizer, arm, len(pairs), fmean(differences), error)
+                    yield Effect(task, optimizer, arm, len(pairs), fmean(differences), error, **counts)
 
 
 def holm(effects: Sequence[Effect]) -> list[Effect]:
@@ -167,7 +179,8 @@ def pooled(name: str, arm: str, effects: Sequence[Effect]) -> Effect | None:
     error = math.sqrt(scale / float(weights.sum()))
     half = error * float(stats.t.ppf(1 - LEVEL / 2, freedom))
     p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
-    return Effect(name, "", arm, len(known), mean, error, (mean - half, mean + half), p)
+    counts = {name: sum(getattr(e, name) for e in effects) for name in ("diverged", "baseline_diverged")}
+    return Effect(name, "", arm, len(known), mean, error, (mean - half, mean + half), p, **counts)
 
 
 def kinds(effects: Sequence[Effect], arms: Sequence[str] = ("gradient", "update")) -> list[Effect]:
@@ -185,7 +198,7 @@ def share_correlation(
     effects: Sequence[Effect], shares: dict[str, float], arm: str, value: Callable[[Effect], float]
 ) -> Correlation | None:
     """Correlate a number of each cell with the share before training; None for fewer than three tasks."""
-    some = [effect for effect in effects if effect.arm == arm and effect.name in shares]
+    some = [e for e in effects if e.arm == arm and e.name in shares and not math.isnan(e.mean)]
     tasks = sorted({effect.name for effect in some})
     if len(tasks) < 3:
         return None

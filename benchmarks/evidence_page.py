@@ -102,7 +102,8 @@ def summaries(effects: Sequence[Effect]) -> dict[str, list[dict[str, Any]]]:
         assert effect.interval is not None
         low, high = effect.interval
         numbers = {"mean": round(effect.mean, 1), "low": round(low, 1), "high": round(high, 1)}
-        found.setdefault(effect.name, []).append({"arm": effect.arm, **numbers, "verdict": effect.verdict})
+        cells_of_it = expectation(_of_kind(effects, effect.name, effect.arm))
+        found.setdefault(effect.name, []).append({"arm": effect.arm, **numbers, "cells": cells_of_it})
     return found
 
 
@@ -118,7 +119,7 @@ def _percent(value: float) -> str:
 
 
 def _with_interval(effect: Effect | None) -> str:
-    if effect is None:
+    if effect is None or not effect.pairs:
         return "–"
     if effect.interval is None:
         return _percent(effect.mean)
@@ -132,21 +133,34 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], align: str = ""
 
 
 def _summary(effects: Sequence[Effect]) -> str:
-    by_arm = {arm: [effect for effect in effects if effect.arm == arm] for arm in ("gradient", "regularized", "update")}
-    sentences = []
-    for arm, some in by_arm.items():
-        counts = Counter(effect.verdict for effect in some)
-        sentences.append(
-            f"`{arm}`: of {len(some)} cells, {counts['helps']} improve, {counts['hurts']} get worse, and "
-            f"{counts['no clear effect']} show no clear effect"
-        )
-    least = min((effect.pairs for effect in effects), default=0)
-    most = max((effect.pairs for effect in effects), default=0)
-    seeds = f"{least}" if least == most else f"{least} to {most}"
-    return (
-        f"A cell is one task with one optimizer, at the learning rate that is best without GC, with {seeds} pairs of "
-        f"runs. {'; '.join(sentences)} (5% level, Holm's correction for all {len(effects)} cells)."
-    )
+    """Count the verdicts and list the cells with a clear one."""
+    least, most = (extreme((effect.pairs + _lost(effect) for effect in effects), default=0) for extreme in (min, max))
+    runs = f"{least}" if least == most else f"{least} to {most}"
+    tasks, cells_of_all = len({effect.name for effect in effects}), len(effects)
+    lines = [
+        f"We trained {tasks} small tasks with SGD, AdamW and Lion at the learning rate that is best without GC: "
+        f"{cells_of_all} cells of task, optimizer and placement, with {runs} pairs of runs each. After Holm's "
+        "correction for all of them (5% level):",
+        "",
+    ]
+    for verdict, title in (
+        ("helps", "Lower test error"),
+        ("hurts", "Higher test error"),
+        ("diverges more often", "Diverges more often than without GC"),
+    ):
+        some = [effect for effect in effects if effect.verdict == verdict]
+        by_cell: dict[str, list[str]] = {}
+        for effect in some:
+            by_cell.setdefault(f"`{effect.name}` with {NAMES[effect.optimizer]}", []).append(f"`{effect.arm}`")
+        found = "; ".join(f"{cell} ({', '.join(arms)})" for cell, arms in by_cell.items())
+        lines.append(f"- **{title}**: {len(some)} cells{': ' if found else ''}{found}.")
+    nothing = sum(effect.verdict == "no clear effect" for effect in effects)
+    return "\n".join([*lines, f"- **No clear effect**: the other {nothing} cells."])
+
+
+def _lost(effect: Effect) -> int:
+    """Return the number of pairs in which a run diverged, if those without GC diverge together with the others."""
+    return max(effect.diverged, effect.baseline_diverged)
 
 
 def _kinds_table(effects: Sequence[Effect], shares: dict[str, float]) -> str:
@@ -154,11 +168,23 @@ def _kinds_table(effects: Sequence[Effect], shares: dict[str, float]) -> str:
     rows = []
     for kind in dict.fromkeys(KINDS.values()):
         some = [shares[task] for task, k in KINDS.items() if k == kind and task in shares]
-        summaries = [found.get((kind, arm)) for arm in ARMS]
         share = f"{fmean(some):.0%}" if some else "–"
-        verdicts = ", ".join(f"`{s.arm}` {s.verdict}" for s in summaries if s is not None and s.significant)
-        rows.append([kind, share, *map(_with_interval, summaries), verdicts or "no clear effect"])
-    return _table(["kind of model", "share", "`gradient`, %", "`update`, %", "expectation"], rows, "lrrrl")
+        row = [kind, share, *(_with_interval(found.get((kind, arm))) for arm in ARMS)]
+        rows.append([*row, *(expectation(_of_kind(effects, kind, arm)) for arm in ARMS)])
+    titles = ["kind of model", "share", "`gradient`, %", "`update`, %", "cells, `gradient`", "cells, `update`"]
+    return _table(titles, rows, "lrrrll")
+
+
+def _of_kind(effects: Sequence[Effect], kind: str, arm: str) -> list[Effect]:
+    return [effect for effect in effects if KINDS[effect.name] == kind and effect.arm == arm]
+
+
+def expectation(effects: Sequence[Effect]) -> str:
+    """Count in how many cells GC is better or worse, or diverges more often."""
+    counts = Counter(effect.verdict for effect in effects)
+    words = {"helps": "better", "hurts": "worse", "diverges more often": "diverges more often"}
+    found = [f"{words[verdict]} in {counts[verdict]} of {len(effects)}" for verdict in words if counts[verdict]]
+    return ", ".join(found) or f"no clear effect in {len(effects)}"
 
 
 def _cells_table(effects: Sequence[Effect]) -> str:
@@ -167,11 +193,18 @@ def _cells_table(effects: Sequence[Effect]) -> str:
     for task in KINDS:
         for optimizer in OPTIMIZERS:
             some = [found.get((task, optimizer, arm)) for arm in ("gradient", "regularized", "update")]
-            pairs = max((effect.pairs for effect in some if effect is not None), default=0)
-            if pairs:
-                rows.append([f"`{task}`", NAMES[optimizer], str(pairs), *map(_with_interval, some)])
+            if any(some):
+                pairs = max(effect.pairs + _lost(effect) for effect in some if effect is not None)
+                rows.append([f"`{task}`", NAMES[optimizer], str(pairs), *map(_with_divergence, some)])
     titles = ["task", "optimizer", "pairs", "`gradient`, %", "`regularized`, %", "`update`, %"]
     return _table(titles, rows, "llrrrr")
+
+
+def _with_divergence(effect: Effect | None) -> str:
+    if effect is None or not (effect.diverged or effect.baseline_diverged):
+        return _with_interval(effect)
+    text = f"{effect.diverged} diverged (without GC: {effect.baseline_diverged})"
+    return f"{text}; {_with_interval(effect)}" if effect.pairs > 1 else text
 
 
 def _share(effects: Sequence[Effect], shares: dict[str, float]) -> str:
@@ -207,17 +240,15 @@ def _rates_table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _speed_table(records: Sequence[dict[str, Any]]) -> str:
-    rows = [
-        [
-            speed.kind,
-            f"`{speed.arm}`",
-            "–" if speed.fraction is None else f"{speed.fraction:.0%}",
-            f"{speed.never:.0%}",
-            str(speed.runs),
-        ]
-        for speed in speeds(records)
-    ]
-    return _table(["kind of model", "arm", "median epochs", "never", "runs"], rows, "llrrr")
+    found = {(speed.kind, speed.arm): speed for speed in speeds(records)}
+    rows = []
+    for kind in dict.fromkeys(kind for kind, _ in found):
+        some = [found[kind, arm] for arm in ARMS]
+        medians = ["–" if speed.fraction is None else f"{speed.fraction:.0%}" for speed in some]
+        rows.append([kind, *medians, *(f"{speed.never:.0%}" for speed in some), str(some[0].runs)])
+    arms = [f"`{arm}`" for arm in ARMS]
+    titles = ["kind of model", *(f"epochs, {arm}" for arm in arms), *(f"never, {arm}" for arm in arms), "runs"]
+    return _table(titles, rows, "lrrrrr")
 
 
 def _means_table(records: Sequence[dict[str, Any]]) -> str:
@@ -279,7 +310,7 @@ def _draw_kinds(effects: Sequence[Effect]) -> Any:
         axis.set_xscale("symlog", linthresh=5)
         _plain_ticks(axis.xaxis)
         axis.set_xlabel("reduction of the test error, % of the error without GC    → better")
-        axis.legend(loc="best", frameon=False)
+        axis.legend(loc="lower right", frameon=False)
     return figure
 
 
@@ -308,5 +339,5 @@ def _draw_shares(effects: Sequence[Effect], shares: dict[str, float]) -> Any:
             axis.set_yscale("symlog", linthresh=5)
             _plain_ticks(axis.yaxis)
         axes[0].set_ylabel("reduction of the test error, %")
-        axes[0].legend(loc="best", frameon=False)
+        axes[0].legend(loc="lower right", frameon=False)
     return figure

@@ -201,9 +201,12 @@ def test_the_page_is_filled_with_tables_and_figures(
     monkeypatch.setattr(page, "ADVICE", tmp_path / "evidence.json")
     assert len(page.write_page(results)) == 4
     advice = json.loads((tmp_path / "evidence.json").read_text())
-    assert [effect["verdict"] for effect in advice["CNN without normalization"]] == ["no clear effect", "helps"]
+    found = [effect["cells"] for effect in advice["CNN without normalization"]]
+    assert found == ["no clear effect in 3", "better in 3 of 3"]
     text = copy.read_text(encoding="utf-8")
-    assert re.search(r"\| CNN without normalization \| 10% \| .* \| \*\*\+5\d .*`update` helps \|", text)
+    assert re.search(
+        r"\| CNN without normalization \| 10% \| .* \| \*\*\+5\d .*no clear effect in 3 \| better in 3 of 3 \|", text
+    )
     assert len(re.findall(r"\| `fashion-none` \| SGD \| `update` \|.* \*\*\+50 \[.* \| 10 \| yes \|", text)) == 1
     first = text
     page.write_page(results)
@@ -215,6 +218,19 @@ def test_the_numbers_on_the_page_are_those_of_the_raw_runs() -> None:
     assert page.filled(text, page.parts(evidence.RESULTS)) == text
     effects = analysis.cells(runs.read_records(evidence.RESULTS / evidence.RUNS))
     assert json.loads(page.ADVICE.read_text()) == page.summaries(effects)
+
+
+def test_the_advice_of_the_page_agrees_with_the_runs() -> None:
+    text = page.PAGE.read_text(encoding="utf-8")
+    effects = analysis.cells(runs.read_records(evidence.RESULTS / evidence.RUNS))
+    clear = {effect.name for effect in effects if effect.significant}
+    assert "The significant improvements are all here" in text  # in convolutional networks
+    convolutional = {task for task, kind in analysis.KINDS.items() if "CNN" in kind or "convolutional" in kind}
+    assert {effect.name for effect in effects if effect.verdict == "helps"} <= convolutional
+    assert "Our small fine-tuning tasks show no\n  clear effect" in text
+    assert not clear & {"fine-tuning", "lora"}
+    assert "Transformers, GRUs, small networks for tables**: we found no significant effect" in text
+    assert not {task for task in clear if task.startswith(("text", "tabular"))}
 
 
 def test_a_page_that_lacks_a_part_is_refused() -> None:

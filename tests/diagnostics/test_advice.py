@@ -54,12 +54,15 @@ def test_the_kind_follows_from_the_layers(name: str) -> None:
 
 def test_the_advice_repeats_the_interval_and_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = [
-        {"arm": "gradient", "mean": 1.23, "low": -0.5, "high": 3.0, "verdict": "no clear effect"},
-        {"arm": "update", "mean": -4.0, "low": -6.0, "high": -2.0, "verdict": "hurts"},
+        {"arm": "gradient", "mean": 1.23, "low": -0.5, "high": 3.0, "cells": "no clear effect in 3"},
+        {"arm": "update", "mean": -4.0, "low": -6.0, "high": -2.0, "cells": "worse in 2 of 3"},
     ]
     monkeypatch.setattr(module, "_evidence", lambda: {"GRU": measured})
     text = advice(("GRU",))
-    assert '"gradient" +1.2% [-0.5, +3.0], no clear effect; "update" -4.0% [-6.0, -2.0], hurts.' in text
+    assert (
+        '"gradient" +1.2% [-0.5, +3.0], no clear effect in 3 cells; "update" -4.0% [-6.0, -2.0], worse in 2 of 3 cells.'
+        in text
+    )
     assert PAGE in text
     assert "No measurements" in advice(("linear layers with ReLU",))
 

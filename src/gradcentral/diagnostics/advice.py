@@ -76,7 +76,7 @@ def advice(kinds: tuple[str, ...]) -> str:
     for kind in kinds:
         effects = [
             f'"{effect["arm"]}" {effect["mean"]:+.1f}% [{effect["low"]:+.1f}, {effect["high"]:+.1f}], '
-            f"{effect['verdict']}"
+            f"{effect['cells']} cells"
             for effect in _evidence().get(kind, [])
         ]
         if effects:
