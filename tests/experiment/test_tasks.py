@@ -23,10 +23,12 @@ from gradcentral.experiment.tasks.optimizers import OPTIMIZERS, Lion, tuned
 from gradcentral.experiment.tasks.sources import DATA, FASHION, TEXT
 from gradcentral.experiment.training import Settings, Trainer
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # where evidence_runs and evidence_analysis are
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with 2,048 random images per part, a short text and CIFAR-100 with 16 images per part."""
+    """Return a folder with 2,048 random images per part, a short text and CIFAR-100 with four images per part."""
     folder = tmp_path_factory.mktemp("data")
     generator = torch.Generator().manual_seed(0)
     for name in FASHION:
@@ -38,8 +40,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / TEXT).write_bytes(gzip.compress(text.encode()))
     (folder / "cifar-100-python").mkdir()
     for part in ("train", "test"):
-        pixels = torch.randint(256, (16, 3072), generator=generator, dtype=torch.uint8)
-        content_of = {b"data": pixels.numpy(), b"fine_labels": [i % 100 for i in range(16)]}
+        pixels = torch.randint(256, (4, 3072), generator=generator, dtype=torch.uint8)
+        content_of = {b"data": pixels.numpy(), b"fine_labels": [0, 1, 2, 99]}
         (folder / "cifar-100-python" / part).write_bytes(pickle.dumps(content_of))
     return folder
 
@@ -76,7 +78,6 @@ def test_each_task_trains_with_each_optimizer_and_its_steps_are_centered(found: 
 
 @pytest.mark.parametrize("name", SUITE)
 def test_the_probe_recognizes_the_kind_of_each_measured_model(found: Path, name: str) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     from evidence_analysis import KINDS
 
     assert KINDS[name] in kinds_of(built_in(name).model())
@@ -117,6 +118,31 @@ def test_batches_of_cifar_are_shifted_and_flipped_images(found: Path) -> None:
             crops += [crop.flip(2) for crop in crops]
             seen.add(next(i for i, crop in enumerate(crops) if torch.equal(crop, image)))
     assert len(seen) > 40  # of 162 crops, in 80 draws
+
+
+def test_the_evidence_at_the_papers_scale_is_a_run_of_the_same_kind(found: Path) -> None:
+    import evidence_runs
+
+    cells = evidence_runs.grid_of_paper(seeds=10)
+    assert len(cells) == 10 * (4 + 3 + 3)
+    cell = next(cell for cell in cells if (cell.optimizer, cell.arm) == ("sgd", "gradient"))
+    assert (cell.lr, cell.weight_decay) == (0.1, 5e-4)  # the paper's table 1
+    task = built_in("cifar100")
+    assert task.epochs == 200
+    assert task.schedule is not None
+    optimizer = task.optimizers["sgd"]([nn.Parameter(torch.zeros(1))])
+    schedule = task.schedule(optimizer, 1000)
+    rates = []
+    for _ in range(1000):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    expected = [0.1 * 0.1 ** (step // 300) for step in range(1000)]  # every 60 of 200 epochs
+    assert rates == pytest.approx(expected)
+    record = evidence_runs.run_cell(cell, epochs=1)
+    assert record["task"] == "cifar100"
+    assert len(record["train_loss"]) == 1
+    assert 0 < record["share"] < 1
 
 
 def test_missing_data_are_named_with_a_remedy(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from functools import partial
 
 import torch
@@ -11,18 +10,16 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from gradcentral.experiment.determinism import one_thread
 from gradcentral.experiment.task import Task
 from gradcentral.experiment.tasks.metrics import accuracy
 from gradcentral.experiment.tasks.networks import PatchTransformer, ResNet, add_lora
 from gradcentral.experiment.tasks.optimizers import optimizers, tuned, warm_up_then_cosine
+from gradcentral.experiment.tasks.pretraining import IMAGES, NEW, pretrained
 from gradcentral.experiment.tasks.sources import fashion_mnist
 
-__all__ = ["pretrained", "tasks"]
+__all__ = ["tasks", "with_new_head"]
 
-NEW = (2, 6)
-"""Pullover and shirt, which are hard to tell apart."""
-EXAMPLES, PRETRAINING, TEST = 32, 2048, 2000
+EXAMPLES, TEST = 32, 2000
 
 
 def _new(part: str, searched: int, count: int) -> TensorDataset:
@@ -30,27 +27,6 @@ def _new(part: str, searched: int, count: int) -> TensorDataset:
     images, classes = fashion_mnist(part, searched)
     chosen = torch.cat([(classes == new).nonzero()[:count, 0] for new in NEW])
     return TensorDataset(images[chosen], (classes[chosen] == NEW[1]).long())
-
-
-@functools.cache
-def pretrained(kind: str) -> nn.Module:
-    """Train a network on the eight classes; the same in every process, and without drawing from global generators."""
-    images, classes = fashion_mnist("train", PRETRAINING)
-    old = ~torch.isin(classes, torch.tensor(NEW))
-    images, classes = images[old], classes[old]
-    with one_thread(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = ResNet("batchnorm") if kind == "resnet" else PatchTransformer(10)
-        epochs = 6 if kind == "resnet" else 12
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-        schedule = warm_up_then_cosine(optimizer, epochs * (len(images) // 64))
-        for _ in range(epochs):
-            for batch in torch.randperm(len(images)).split(64)[: len(images) // 64]:
-                optimizer.zero_grad()
-                functional.cross_entropy(model(images[batch]), classes[batch]).backward()
-                optimizer.step()
-                schedule.step()
-    return model
 
 
 def with_new_head(kind: str) -> nn.Module:
@@ -69,7 +45,7 @@ tasks = {
     name: Task(
         name=name,
         model=partial(with_new_head, kind),
-        train=_new("train", PRETRAINING, EXAMPLES),
+        train=_new("train", IMAGES, EXAMPLES),
         test=_new("t10k", TEST, TEST),
         loss=functional.cross_entropy,
         metric=accuracy,
