@@ -231,6 +231,22 @@ def test_the_advice_of_the_page_agrees_with_the_runs() -> None:
     assert not clear & {"fine-tuning", "lora"}
     assert "Transformers, GRUs, small networks for tables**: we found no significant effect" in text
     assert not {task for task in clear if task.startswith(("text", "tabular"))}
+    assert "without normalization improved with Lion too" in " ".join(text.split())
+    helped = {(effect.name, effect.optimizer) for effect in effects if effect.verdict == "helps"}
+    assert {("fashion-none", "lion"), ("autoencoder", "lion")} <= helped
+    assert "at a quarter of that rate no run diverges" in text
+    diverging = {(e.name, e.optimizer) for e in effects if e.verdict == "diverges more often"}
+    slower = analysis.cells(runs.read_records(evidence.RESULTS / evidence.RUNS), (0.25,))
+    assert {(e.name, e.optimizer): e.diverged for e in slower}.items() >= dict.fromkeys(diverging, 0).items()
+
+
+def test_recorded_runs_of_one_seed_trained_on_the_same_batches() -> None:
+    batches: dict[tuple[str, int], set[str]] = {}
+    for name in (evidence.RUNS, evidence.CONFIRMED):
+        for entry in runs.read_records(evidence.RESULTS / name):
+            batches.setdefault((entry["task"], entry["seed"]), set()).add(entry["data"])
+    assert len(batches) >= 5 * len(runs.SUITE)
+    assert all(len(hashes) == 1 for hashes in batches.values())
 
 
 def test_a_page_that_lacks_a_part_is_refused() -> None:
