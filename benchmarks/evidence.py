@@ -24,7 +24,9 @@ from pathlib import Path
 
 import evidence_runs as runs
 
+from gradcentral.experiment.tasks.optimizers import OPTIMIZERS, Rates
 from gradcentral.experiment.tasks.sources import DATA, DIABETES, FASHION, TEXT, diabetes, find
+from gradcentral.json_lines import append
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEARCH, RATES = "search.jsonl", "tuned.json"
@@ -50,7 +52,7 @@ def begin(out: Path, *names: str) -> None:
             shutil.copyfile(RESULTS / name, out / name)
 
 
-def search(pool: runs.Pool, tasks: Sequence[str], out: Path) -> dict[str, dict[str, runs.Rates]]:
+def search(pool: runs.Pool, tasks: Sequence[str], out: Path) -> dict[str, dict[str, Rates]]:
     """Search where the folder and the results have no rates yet, and write all rates to ``tuned.json``."""
     begin(out, SEARCH, RATES)
     chosen = json.loads((out / RATES).read_text(encoding="utf-8")) if (out / RATES).exists() else {}
@@ -63,10 +65,10 @@ def run(pool: runs.Pool, tasks: Sequence[str], out: Path, seeds: int, more: int)
     """Search if needed, probe, and train the grid."""
     begin(out, RUNS, PROBES)
     best = search(pool, tasks, out)
-    complete = [task for task in tasks if len(best.get(task, {})) == len(runs.OPTIMIZERS)]
+    complete = [task for task in tasks if len(best.get(task, {})) == len(OPTIMIZERS)]
     probed = {record["task"] for record in runs.read_records(out / PROBES)}
     for record in pool.results(runs.probe_record, ((task,) for task in complete if task not in probed)):
-        runs.append(out / PROBES, json.dumps(record) + "\n")
+        append(out / PROBES, json.dumps(record) + "\n")
     cells = runs.grid(complete, lambda task, optimizer: best[task][optimizer], seeds, more)
     done, total = runs.run_all(pool, cells, out / RUNS)
     print(f"{done} of {total} runs are in {out / RUNS}; rates were chosen for {len(complete)} of {len(tasks)} tasks")
@@ -132,4 +134,4 @@ def main(given: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     if not os.environ.get(DATA) and Path("build/evidence-data").is_dir():
         os.environ[DATA] = str(Path("build/evidence-data").resolve())
-    sys.exit(main())
+    main()

@@ -22,7 +22,21 @@ from gradcentral.experiment.tasks import SUITE
 from gradcentral.experiment.tasks.optimizers import OPTIMIZERS
 from gradcentral.extras import optional
 
-__all__ = ["KINDS", "Correlation", "Effect", "cells", "confirmations", "holm", "kinds", "pooled", "share_correlation"]
+__all__ = [
+    *(
+        "FRESH_SEEDS",
+        "KINDS",
+        "Correlation",
+        "Effect",
+        "Speed",
+        "cells",
+        "confirmations",
+        "final_error",
+        "holm",
+        "kinds",
+    ),
+    *("means_of", "pooled", "share_correlation", "speeds", "strongest"),
+]
 
 Record = dict[str, Any]
 LEVEL = 0.05
@@ -91,9 +105,9 @@ class Correlation(NamedTuple):
     tasks: int
 
 
-def test_error(record: Record) -> float | None:
+def final_error(record: Record) -> float | None:
     """Return the final test error; None if the run diverged or its metric is not finite."""
-    final = record["test_metric"][-1] if record["diverged_at"] is None else None
+    final: float | None = record["test_metric"][-1] if record["diverged_at"] is None else None
     if final is None:
         return None
     return 1 - final if record["higher_is_better"] else final
@@ -130,21 +144,23 @@ def _effects(records: Iterable[Record], factors: Sequence[float] = FACTORS[:1]) 
                     runs = [[found[task, optimizer, a, f].get(seed) for f in factors] for a in (NONE, arm)]
                     if any(run is None for some in runs for run in some):
                         continue
-                    errors = [[test_error(run) for run in some if run is not None] for some in runs]
+                    errors = [[final_error(run) for run in some if run is not None] for some in runs]
                     none, other = ([e for e in some if e is not None] for some in errors)
                     baseline_diverged += len(factors) - len(none)
                     diverged += len(factors) - len(other)
                     if len(none) == len(other) == len(factors):
                         pairs.append((fmean(none), fmean(other)))
-                counts = {"diverged": diverged, "baseline_diverged": baseline_diverged}
-                if not pairs and any(counts.values()):
-                    yield Effect(task, optimizer, arm, 0, math.nan, 0.0, **counts)
+                lost = Effect(
+                    task, optimizer, arm, 0, math.nan, 0.0, diverged=diverged, baseline_diverged=baseline_diverged
+                )
+                if not pairs and (diverged or baseline_diverged):
+                    yield lost
                 elif pairs:
                     baseline = fmean(none for none, _ in pairs)
                     differences = [100 * (none - other) / baseline for none, other in pairs]
                     error = stdev(differences) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
                     error = error if error > ROUNDING else 0.0
-                    yield Effect(task, optimizer, arm, len(pairs), fmean(differences), error, **counts)
+                    yield lost._replace(pairs=len(pairs), mean=fmean(differences), error=error)
 
 
 def holm(effects: Sequence[Effect]) -> list[Effect]:
@@ -179,8 +195,12 @@ def pooled(name: str, arm: str, effects: Sequence[Effect]) -> Effect | None:
     error = math.sqrt(scale / float(weights.sum()))
     half = error * float(stats.t.ppf(1 - LEVEL / 2, freedom))
     p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
-    counts = {name: sum(getattr(e, name) for e in effects) for name in ("diverged", "baseline_diverged")}
-    return Effect(name, "", arm, len(known), mean, error, (mean - half, mean + half), p, **counts)
+    lost, baseline_lost = (
+        sum(effect.diverged for effect in effects),
+        sum(effect.baseline_diverged for effect in effects),
+    )
+    interval = mean - half, mean + half
+    return Effect(name, "", arm, len(known), mean, error, interval, p, diverged=lost, baseline_diverged=baseline_lost)
 
 
 def kinds(effects: Sequence[Effect], arms: Sequence[str] = ("gradient", "update")) -> list[Effect]:

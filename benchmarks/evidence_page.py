@@ -31,7 +31,7 @@ from gradcentral.experiment.tasks.optimizers import OPTIMIZERS
 from gradcentral.extras import optional
 from gradcentral.plotting import LIGHT, new_figure, style, to_png
 
-__all__ = ["PAGE", "parts", "write_page"]
+__all__ = ["ADVICE", "FIGURES", "PAGE", "expectation", "filled", "parts", "summaries", "write_page"]
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "should-i-use-it.md"
@@ -69,12 +69,8 @@ def filled(text: str, found: dict[str, str]) -> str:
     if sorted(named) != sorted(found):
         raise ValueError(f"the page has the parts {', '.join(named)}; generated are {', '.join(found)}")
     for name, content in found.items():
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-            lambda m, c=content: f"{m[1]}{c}\n{m[2]}",
-            text,
-            flags=re.S,  # type: ignore[misc]
-        )
+        before, marker, rest = text.partition(f"<!-- {name} -->\n")
+        text = before + marker + content + "\n" + rest[rest.index("<!-- end -->") :]
     return text
 
 
@@ -225,8 +221,8 @@ def _correlation(found: Correlation) -> str:
 
 
 def _rates_table(records: Sequence[dict[str, Any]]) -> str:
-    columns = [((factor,), title) for factor, title in zip(FACTORS, ("best", "÷ 4", "× 4"), strict=True)]
-    columns = [columns[1], columns[0], columns[2], (FACTORS, "mean of the three")]
+    columns: list[tuple[tuple[float, ...], str]] = [((0.25,), "÷ 4"), ((1.0,), "best"), ((4.0,), "× 4")]
+    columns.append((FACTORS, "mean of the three"))
     found = {
         (title, effect.name, effect.arm): effect for some, title in columns for effect in kinds(cells(records, some))
     }

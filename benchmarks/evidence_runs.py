@@ -27,11 +27,14 @@ from gradcentral.experiment.probing import probe_task
 from gradcentral.experiment.store import Key
 from gradcentral.experiment.tasks import SUITE
 from gradcentral.experiment.tasks.networks import dead_units
-from gradcentral.experiment.tasks.optimizers import OPTIMIZERS, Rates, optimizers, tuned
+from gradcentral.experiment.tasks.optimizers import OPTIMIZERS, PAPER_RATES, Rates, optimizers
 from gradcentral.experiment.training import Settings, Trainer
 from gradcentral.json_lines import append, read_lines
 
-__all__ = ["Cell", "Pool", "grid", "grid_of_paper", "probe_record", "read_records", "search", "trials"]
+__all__ = [
+    *("DECAYS", "FACTORS", "SEARCH_SEEDS", "STARTS", "SUITE", "Cell", "Pool", "arms_of", "best_rates", "grid"),
+    *("grid_of_paper", "probe_record", "read_records", "run_all", "run_cell", "search", "trials"),
+]
 
 PROBE_SEEDS = (0, 1, 2)
 SEARCH_SEEDS = (9000, 9001)
@@ -86,7 +89,7 @@ def grid(tasks: Sequence[str], rates: Callable[[str, str], Rates], seeds: int = 
 
 def grid_of_paper(seeds: int = 5) -> list[Cell]:
     """List the runs at the paper's settings."""
-    return [cell for cell in grid(["cifar100"], lambda task, name: tuned(task)[name], seeds, seeds) if cell.factor == 1]
+    return [cell for cell in grid(["cifar100"], lambda task, name: PAPER_RATES[name], seeds, seeds) if cell.factor == 1]
 
 
 def arms_of(optimizer: str) -> tuple[str, ...]:
@@ -277,6 +280,3 @@ def _report(record: dict[str, Any]) -> None:
     final = "diverged" if record["diverged_at"] else f"{record['metric']} {record['test_metric'][-1]}"
     what = ", ".join(f"{record[name]}" for name in Cell._fields)
     print(f"{what}: {final}, {record['seconds']} s", file=sys.stderr, flush=True)
-
-
-__all__ += ["DECAYS", "FACTORS", "SEARCH_SEEDS", "STARTS", "SUITE", "best_rates", "run_all", "run_cell"]

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import evidence  # noqa: E402
 import evidence_analysis as analysis  # noqa: E402
 import evidence_page as page  # noqa: E402
 import evidence_runs as runs  # noqa: E402
+
+from gradcentral.experiment.tasks.optimizers import OPTIMIZERS  # noqa: E402
 
 RATES = {"lr": 0.1, "weight_decay": 0.0}
 
@@ -172,14 +173,14 @@ def test_the_correlation_with_the_share_resamples_tasks() -> None:
 
 def test_speed_counts_the_epochs_to_the_final_loss_of_the_baseline(records: list[dict[str, Any]]) -> None:
     for speed in analysis.speeds(records):
-        assert speed.runs == len(runs.OPTIMIZERS) * 5 * sum(kind == speed.kind for kind in analysis.KINDS.values())
+        assert speed.runs == len(OPTIMIZERS) * 5 * sum(kind == speed.kind for kind in analysis.KINDS.values())
         # The final loss of an arm is 2/3 of the baseline's, up to noise; with half the error it is reached in epoch 2.
         early = (speed.kind, speed.arm) == ("CNN without normalization", "update")
         assert speed.fraction == pytest.approx(2 / 3 if early else 1, abs=0.34 if early else 0.01)
 
 
 @pytest.fixture
-def results(tmp_path: Path, records: list[dict[str, Any]]) -> Iterator[Path]:
+def results(tmp_path: Path, records: list[dict[str, Any]]) -> Path:
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in records))
     probes = [{"task": task, "shares": [0.1 * (i + 1), 0.1 * (i + 1)]} for i, task in enumerate(runs.SUITE[:9])]
     (tmp_path / "probes.jsonl").write_text("".join(json.dumps(probe) + "\n" for probe in probes))

@@ -195,8 +195,8 @@ class ProbeReport:
         # The cause of a partial effect is the column "input".
         causes = [(layer.finding, layer.name) for layer in self.centered if layer.kind not in (PARTIAL, layer.finding)]
         skipped = [(layer.reason, layer.name) for layer in self.layers if layer.vectors is None]
-        blocks = table, _grouped("Causes:", causes), _grouped("Skipped:", skipped), _wrapped(self.finding)
-        blocks = (*blocks, _wrapped(self.advice))
+        lists = _grouped("Causes:", causes), _grouped("Skipped:", skipped)
+        blocks = table, *lists, _wrapped(self.finding), _wrapped(self.advice)
         return "\n\n".join(filter(None, blocks))
 
     __repr__ = __str__

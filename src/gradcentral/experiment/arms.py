@@ -82,12 +82,13 @@ class CheckedArm:
     def _check_gradient_centered(self, parameter: Tensor) -> None:
         vectors, dtype = self._layout[parameter], self._raw[parameter].dtype
         raw, received, weights = map(_wide, (self._raw[parameter], self._received[parameter], self._weights[parameter]))
+        rms, total, what = _rms(raw, vectors), received, "a weight vector's gradient"
         # λ of the weight decay that is centered together with the gradient.
-        l2 = l2_of(self._optimizer).of(parameter) if self.arm == REGULARIZED else 0.0
-        what = "a weight vector's gradient with its weight decay" if l2 else "a weight vector's gradient"
-        rms = _rms(raw, vectors) + abs(l2) * _rms(weights, vectors)
-        mean = unit_means(received + l2 * weights, vectors).abs()
-        allowed = _allowed(rms, dtype)
+        l2: float | Tensor = l2_of(self._optimizer).of(parameter) if self.arm == REGULARIZED else 0.0
+        if l2 != 0:  # 0 times an infinite weight would be NaN
+            rms, total = rms + abs(l2) * _rms(weights, vectors), received + l2 * weights
+            what += " with its weight decay"
+        mean, allowed = unit_means(total, vectors).abs(), _allowed(rms, dtype)
         if bool((mean > allowed).any()):
             worst = float((mean / rms).nan_to_num().max())
             self._fail(parameter, f"{what} has a mean of {worst:.1e} of its rms instead of zero")

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from gradcentral.experiment.task import Task
 from gradcentral.experiment.tasks.metrics import accuracy
 from gradcentral.experiment.tasks.networks import ResNet
-from gradcentral.experiment.tasks.optimizers import optimizers, tuned
+from gradcentral.experiment.tasks.optimizers import PAPER_RATES, optimizers
 from gradcentral.experiment.tasks.sources import cifar100_folder
 
 __all__ = ["AugmentedBatches", "task"]
@@ -45,7 +45,7 @@ class AugmentedBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         size = self.images.shape[-1]
         order = torch.randperm(len(self.images))[: len(self) * self.batch_size]
-        for batch in order.split(self.batch_size):
+        for batch in torch.split(order, self.batch_size):
             rows, columns = torch.randint(9, (2, len(batch), 1)) + torch.arange(size)
             flipped = torch.rand(len(batch), 1) < 0.5
             columns = torch.where(flipped, columns.flip(1), columns)
@@ -68,7 +68,7 @@ task = Task(
     test=TensorDataset(*load("test")),
     loss=functional.cross_entropy,
     metric=accuracy,
-    optimizers=optimizers(tuned("cifar100")),
+    optimizers=optimizers(PAPER_RATES),
     schedule=steps_of_the_paper,
     batch_size=BATCH,
     epochs=EPOCHS,

@@ -34,9 +34,9 @@ def pretrained(kind: str) -> nn.Module:
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
         schedule = warm_up_then_cosine(optimizer, epochs * (len(images) // 64))
         for _ in range(epochs):
-            for batch in torch.randperm(len(images)).split(64)[: len(images) // 64]:
+            for batch in torch.split(torch.randperm(len(images)), 64)[: len(images) // 64]:
                 optimizer.zero_grad()
-                functional.cross_entropy(model(images[batch]), classes[batch]).backward()
+                functional.cross_entropy(model(images[batch]), classes[batch]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
     return model

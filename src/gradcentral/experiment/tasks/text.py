@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -58,7 +59,7 @@ def windows() -> tuple[TensorDataset, TensorDataset, int]:
 
 
 _train, _test, _alphabet = windows()
-_models = {
+_models: dict[str, Callable[[], nn.Module]] = {
     "text-layernorm": partial(CharacterTransformer, nn.LayerNorm, _alphabet),
     "text-rmsnorm": partial(CharacterTransformer, nn.RMSNorm, _alphabet),
     "text-gru": partial(CharacterGRU, _alphabet),
