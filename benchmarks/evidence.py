@@ -24,6 +24,7 @@ from pathlib import Path
 
 import evidence_runs as runs
 
+from gradcentral.experiment.tasks import SUITE
 from gradcentral.experiment.tasks.optimizers import OPTIMIZERS, Rates
 from gradcentral.experiment.tasks.sources import DATA, DIABETES, FASHION, TEXT, diabetes, find
 from gradcentral.json_lines import append
@@ -81,7 +82,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the files; for `report`, the results to read")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, with one thread each")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so many minutes")
-    parser.add_argument("--tasks", default=",".join(runs.SUITE), help="some of the tasks, by default all")
+    parser.add_argument("--tasks", default=",".join(SUITE), help="some of the tasks, by default all")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of every cell")
     parser.add_argument("--more-seeds", type=int, default=10, help="seeds of the cells at the best learning rate")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; cuda only with --scale paper")
@@ -90,8 +91,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(given)
     if options.command != "report" and options.out is None:
         parser.error(f"{options.command} needs --out DIR")
-    if unknown := {*options.tasks.split(",")} - {*runs.SUITE}:
-        parser.error(f"--tasks: unknown {', '.join(sorted(unknown))}; choose from {', '.join(runs.SUITE)}")
+    if unknown := {*options.tasks.split(",")} - {*SUITE}:
+        parser.error(f"--tasks: unknown {', '.join(sorted(unknown))}; choose from {', '.join(SUITE)}")
     if options.scale == "small" and (options.device != "cpu" or options.epochs is not None):
         parser.error("--device and --epochs are for --scale paper; the small tasks train on the CPU")
     return options

@@ -23,19 +23,21 @@ from gradcentral.experiment.tasks.optimizers import OPTIMIZERS
 from gradcentral.extras import optional
 
 __all__ = [
-    *(
-        "FRESH_SEEDS",
-        "KINDS",
-        "Correlation",
-        "Effect",
-        "Speed",
-        "cells",
-        "confirmations",
-        "final_error",
-        "holm",
-        "kinds",
-    ),
-    *("means_of", "pooled", "share_correlation", "speeds", "strongest"),
+    "FRESH_SEEDS",
+    "KINDS",
+    "Correlation",
+    "Effect",
+    "Speed",
+    "cells",
+    "confirmations",
+    "final_error",
+    "holm",
+    "kinds",
+    "means_of",
+    "pooled",
+    "share_correlation",
+    "speeds",
+    "strongest",
 ]
 
 Record = dict[str, Any]

@@ -25,15 +25,28 @@ from gradcentral.experiment.arms import ARMS, NONE, REGULARIZED
 from gradcentral.experiment.data import evaluation_batches
 from gradcentral.experiment.probing import probe_task
 from gradcentral.experiment.store import Key
-from gradcentral.experiment.tasks import SUITE
 from gradcentral.experiment.tasks.networks import dead_units
 from gradcentral.experiment.tasks.optimizers import OPTIMIZERS, PAPER_RATES, Rates, optimizers
 from gradcentral.experiment.training import Settings, Trainer
 from gradcentral.json_lines import append, read_lines
 
 __all__ = [
-    *("DECAYS", "FACTORS", "SEARCH_SEEDS", "STARTS", "SUITE", "Cell", "Pool", "arms_of", "best_rates", "grid"),
-    *("grid_of_paper", "probe_record", "read_records", "run_all", "run_cell", "search", "trials"),
+    "DECAYS",
+    "FACTORS",
+    "SEARCH_SEEDS",
+    "STARTS",
+    "Cell",
+    "Pool",
+    "arms_of",
+    "best_rates",
+    "grid",
+    "grid_of_paper",
+    "probe_record",
+    "read_records",
+    "run_all",
+    "run_cell",
+    "search",
+    "trials",
 ]
 
 PROBE_SEEDS = (0, 1, 2)

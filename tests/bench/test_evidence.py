@@ -21,6 +21,7 @@ import evidence_analysis as analysis  # noqa: E402
 import evidence_page as page  # noqa: E402
 import evidence_runs as runs  # noqa: E402
 
+from gradcentral.experiment.tasks import SUITE  # noqa: E402
 from gradcentral.experiment.tasks.optimizers import OPTIMIZERS  # noqa: E402
 
 RATES = {"lr": 0.1, "weight_decay": 0.0}
@@ -55,7 +56,7 @@ def records() -> list[dict[str, Any]]:
     """Return runs of a whole grid in which "update" halves the error of one task and nothing else has an effect."""
     random = np.random.default_rng(1)
     found = []
-    for cell in runs.grid(runs.SUITE, lambda task, optimizer: RATES, seeds=5, more=5):
+    for cell in runs.grid(SUITE, lambda task, optimizer: RATES, seeds=5, more=5):
         error = 0.2 * (1 + 0.02 * random.normal())
         if (cell.task, cell.arm) == ("fashion-none", "update"):
             error /= 2
@@ -65,8 +66,8 @@ def records() -> list[dict[str, Any]]:
 
 
 def test_every_prefix_of_the_grid_is_paired_and_the_best_rate_comes_first() -> None:
-    cells = runs.grid(runs.SUITE, lambda task, optimizer: RATES, seeds=5, more=10)
-    per_seed = len(runs.SUITE) * (4 + 3 + 3)
+    cells = runs.grid(SUITE, lambda task, optimizer: RATES, seeds=5, more=10)
+    per_seed = len(SUITE) * (4 + 3 + 3)
     assert len(cells) == len({*cells}) == per_seed * (5 * 3 + 5)
     assert {(cell.factor, cell.seed) for cell in cells[:per_seed]} == {(1.0, 0)}
     assert {cell.factor for cell in cells[: 5 * per_seed]} == {1.0}
@@ -157,7 +158,7 @@ def test_an_effect_in_one_kind_of_model_is_found_and_none_in_the_others(records:
 
 
 def test_the_correlation_with_the_share_resamples_tasks() -> None:
-    names = list(runs.SUITE)
+    names = list(SUITE)
     effects = [analysis.Effect(name, "sgd", "update", 5, float(i), 1.0) for i, name in enumerate(names)]
     shares = {name: i / 20 for i, name in enumerate(names)}
     found = analysis.share_correlation(effects, shares, "update", lambda effect: effect.mean)
@@ -182,7 +183,7 @@ def test_speed_counts_the_epochs_to_the_final_loss_of_the_baseline(records: list
 @pytest.fixture
 def results(tmp_path: Path, records: list[dict[str, Any]]) -> Path:
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in records))
-    probes = [{"task": task, "shares": [0.1 * (i + 1), 0.1 * (i + 1)]} for i, task in enumerate(runs.SUITE[:9])]
+    probes = [{"task": task, "shares": [0.1 * (i + 1), 0.1 * (i + 1)]} for i, task in enumerate(SUITE[:9])]
     (tmp_path / "probes.jsonl").write_text("".join(json.dumps(probe) + "\n" for probe in probes))
     fresh = [
         record(
@@ -248,7 +249,7 @@ def test_recorded_runs_of_one_seed_trained_on_the_same_batches() -> None:
     for name in (evidence.RUNS, evidence.CONFIRMED):
         for entry in runs.read_records(evidence.RESULTS / name):
             batches.setdefault((entry["task"], entry["seed"]), set()).add(entry["data"])
-    assert len(batches) >= 5 * len(runs.SUITE)
+    assert len(batches) >= 5 * len(SUITE)
     assert all(len(hashes) == 1 for hashes in batches.values())
 
 
@@ -262,7 +263,7 @@ def test_the_rates_of_the_package_are_those_of_the_recorded_search() -> None:
 
     chosen = json.loads((evidence.RESULTS / evidence.RATES).read_text())
     records = runs.read_records(evidence.RESULTS / evidence.SEARCH)
-    for task in runs.SUITE:
+    for task in SUITE:
         assert optimizers.tuned(task) == chosen[task]
         for name, rates in chosen[task].items():
             assert rates == runs.best_rates(task, name, records), (task, name)

@@ -86,7 +86,8 @@ class CheckedArm:
         # λ of the weight decay that is centered together with the gradient.
         l2: float | Tensor = l2_of(self._optimizer).of(parameter) if self.arm == REGULARIZED else 0.0
         if l2 != 0:  # 0 times an infinite weight would be NaN
-            rms, total = rms + abs(l2) * _rms(weights, vectors), received + l2 * weights
+            decay = l2 * weights
+            rms, total = rms + _rms(decay, vectors), received + decay
             what += " with its weight decay"
         mean, allowed = unit_means(total, vectors).abs(), _allowed(rms, dtype)
         if bool((mean > allowed).any()):
