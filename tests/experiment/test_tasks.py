@@ -16,6 +16,7 @@ from torch import nn
 from gradcentral.diagnostics.advice import kinds_of
 from gradcentral.experiment import Task, TaskError, load_task
 from gradcentral.experiment.data import epochs_of
+from gradcentral.experiment.loading import find_task, unpack
 from gradcentral.experiment.store import Key
 from gradcentral.experiment.tasks import MODULES, SUITE
 from gradcentral.experiment.tasks.networks import LoRA, dead_units
@@ -82,6 +83,11 @@ def test_the_probe_recognizes_the_kind_of_each_measured_model(found: Path, name:
     from evidence_analysis import KINDS
 
     assert KINDS[name] in kinds_of(built_in(name).model())
+
+
+@pytest.mark.parametrize("name", ["tabular-relu", "tabular-sigmoid"])
+def test_workers_load_the_task_of_that_name_from_a_file_with_several(name: str) -> None:
+    assert unpack(find_task(name).pack(None)).task.name == name
 
 
 def test_fine_tuning_starts_from_the_same_network_with_a_new_head(found: Path) -> None:
