@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -125,16 +126,20 @@ class Targets:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.follow_groups(optimizer)
         if not self._is_current(parameters):
-            self._read_settings(optimizer)
-            new = self._find_new([p for p in parameters if p not in self.excluded])
-            if new and warn:
-                self._warn_about(optimizer, new)
-            centered = [(p, self.layout.get(p)) for p in parameters if p not in self.excluded]
-            pairs = [(p, vectors) for p, vectors in centered if vectors is not None]
-            self._shards = shards_in_layout(self.layout, pairs)
-            self._trained = _trained(pairs) if any_sharded(p for p, _ in pairs) else None
-            self._parameters, self._revision = parameters, self.layout.revision
+            self._look_up(optimizer, parameters, warn)
         return self._shards
+
+    @_disable_dynamo  # torch.compile cannot trace the search of a layout, which is rarely needed
+    def _look_up(self, optimizer: Optimizer, parameters: list[Tensor], warn: bool) -> None:
+        self._read_settings(optimizer)
+        new = self._find_new([p for p in parameters if p not in self.excluded])
+        if new and warn:
+            self._warn_about(optimizer, new)
+        centered = [(p, self.layout.get(p)) for p in parameters if p not in self.excluded]
+        pairs = [(p, vectors) for p, vectors in centered if vectors is not None]
+        self._shards = shards_in_layout(self.layout, pairs)
+        self._trained = _trained(pairs) if any_sharded(p for p, _ in pairs) else None
+        self._parameters, self._revision = parameters, self.layout.revision
 
     def follow_groups(self, optimizer: Optimizer) -> None:
         """Read the option ``"centralize"`` of the parameter groups again if one of them has changed.
