@@ -141,10 +141,13 @@ def all_reduces_of_a_step(strengths: list[Any]) -> int:
         p.grad = distribute_tensor(torch.randn(4, 6), mesh, placements)
     calls: list[Tensor] = []
     all_reduce = torch.distributed.all_reduce
+
+    def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        calls.append(tensor)
+        return all_reduce(tensor, *arguments, **options)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch.distributed, "all_reduce", lambda tensor, *a, **k: (calls.append(tensor), all_reduce(tensor, *a, **k))
-        )
+        patch.setattr(torch.distributed, "all_reduce", counted)
         optimizer.step()
     return len(calls)
 
