@@ -33,7 +33,7 @@ tests: $(VENV)/dev
 
 # The CUDA kernels in Triton's interpreter. A separate run, because Triton reads the variable when it is imported.
 triton: $(VENV)/dev
-	TRITON_INTERPRET=1 GRADCENTRAL_KERNELS=triton $(PARALLEL) tests/kernels/test_triton.py
+	TRITON_INTERPRET=1 GRADCENTRAL_KERNELS=triton $(PARALLEL) tests/kernels/test_triton.py tests/test_strength.py
 
 # The layouts of real models; see the extra "zoo" in pyproject.toml.
 zoo: $(VENV)/zoo
