@@ -1,0 +1,76 @@
+"""Small modules and runs for the tests with Lightning."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.integrations.hand_written import data, network
+
+__all__ = ["LIGHTNING", "PACKAGES", "QUIET", "adamw", "fit", "loader", "module", "sgd"]
+
+LIGHTNING = "lightning.pytorch"
+PACKAGES = [LIGHTNING, "pytorch_lightning"]
+QUIET = [
+    pytest.mark.filterwarnings(f"ignore:{beginning}")
+    for beginning in (
+        ".isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's own use of torch
+        "The number of training batches .* is smaller than the logging interval",
+        "The 'train_dataloader' does not have many workers",
+        "GPU available but not used",
+    )
+]
+"""Marks that ignore Lightning's remarks on small runs."""
+
+
+def loader() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*data()), batch_size=8)
+
+
+def sgd(parameters: Any) -> Optimizer:
+    return SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def adamw(parameters: Any) -> Optimizer:
+    return AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+def module(optimizer: Callable[[Any], Optimizer] = sgd, package: str = LIGHTNING) -> Any:
+    base = importlib.import_module(package).LightningModule
+
+    class Classifier(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            return cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Optimizer:
+            return optimizer(self.parameters())
+
+    return Classifier()
+
+
+def fit(model: Any, *callbacks: Any, package: str = LIGHTNING, ckpt_path: Any = None, **options: Any) -> Any:
+    trainer = importlib.import_module(package).Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": list(callbacks),
+            **options,
+        }
+    )
+    trainer.fit(model, loader(), ckpt_path=ckpt_path)
+    return trainer
