@@ -59,7 +59,15 @@ def module(optimizer: Callable[[Any], Optimizer] = sgd, package: str = LIGHTNING
     return Classifier()
 
 
-def fit(model: Any, *callbacks: Any, package: str = LIGHTNING, ckpt_path: Any = None, **options: Any) -> Any:
+def fit(
+    model: Any,
+    *callbacks: Any,
+    package: str = LIGHTNING,
+    ckpt_path: Any = None,
+    batches: Any = None,
+    **options: Any,
+) -> Any:
+    """Fit for one epoch, without output, and return the trainer."""
     trainer = importlib.import_module(package).Trainer(
         **{
             "accelerator": "cpu",
@@ -72,5 +80,5 @@ def fit(model: Any, *callbacks: Any, package: str = LIGHTNING, ckpt_path: Any = 
             **options,
         }
     )
-    trainer.fit(model, loader(), ckpt_path=ckpt_path)
+    trainer.fit(model, loader() if batches is None else batches, ckpt_path=ckpt_path)
     return trainer
