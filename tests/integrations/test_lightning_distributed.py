@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -49,18 +50,17 @@ class Sharded(type(module())):  # type: ignore[misc]
         fully_shard(self.net, mesh=mesh)
 
 
-def _train(kind: str, optimizer: str, placement: Any, folder: Path) -> tuple[list[Tensor], list[tuple[int, Any]], bool]:
-    """Train on two processes, with four examples per process and step; return weights, records and sharding."""
+def _fit(kind: str, optimizer: str, placement: Any, folder: Path, **options: Any) -> tuple[Any, Any, Any]:
+    """Fit on two processes, with four examples per process and step; return module, callback and trainer."""
     os.environ.update(LOCAL_WORLD_SIZE="2", GROUP_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
     model = (Sharded if kind == "fsdp2" else type(module()))()
     model.configure_optimizers = lambda: OPTIMIZERS[optimizer](model.parameters())
     strategy = DDPStrategy() if kind == "ddp" else ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     dataset = TensorDataset(*hand_written.data())
     callback = GradientCentralization(placement, monitor_every=4)
-    logger = lightning.loggers.CSVLogger(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit(
+        trainer = fit(
             model,
             callback,
             batches=DataLoader(dataset, batch_size=4, sampler=DistributedSampler(dataset, shuffle=False)),
@@ -68,12 +68,31 @@ def _train(kind: str, optimizer: str, placement: Any, folder: Path) -> tuple[lis
             devices=2,
             strategy=strategy,
             plugins=[TorchElasticEnvironment()],
-            logger=logger,
+            logger=lightning.loggers.CSVLogger(folder),
+            **options,
         )
-    is_sharded = all(isinstance(p, DTensor) for p in model.parameters())
+    return model, callback, trainer
+
+
+def _weights(model: Any) -> list[Tensor]:
     full = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
-    records = [(record.step, record.net) for record in callback.monitors[0].records]
-    return [p.detach().clone() for p in full], records, is_sharded
+    return [p.detach().clone() for p in full]
+
+
+def _train(*case: Any) -> tuple[list[Tensor], list[Any], bool]:
+    model, callback, _ = _fit(*case)
+    is_sharded = all(isinstance(p, DTensor) for p in model.parameters())
+    return _weights(model), callback.monitors[0].records, is_sharded
+
+
+def _resume(kind: str, folder: Path) -> tuple[list[Tensor], list[Tensor], list[Any], list[Any]]:
+    _, _, trainer = _fit(kind, "adamw", "update", folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.save_checkpoint(folder / "first.ckpt")
+    resumed, continued, _ = _fit(kind, "adamw", "update", folder, max_epochs=2, ckpt_path=folder / "first.ckpt")
+    whole, both, _ = _fit(kind, "adamw", "update", folder, max_epochs=2)
+    return _weights(resumed), _weights(whole), continued.monitors[0].records, both.monitors[0].records
 
 
 @pytest.mark.parametrize(("optimizer", "placement"), [("sgd", "gradient"), ("sgd", "regularized"), ("adamw", "update")])
@@ -91,7 +110,15 @@ def test_two_processes_equal_one(kind: str, optimizer: str, placement: str, two_
             nn.utils.vector_to_parameters(found.flatten(), [p])
         assert largest_difference(trained, by_hand) < 1e-5
         assert largest_difference(trained, without) > 1e-3
-    assert [step for step, _ in results[0][1]] == [0, 4]
-    assert all(net.share > 0.1 for _, net in results[0][1])
+    assert [(record.step, record.placement) for record in results[0][1]] == [(0, placement), (4, placement)]
+    assert all(record.net.share > 0.1 for record in results[0][1])
     lines = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
     assert len(lines) == 3  # the names, and two records of one process
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_run_on_two_processes_resumes_bit_identically(kind: str, two_ranks: Workers, tmp_path: Path) -> None:
+    for resumed, whole, continued, both in two_ranks.run(_resume, kind, tmp_path):
+        assert all(map(torch.equal, resumed, whole))
+        assert [record.step for record in continued] == [8, 12]
+        assert continued == both[2:]
