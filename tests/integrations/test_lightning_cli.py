@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ trainer:
 
 
 def run(package: str, *arguments: str, **options: Any) -> Any:
-    """Fit with the command line of a package, and return its `LightningCLI`; the module has an option for optimizers."""
+    """Fit with a command line of a package, and return its `LightningCLI`; the module takes an optimizer."""
     library = importlib.import_module(package)
 
     class Classifier(library.LightningModule):  # type: ignore[misc]
@@ -59,7 +60,10 @@ def run(package: str, *arguments: str, **options: Any) -> Any:
 
     command = ["fit", *arguments, *(f"--trainer.{option}" for option in TRAINER)]
     cli = importlib.import_module(f"{package}.cli").LightningCLI
-    return cli(Classifier, Data, args=command, save_config_callback=None, seed_everything_default=False, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *command])
+        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's own use of jsonargparse
+        return cli(Classifier, Data, save_config_callback=None, seed_everything_default=False, **options)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
