@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
-__all__ = ["Batch", "batches", "data", "largest_difference", "network", "train"]
+__all__ = ["Batch", "adamw", "batches", "data", "largest_difference", "network", "sgd", "train"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -31,6 +31,16 @@ def batches(size: int = 8) -> list[Batch]:
     """Return the data in order, in batches."""
     images, classes = data()
     return list(zip(images.split(size), classes.split(size), strict=True))
+
+
+def sgd(parameters: Any) -> Optimizer:
+    """Create SGD with momentum and weight decay."""
+    return SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def adamw(parameters: Any) -> Optimizer:
+    """Create AdamW."""
+    return AdamW(parameters, lr=0.01, weight_decay=0.1)
 
 
 def train(

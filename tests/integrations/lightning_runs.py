@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.integrations.hand_written import data, network
+from tests.integrations.hand_written import data, network, sgd
 
-__all__ = ["LIGHTNING", "PACKAGES", "QUIET", "adamw", "fit", "loader", "module", "sgd"]
+__all__ = ["LIGHTNING", "PACKAGES", "QUIET", "fit", "loader", "module"]
 
 LIGHTNING = "lightning.pytorch"
 PACKAGES = [LIGHTNING, "pytorch_lightning"]
@@ -32,14 +32,6 @@ QUIET = [
 
 def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(*data()), batch_size=8)
-
-
-def sgd(parameters: Any) -> Optimizer:
-    return SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
-
-
-def adamw(parameters: Any) -> Optimizer:
-    return AdamW(parameters, lr=0.01, weight_decay=0.1)
 
 
 def module(optimizer: Callable[[Any], Optimizer] = sgd, package: str = LIGHTNING) -> Any:

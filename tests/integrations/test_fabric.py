@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 import gradcentral
 from tests.integrations import hand_written
-from tests.integrations.hand_written import batches, largest_difference, network
-from tests.integrations.lightning_runs import QUIET, adamw
+from tests.integrations.hand_written import adamw, batches, largest_difference, network
+from tests.integrations.lightning_runs import QUIET
 
 fabric_package = pytest.importorskip("lightning.fabric", reason="needs lightning: run `make trainers`")
 

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 import gradcentral
 from tests.integrations import hand_written
-from tests.integrations.hand_written import batches, largest_difference, network
-from tests.integrations.lightning_runs import PACKAGES, QUIET, adamw, fit, loader, module, sgd
+from tests.integrations.hand_written import adamw, batches, largest_difference, network, sgd
+from tests.integrations.lightning_runs import PACKAGES, QUIET, fit, loader, module
 
 lightning = pytest.importorskip("lightning.pytorch", reason="needs lightning: run `make trainers`")
 
@@ -84,7 +84,7 @@ def test_strength_only_and_exclude_reach_centralize() -> None:
 
 def test_a_resumed_run_is_bit_identical_and_its_monitor_continues(tmp_path: Path) -> None:
     def run(epochs: int, ckpt_path: Any = None) -> tuple[Any, Any, Any]:
-        model, callback = module(adamw), GradientCentralization("update", monitor_every=3)
+        model, callback = module(adamw), GradientCentralization("update", monitor=3)
         return model, callback, fit(model, callback, max_epochs=epochs, ckpt_path=ckpt_path)
 
     _, first, trainer = run(1)
@@ -101,7 +101,7 @@ def test_a_resumed_run_is_bit_identical_and_its_monitor_continues(tmp_path: Path
 def test_a_monitor_that_starts_in_a_resumed_run_counts_all_steps(tmp_path: Path) -> None:
     trainer = fit(module(), GradientCentralization())
     trainer.save_checkpoint(tmp_path / "first.ckpt")
-    callback = GradientCentralization(monitor_every=4)
+    callback = GradientCentralization(monitor=4)
     fit(module(), callback, max_epochs=2, ckpt_path=tmp_path / "first.ckpt")
     assert [record.step for record in callback.monitors[0].records] == [8, 12]
 
@@ -111,7 +111,7 @@ def test_records_reach_all_loggers(tmp_path: Path) -> None:
 
     csv = lightning.loggers.CSVLogger(tmp_path, flush_logs_every_n_steps=1)
     board = lightning.loggers.TensorBoardLogger(tmp_path)
-    callback = GradientCentralization(monitor_every=4)
+    callback = GradientCentralization(monitor=4)
     fit(module(), callback, logger=[csv, board])
     first, second = callback.monitors[0].records
     assert first.placement == "gradient"
@@ -130,13 +130,13 @@ def test_records_reach_all_loggers(tmp_path: Path) -> None:
 
 
 def test_a_fast_development_run_has_no_loggers() -> None:
-    callback = GradientCentralization(monitor_every=1)
+    callback = GradientCentralization(monitor=1)
     fit(module(), callback, fast_dev_run=True, logger=True)
     assert len(callback.monitors[0].records) == 1
 
 
 def test_it_detaches_and_attaches_again_in_the_next_fit() -> None:
-    model, callback = module(), GradientCentralization(monitor_every=8)
+    model, callback = module(), GradientCentralization(monitor=8)
     trainer = fit(model, callback)
     (optimizer,) = trainer.optimizers
     assert gradcentral.attached(optimizer) == []

@@ -14,8 +14,8 @@ from torch.optim import SGD
 
 import gradcentral
 from tests.integrations import hand_written
-from tests.integrations.hand_written import batches, largest_difference, network
-from tests.integrations.lightning_runs import PACKAGES, QUIET, adamw, loader
+from tests.integrations.hand_written import adamw, batches, largest_difference, network
+from tests.integrations.lightning_runs import PACKAGES, QUIET, loader
 
 pytest.importorskip("lightning.pytorch", reason="needs lightning: run `make trainers`")
 pytest.importorskip("jsonargparse", reason="needs jsonargparse: run `make trainers`")
@@ -34,7 +34,7 @@ trainer:
         placement: update
         exclude: ["net.3.*"]
         overrides: {net.0.weight: "[o] i k k"}
-        monitor_every: 4
+        monitor: 4
 """
 
 

@@ -18,8 +18,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from tests.distributed.workers import Workers
 from tests.integrations import hand_written
-from tests.integrations.hand_written import batches, largest_difference, network
-from tests.integrations.lightning_runs import adamw, fit, module, sgd
+from tests.integrations.hand_written import adamw, batches, largest_difference, network, sgd
+from tests.integrations.lightning_runs import fit, module
 from tests.torchvision_operators import declare_operators
 
 declare_operators()  # this module is also imported by the processes, where no conftest.py runs
@@ -57,7 +57,7 @@ def _fit(kind: str, optimizer: str, placement: Any, folder: Path, **options: Any
     model.configure_optimizers = lambda: OPTIMIZERS[optimizer](model.parameters())
     strategy = DDPStrategy() if kind == "ddp" else ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     dataset = TensorDataset(*hand_written.data())
-    callback = GradientCentralization(placement, monitor_every=4)
+    callback = GradientCentralization(placement, monitor=4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = fit(

@@ -12,8 +12,8 @@ from torch.optim import SGD, Adam, Optimizer
 
 import gradcentral
 from tests.integrations import hand_written
-from tests.integrations.hand_written import batches, largest_difference, network
-from tests.integrations.lightning_runs import QUIET, fit, module, sgd
+from tests.integrations.hand_written import batches, largest_difference, network, sgd
+from tests.integrations.lightning_runs import QUIET, fit, module
 
 lightning = pytest.importorskip("lightning.pytorch", reason="needs lightning: run `make trainers`")
 
@@ -81,7 +81,7 @@ def train_by_hand(gan: Gan, generator: str | None, discriminator: str | None) ->
 
 
 def test_one_callback_centers_all_networks_of_a_gan() -> None:
-    gan, callback = Gan(), GradientCentralization("update", monitor_every=4)
+    gan, callback = Gan(), GradientCentralization("update", monitor=4)
     fit(gan, callback)
     assert largest_difference(gan, train_by_hand(Gan(), "update", "update")) < ROUNDING
     assert [monitor.name for monitor in callback.monitors] == ["optimizer0", "optimizer1"]
@@ -92,8 +92,8 @@ def test_one_callback_centers_all_networks_of_a_gan() -> None:
 def test_each_network_of_a_gan_may_have_its_own_settings(tmp_path: Any) -> None:
     def callbacks() -> list[GradientCentralization]:
         return [
-            GradientCentralization("gradient", submodule="generator", monitor_every=2),
-            GradientCentralization("update", submodule="discriminator", monitor_every=4),
+            GradientCentralization("gradient", submodule="generator", monitor=2),
+            GradientCentralization("update", submodule="discriminator", monitor=4),
         ]
 
     gan, both, logger = Gan(), callbacks(), lightning.loggers.CSVLogger(tmp_path)
@@ -129,7 +129,7 @@ def test_an_optimizer_of_biases_is_left_as_it_is() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    model, callback = Two(), GradientCentralization(monitor_every=4)
+    model, callback = Two(), GradientCentralization(monitor=4)
     fit(model, callback)
     assert [monitor.name for monitor in callback.monitors] == ["optimizer1"]
 
@@ -181,22 +181,22 @@ def test_layers_that_a_finetuning_callback_unfreezes_are_centered() -> None:
 
 def test_placement_none_records_an_optimizer_of_gradcentral_and_one_without_gc() -> None:
     for optimizer, placement in ((lambda p: gradcentral.SGD(p, lr=0.1), "gradient"), (sgd, None)):
-        callback = GradientCentralization(None, monitor_every=8)
+        callback = GradientCentralization(None, monitor=8)
         fit(module(optimizer), callback)
         (record,) = callback.monitors[0].records
         assert record.placement == placement
         assert record.net.share > 0.1
         assert callback.handle is None
-    callback = GradientCentralization(None, only="conv", monitor_every=8)
+    callback = GradientCentralization(None, only="conv", monitor=8)
     fit(module(), callback)
     assert [*callback.monitors[0].records[0].layers] == ["net.0.weight"]
 
 
 def test_errors_name_the_option_and_their_remedies_work() -> None:
-    with pytest.raises(ValueError, match="placement=None attaches nothing: give monitor_every=100"):
+    with pytest.raises(ValueError, match="placement=None attaches nothing: give monitor=100"):
         GradientCentralization(None)
     with pytest.raises(ValueError, match="strength: has no effect with placement=None"):
-        GradientCentralization(None, strength=0.5, monitor_every=100)
+        GradientCentralization(None, strength=0.5, monitor=100)
 
     model = module()
     model.configure_optimizers = lambda: None
@@ -206,9 +206,9 @@ def test_errors_name_the_option_and_their_remedies_work() -> None:
     ):
         fit(model, GradientCentralization())
 
-    with pytest.raises(ValueError, match=r"gradcentral.AdamW already centers: .*placement=None, monitor_every=100"):
+    with pytest.raises(ValueError, match=r"gradcentral.AdamW already centers: .*placement=None, monitor=100"):
         fit(module(gradcentral.AdamW), GradientCentralization())
-    fit(module(gradcentral.AdamW), GradientCentralization(placement=None, monitor_every=100))
+    fit(module(gradcentral.AdamW), GradientCentralization(placement=None, monitor=100))
 
     with pytest.raises(ValueError, match="submodule: Classifier has no 'encoder'; choose from net"):
         fit(module(), GradientCentralization(submodule="encoder"))
@@ -220,7 +220,9 @@ def test_errors_name_the_option_and_their_remedies_work() -> None:
         fit(gan, GradientCentralization(submodule="discriminator"))
 
     with pytest.raises(ValueError, match="unknown placement 'both'"):
-        fit(module(), GradientCentralization("both"))  # type: ignore[arg-type]
+        GradientCentralization("both")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="strength must be"):
+        GradientCentralization(strength=2.0)
     with pytest.raises(ValueError, match=r"exclude: 'head.\*' matches no parameter"):
         fit(module(), GradientCentralization(exclude=["head.*"]))
 

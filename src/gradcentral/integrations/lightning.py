@@ -13,6 +13,8 @@ from gradcentral.attach import Handle, attached, centralize
 from gradcentral.diagnostics.monitor import Monitor
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.optim import SGD, Adam, AdamW
+from gradcentral.projection import checked_strength
+from gradcentral.targets import check_placement
 
 __all__ = ["GradientCentralization"]
 
@@ -55,7 +57,7 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
         exclude: names of parameters to skip, with wildcards.
         submodule: name of the part of the LightningModule to center, such as ``"generator"``. Names of parameters are
             then relative to it. Give one callback per part for different settings, as in a GAN.
-        monitor_every: steps per record of a `gradcentral.Monitor`, which is sent to all loggers of the `Trainer`. None:
+        monitor: steps per record of a `gradcentral.Monitor`, which is sent to all loggers of the `Trainer`. None:
             no monitor. With several optimizers, each has a monitor, named ``optimizer0``, ``optimizer1``, ….
 
     Attributes:
@@ -65,38 +67,41 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
     Checkpoints contain the state of the monitors, so that a resumed run continues their steps and their drift.
 
     Raises:
-        ValueError: ``placement=None`` without ``monitor_every``, or with a strength. When training starts: the module
-            has no optimizers, or is without the submodule, or an optimizer is one of gradcentral's; and the errors of
-            `gradcentral.centralize`, `gradcentral.weight_layout` and `gradcentral.Monitor`.
+        ValueError: an unknown placement; a strength that is not between 0 and 1; ``placement=None`` without
+            ``monitor``, or with a strength. When training starts: the module has no optimizers, or is without the
+            submodule, or an optimizer is one of gradcentral's; and the errors of `gradcentral.centralize`,
+            `gradcentral.weight_layout` and `gradcentral.Monitor`.
 
     Examples:
-        >>> GradientCentralization("update", exclude=["head.*"], monitor_every=100).state_key
+        >>> GradientCentralization("update", exclude=["head.*"], monitor=100).state_key
         'GradientCentralization'
     """
 
     def __init__(
         self,
         placement: Literal["gradient", "regularized", "update"] | None = "gradient",
-        *,
         strength: float = 1.0,
+        *,
         only: Literal["all", "conv"] = "all",
         overrides: Mapping[str, str | None] | None = None,
         exclude: Sequence[str] = (),
         submodule: str | None = None,
-        monitor_every: int | None = None,
+        monitor: int | None = None,
     ) -> None:
-        if placement is None and monitor_every is None:
+        if placement is None and monitor is None:
             raise ValueError(
-                "placement=None attaches nothing: give monitor_every=100 to record what the optimizers do, or a "
-                "placement"
+                "placement=None attaches nothing: give monitor=100 to record what the optimizers do, or a placement"
             )
         if placement is None and strength != 1.0:
             raise ValueError("strength: has no effect with placement=None, which attaches nothing; leave it out")
+        if placement is not None:
+            check_placement(placement)
         self._placement = placement
-        self._strength = strength
-        self._only, self._overrides, self._exclude = only, overrides, exclude
+        self._strength = checked_strength(strength)
+        self._only, self._overrides = only, overrides
+        self._exclude = [exclude] if isinstance(exclude, str) else [*exclude]
         self._submodule = submodule
-        self._every = monitor_every
+        self._every = monitor
         self.handle: Handle | None = None
         self.monitors: list[Monitor] = []
         self._remove_handle = False
@@ -173,7 +178,7 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
             if isinstance(optimizer, (SGD, Adam, AdamW)):
                 raise ValueError(
                     f"gradcentral.{type(optimizer).__name__} already centers: leave GradientCentralization out, or "
-                    "record what the optimizer does, with GradientCentralization(placement=None, monitor_every=100)"
+                    "record what the optimizer does, with GradientCentralization(placement=None, monitor=100)"
                 )
         present = [handle for optimizer in optimizers for handle in attached(optimizer)]
         self.handle = centralize(optimizers, placement=self._placement, layout=layout, strength=self._strength)
