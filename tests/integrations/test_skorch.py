@@ -94,6 +94,16 @@ def test_skorch_clips_first_and_centers_second(attach: str) -> None:
     assert largest_difference(net.module_.net, other_order) > 100 * ROUNDING
 
 
+def test_centering_before_clipping() -> None:
+    class CenterGradients(Callback):  # type: ignore[misc]
+        def on_grad_computed(self, net: Any, **_: Any) -> None:
+            gradcentral.centralize_gradients(net.module_)
+
+    net = fit(torch.optim.SGD, callbacks=[CenterGradients(), GradientNormClipping(0.05)])
+    by_hand = hand_written.train(network(), batches(), clip=0.05, clip_first=False)
+    assert largest_difference(net.module_.net, by_hand) < ROUNDING
+
+
 def test_the_callback_attaches_again_after_pickling_and_set_params() -> None:
     net = pickle.loads(pickle.dumps(fit(torch.optim.SGD, callbacks=[Centralize()])))
     assert gradcentral.attached(net.optimizer_) == []
