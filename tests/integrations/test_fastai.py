@@ -48,9 +48,7 @@ def learner(net: nn.Module, optimizer: Any, callbacks: Any = (), **options: Any)
     images, classes = hand_written.data()
     data = list(zip(images, classes, strict=True))
     loaders = basics.DataLoaders(*(basics.DataLoader(data, bs=8, shuffle=False, num_workers=0) for _ in range(2)))
-    return basics.Learner(
-        loaders, net, loss_func=cross_entropy, opt_func=optimizer, cbs=list(callbacks), **options
-    )
+    return basics.Learner(loaders, net, loss_func=cross_entropy, opt_func=optimizer, cbs=list(callbacks), **options)
 
 
 def fit(learn: Any, lr: float = 0.1, **options: Any) -> None:

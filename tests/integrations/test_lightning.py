@@ -15,6 +15,7 @@ import gradcentral
 from tests.integrations import hand_written
 from tests.integrations.hand_written import adamw, batches, largest_difference, network, sgd
 from tests.integrations.lightning_runs import PACKAGES, QUIET, fit, loader, module
+from tests.integrations.pages import run_page
 
 lightning = pytest.importorskip("lightning.pytorch", reason="needs lightning: run `make trainers`")
 
@@ -176,3 +177,44 @@ def test_what_configure_optimizers_has_attached_stays_attached() -> None:
     assert gradcentral.attached(trainer.optimizers[0]) == handles
     by_hand = hand_written.train(network(), batches(), sgd)
     assert largest_difference(model.net, by_hand) < ROUNDING
+
+
+def test_centering_before_clipping() -> None:
+    model = module()
+    model.on_before_optimizer_step = lambda optimizer: gradcentral.centralize_gradients(model)
+    fit(model, gradient_clip_val=0.05)
+    by_hand = hand_written.train(network(), batches(), sgd, clip=0.05, clip_first=False)
+    assert largest_difference(model.net, by_hand) < ROUNDING
+
+
+def test_a_search_for_the_learning_rate_runs_without_callbacks_but_with_what_was_attached_before(
+    tmp_path: Path,
+) -> None:
+    def search(attach: bool) -> set[int]:
+        model, counts = module(), set()
+        model.lr = 0.01
+
+        def configure_optimizers() -> Optimizer:
+            optimizer = torch.optim.SGD(model.parameters(), lr=model.lr)
+            if attach:
+                gradcentral.centralize(optimizer, model)
+            optimizer.register_step_post_hook(lambda *_: counts.add(len(gradcentral.attached(optimizer))))
+            return optimizer
+
+        model.configure_optimizers = configure_optimizers
+        options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "max_epochs": 1}
+        trainer = lightning.Trainer(callbacks=[GradientCentralization()], default_root_dir=tmp_path, **options)
+        lightning.tuner.Tuner(trainer).lr_find(model, loader(), num_training=4)
+        return counts
+
+    assert search(attach=False) == {0}
+    assert search(attach=True) == {1}
+
+
+def test_the_script_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = run_page("lightning")
+    assert page["drift"] < ROUNDING
+    assert [record.step for record in page["callback"].monitors[0].records] == [0, 4, 8, 12]
+    assert page["callback"].monitors[0].records[-1].net.share > 0.1
+    assert "gc/share" in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
