@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,11 @@ def test_a_search_for_the_learning_rate_runs_without_callbacks_but_with_what_was
 
     assert search(attach=False) == {0}
     assert search(attach=True) == {1}
+
+
+def test_the_example_of_the_documentation() -> None:
+    results = doctest.testmod(importlib.import_module(GradientCentralization.__module__))
+    assert (results.failed, results.attempted) == (0, 1)
 
 
 def test_the_script_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
