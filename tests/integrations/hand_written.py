@@ -71,7 +71,7 @@ def train(
     made = (optimizer or (lambda parameters: SGD(parameters, lr=0.1)))(model.parameters())
     weights = [module.weight for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     for number, batch in enumerate(loader, start=1):
-        (loss(model, batch) / accumulate).backward()  # type: ignore[no-untyped-call]
+        (loss(model, batch) / accumulate).backward()
         if number % accumulate:
             continue
         if clip is not None and clip_first:

@@ -35,9 +35,9 @@ def loader() -> DataLoader[Any]:
 
 
 def module(optimizer: Callable[[Any], Optimizer] = sgd, package: str = LIGHTNING) -> Any:
-    base = importlib.import_module(package).LightningModule
+    library: Any = importlib.import_module(package)
 
-    class Classifier(base):  # type: ignore[misc]
+    class Classifier(library.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.net = network()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from tests.integrations.hand_written import adamw, batches, largest_difference, 
 from tests.integrations.lightning_runs import PACKAGES, QUIET, fit, loader, module
 from tests.integrations.pages import run_page
 
-lightning = pytest.importorskip("lightning.pytorch", reason="needs lightning: run `make trainers`")
+lightning: Any = pytest.importorskip("lightning.pytorch", reason="needs lightning: run `make trainers`")
 
 from gradcentral.integrations.lightning import GradientCentralization  # noqa: E402
 
@@ -110,21 +112,19 @@ def test_a_monitor_that_starts_in_a_resumed_run_counts_all_steps(tmp_path: Path)
 
 
 def test_records_reach_all_loggers(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     csv = lightning.loggers.CSVLogger(tmp_path, flush_logs_every_n_steps=1)
     board = lightning.loggers.TensorBoardLogger(tmp_path)
-    callback = GradientCentralization(monitor=4)
+    callback: Any = GradientCentralization(monitor=4)
     fit(module(), callback, logger=[csv, board])
     first, second = callback.monitors[0].records
     assert first.placement == "gradient"
     assert first.net.share > 0.1
     lines = (Path(csv.log_dir) / "metrics.csv").read_text().splitlines()
     rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
-    assert [(int(row["step"]), float(row["gc/share"])) for row in rows] == [
-        (0, pytest.approx(first.net.share)),
-        (4, pytest.approx(second.net.share)),
-    ]
+    assert [int(row["step"]) for row in rows] == [0, 4]
+    assert [float(row["gc/share"]) for row in rows] == pytest.approx([first.net.share, second.net.share])
     events = EventAccumulator(board.log_dir)
     events.Reload()
     scalars = events.Scalars("gc_share/net.0.weight")
@@ -211,6 +211,17 @@ def test_a_search_for_the_learning_rate_runs_without_callbacks_but_with_what_was
 
     assert search(attach=False) == {0}
     assert search(attach=True) == {1}
+
+
+def test_one_package_is_enough_and_none_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = importlib.import_module(GradientCentralization.__module__).__file__
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    one = runpy.run_path(str(adapter))["GradientCentralization"]
+    fit(model := module(), one())
+    assert largest_difference(model.net, hand_written.train(network(), batches(), sgd)) < ROUNDING
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    with pytest.raises(ModuleNotFoundError, match="Lightning is not installed: pip install lightning"):
+        runpy.run_path(str(adapter))
 
 
 def test_the_example_of_the_documentation() -> None:

@@ -24,8 +24,8 @@ from lightning.pytorch.cli import OptimizerCallable
 
 pytestmark = QUIET
 ROUNDING = 1e-6
-TRAINER = ("accelerator=cpu", "max_epochs=1", "logger=false", "enable_checkpointing=false")
-TRAINER += ("enable_progress_bar=false", "enable_model_summary=false")
+TRAINER = ["accelerator=cpu", "max_epochs=1", "logger=false", "enable_checkpointing=false"]
+TRAINER += ["enable_progress_bar=false", "enable_model_summary=false"]
 CONFIGURATION = """
 trainer:
   callbacks:
@@ -40,7 +40,7 @@ trainer:
 
 def run(package: str, *arguments: str, **options: Any) -> Any:
     """Fit with a command line of a package, and return its `LightningCLI`; the module takes an optimizer."""
-    library = importlib.import_module(package)
+    library: Any = importlib.import_module(package)
 
     class Classifier(library.LightningModule):  # type: ignore[misc]
         def __init__(self, optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.1)) -> None:

@@ -98,7 +98,8 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
             check_placement(placement)
         self._placement = placement
         self._strength = checked_strength(strength)
-        self._only, self._overrides = only, overrides
+        self._only = only
+        self._overrides: dict[Any, str | None] = dict(overrides or {})
         self._exclude = [exclude] if isinstance(exclude, str) else [*exclude]
         self._submodule = submodule
         self._every = monitor
@@ -124,7 +125,7 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
         layout = weight_layout(model, only=self._only, overrides=self._overrides, exclude=self._exclude)
         optimizers = self._optimizers(trainer, layout)
         if self._placement is not None:
-            self._attach(optimizers, layout)
+            self._attach(optimizers, layout, self._placement)
         if self._every is not None:
             self._start_monitors(trainer, model, optimizers, layout)
 
@@ -173,7 +174,7 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
             )
         return held
 
-    def _attach(self, optimizers: list[Optimizer], layout: WeightLayout) -> None:
+    def _attach(self, optimizers: list[Optimizer], layout: WeightLayout, placement: str) -> None:
         for optimizer in optimizers:
             if isinstance(optimizer, (SGD, Adam, AdamW)):
                 raise ValueError(
@@ -181,7 +182,7 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
                     "record what the optimizer does, with GradientCentralization(placement=None, monitor=100)"
                 )
         present = [handle for optimizer in optimizers for handle in attached(optimizer)]
-        self.handle = centralize(optimizers, placement=self._placement, layout=layout, strength=self._strength)
+        self.handle = centralize(optimizers, placement=placement, layout=layout, strength=self._strength)
         # If configure_optimizers has attached the same, that stays attached after training.
         self._remove_handle = self.handle not in present
 
@@ -213,7 +214,7 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
             self.monitors.append(monitor)
 
     def _has_layout_options(self) -> bool:
-        return self._only != "all" or bool(self._overrides) or bool(self._exclude)
+        return self._only != "all" or bool(self._overrides or self._exclude)
 
     def _detach(self) -> None:
         if self.handle is not None and self._remove_handle:
