@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def weights_of(model: nn.Module) -> list[nn.Parameter]:
+def weights_of(model: nn.Module) -> list[Tensor]:
     """Return the weights of the Linear and Conv2d layers, whose weight vectors are the rows."""
     return [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
 

@@ -30,7 +30,7 @@ adapter: Any = importlib.import_module("gradcentral.integrations.mmengine")
 
 _numbers = itertools.count()
 HOOK = "gradcentral.integrations.mmengine.GradientCentralization"
-DATA = list(
+DATA: Any = list(
     zip(
         torch.rand(32, 1, 5, 5, generator=torch.Generator().manual_seed(1)),
         torch.randint(3, (32,), generator=torch.Generator().manual_seed(2)),
@@ -51,7 +51,7 @@ class _Model(BaseModel):  # type: ignore[misc]
 
 
 def _loader() -> DataLoader[Any]:
-    return DataLoader(DATA, batch_size=4)  # type: ignore[arg-type]
+    return DataLoader(DATA, batch_size=4)
 
 
 def _run(folder: Path, wrapper: Any, model: Any = None, epochs: int = 1, **options: Any) -> Any:
@@ -74,7 +74,7 @@ def _by_hand(optimizer: Callable[..., Any], accumulate: int = 1, clip: float | N
     model = _Model()
     created = optimizer(model.parameters())
     for number, (images, labels) in enumerate(_loader(), start=1):
-        (cross_entropy(model.net(images), labels) / accumulate).backward()  # type: ignore[no-untyped-call]
+        (cross_entropy(model.net(images), labels) / accumulate).backward()
         if number % accumulate == 0:
             if clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -103,7 +103,7 @@ def test_gradcentral_optimizers_by_their_names(tmp_path: Path) -> None:
 
 def test_groups_of_single_parameters_keep_their_options() -> None:
     options = {"bias_decay_mult": 0.0, "custom_keys": {"net.0": {"lr_mult": 0.1}, "net.3": {"centralize": False}}}
-    model = _Model()
+    model: Any = _Model()
     created = optim.build_optim_wrapper(
         model, {"optimizer": {"type": "gradcentral.SGD", "lr": 0.1, "weight_decay": 0.5}, "paramwise_cfg": options}
     ).optimizer

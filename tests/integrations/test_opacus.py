@@ -54,7 +54,7 @@ class _Training:
         self.model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
         self.start = [w.detach().clone() for w in weights_of(self.model)]
         self.by_hand, self.virtual = by_hand, virtual
-        options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+        options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
         inner: Any = (gradcentral.SGD if ours else torch.optim.SGD)(self.model.parameters(), **options)
         if attach is not None:
             attach(inner, self.model)

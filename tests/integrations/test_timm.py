@@ -79,7 +79,7 @@ def test_weight_decay_groups_and_layer_decay_are_those_of_timm(name: str, of_tim
 
 @pytest.mark.parametrize("name", ["gcmomentum", "gclion"])
 def test_the_layout_is_that_of_the_model(name: str) -> None:
-    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "up": nn.ConvTranspose1d(4, 2, 3)})
+    model: Any = nn.ModuleDict({"embed": nn.Embedding(9, 4), "up": nn.ConvTranspose1d(4, 2, 3)})
     optimizer = create(model, opt=name, lr=0.1)
     layout = getattr(optimizer, "layout", None) or gradcentral.attached(optimizer)[0].layout
     assert set(layout.skipped) == {"embed.weight", "up.bias"}

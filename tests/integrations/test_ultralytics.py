@@ -145,7 +145,8 @@ def test_a_resumed_run_centers_if_the_callback_is_added_again() -> None:
     first.add_callback("on_model_save", interrupt)
     with pytest.raises(Interrupted):
         first.train(**{**SETTINGS, "epochs": 2, "save": True})
-    resumed, start = YOLO(first.trainer.last), []
+    resumed = YOLO(first.trainer.last)
+    start: list[Tensor] = []
 
     def started(trainer: Any) -> None:
         assert trainer.start_epoch == 1
