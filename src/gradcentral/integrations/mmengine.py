@@ -11,7 +11,8 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 
-import gradcentral
+from gradcentral.attach import Handle, centralize
+from gradcentral.layout import weight_layout
 from gradcentral.projection import checked_strength
 from gradcentral.targets import check_placement
 
@@ -57,15 +58,15 @@ class GradientCentralization(Hook):  # type: ignore[misc]
         checked_strength(strength)
         self._placement, self._strength = placement, strength
         self._options: dict[str, Any] = {"only": only, "overrides": overrides, "exclude": exclude}
-        self.handle: gradcentral.Handle | None = None
+        self.handle: Handle | None = None
 
     def before_train(self, runner: Any) -> None:
         """Attach to the optimizers."""
         wrapper = runner.optim_wrapper
         wrappers = [*wrapper.values()] if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-        self.handle = gradcentral.centralize(
+        self.handle = centralize(
             [one.optimizer for one in wrappers],
-            layout=gradcentral.weight_layout(runner.model, **self._options),
+            layout=weight_layout(runner.model, **self._options),
             placement=self._placement,
             strength=self._strength,
         )

@@ -18,16 +18,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-import gradcentral
+from gradcentral.attach import centralize
+from gradcentral.layout import WeightLayout
+from gradcentral.optim import SGD, Adam, AdamW
 
 __all__ = ["register_optimizers"]
 
 _PREFIX = "gc"
-_FUSED: dict[object, Any] = {
-    torch.optim.SGD: gradcentral.SGD,
-    torch.optim.Adam: gradcentral.Adam,
-    torch.optim.AdamW: gradcentral.AdamW,
-}
+_FUSED: dict[object, Any] = {torch.optim.SGD: SGD, torch.optim.Adam: Adam, torch.optim.AdamW: AdamW}
 
 
 def register_optimizers() -> None:
@@ -73,13 +71,13 @@ def _centralized(info: OptimInfo) -> Callable[..., Optimizer]:
         params: ParamsT,
         *,
         model: nn.Module | None = None,
-        layout: gradcentral.WeightLayout | None = None,
+        layout: WeightLayout | None = None,
         placement: str = "gradient",
         strength: float = 1.0,
         **kwargs: Any,
     ) -> Optimizer:
         optimizer: Optimizer = default_registry.get_optimizer_class(info, bind_defaults=False)(params, **kwargs)
-        gradcentral.centralize(optimizer, model, placement, layout=layout, strength=strength)
+        centralize(optimizer, model, placement, layout=layout, strength=strength)
         return optimizer
 
     return create
