@@ -129,6 +129,16 @@ def test_a_separate_prefix_is_not_dropped(name: str, same: str) -> None:
     assert difference(trained, _train(plain, create(plain, opt=name_of_timm, lr=0.01), IMAGES, steps=6)) > 1e-5
 
 
+@pytest.mark.parametrize("inner", [True, False])
+def test_attaching_to_lookahead_or_to_the_optimizer_inside(inner: bool) -> None:
+    model, other = _net(), _net()
+    optimizer = create(model, opt="lookahead_adan", lr=0.01)
+    gradcentral.centralize(optimizer._base_optimizer if inner else optimizer, model)
+    trained = _train(model, optimizer, IMAGES, steps=7)
+    expected = _train(other, create(other, opt="lookahead_gcadan", lr=0.01), IMAGES, steps=7)
+    assert difference(trained, expected) == 0
+
+
 def test_names_without_the_prefix_are_unchanged() -> None:
     model = _net()
     optimizer = create(model, opt="lookahead_sgd", lr=0.01)
