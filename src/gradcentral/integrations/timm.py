@@ -33,7 +33,7 @@ def register_optimizers() -> None:
 
     Importing this module does it. Call it again for optimizers that you register with timm afterwards.
 
-    The names stand for the same optimizer and defaults with Gradient Centralization: `gradcentral.SGD`, `Adam` and
+    Each stands for the optimizer of the name without ``gc`` and its defaults, with GC: `gradcentral.SGD`, `Adam` and
     `AdamW` in place of torch's, and `gradcentral.centralize` for all others. They accept ``placement=``,
     ``strength=``, ``model=`` and ``layout=`` in addition; `gradcentral.attached` returns the handle. timm passes
     parameters without their model, so the layout is that of the model which holds them (see
