@@ -137,8 +137,8 @@ install_each = $(1) $(2) || for package in $(2); do $(1) $$package || echo "skip
 
 TRAINERS := tensorboard transformers accelerate peft lightning 'jsonargparse[signatures]' skorch \
     pytorch-ignite opacus stable-baselines3 mmengine fastai timm pytorch_optimizer schedulefree torch-optimi \
-    bitsandbytes torchao heavyball
-# DeepSpeed imports torch while it is built. Ultralytics needs fewer packages than it requires.
+    bitsandbytes torchao heavyball polars
+# DeepSpeed imports torch while it is built. Ultralytics needs polars, and fewer packages than it requires.
 .venv-trainers/ready: constraints-trainers.txt $(BUILT_FROM)
 	$(call environment,.venv-trainers,constraints-trainers.txt)
 	$(call install_each,.venv-trainers/bin/python $(INSTALL) constraints-trainers.txt,$(TRAINERS))

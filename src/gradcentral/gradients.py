@@ -73,13 +73,14 @@ def refuse_per_sample(parameter: Tensor, layout: WeightLayout) -> None:
     """Refuse a parameter whose gradient is computed later.
 
     Raises:
-        ValueError: it has per-sample gradients (with its name and a remedy).
+        ValueError: it has per-sample gradients, or their norms (with its name and a remedy).
     """
-    if getattr(parameter, "grad_sample", None) is not None:
-        raise ValueError(
-            f"{layout.names[parameter]} has per-sample gradients (grad_sample), from which Opacus computes p.grad "
-            "inside its step: attach to the optimizer instead, with gradcentral.centralize(optimizer, model)"
-        )
+    for attribute in ("grad_sample", "_norm_sample"):  # of Opacus; the latter in its mode "ghost"
+        if getattr(parameter, attribute, None) is not None:
+            raise ValueError(
+                f"{layout.names[parameter]} has per-sample gradients ({attribute}), from which Opacus computes p.grad "
+                "inside its step: attach to the optimizer instead, with gradcentral.centralize(optimizer, model)"
+            )
 
 
 def center_gradients_(
