@@ -1,16 +1,29 @@
-"""Build the C kernels; if that fails, the package installs with the reason and uses its reference path."""
+"""Build the C kernels; if that fails, the package installs with the reason and uses its reference path.
+
+Everything else about the package is in pyproject.toml.
+"""
 
 import glob
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+ROOT = Path(__file__).parent
 C = "src/gradcentral/kernels/c"
+
+
+class PlatformWheel(bdist_wheel):
+    """Tag the wheel for the platform alone: the library is called through ctypes and uses no Python headers."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 class BuildNative(build_ext):
@@ -32,22 +45,30 @@ class BuildNative(build_ext):
         if self.compiler.compiler_type == "msvc":
             attempts, base = [["/openmp"], []], ["/O2"]
         else:
+            # The search path of the Python that builds the library would point into another machine's folders.
+            self.compiler.linker_so = [flag for flag in self.compiler.linker_so if "-rpath" not in flag]
             # Vectorized square roots need -fno-math-errno. -ffast-math is not used: NaN and Inf must stay in their row.
             base = ["-O2", "-g0", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden"]
-        ext.extra_compile_args, ext.extra_link_args = [], []
         reason = Path(self.get_ext_fullpath(ext.name)).with_name("not_built.txt")
         reason.unlink(missing_ok=True)
         for position, flags in enumerate(attempts):
+            # The linker does not get the OpenMP flag: the library takes the functions of the runtime that torch has
+            # loaded. A second runtime in the process would start threads of its own, which compete with torch's.
             ext.extra_compile_args = base + flags
-            ext.extra_link_args = [flag for flag in flags if flag == openmp]
             try:
                 super().build_extension(ext)
+                self.check_runtime(ext)
                 return
             except Exception:
                 if position == len(attempts) - 1:
                     reason.parent.mkdir(parents=True, exist_ok=True)
                     reason.write_text(self.reason(), encoding="utf-8")  # for kernels/native.py
                     raise
+
+    def check_runtime(self, ext: Extension) -> None:
+        """Refuse a library that needs clang's OpenMP runtime on Linux, where torch has GCC's."""
+        if sys.platform == "linux" and b"__kmpc_fork_call" in Path(self.get_ext_fullpath(ext.name)).read_bytes():
+            raise RuntimeError("compiled for another OpenMP runtime than torch's")
 
     def reason(self) -> str:
         """Return why the compilation failed, as the end of a sentence."""
@@ -57,8 +78,19 @@ class BuildNative(build_ext):
         return f"the C compiler {program} failed (pip install -v shows its messages)"
 
 
+def readme() -> str:
+    """Return README.md with absolute links, because a package index shows the page without the repository."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    repository = re.search(r'^Repository = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    assert repository is not None
+    text = re.sub(r"(!\[[^]]*\])\((?!https?:)([^)#]+)\)", rf"\1({repository[1]}/raw/main/\2)", text)
+    return re.sub(r"(?<!!)(\[[^]]*\])\((?!https?:|#)([^)]+)\)", rf"\1({repository[1]}/blob/main/\2)", text)
+
+
 setup(
-    cmdclass={"build_ext": BuildNative},
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    cmdclass={"bdist_wheel": PlatformWheel, "build_ext": BuildNative},
     ext_modules=[
         Extension(
             "gradcentral.kernels._native",

@@ -9,8 +9,8 @@ from gradcentral.experiment import compare
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_my_task_runs(tmp_path: Path) -> None:
-    result = compare(EXAMPLES / "my_task.py", seeds=2, epochs=3, jobs=1, out=tmp_path, progress=False)
+def test_wine_runs(tmp_path: Path) -> None:
+    result = compare("wine", seeds=2, epochs=3, jobs=1, out=tmp_path, progress=False)
     assert result.task == "wine"
     assert len(result.all_runs) == 2 * 2 * 3
     assert result.report.exists()

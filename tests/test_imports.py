@@ -35,6 +35,7 @@ PARTS = (
     "groups",
     "distributed",
     "weight_decay",
+    "strengths",
     "local_shard",
     "kernels",
     "layout",

@@ -53,7 +53,7 @@ __all__ = [
     "weight_layout",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported at first use: these need an extra, or take a while to import.
 _LATER = {

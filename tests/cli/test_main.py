@@ -8,9 +8,11 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import nn
 
 import gradcentral
@@ -265,3 +267,40 @@ def test_python_m_runs_the_command_line(task: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("gradcentral: ")
     assert "Traceback" not in result.stderr
+
+
+def test_without_arguments_the_first_steps_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert "\n    gradcentral compare --example    write a task file" in shown
+
+
+@pytest.mark.parametrize("command", ["compare", "probe", "figures", "layout", "bench", "doctor"])
+def test_every_command_has_an_example_with_valid_arguments(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    example = re.search(r"Example: gradcentral (.*)", " ".join(capsys.readouterr().out.split()))
+    assert example is not None
+    commands: Any = typer.main.get_command(cli.app)  # a group of a click that is part of typer in newer versions
+    name, *arguments = shlex.split(example[1])
+    assert name == command
+    commands.commands[name].make_context(name, arguments)  # raises for an unknown option or a wrong value
+
+
+def test_the_example_task_is_written_once_and_can_be_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "compare", "--example") == 0
+    command = re.search(r"run: gradcentral (.*)", capsys.readouterr().out)
+    assert command is not None
+    (tmp_path / "my_task.py").write_text((tmp_path / "my_task.py").read_text().replace("epochs=20", "epochs=1"))
+    assert run(monkeypatch, *command[1].split(), "--seeds", "2", "--jobs", "1", "--optimizers", "adam") == 0
+    assert "wine, adam: mean ± std of 2 runs" in capsys.readouterr().out
+    edited = (tmp_path / "my_task.py").read_text()
+    assert run(monkeypatch, "compare", "--example") == 2
+    assert "my_task.py exists already; rename it first" in capsys.readouterr().err
+    assert (tmp_path / "my_task.py").read_text() == edited

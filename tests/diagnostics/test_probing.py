@@ -576,7 +576,7 @@ def test_the_removed_part_is_what_the_input_mean_contributes() -> None:
     torch.testing.assert_close(model.weight.grad.mean(1), torch.as_tensor(output.grad).T @ x.mean(1))
 
 
-@pytest.mark.parametrize("name", ["digits", "examples/my_task.py"])
+@pytest.mark.parametrize("name", ["digits", "wine"])
 def test_tasks_are_probed_on_their_batches(name: str) -> None:
     task = load_task(name)
     assert not isinstance(task, gradcentral.experiment.CustomTask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,17 @@ def test_a_gradcentral_optimizer_is_refused() -> None:
     model = network()
     with pytest.raises(ArmError, match="already centers gradients"):
         CheckedArm("none", model, gradcentral.SGD(model, lr=0.1))
+
+
+def test_a_group_with_a_strength_is_refused_and_the_remedy_works() -> None:
+    model = network()
+    groups: list[dict[str, Any]] = [{"params": [p]} for p in model.parameters()]
+    groups[0]["centralize"] = 0.5
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    with pytest.raises(ArmError, match='a parameter group .* has a strength, .* use "centralize": False to leave'):
+        CheckedArm("gradient", model, optimizer)
+    optimizer.param_groups[0]["centralize"] = False
+    step(CheckedArm("gradient", model, optimizer), model, optimizer)
 
 
 @pytest.mark.parametrize("arm", ["none", "update"])

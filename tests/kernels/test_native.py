@@ -375,6 +375,32 @@ def test_remedy_for_a_missing_or_broken_library(tmp_path: Path) -> None:
     assert (library is not None, reason) == (True, "")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not native.has_openmp(), reason="needs the C kernels with OpenMP")
+def test_one_openmp_runtime_in_the_process() -> None:
+    """A second one would start threads that compete with torch's."""
+    code = (
+        "import torch; before = open('/proc/self/maps').read()\n"
+        "from gradcentral.kernels import native; assert native.has_openmp()\n"
+        "after = open('/proc/self/maps').read()\n"
+        "runtimes = [{line.split()[-1] for line in maps.splitlines() if 'omp' in line.split('/')[-1]}"
+        " for maps in (before, after)]\n"
+        "assert len(runtimes[0]) == 1, runtimes\nassert runtimes[0] == runtimes[1], runtimes"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_the_reason_names_a_missing_openmp_runtime(tmp_path: Path) -> None:
+    source = tmp_path / "library.c"
+    source.write_text("void GOMP_absent(void);\nvoid run(void) { GOMP_absent(); }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", tmp_path / "_native.so"], check=True)
+    assert native._load(tmp_path) == (
+        None,
+        "_native.so needs an OpenMP runtime, and this build of torch has loaded none",
+    )
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="the compiler is a shell script")
 @pytest.mark.parametrize("found", [True, False])
 def test_the_reason_tells_a_missing_compiler_from_a_failing_one(tmp_path: Path, found: bool) -> None:

@@ -18,8 +18,6 @@ from gradcentral.paper.figures.training import landscape_figure
 from gradcentral.paper.study import Study
 from tests.experiment.conftest import make_task
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "my_task.py"
-
 
 def network() -> nn.Module:
     """Return a convolution and linear layers with BatchNorm and dropout, whose state a measurement could change."""
@@ -183,7 +181,7 @@ def test_the_landscape_of_a_quadratic_loss_is_exact() -> None:
 
 
 def test_the_example_task(tmp_path: Path) -> None:
-    drawn = draw_all(EXAMPLE, out=tmp_path, seeds=1, epochs=1, optimizer="adam", progress=False,
+    drawn = draw_all("wine", out=tmp_path, seeds=1, epochs=1, optimizer="adam", progress=False,
                      only=["gradient-norms", "shares", STATEMENTS])  # fmt: skip
     assert list(drawn.titles) == ["gradient-norms", "shares"]
     assert drawn.titles["shares"] == "wine: where GC acts before training"

@@ -18,15 +18,16 @@ from gradcentral.bench.against import against_table, check_same_machine
 from gradcentral.bench.report import conclusion, markdown_table, plot_benchmark, short_table, terminal_table
 from gradcentral.bench.shapes import MODELS
 from gradcentral.bench.steps import OURS
+from gradcentral.cli import doctor
 from gradcentral.cli.layout import build_model
 from gradcentral.cli.terminal import encode_everything, exit_after, exit_after_interrupt, exit_with, signals_caught
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES
 from gradcentral.experiment import Comparison, CustomTask, ExperimentError, ResultsError, TaskError, load_task
 from gradcentral.experiment import compare as compare_task
 from gradcentral.experiment.arms import ARMS, DEFAULT_ARMS
+from gradcentral.experiment.loading import BUILT_IN
 from gradcentral.experiment.output_folder import OutputFolder
 from gradcentral.experiment.probing import probe_task
-from gradcentral.experiment.tasks import MODULES
 from gradcentral.experiment.training import check_device
 from gradcentral.extras import MissingExtraError, own_version
 from gradcentral.layout import report as layout_report
@@ -35,12 +36,20 @@ from gradcentral.plotting import to_png
 
 __all__ = ["run"]
 
-_TASK_HELP = f"A Python file that defines `task`, or a built-in task: {', '.join(MODULES)}."
+_TASK_HELP = f"A Python file that defines `task`, or a built-in task: {', '.join(BUILT_IN)}."
 _MODEL_HELP = (
     "MODULE:NAME of a model, or of a class or function that returns one (transformers:GPT2LMHeadModel); "
     "MODULE:EXPRESSION (\"timm:create_model('resnet18')\"); or a task file."
 )
 _WEIGHTS_HELP = "Trained weights of the task's network (a state dict), which initial-means shows too."
+_START = """\b
+Start here:
+  gradcentral compare              train with and without GC on bundled data
+  gradcentral compare --example    write a task file to replace with your own model and data
+  gradcentral layout MODULE:MODEL  what GC would center in a model
+  gradcentral COMMAND --help       options and an example
+"""
+EXAMPLE_FILE = Path("my_task.py")
 _FIGURES_HELP = f"Some of {', '.join((*FIGURES, STATEMENTS))}; by default all."
 Task = Annotated[str, typer.Argument(help=_TASK_HELP)]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs per run; by default the task's own.")]
@@ -51,7 +60,11 @@ MixedPrecision = Annotated[bool, typer.Option("--amp", help="Use mixed precision
 _print = partial(print, flush=True)
 
 app = typer.Typer(
-    invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog=_START,
 )
 
 
@@ -71,7 +84,10 @@ def _main(context: typer.Context, version: Annotated[bool, _VERSION] = False) ->
         _print(context.get_help())
 
 
-@app.command(short_help="Whether GC helps: train with and without it.")
+@app.command(
+    short_help="Whether GC helps: train with and without it.",
+    epilog="Example: gradcentral compare my_task.py --seeds 10 --arms none,gradient",
+)
 def compare(
     task: Task = "digits",
     seeds: Annotated[str, typer.Option(help="Number of seeds, or a list; 5 means 0,1,2,3,4.")] = "5",
@@ -84,8 +100,12 @@ def compare(
     amp: MixedPrecision = False,
     out: Annotated[Path | None, typer.Option(help="Output folder; by default runs/TASK.")] = None,
     resume: Annotated[bool, typer.Option(help="Reuse the finished runs in the folder, or move them aside.")] = True,
+    example: Annotated[bool, typer.Option("--example", help=f"Write {EXAMPLE_FILE}, a task to edit.")] = False,
 ) -> None:
     """Train with and without GC on the same seeds and data order, and report whether GC helps."""
+    if example:
+        _write_example()
+        return
     chosen = None if optimizers is None else _names(optimizers)
     how: dict[str, Any] = {"jobs": jobs, "backend": backend, "device": device, "amp": amp, "out": out, "resume": resume}
     try:
@@ -100,7 +120,7 @@ def compare(
     _print(f"\nReport: {comparison.report}")
 
 
-@app.command(short_help="Where GC acts, before training.")
+@app.command(short_help="Where GC acts, before training.", epilog="Example: gradcentral probe digits --out runs/probe")
 def probe(
     task: Task = "digits",
     batches: Annotated[int, typer.Option(min=1, help="Number of the task's batches to use.")] = DEFAULT_BATCHES,
@@ -126,7 +146,10 @@ def probe(
         _print(f"\n{path} and probe.png")
 
 
-@app.command(short_help="The paper's figures and statements, on a real network.")
+@app.command(
+    short_help="The paper's figures and statements, on a real network.",
+    epilog="Example: gradcentral figures --only geometry,statements",
+)
 def figures(
     task: Annotated[str, typer.Option(help=_TASK_HELP)] = "digits",
     only: Annotated[str | None, typer.Option(help=_FIGURES_HELP)] = None,
@@ -147,7 +170,10 @@ def figures(
         _print(f"{drawn.out / name}.png  {title}")
 
 
-@app.command(short_help="Which elements of each parameter form one weight vector.")
+@app.command(
+    short_help="Which elements of each parameter form one weight vector.",
+    epilog="Example: gradcentral layout torch.nn:Transformer",
+)
 def layout(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)],
     only: Annotated[str, typer.Option(help="all, or conv for convolutions only.")] = "all",
@@ -166,7 +192,10 @@ def layout(
         _print(layout_report.as_text(built, found, every=every))
 
 
-@app.command(short_help="What GC costs: optimizer steps with and without it.")
+@app.command(
+    short_help="What GC costs: optimizer steps with and without it.",
+    epilog="Example: gradcentral bench --models ResNet-50 --optimizers AdamW --dtypes f32 --no-iteration",
+)
 def bench(
     models: Annotated[str, typer.Option(help="Networks to measure.")] = ",".join(MODELS),
     optimizers: Annotated[str, typer.Option(help="Optimizers to measure.")] = "SGD,AdamW",
@@ -213,6 +242,35 @@ def bench(
     folder.write("bench.md", markdown_table(benchmark))
     folder.write("bench.png", plot_benchmark(benchmark))
     _print(f"\n{path}, bench.md and bench.png")
+
+
+@app.command(
+    name="doctor",
+    short_help="Versions, kernels and devices in use, and a test of the kernels.",
+    epilog="Example: gradcentral doctor",
+)
+def examine() -> None:
+    """Print what a bug report needs, test the kernels on this machine, and list what to mend."""
+    facts = doctor.describe()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        _print(f"{name:{width}}  {value}")
+    problems = doctor.problems()
+    for problem in problems:
+        _print(f"\n- {problem}")
+    if not problems:
+        _print("\nNo problem found.")
+    elif any(problem.startswith(doctor.REPORT) for problem in problems):
+        raise typer.Exit(1)
+
+
+def _write_example() -> None:
+    try:
+        with EXAMPLE_FILE.open("x", encoding="utf-8") as file:
+            file.write(BUILT_IN["wine"].read_text(encoding="utf-8"))
+    except FileExistsError:
+        exit_with(f"{EXAMPLE_FILE} exists already; rename it first")
+    _print(f"Wrote {EXAMPLE_FILE}. Put your model and data into it, then run: gradcentral compare {EXAMPLE_FILE}")
 
 
 def _print_comparison(comparison: Comparison) -> None:

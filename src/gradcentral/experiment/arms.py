@@ -13,6 +13,7 @@ from gradcentral.attach import attached, centering_of, centralize
 from gradcentral.diagnostics.centering_effect import Effect, combine_effects, effects
 from gradcentral.diagnostics.drift import Drift
 from gradcentral.experiment.errors import ArmError
+from gradcentral.groups import OPTION
 from gradcentral.layout import weight_layout
 from gradcentral.projection import center_regularized, unit_means
 from gradcentral.weight_decay import l2_of
@@ -38,6 +39,11 @@ class CheckedArm:
     def __init__(self, arm: str, model: nn.Module, optimizer: Optimizer) -> None:
         if centering_of(optimizer):
             raise ArmError("the task's optimizer already centers gradients: use a plain one; the arms attach GC")
+        if any(not isinstance(group.get(OPTION), bool | None) for group in optimizer.param_groups):
+            raise ArmError(
+                'a parameter group of the task\'s optimizer has a strength, which no arm compares: use "centralize": '
+                "False to leave the group out, or omit the key"
+            )
         self.arm = arm
         self._optimizer = optimizer
         self._names = {parameter: name for name, parameter in model.named_parameters()}

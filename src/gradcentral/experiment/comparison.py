@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import textwrap
@@ -219,6 +220,11 @@ class Comparison:
         for note in self.notes:
             parts += [rich_text.Text.assemble(("note: ", "bold"), note), ""]
         return optional("rich.console").Group(*parts[:-1])
+
+    def _repr_html_(self) -> str:
+        """Show the report below a notebook's cell, in a frame of its own so that neither changes the other's style."""
+        page = html.escape(self.report.read_text(encoding="utf-8"), quote=True)
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: 900px; border: 0"></iframe>'
 
     def __str__(self) -> str:
         console = optional("rich.console").Console(file=io.StringIO(), width=118, color_system=None)

@@ -1,10 +1,11 @@
-"""Progress bars of a comparison on a terminal; elsewhere one plain line per finished run."""
+"""Progress bars of a comparison on a terminal or in a notebook; elsewhere one plain line per finished run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ class Progress:
         self._file: Path | None = None
         self._done = {run.key: run for run in before}
         self._console = optional("rich.console").Console(highlight=False, quiet=not show)
-        self._live = self._bars() if self._console.is_terminal and show else nullcontext()
+        # A notebook redraws bars only with ipywidgets; without it, each finished run gets a line.
+        notebook = self._console.is_jupyter and find_spec("ipywidgets") is not None
+        self._redraws = self._console.is_terminal or notebook
+        self._live = self._bars() if self._redraws and show else nullcontext()
 
     def __enter__(self) -> Progress:
         if self._done:
@@ -51,7 +55,7 @@ class Progress:
     def finished(self, run: Run) -> None:
         """Display a finished run."""
         self._done[run.key] = run
-        if self._console.is_terminal:
+        if self._redraws:
             return
         result = f"diverged in epoch {run.diverged_at}"
         if run.diverged_at is None:

@@ -82,6 +82,8 @@ def _load(folder: Path) -> tuple[Any, str]:
         library = ctypes.CDLL(str(found[0]))
         sizes = [library.gradcentral_struct_size(which) for which in range(4)]
     except (OSError, AttributeError) as error:
+        if "GOMP_" in str(error):  # GCC's OpenMP functions; setup.py explains why the library does not bring them
+            return None, f"{found[0].name} needs an OpenMP runtime, and this build of torch has loaded none"
         return None, f"{found[0].name} does not load ({error}): reinstall gradcentral"
     if sizes != [ctypes.sizeof(kind) for kind in (_CParameter, _CWorkPiece, Coefficients, _CWorkList)]:
         return None, f"{found[0].name} belongs to another version: reinstall gradcentral"

@@ -9,6 +9,7 @@ MODULES = {
     "digits": "digits",
     "digits-batchnorm": "digits_batchnorm",
     "digits-vit": "digits_vit",
+    "wine": "wine",
     **dict.fromkeys(_IMAGES, "images"),
     **dict.fromkeys(("fine-tuning", "lora"), "fine_tuning"),
     **dict.fromkeys(("text-layernorm", "text-rmsnorm", "text-gru"), "text"),
@@ -17,5 +18,5 @@ MODULES = {
 }
 """Name of a task -> the module in this folder that defines it."""
 
-SUITE = tuple(name for name in MODULES if not name.startswith(("digits", "cifar")))
+SUITE = tuple(name for name in MODULES if not name.startswith(("digits", "wine", "cifar")))
 """The small tasks that `benchmarks/evidence.py` trains; ``optimizers.py`` explains their learning rates."""

@@ -1,6 +1,7 @@
-"""A custom task: classify wines by their chemistry with a small sigmoid network.
+"""Classify wines by their chemistry with a small sigmoid network.
 
-gradcentral compare examples/my_task.py --seeds 10
+``gradcentral compare --example`` writes this file as my_task.py: replace the data, the model and the optimizers with
+your own, then run ``gradcentral compare my_task.py``.
 """
 
 import torch
@@ -40,13 +41,13 @@ def macro_f1(output: Tensor, target: Tensor) -> float:
 
 train, test = datasets()
 task = Task(
-    name="wine",
-    model=model,
-    train=train,
+    name="wine",  # the results go to runs/wine
+    model=model,  # called once per run, after the seed is set
+    train=train,  # a map-style dataset, or a DataLoader
     test=test,
-    loss=nn.functional.cross_entropy,
-    metric=macro_f1,
-    optimizers={
+    loss=nn.functional.cross_entropy,  # loss(output, target), the mean over the batch
+    metric=macro_f1,  # metric(output, target); add higher_is_better=False for an error
+    optimizers={  # each is trained with and without GC; choose the learning rates without GC
         "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
         "adam": lambda params: torch.optim.Adam(params, lr=1e-2),
     },
