@@ -16,9 +16,9 @@ declare_operators()  # also in processes that pytest does not start
 
 import transformers  # noqa: E402
 
-__all__ = ["BLOCKS", "CENTERED", "build", "center_by_hand", "data", "difference", "drift", "means", "train_by_hand", "trainer"]
+__all__ = ["BLOCKS", "build", "center_by_hand", "data", "difference", "drift", "means", "train_by_hand", "trainer"]
 
-CENTERED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+_CENTERED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 BLOCKS = 32
 """Blocks of 8 tokens in the data."""
 
@@ -46,7 +46,7 @@ def data() -> list[dict[str, Tensor]]:
 def center_by_hand(model: nn.Module, strength: float = 1.0) -> None:
     """Subtract the means of the gradients over the inputs, which are the first axis of GPT-2's Conv1D."""
     for name, parameter in model.named_parameters():
-        if name.endswith(tuple(f"{layer}.weight" for layer in CENTERED)):
+        if name.endswith(tuple(f"{layer}.weight" for layer in _CENTERED)):
             assert parameter.grad is not None
             parameter.grad -= strength * parameter.grad.mean(0, keepdim=True)
 
@@ -85,7 +85,11 @@ def trainer(
     }
     created = {"model": model} if isinstance(model, torch.nn.Module) else {"model_init": model}
     return transformers.Trainer(
-        **created, args=transformers.TrainingArguments(**options), train_dataset=data(), callbacks=[*callbacks], **init or {}
+        **created,
+        args=transformers.TrainingArguments(**options),
+        train_dataset=data(),
+        callbacks=[*callbacks],
+        **init or {},
     )
 
 
@@ -102,7 +106,20 @@ def train_by_hand(
     create: Callable[[Iterable[Tensor]], torch.optim.Optimizer] = lambda params: torch.optim.SGD(params, lr=0.1),
     autocast: bool = False,
 ) -> Any:
-    """Train on consecutive batches, without those of the first ``skip`` steps: accumulate, clip, center, step; or clip after centering, if ``clip_last``."""
+    """Train on consecutive batches: accumulate, clip, center, step.
+
+    Args:
+        model: it is changed, and returned.
+        steps: number of steps.
+        skip: number of steps whose batches are left out at the beginning.
+        batch: blocks per batch.
+        accumulate: batches per step.
+        clip: largest norm of the gradients.
+        center: what centers the gradients.
+        clip_last: clip after centering.
+        create: creates the optimizer.
+        autocast: compute in bfloat16.
+    """
     optimizer, blocks = create(model.parameters()), data()
     model.train()
     batches = iter([blocks[at : at + batch] for at in range(0, BLOCKS, batch)][skip * accumulate :])
@@ -134,7 +151,7 @@ def means(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter.detach().double().mean(0)
         for name, parameter in model.named_parameters()
-        if name.endswith(tuple(f"{layer}.weight" for layer in CENTERED))
+        if name.endswith(tuple(f"{layer}.weight" for layer in _CENTERED))
     }
 
 

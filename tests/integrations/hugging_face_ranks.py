@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.integrations.hugging_face import build, difference, train_by_hand, trainer
+from tests.integrations.hugging_face import build, data, difference, train_by_hand, trainer
 
 # isort: split
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -19,14 +19,14 @@ from accelerate.utils import DistributedType
 import gradcentral
 from gradcentral.integrations.transformers import GradientCentralization
 
-__all__ = ["train_with_trainer"]
+__all__ = ["error_of_fsdp1", "train_with_accelerate", "train_with_trainer"]
 
 
 def train_with_trainer(kind: str, folder: str) -> tuple[float, float]:
     """Train with a Trainer; return the differences from the loop by hand with and without centering.
 
     Args:
-        kind: "DDP", "FSDP2" or "FSDP1".
+        kind: "DDP" or "FSDP2".
         folder: for checkpoints.
     """
     _new_accelerator_state()
@@ -41,6 +41,49 @@ def train_with_trainer(kind: str, folder: str) -> tuple[float, float]:
     wrapper = {"DDP": "DistributedDataParallel", "FSDP2": "FSDPGPT2LMHeadModel"}[kind]
     assert type(trained.model_wrapped).__name__ == wrapper
     return _differences(trained.model, clip=0.2)
+
+
+def train_with_accelerate(kind: str, how: str) -> tuple[float, float]:
+    """Train with an Accelerator; return the differences from the loop by hand with and without centering.
+
+    Args:
+        kind: "DDP" or "FSDP2".
+        how: what centers: "before" and "after" attach before and after ``prepare``; "SGD"; "gradients".
+    """
+    _new_accelerator_state()
+    accelerator = Accelerator(cpu=True)
+    if kind != "DDP":
+        _shard_on_the_cpu(kind)
+    net = build()
+    optimizer: Any = gradcentral.SGD(net, lr=0.1) if how == "SGD" else torch.optim.SGD(net.parameters(), lr=0.1)
+    if how == "before":
+        gradcentral.centralize(optimizer, net)
+    model, optimizer = accelerator.prepare(net, optimizer)
+    assert type(model).__name__ == {"DDP": "DistributedDataParallel", "FSDP2": "FSDPGPT2LMHeadModel"}[kind]
+    if how == "after":
+        gradcentral.centralize(optimizer, model)
+    tokens = torch.stack([block["input_ids"] for block in data()]).split(2)[accelerator.process_index :: 2]
+    for batch in tokens[:4]:
+        accelerator.backward(model(input_ids=batch, labels=batch).loss)
+        accelerator.clip_grad_norm_(model.parameters(), 0.2)
+        if how == "gradients":
+            gradcentral.centralize_gradients(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    return _differences(accelerator.unwrap_model(model), clip=0.2)
+
+
+def error_of_fsdp1(folder: str) -> str:
+    """Return the error of a Trainer with FSDP1."""
+    _new_accelerator_state()
+    trained = trainer(Path(folder), build(), GradientCentralization())
+    _shard_on_the_cpu("FSDP1")
+    trained.is_fsdp_enabled = True
+    try:
+        trained.train()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _differences(model: nn.Module, **by_hand: Any) -> tuple[float, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -277,6 +278,55 @@ def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
 def test_two_processes_equal_a_loop_by_hand_on_the_whole_batch(tmp_path: Path, two_ranks: Workers, kind: str) -> None:
-    for centered, uncentered in two_ranks.run(ranks.train_with_trainer, kind, str(tmp_path)):
+    for centered, uncentered in two_ranks.run(ranks.train_with_trainer, kind, str(tmp_path), limit_s=240):
         assert centered < 1e-7
         assert uncentered > 1e-4
+
+
+def test_fsdp1_is_refused(tmp_path: Path, two_ranks: Workers) -> None:
+    for message in two_ranks.run(ranks.error_of_fsdp1, str(tmp_path), limit_s=240):
+        assert "wrapped in FullyShardedDataParallel (FSDP1)" in message
+        assert message.endswith("with accelerate, set fsdp_version: 2")
+
+
+_DEEPSPEED = """
+import os, sys
+os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+from pathlib import Path
+from tests.integrations.hugging_face import build, difference, train_by_hand, trainer
+import deepspeed, gradcentral
+from gradcentral.integrations.transformers import GradientCentralization
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # would compile a kernel
+
+port, stage, folder = sys.argv[1:]
+os.environ["MASTER_PORT"] = port
+config = {"zero_optimization": {"stage": int(stage)}, "train_micro_batch_size_per_gpu": 4,
+          "zero_allow_untested_optimizer": True, "gradient_clipping": 0.2}
+model = build()
+trained = trainer(Path(folder), model, GradientCentralization(), use_cpu=False, deepspeed=config)
+try:
+    trained.train()
+except ValueError as error:
+    print("refused:", error)
+    model = build()
+    gradcentral.centralize_in_backward(model)
+    trainer(Path(folder), model, use_cpu=False, deepspeed=config).train()
+with deepspeed.zero.GatheredParameters([*model.parameters()]):
+    print("difference:", difference(model, train_by_hand(build(), steps=4, clip=0.2, clip_last=int(stage) > 0)))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed: run `make trainers`")
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_deepspeed_works_in_stage_0_and_is_refused_with_a_remedy_in_others(tmp_path: Path, stage: int) -> None:
+    """DeepSpeed clips in its own step: before the callback centers, and after `centralize_in_backward` has centered."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", _DEEPSPEED, str(port), str(stage), str(tmp_path)]
+    # DeepSpeed prints to stdout too.
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout.partition("difference: ")[2].split()[0]) < 1e-7
+    remedy = "call gradcentral.centralize_in_backward(model) before trainer.train() instead"
+    assert (remedy in run.stdout) == (stage > 0)

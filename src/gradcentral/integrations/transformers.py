@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import DeepSpeedOptimizerWrapper
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -49,8 +50,8 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
 
     Raises:
         ValueError: an unknown placement; a strength that is not between 0 and 1; when training begins, the errors of
-            `gradcentral.centralize`, `gradcentral.weight_layout` and `gradcentral.Monitor`, or an optimizer of
-            gradcentral with other settings.
+            `gradcentral.centralize`, `gradcentral.weight_layout` and `gradcentral.Monitor`, an optimizer of
+            gradcentral with other settings, or DeepSpeed's ZeRO of stage 1 to 3.
         TypeError: overrides or exclude contain anything but text.
 
     Examples:
@@ -89,14 +90,15 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
     ) -> None:
         """Attach to the prepared optimizer."""
         self._detach()  # in case an exception ended the previous training
-        layout = gradcentral.weight_layout(model, **self._layout_options)
-        inner = hooked_optimizer(optimizer)
-        if isinstance(inner, CentralizedOptimizer):
-            self._check_same_settings(inner, layout)
-        else:
-            existing = gradcentral.attached(inner)
-            handle = gradcentral.centralize(optimizer, layout=layout, placement=self.placement, strength=self.strength)
-            self.handle, self._attached = handle, handle not in existing
+        try:
+            self._attach(model, optimizer)
+        except ValueError as error:
+            if isinstance(optimizer, DeepSpeedOptimizerWrapper):
+                raise ValueError(
+                    "DeepSpeed's ZeRO has flattened the parameters, so that this callback cannot center them: call "
+                    "gradcentral.centralize_in_backward(model) before trainer.train() instead"
+                ) from error
+            raise
         # transformers looks this entry up when it saves, but a checkpoint from before the callback was added lacks it.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if self.every is not None:
@@ -115,6 +117,16 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
     def __repr__(self) -> str:
         arguments = {name: value for name, value in self.state()["args"].items() if value}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+
+    def _attach(self, model: nn.Module, optimizer: Any) -> None:
+        layout = gradcentral.weight_layout(model, **self._layout_options)
+        inner = hooked_optimizer(optimizer)
+        if isinstance(inner, CentralizedOptimizer):
+            self._check_same_settings(inner, layout)
+            return
+        existing = gradcentral.attached(inner)
+        handle = gradcentral.centralize(optimizer, layout=layout, placement=self.placement, strength=self.strength)
+        self.handle, self._attached = handle, handle not in existing
 
     def _monitor(self, saved: Any, event: tuple[Any, ...], model: nn.Module, optimizer: Any) -> None:
         """Attach a monitor that continues from a checkpoint, if the training does."""
@@ -157,12 +169,10 @@ def _callbacks_beside(callback: TrainerCallback, model: nn.Module) -> list[Any]:
     user's ``on_log`` can add nothing to what they log. So the Trainer's list is searched among the objects of the
     process, once per training.
     """
-    for found in gc.get_objects():
-        # Unlike isinstance, this does not access __class__, which runs code in proxies and mocks.
-        if issubclass(type(found), CallbackHandler) and found.model is model:
-            if any(each is callback for each in found.callbacks):
-                return list(found.callbacks)
-    return []
+    # Unlike isinstance, issubclass does not access __class__, which runs code in proxies and mocks.
+    handlers = (found for found in gc.get_objects() if issubclass(type(found), CallbackHandler))
+    lists = (found.callbacks for found in handlers if found.model is model)
+    return next((list(found) for found in lists if any(each is callback for each in found)), [])
 
 
 def _to_text(state: dict[str, Any]) -> str:
