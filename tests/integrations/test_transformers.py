@@ -289,33 +289,6 @@ def test_fsdp1_is_refused(tmp_path: Path, two_ranks: Workers) -> None:
         assert message.endswith("with accelerate, set fsdp_version: 2")
 
 
-_DEEPSPEED = """
-import os, sys
-os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-from pathlib import Path
-from tests.integrations.hugging_face import build, difference, train_by_hand, trainer
-import deepspeed, gradcentral
-from gradcentral.integrations.transformers import GradientCentralization
-sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # would compile a kernel
-
-port, stage, folder = sys.argv[1:]
-os.environ["MASTER_PORT"] = port
-config = {"zero_optimization": {"stage": int(stage)}, "train_micro_batch_size_per_gpu": 4,
-          "zero_allow_untested_optimizer": True, "gradient_clipping": 0.2}
-model = build()
-trained = trainer(Path(folder), model, GradientCentralization(), use_cpu=False, deepspeed=config)
-try:
-    trained.train()
-except ValueError as error:
-    print("refused:", error)
-    model = build()
-    gradcentral.centralize_in_backward(model)
-    trainer(Path(folder), model, use_cpu=False, deepspeed=config).train()
-with deepspeed.zero.GatheredParameters([*model.parameters()]):
-    print("difference:", difference(model, train_by_hand(build(), steps=4, clip=0.2, clip_last=int(stage) > 0)))
-"""
-
-
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed: run `make trainers`")
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_deepspeed_works_in_stage_0_and_is_refused_with_a_remedy_in_others(tmp_path: Path, stage: int) -> None:
@@ -323,7 +296,7 @@ def test_deepspeed_works_in_stage_0_and_is_refused_with_a_remedy_in_others(tmp_p
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", _DEEPSPEED, str(port), str(stage), str(tmp_path)]
+    command = [sys.executable, "-m", "tests.integrations.deepspeed_trainer", str(port), str(stage), str(tmp_path)]
     # DeepSpeed prints to stdout too.
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert run.returncode == 0, run.stderr

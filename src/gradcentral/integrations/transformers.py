@@ -1,7 +1,4 @@
-"""Hugging Face's Trainer: a callback that attaches Gradient Centralization when training begins.
-
-Trainer(model=model, args=arguments, train_dataset=data, callbacks=[GradientCentralization()])
-"""
+"""Hugging Face's Trainer: a callback that attaches Gradient Centralization when training begins."""
 
 from __future__ import annotations
 
@@ -30,10 +27,11 @@ __all__ = ["GradientCentralization"]
 
 
 class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Center the gradients of a ``transformers.Trainer``, with whatever optimizer and model it trains.
+    """Center the gradients of a ``transformers.Trainer``, whatever its model and its optimizer.
 
-    Each ``train()`` attaches to the optimizer after accelerate has prepared it, and detaches at its end. The Trainer
-    clips before ``optimizer.step()``, so clipping comes first and centering second.
+    Pass it as ``Trainer(callbacks=[GradientCentralization()])``. Each ``train()`` attaches to the optimizer after
+    accelerate has prepared it, and detaches at its end. The Trainer clips before ``optimizer.step()``: first it clips,
+    then GC centers.
 
     Args:
         placement, strength: see `gradcentral.centralize`.
@@ -90,15 +88,7 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
     ) -> None:
         """Attach to the prepared optimizer."""
         self._detach()  # in case an exception ended the previous training
-        try:
-            self._attach(model, optimizer)
-        except ValueError as error:
-            if isinstance(optimizer, DeepSpeedOptimizerWrapper):
-                raise ValueError(
-                    "DeepSpeed's ZeRO has flattened the parameters, so that this callback cannot center them: call "
-                    "gradcentral.centralize_in_backward(model) before trainer.train() instead"
-                ) from error
-            raise
+        self._attach(model, optimizer)
         # transformers looks this entry up when it saves, but a checkpoint from before the callback was added lacks it.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if self.every is not None:
@@ -115,10 +105,16 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
         return {"args": {**arguments, "monitor": self.every}, "attributes": {}, "monitor": saved}
 
     def __repr__(self) -> str:
-        arguments = {name: value for name, value in self.state()["args"].items() if value}
+        arguments = {name: value for name, value in self.state()["args"].items() if value not in (None, [], {})}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
 
     def _attach(self, model: nn.Module, optimizer: Any) -> None:
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if isinstance(optimizer, DeepSpeedOptimizerWrapper) and held.isdisjoint(model.parameters()):
+            raise ValueError(
+                "DeepSpeed's ZeRO has flattened the parameters, so that this callback cannot center them: call "
+                "gradcentral.centralize_in_backward(model) before trainer.train() instead"
+            )
         layout = gradcentral.weight_layout(model, **self._layout_options)
         inner = hooked_optimizer(optimizer)
         if isinstance(inner, CentralizedOptimizer):
