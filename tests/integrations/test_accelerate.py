@@ -119,6 +119,24 @@ def test_a_saved_state_continues_bit_identically_with_its_monitor(tmp_path: Path
     assert max(drift(net, before).values()) < 1e-7
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of TensorBoard
+def test_records_reach_the_trackers(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("run")
+    net = build()
+    model, optimizer, batches = accelerator.prepare(net, gradcentral.SGD(net, lr=0.1), loader())
+    monitor = gradcentral.Monitor(model, optimizer, every=4, to=accelerator)
+    train(accelerator, model, optimizer, batches)
+    accelerator.end_training()
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = accumulator.EventAccumulator(str(file))
+    events.Reload()
+    written = [(event.step, event.value) for event in events.Scalars("gc/share")]
+    assert written == [(record.step, pytest.approx(record.net.share)) for record in monitor.records]
+    assert [step for step, _ in written] == [0, 4]
+
+
 @pytest.mark.parametrize(
     ("kind", "how"),
     [("DDP", "before"), ("DDP", "SGD"), *(("FSDP2", how) for how in ("before", "after", "SGD", "gradients"))],

@@ -29,9 +29,7 @@ from tests.integrations import hugging_face_ranks as ranks
 from tests.integrations.hugging_face import build, center_by_hand, difference, drift, means, train_by_hand, trainer
 from tests.integrations.pages import run_page
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
 
 @pytest.fixture(scope="module")
@@ -144,19 +142,21 @@ def test_what_the_user_has_attached_stays(tmp_path: Path) -> None:
     assert difference(model, train_by_hand(build(), steps=4)) < 1e-7
 
 
-def test_gradcentrals_optimizers_keep_the_groups_of_the_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exclude", [[], ["*.mlp.*"]])
+def test_gradcentrals_optimizers_keep_the_groups_of_the_trainer(tmp_path: Path, exclude: list[str]) -> None:
     """The Trainer passes them groups of parameters, with and without weight decay, and no model."""
     observer, models = Observer(), [build(), build()]
     arguments: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 1.0}
-    choice = (gradcentral.SGD, {"lr": 0.1, "placement": "update"})
+    layout = {"layout": gradcentral.weight_layout(models[0], exclude=exclude)} if exclude else {}
+    choice = (gradcentral.SGD, {"lr": 0.1, "placement": "update", **layout})
     before = means(models[0])
     trainer(tmp_path, models[0], observer, init={"optimizer_cls_and_kwargs": choice}, **arguments).train()
     optimizer = observer.optimizer.optimizer
     assert isinstance(optimizer, gradcentral.SGD)
     groups = [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
     assert groups == [(0.1, 6), (0.0, 10)]
-    assert max(drift(models[0], before).values()) < 1e-8
-    trainer(tmp_path, models[1], GradientCentralization("update"), **arguments).train()
+    assert max(value for name, value in drift(models[0], before).items() if "attn" in name) < 1e-8
+    trainer(tmp_path, models[1], GradientCentralization("update", exclude=exclude), **arguments).train()
     assert difference(*models) < 1e-7
 
 

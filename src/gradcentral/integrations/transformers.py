@@ -172,7 +172,7 @@ def _callbacks_beside(callback: TrainerCallback, model: nn.Module) -> list[Any]:
 
 
 def _to_text(state: dict[str, Any]) -> str:
-    """Encode a monitor's state as text: 11 characters per weight vector."""
+    """Encode a monitor's state as text: 11 characters per weight vector, 430 per parameter."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
