@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
 
@@ -24,7 +25,7 @@ def main(port: str, stage: str, folder: str) -> None:
     """Train for four steps."""
     os.environ["MASTER_PORT"] = port
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined] # it would be compiled
-    arguments = {
+    arguments: dict[str, Any] = {
         "use_cpu": False,  # with True, accelerate would not use DeepSpeed
         "max_grad_norm": 0.2,
         "deepspeed": {

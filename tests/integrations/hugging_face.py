@@ -28,7 +28,7 @@ def build(**options: Any) -> Any:
     torch.manual_seed(0)
     size = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
     rest = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**size, **rest, **options}))
+    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**size, **rest, **options}))
     model.loss_type = "ForCausalLM"  # so that the Trainer divides the loss by the number of predicted tokens
     for block in model.transformer.h:
         # Inputs whose mean is not zero, so that centering removes a large part of the gradients.

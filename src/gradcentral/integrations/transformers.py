@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import DeepSpeedOptimizerWrapper
 from torch import nn
 from transformers import TrainerCallback
-from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 import gradcentral
@@ -26,7 +26,7 @@ from gradcentral.targets import check_placement
 __all__ = ["GradientCentralization"]
 
 
-class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[misc]
+class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[misc, unused-ignore]
     """Center the gradients of a ``transformers.Trainer``, whatever its model and its optimizer.
 
     Pass it as ``Trainer(callbacks=[GradientCentralization()])``. Each ``train()`` attaches to the optimizer after
@@ -92,7 +92,7 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
         # transformers looks this entry up when it saves, but a checkpoint from before the callback was added lacks it.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if self.every is not None:
-            self._monitor(saved, (args, state, control), model, optimizer)
+            self._monitor(self.every, saved, (args, state, control), model, optimizer)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach, so that a later training can attach again."""
@@ -124,17 +124,17 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
         handle = gradcentral.centralize(optimizer, layout=layout, placement=self.placement, strength=self.strength)
         self.handle, self._attached = handle, handle not in existing
 
-    def _monitor(self, saved: Any, event: tuple[Any, ...], model: nn.Module, optimizer: Any) -> None:
+    def _monitor(self, every: int, saved: Any, event: tuple[Any, ...], model: nn.Module, optimizer: Any) -> None:
         """Attach a monitor that continues from a checkpoint, if the training does."""
         kinds = tuple(INTEGRATION_TO_CALLBACK.values())
-        loggers = [each for each in _callbacks_beside(self, model) if isinstance(each, kinds)]
+        loggers: list[Any] = [each for each in _callbacks_beside(self, model) if isinstance(each, kinds)]
 
         def log(record: Record) -> None:
             for logger in loggers:
                 logger.on_log(*event, logs=record.scalars(), model=model, optimizer=optimizer)
 
         step = event[1].global_step
-        self.monitor = gradcentral.Monitor(model, optimizer, every=self.every, to=log, step=step)
+        self.monitor = gradcentral.Monitor(model, optimizer, every=every, to=log, step=step)
         if step and isinstance(saved, dict) and saved.get("monitor"):
             self.monitor.load_state_dict(_from_text(saved["monitor"]))
 
