@@ -274,7 +274,9 @@ def test_settings_are_checked_when_the_callback_is_created() -> None:
 def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = run_page("transformers")
-    assert page["callback"].monitor.records
+    records = page["callback"].monitor.records
+    assert [record.step for record in records] == [0, 2, 4, 6]
+    assert records[-1].net.drift < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])

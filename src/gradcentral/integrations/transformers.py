@@ -16,8 +16,10 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-import gradcentral
+from gradcentral.attach import Handle, attached, centralize
+from gradcentral.diagnostics.monitor import Monitor
 from gradcentral.diagnostics.record import Record
+from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.optim.base import CentralizedOptimizer
 from gradcentral.projection import checked_strength
 from gradcentral.step_hooks import hooked_optimizer
@@ -70,8 +72,8 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
         check_placement(placement)
         checked_strength(strength)
         self.placement, self.strength, self.every = placement, float(strength), monitor
-        self.handle: gradcentral.Handle | None = None
-        self.monitor: gradcentral.Monitor | None = None
+        self.handle: Handle | None = None
+        self.monitor: Monitor | None = None
         self._attached = False  # whether this callback has attached the handle, and so removes it
         exclude = [exclude] if isinstance(exclude, str) else [*exclude]
         self._layout_options: dict[str, Any] = {"only": only, "overrides": dict(overrides or {}), "exclude": exclude}
@@ -115,13 +117,13 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
                 "DeepSpeed's ZeRO has flattened the parameters, so that this callback cannot center them: call "
                 "gradcentral.centralize_in_backward(model) before trainer.train() instead"
             )
-        layout = gradcentral.weight_layout(model, **self._layout_options)
+        layout = weight_layout(model, **self._layout_options)
         inner = hooked_optimizer(optimizer)
         if isinstance(inner, CentralizedOptimizer):
             self._check_same_settings(inner, layout)
             return
-        existing = gradcentral.attached(inner)
-        handle = gradcentral.centralize(optimizer, layout=layout, placement=self.placement, strength=self.strength)
+        existing = attached(inner)
+        handle = centralize(optimizer, layout=layout, placement=self.placement, strength=self.strength)
         self.handle, self._attached = handle, handle not in existing
 
     def _monitor(self, every: int, saved: Any, event: tuple[Any, ...], model: nn.Module, optimizer: Any) -> None:
@@ -134,11 +136,11 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
                 logger.on_log(*event, logs=record.scalars(), model=model, optimizer=optimizer)
 
         step = event[1].global_step
-        self.monitor = gradcentral.Monitor(model, optimizer, every=every, to=log, step=step)
+        self.monitor = Monitor(model, optimizer, every=every, to=log, step=step)
         if step and isinstance(saved, dict) and saved.get("monitor"):
             self.monitor.load_state_dict(_from_text(saved["monitor"]))
 
-    def _check_same_settings(self, optimizer: CentralizedOptimizer, layout: gradcentral.WeightLayout) -> None:
+    def _check_same_settings(self, optimizer: CentralizedOptimizer, layout: WeightLayout) -> None:
         """Refuse settings that differ from those of an optimizer that centers by itself."""
         optimizer.layout.refresh()
         held = {p for group in optimizer.param_groups for p in group["params"]}
