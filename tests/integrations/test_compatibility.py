@@ -30,6 +30,7 @@ def test_introduction() -> None:
     assert PAGE.read_text(encoding="utf-8").startswith(INTRODUCTION), WRITE
 
 
+@pytest.mark.timeout(1200)  # a library has up to 139 optimizers
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_library(library: str) -> None:
     pytest.importorskip(library, reason=f"needs {DISTRIBUTIONS[library]}: run `make trainers`")
