@@ -22,6 +22,8 @@ from gradcentral.integrations.optax import centralize
 from tests.integrations.jax_layers import LAYERS, Layer
 
 GAMMA = 0.7
+# Compiling takes most of the time of these tests.
+FAST: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,7 @@ def _measured(name: str) -> Measured:
             outputs[rule] = change.ravel(), layer.apply(params, jnp.full(layer.inputs, GAMMA)).ravel(), moved
         return jacobian, outputs
 
-    jacobian, outputs = jax.tree.map(np.asarray, jax.jit(measure)(params))
+    jacobian, outputs = jax.tree.map(np.asarray, jax.jit(measure, compiler_options=FAST)(params))
     reaching = [frozenset(np.flatnonzero(row).tolist()) for row in jacobian.reshape(len(jacobian), -1)]
     changes = {rule: (change, expected) for rule, (change, expected, _) in outputs.items()}
     return Measured(layer, reaching, changes, float(outputs["layout"][2]))

@@ -91,17 +91,13 @@ def _class_in(owner: str) -> str:
 def _convolution(owners: list[str], shape: tuple[int, ...], leaves: Mapping[str, Any]) -> Rule:
     """Decide whether a kernel of linen's Conv is one kernel or a stack of kernels of fewer dimensions.
 
-    Biases and gains beside it have one axis, and as many more as the layers are stacked.
+    Its bias has one axis, and as many more as the layers are stacked; so have the biases and gains of other layers in
+    the same module, except for those that a transformation has repeated.
     """
-    for count in (0, 1):
-        inside = "/".join(owners[: len(owners) - count])
-        ranks = [leaf.ndim for path, leaf in leaves.items() if _is_vector(path) and path.startswith(f"{inside}/")]
-        if ranks:
-            stacked = min(ranks) - 1
-            kernel = len(shape) - stacked - 2
+    own = "/".join(owners)
+    beside = re.escape("/".join(owners[:-1]) + "/" * (len(owners) > 1)) + r"(?!Scan|Vmap)[A-Z]\w*_\d+"
+    for place in (re.escape(own), beside):
+        ranks = [leaf.ndim for path, leaf in leaves.items() if re.fullmatch(rf"{place}/(bias|scale)(/value)?", path)]
+        if ranks and (kernel := len(shape) - min(ranks) - 1) > 0:
             return in_front(Axes(f"[{'k ' * kernel}i] o", (None,) * (kernel + 2)), shape)
     return Skip("one kernel, or a stack of kernels of fewer dimensions", unknown=True)
-
-
-def _is_vector(path: str) -> bool:
-    return path.removesuffix("/value").rpartition("/")[2] in ("bias", "scale")
