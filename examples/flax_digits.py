@@ -41,7 +41,7 @@ def task(seed: int, arm: str) -> Iterator[dict[str, float]]:
         return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
 
     @jax.jit
-    def step(params: optax.Params, state: optax.OptState, x: jax.Array, y: jax.Array) -> tuple:
+    def step(params: optax.Params, state: optax.OptState, x: jax.Array, y: jax.Array) -> tuple[optax.Params, ...]:
         value, grads = jax.value_and_grad(loss)(params, x, y)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ def _vectors_of(layer: Layer) -> set[frozenset[int]]:
     """Return the elements of each weight vector of a layer's one parameter."""
     (name,) = layer.layout
     vectors = layer.layout[name]
-    elements = np.arange(np.prod(vectors.shape)).reshape(vectors.dims)
+    elements = np.arange(math.prod(vectors.dims)).reshape(vectors.dims)
     units = np.moveaxis(elements, vectors.span, range(-len(vectors.span), 0)).reshape(vectors.count, vectors.fan_in)
     return {frozenset(unit.tolist()) for unit in units}
 
