@@ -6,6 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
+pytest.importorskip("flax", reason="needs flax: run `make jax`")
+pytest.importorskip("equinox", reason="needs equinox: run `make jax`")
+pytest.importorskip("haiku", reason="needs haiku: run `make jax`")
+
 import equinox as eqx
 import flax.linen as linen
 import haiku as hk
