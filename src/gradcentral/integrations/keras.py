@@ -18,10 +18,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from gradcentral.integrations.keras_layout import Entry, Layout, Override, weight_layout
+from gradcentral.integrations.keras_layout import KerasLayout, weight_layout
+from gradcentral.integrations.named_layout import NamedEntry, Rule
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["Centralized", "Entry", "Layout", "centralize", "weight_layout"]
+__all__ = ["Centralized", "centralize", "weight_layout"]
 
 PLACEMENTS = ("gradient", "regularized", "update")
 
@@ -32,7 +33,7 @@ def centralize(
     placement: str = "gradient",
     *,
     strength: float = 1.0,
-    overrides: Mapping[str, Override] | None = None,
+    overrides: Mapping[str, Rule] | None = None,
 ) -> keras.optimizers.Optimizer:
     """Return an optimizer that applies Gradient Centralization, to be passed to ``model.compile``.
 
@@ -96,7 +97,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer,
-        layout: Layout | _Later,
+        layout: KerasLayout | _Later,
         placement: str = "gradient",
         strength: float = 1.0,
         name: str | None = None,
@@ -113,7 +114,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         # Keras replaces dictionaries that are attributes by ones that track their contents; a proxy is left as it is.
         self._vectors: Mapping[Any, WeightVectors] = MappingProxyType({})
         _check_optimizer(inner_optimizer, placement)
-        if isinstance(layout, Layout):
+        if isinstance(layout, KerasLayout):
             _check_entries(layout.entries)
 
     @property
@@ -127,9 +128,9 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         return self._strength
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> KerasLayout:
         """The layout in use. Raises a ValueError as long as the model is not built."""
-        if not isinstance(self._layout, Layout):
+        if not isinstance(self._layout, KerasLayout):
             self._layout = self._layout()
         return self._layout
 
@@ -141,15 +142,15 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
             self.inner_optimizer.build(variables)
         _check_optimizer(self.inner_optimizer, self.placement)  # a MultiOptimizer may have added some of its optimizers
         found = self.layout.of(variables)
-        _check_entries([entry for entry in found if entry is not None])
+        _check_entries(found)
         centered = {}
         for variable, entry in zip(variables, found, strict=True):
             if entry is not None and entry.vectors is not None:
                 centered[self._var_key(variable)] = entry.vectors
                 if self.placement == "update" and variable.constraint is not None:
                     raise ValueError(
-                        f"placement 'update' would undo the constraint of {entry.path}: use placement='gradient', or "
-                        f"leave the weight alone with overrides={{{entry.path!r}: None}}"
+                        f"placement 'update' would undo the constraint of {entry.name}: use placement='gradient', or "
+                        f"skip the weight with overrides={{{entry.name!r}: None}}"
                     )
         self._vectors = MappingProxyType(centered)
         super().build(variables)
@@ -175,9 +176,8 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
             ]
             self.inner_optimizer.apply(grads, trainable_variables)
             for variable, vectors, means in before:
-                shift = _means(variable, vectors) - means
                 # A weight vector that is not finite has no mean to restore.
-                shift = ops.where(ops.isfinite(shift), shift, ops.zeros_like(shift))
+                shift = ops.nan_to_num(_means(variable, vectors) - means, nan=0.0, posinf=0.0, neginf=0.0)
                 variable.assign(_shifted(variable, self.strength * shift, vectors))
         else:
             centered = [
@@ -231,13 +231,13 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         """Create the optimizer from the result of `get_config`."""
         inner = keras.optimizers.deserialize(config.pop("inner_optimizer"), custom_objects=custom_objects)
         layout = config.pop("layout")
-        return cls(inner, _Later() if layout is None else Layout.from_config(layout), **config)
+        return cls(inner, _Later() if layout is None else KerasLayout.from_config(layout), **config)
 
 
 class _Later:
     """The layout of a model that is not built yet."""
 
-    def __init__(self, model: keras.Model | None = None, overrides: Mapping[str, Override] | None = None) -> None:
+    def __init__(self, model: keras.Model | None = None, overrides: Mapping[str, Rule] | None = None) -> None:
         self._model = None if model is None else weakref.ref(model)
         self._overrides = overrides
 
@@ -246,7 +246,7 @@ class _Later:
         model = self._model and self._model()
         return model is not None and model.built
 
-    def __call__(self) -> Layout:
+    def __call__(self) -> KerasLayout:
         """Return the layout. Raises a ValueError if there is no model, or it is not built."""
         if (model := self._model and self._model()) is None:
             raise ValueError(
@@ -256,9 +256,9 @@ class _Later:
         return weight_layout(model, overrides=self._overrides)
 
 
-def _check_entries(entries: Sequence[Entry]) -> None:
-    if not any(entry.vectors is not None and entry.trained for entry in entries):
-        reasons = "; ".join(f"{entry.path}: {entry.reason}" for entry in entries)
+def _check_entries(entries: Sequence[NamedEntry | None]) -> None:
+    if not any(entry is not None and entry.vectors is not None for entry in entries):
+        reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in entries if entry is not None)
         raise ValueError(
             f"nothing to center ({reasons or 'the optimizer has no weight of the model'}): pass "
             "overrides={'path of a weight': '[i] o'} if one of them has weight vectors"
@@ -297,7 +297,8 @@ def _decays_as_keras_does(optimizer: keras.optimizers.Optimizer) -> bool:
 
 def _means(values: Any, vectors: WeightVectors) -> Any:
     """Return the mean of each weight vector, in float32 or wider; the axes of the span are kept with size 1."""
-    return ops.mean(_view(values, vectors), axis=vectors.span, keepdims=True)
+    # keras.ops.mean computes in float32 on JAX and torch, even if the values are float64.
+    return ops.sum(_view(values, vectors), axis=vectors.span, keepdims=True) / vectors.fan_in
 
 
 def _shifted(values: Any, shift: Any, vectors: WeightVectors) -> Any:

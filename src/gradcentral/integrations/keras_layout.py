@@ -7,82 +7,37 @@ by the layer's class and the weight's name.
 
 from __future__ import annotations
 
-import fnmatch
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import keras
 
-from gradcentral.weight_vectors import WeightVectors, as_vectors
+from gradcentral.integrations.named_layout import Found, NamedEntry, NamedLayout, Rule, Skip, decide
+from gradcentral.transposed_taps import SPLIT, taps_of
+from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["Entry", "Layout", "weight_layout"]
-
-Override = str | WeightVectors | None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One weight of a model: its weight vectors, or why it is left alone."""
-
-    path: str
-    shape: tuple[int, ...]
-    vectors: WeightVectors | None
-    reason: str
-    """The rule that decided, or why the weight is left alone."""
-    unknown: bool = False
-    """Whether it is left alone only because no rule covers it."""
-    trained: bool = True
+__all__ = ["KerasLayout", "weight_layout"]
 
 
-class Layout:
-    """The weight vectors of a Keras model, created by `weight_layout`. Printing it shows a table.
+class KerasLayout(NamedLayout):
+    """The weight vectors of a Keras model: a mapping from the path of each centered weight to its `WeightVectors`.
 
-    Attributes:
-        entries: one `Entry` per trainable or frozen weight, in the order of ``model.weights``.
+    Created by `weight_layout`; printing it shows a table. Weights that are not trained are included.
     """
 
-    def __init__(self, entries: Sequence[Entry], variables: Sequence[keras.Variable] = ()) -> None:
-        self.entries = tuple(entries)
-        self._variables = list(variables)  # empty after loading; the order of the entries then identifies them
+    def __init__(self, entries: Sequence[NamedEntry], variables: Sequence[keras.Variable] = ()) -> None:
+        super().__init__(entries)
+        self._variables = list(variables)  # empty after loading: then the order identifies them
 
-    def __getitem__(self, path: str) -> WeightVectors:
-        """Return the weight vectors of a weight, by its path; a KeyError gives the reason if it is left alone."""
-        for entry in self.entries:
-            if entry.path == path:
-                if entry.vectors is None:
-                    raise KeyError(f"{path} is left alone: {entry.reason}")
-                return entry.vectors
-        raise KeyError(f"the model has no weight {path!r}; its weights are {[entry.path for entry in self.entries]}")
-
-    def __contains__(self, path: object) -> bool:
-        return any(entry.path == path and entry.vectors is not None for entry in self.entries)
-
-    def __iter__(self) -> Iterator[str]:
-        return (entry.path for entry in self.entries if entry.vectors is not None)
-
-    def __len__(self) -> int:
-        return sum(entry.vectors is not None for entry in self.entries)
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        """{path: reason} of every weight that is left alone."""
-        return {entry.path: entry.reason for entry in self.entries if entry.vectors is None}
-
-    @property
-    def unknown(self) -> tuple[Entry, ...]:
-        """The trained weights that are left alone only because no rule covers them."""
-        return tuple(entry for entry in self.entries if entry.unknown and entry.trained)
-
-    def of(self, variables: Sequence[keras.Variable]) -> list[Entry | None]:
+    def of(self, variables: Sequence[keras.Variable]) -> list[NamedEntry | None]:
         """Return the entry of each variable; None for one that is not a weight of the model.
 
         Raises:
             ValueError: the layout was loaded from a file, and the variables are not those that it was saved for.
         """
-        if self._variables:
+        if self._variables:  # two weights may have the same path, so each is looked up by its identity
             found = {id(variable): entry for variable, entry in zip(self._variables, self.entries, strict=True)}
             return [found.get(id(variable)) for variable in variables]
         if [tuple(variable.shape) for variable in variables] != [entry.shape for entry in self.entries]:
@@ -93,60 +48,40 @@ class Layout:
         return list(self.entries)
 
     def get_config(self, variables: Sequence[keras.Variable] | None = None) -> list[dict[str, Any]]:
-        """Return the entries of the given variables, in their order, as plain data; by default the trained entries."""
+        """Return the entries of the given variables, in their order, as plain data; by default of those trained."""
         if variables is None:
-            return [asdict(entry) for entry in self.entries if entry.trained]
-        entries = [
-            entry or Entry(variable.path, tuple(variable.shape), None, "not a weight of the model")
-            for variable, entry in zip(variables, self.of(variables), strict=True)
-        ]
-        return [asdict(entry) for entry in entries]
+            variables = [variable for variable in self._variables if variable.trainable]
+        if not variables:
+            return [asdict(entry) for entry in self.entries]
+        missing = [NamedEntry(each.path, tuple(each.shape), None, reason="not in the model") for each in variables]
+        return [asdict(entry or none) for entry, none in zip(self.of(variables), missing, strict=True)]
 
     @classmethod
-    def from_config(cls, config: Sequence[Mapping[str, Any]]) -> Layout:
+    def from_config(cls, config: Sequence[Mapping[str, Any]]) -> KerasLayout:
         """Create a layout from the result of `get_config`."""
         return cls([_entry_from(fields) for fields in config])
 
-    def __str__(self) -> str:
-        """Return a table: path, shape, weight vectors (count × fan-in and pattern), and the rule or the reason."""
-        lines = [("weight", "shape", "weight vectors", "decided by")]
-        for entry in self.entries:
-            shape = "×".join(map(str, entry.shape)) or "scalar"
-            vectors = entry.vectors
-            text = "–" if vectors is None else f"{vectors.count} × {vectors.fan_in}  {vectors.pattern}"
-            lines.append((entry.path, shape, text, entry.reason + ("" if entry.trained else "; not trained")))
-        *widths, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
-        text = "\n".join("  ".join((*map(str.ljust, line, widths), line[-1])) for line in lines)
-        text += f"\n\n{len(self)} of {len(self.entries)} weights are centered"
-        if self.unknown:
-            text += "\nRules for the unknown weights, to paste and edit:\n  overrides={"
-            text += ", ".join(f'"{entry.path}": "{_suggestion(entry.shape)}"' for entry in self.unknown) + "}"
-        return text
 
-    __repr__ = __str__
-
-
-def weight_layout(model: keras.Model, *, overrides: Mapping[str, Override] | None = None) -> Layout:
+def weight_layout(model: keras.Model, *, overrides: Mapping[str, Rule] | None = None) -> KerasLayout:
     """Decide which elements of each weight of a Keras model form one weight vector.
 
     An override decides first; otherwise the rule for (class of the layer, name of the weight). A weight without a rule
-    is left alone and reported in ``unknown``, never guessed.
+    is skipped and reported in ``unknown``, never guessed.
 
     Args:
         model: a model that has been built, so that its weights exist.
-        overrides: {path of a weight: rule}. A path may have wildcards as in `fnmatch` (``"*/proj/kernel"``) and is
-            ``variable.path``, as printed. A rule is a pattern such as ``"[i] o"``, `WeightVectors`, or None to leave
-            the weight alone. An exact path takes precedence; among several wildcards the last one does.
+        overrides: {path: rule}. The path of a weight is its ``path``, as printed, and may have wildcards as in
+            `fnmatch` (``"**/proj/kernel"``); the last match applies. A rule is a pattern such as ``"[i] o"``,
+            `WeightVectors`, or None to skip the weight.
 
     Raises:
         ValueError: the model is not built; an override matches no weight, or does not fit its shape.
-        TypeError: an override is neither a pattern, `WeightVectors` nor None.
+        TypeError: an override is not a rule.
 
     Examples:
         >>> import keras
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="head")])
-        >>> layout = weight_layout(model)
-        >>> [vectors.pattern for vectors in map(layout.__getitem__, layout)]
+        >>> [vectors.pattern for vectors in weight_layout(model).values()]
         ['[i] o']
     """
     if not model.built:
@@ -159,91 +94,57 @@ def weight_layout(model: keras.Model, *, overrides: Mapping[str, Override] | Non
         for variable in layer._trainable_variables:  # of this layer alone, and also if it is frozen
             owners.setdefault(id(variable), []).append(layer)
     variables = [variable for variable in model.weights if id(variable) in owners]
-    paths = [variable.path for variable in variables]
-    rules = {path: _override_of(path, overrides or {}) for path in paths}
-    for selector in overrides or {}:
-        if not any(path == selector or fnmatch.fnmatchcase(path, selector) for path in paths):
-            raise ValueError(f"overrides: {selector!r} matches no weight; the weights are {', '.join(paths)}")
-    entries = []
-    for variable in variables:
-        selector = rules[variable.path]
-        if selector is None:
-            entry = _by_rule(variable, owners[id(variable)])
-        else:
-            entry = _by_override(variable, selector, (overrides or {})[selector])
-        entries.append(replace(entry, trained=bool(variable.trainable)))
-    return Layout(entries, variables)
+    found = [_find(variable, owners[id(variable)]) for variable in variables]
+    return KerasLayout(decide(found, overrides).entries, variables)
 
 
-def _override_of(path: str, overrides: Mapping[str, Override]) -> str | None:
-    """Return the selector that applies to a path."""
-    if path in overrides:
-        return path
-    return next((each for each in reversed([*overrides]) if fnmatch.fnmatchcase(path, each)), None)
-
-
-def _by_override(variable: keras.Variable, selector: str, rule: Override) -> Entry:
-    shape = tuple(variable.shape)
-    if rule is None:
-        return Entry(variable.path, shape, None, f"override {selector!r}")
-    try:
-        vectors = as_vectors(rule, shape)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"overrides[{selector!r}], for {variable.path}: {error}") from None
-    return Entry(variable.path, shape, vectors, f"override {selector!r}")
-
-
-def _by_rule(variable: keras.Variable, layers: Sequence[keras.Layer]) -> Entry:
-    """Decide by the rules of the layers that own a variable, which are several if they share it."""
+def _find(variable: keras.Variable, layers: Sequence[keras.Layer]) -> Found:
+    """Find the rule of a variable; several layers may share it."""
     decisions = [_decide(layer, variable) for layer in layers]
-    first = decisions[0]
-    if any(other.vectors != first.vectors for other in decisions):
-        classes = " and ".join(type(layer).__name__ for layer in layers)
-        return replace(first, vectors=None, reason=f"shared by {classes}, which use it differently", unknown=True)
-    return first
+    rule, origin = decisions[0]
+    if any(other != rule for other, _ in decisions):
+        rule = Skip(f"shared by {' and '.join(type(layer).__name__ for layer in layers)}, which use it differently")
+    if not variable.trainable:
+        origin += "; not trained"
+        if isinstance(rule, Skip):
+            rule = Skip(f"{rule.reason}; not trained")
+    return Found(variable.path, tuple(variable.shape), rule, origin)
 
 
-def _decide(layer: keras.Layer, variable: keras.Variable) -> Entry:
+def _decide(layer: keras.Layer, variable: keras.Variable) -> tuple[Rule, str]:
+    """Return the decision of a layer's rule, and the rule as class and weight."""
     shape = tuple(variable.shape)
-    skip = Entry(variable.path, shape, None, "")
     # Keras' classes are found by their names, so that no private module of Keras is imported.
     for cls in type(layer).__mro__:
         if cls.__module__.split(".")[0] == "keras" and variable.name in _RULES.get(cls.__name__, {}):
-            rule = _RULES[cls.__name__][variable.name]
             break
     else:
         if len(shape) < 2:
-            return replace(skip, reason="fewer than two axes")
-        return replace(skip, reason=f"no rule for {type(layer).__name__}.{variable.name}", unknown=True)
-    if isinstance(rule, str):
-        return replace(skip, reason=rule)
-    try:
-        vectors = rule(layer, shape)
-    except (ValueError, TypeError, AttributeError) as error:
-        return replace(skip, reason=f"{cls.__name__}.{variable.name}: {error}", unknown=True)
+            return Skip("one-dimensional" if shape else "a single number"), ""
+        return Skip(f"no rule for {type(layer).__name__}.{variable.name}", unknown=True), ""
+    rule, origin = _RULES[cls.__name__][variable.name], f"{cls.__name__}.{variable.name}"
+    if isinstance(rule, Skip):
+        return rule, origin
     if not keras.backend.is_float_dtype(variable.dtype) or "float8" in variable.dtype:
-        return replace(skip, reason=f"dtype {variable.dtype} has no mean")
-    if vectors is None or vectors.fan_in == 1:
-        return replace(skip, reason="fan-in of 1: its centered gradient is always zero")
-    return replace(skip, vectors=vectors, reason=f"{cls.__name__}.{variable.name}")
+        return Skip(f"dtype {variable.dtype} has no mean"), origin
+    try:
+        return rule(layer, shape), origin
+    except (ValueError, TypeError, AttributeError) as error:  # a subclass that uses the name for something else
+        return Skip(f"{origin}: {error}", unknown=True), origin
 
 
-def _entry_from(fields: Mapping[str, Any]) -> Entry:
+def _entry_from(fields: Mapping[str, Any]) -> NamedEntry:
     vectors = fields["vectors"]
     if vectors is not None:
-        sizes = {name: None if value is None else tuple(value) for name, value in vectors.items()}
-        vectors = WeightVectors(**sizes)
-    return Entry(**{**fields, "shape": tuple(fields["shape"]), "vectors": vectors})
+        vectors = WeightVectors(**{name: value and tuple(value) for name, value in vectors.items()})
+    return NamedEntry(
+        **{**fields, "shape": tuple(fields["shape"]), "aliases": tuple(fields["aliases"]), "vectors": vectors}
+    )
 
 
-def _suggestion(shape: tuple[int, ...]) -> str:
-    """Return the pattern of most Keras kernels, which is right if the layer's output units are on the last axis."""
-    return f"[{' '.join(['i'] * (len(shape) - 1))}] o"
+# The rules: why a weight is skipped, or a function of (layer, shape) that returns its weight vectors.
 
-
-# The rules: a reason to leave a weight alone, or a function of (layer, shape) that returns its weight vectors.
-
-_Rule = str | Callable[[Any, tuple[int, ...]], WeightVectors | None]
+_Rule = Skip | Callable[[Any, tuple[int, ...]], WeightVectors | Skip]
 
 
 def _axes(pattern: str, **attributes: str) -> _Rule:
@@ -258,7 +159,7 @@ def _gates(pattern: str, factor: int, attribute: str) -> _Rule:
     return lambda layer, shape: WeightVectors.parse(pattern, shape, o=factor * getattr(layer, attribute))
 
 
-def _einsum(layer: Any, shape: tuple[int, ...]) -> WeightVectors | None:
+def _einsum(layer: Any, shape: tuple[int, ...]) -> WeightVectors | Skip:
     """Return the weight vectors of a kernel in an equation: the axes that the output does not have are summed over.
 
     An attention projection ``abc,cde->abde`` has heads d with components e; each component of each head is one output
@@ -267,15 +168,17 @@ def _einsum(layer: Any, shape: tuple[int, ...]) -> WeightVectors | None:
     return _contracted(*_terms(layer), shape)
 
 
-def _einsum_lora_a(layer: Any, shape: tuple[int, ...]) -> WeightVectors | None:
+def _einsum_lora_a(layer: Any, shape: tuple[int, ...]) -> WeightVectors | Skip:
     """Return those of the first factor of a low-rank kernel, whose last axis is the rank."""
     kernel, output = _terms(layer)
     return _contracted(kernel[:-1] + "?", output + "?", shape)
 
 
-def _contracted(kernel: str, output: str, shape: tuple[int, ...]) -> WeightVectors | None:
+def _contracted(kernel: str, output: str, shape: tuple[int, ...]) -> WeightVectors | Skip:
     axes = [axis.replace("?", "rank") if axis in output else f"[{axis}]" for axis in kernel]
-    return WeightVectors.parse(" ".join(axes), shape) if any("[" in axis for axis in axes) else None
+    if not any("[" in axis for axis in axes):
+        return Skip("fan-in 1: its centered gradient is always zero")
+    return WeightVectors.parse(" ".join(axes), shape)
 
 
 def _terms(layer: Any) -> tuple[str, str]:
@@ -286,25 +189,17 @@ def _terms(layer: Any) -> tuple[str, str]:
 def _transposed(layer: Any, shape: tuple[int, ...]) -> WeightVectors:
     """Return one weight vector per output channel and phase: the input channels, and the taps of that phase.
 
-    An input at n reaches the outputs n · stride + t · dilation through the taps t, so the taps that reach one output
-    are equal modulo stride / gcd(stride, dilation). Along an axis whose size is no multiple of that, outputs differ in
-    the number of their taps; a weight vector then runs over the taps of all phases. As in gradcentral for torch.
+    Along an axis with uneven phases, a weight vector runs over the taps of all phases. As in torch's layers.
     """
-    taps = []
-    for size, stride, dilation in zip(layer.kernel_size, layer.strides, layer.dilation_rate, strict=True):
-        phases = stride // math.gcd(stride, dilation)
-        if size <= phases > 1:
-            taps.append(str(size))
-        elif phases == 1 or size % phases:
-            taps.append(f"[{size}]")
-        else:
-            taps.append(f"([m] {phases})")
-    return WeightVectors.parse(" ".join([*taps, "o [i]"]), shape, o=layer.filters)
+    taps = taps_of(layer.kernel_size, layer.strides, layer.dilation_rate)
+    axes = [f"([m] {axis.phases})" if axis.pattern == SPLIT else axis.pattern for axis in taps]
+    return WeightVectors.parse(" ".join([*axes, "o [i]"]), shape, o=layer.filters)
 
 
-_BIAS = "bias"
-_GAIN = "gain of a normalization"
-_LOOKUP = "lookup table: a row is the vector of one token, not the weights of a unit"
+_BIAS = Skip("bias")
+_GAIN = Skip("gain of a normalization")
+_LOOKUP = Skip("lookup table: a row is the vector of one token, not the weights of a unit")
+_SCORES = Skip("scale of the scores")
 _NORMALIZATION: dict[str, _Rule] = {"gamma": _GAIN, "beta": _BIAS, "scale": _GAIN}
 _LORA_B = _axes("[i] o", i="lora_rank")
 
@@ -361,7 +256,7 @@ _RULES: dict[str, dict[str, _Rule]] = {
     "GroupNormalization": _NORMALIZATION,
     "LayerNormalization": _NORMALIZATION,
     "RMSNormalization": _NORMALIZATION,
-    "PReLU": {"alpha": "parameter of an activation"},
-    "Attention": {"scale": "scale of the scores", "concat_score_weight": "scale of the scores"},
-    "AdditiveAttention": {"scale": "scale of the scores"},
+    "PReLU": {"alpha": Skip("parameter of an activation")},
+    "Attention": {"scale": _SCORES, "concat_score_weight": _SCORES},
+    "AdditiveAttention": {"scale": _SCORES},
 }
