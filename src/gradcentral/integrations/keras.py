@@ -77,8 +77,7 @@ def centralize(
             optimizer.inner_optimizer, model, placement, strength=strength, overrides=overrides
         )
         return optimizer
-    layout = weight_layout(model, overrides=overrides) if model.built else _Later(model, overrides)
-    return Centralized(optimizer, layout, placement, strength)
+    return Centralized(optimizer, _OfModel(model, overrides), placement, strength)
 
 
 @keras.saving.register_keras_serializable(package="gradcentral")
@@ -97,7 +96,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer,
-        layout: KerasLayout | _Later,
+        layout: KerasLayout | _OfModel,
         placement: str = "gradient",
         strength: float = 1.0,
         name: str | None = None,
@@ -114,8 +113,8 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         # Keras replaces dictionaries that are attributes by ones that track their contents; a proxy is left as it is.
         self._vectors: Mapping[Any, WeightVectors] = MappingProxyType({})
         _check_optimizer(inner_optimizer, placement)
-        if isinstance(layout, KerasLayout):
-            _check_entries(layout.entries)
+        if isinstance(layout, KerasLayout) or layout.is_ready():
+            _check_entries(self.layout.entries)
 
     @property
     def placement(self) -> str:
@@ -129,10 +128,11 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     @property
     def layout(self) -> KerasLayout:
-        """The layout in use. Raises a ValueError as long as the model is not built."""
-        if not isinstance(self._layout, KerasLayout):
-            self._layout = self._layout()
-        return self._layout
+        """The layout in use; until the optimizer is built, that of the model as it is now.
+
+        Raises a ValueError as long as the model is not built.
+        """
+        return self._layout if isinstance(self._layout, KerasLayout) else self._layout()
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Build the inner optimizer, and look up the weight vectors of the variables."""
@@ -141,7 +141,8 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         _check_optimizer(self.inner_optimizer, self.placement)  # a MultiOptimizer may have added some of its optimizers
-        found = self.layout.of(variables)
+        self._layout = self.layout
+        found = self._layout.of(variables)
         _check_entries(found)
         centered = {}
         for variable, entry in zip(variables, found, strict=True):
@@ -217,11 +218,11 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         """Return the configuration, with that of the inner optimizer and the layout as plain data."""
-        layout = None if isinstance(self._layout, _Later) and not self._layout.is_ready() else self.layout
+        is_known = isinstance(self._layout, KerasLayout) or self._layout.is_ready()
         return {
             "name": self.name,
             "inner_optimizer": keras.optimizers.serialize(self.inner_optimizer),
-            "layout": layout and layout.get_config(self._trainable_variables if self.built else None),
+            "layout": self.layout.get_config(self._trainable_variables if self.built else None) if is_known else None,
             "placement": self.placement,
             "strength": self.strength,
         }
@@ -231,11 +232,11 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         """Create the optimizer from the result of `get_config`."""
         inner = keras.optimizers.deserialize(config.pop("inner_optimizer"), custom_objects=custom_objects)
         layout = config.pop("layout")
-        return cls(inner, _Later() if layout is None else KerasLayout.from_config(layout), **config)
+        return cls(inner, _OfModel() if layout is None else KerasLayout.from_config(layout), **config)
 
 
-class _Later:
-    """The layout of a model that is not built yet."""
+class _OfModel:
+    """The layout of a model, which may not be built yet, or change until the optimizer is built."""
 
     def __init__(self, model: keras.Model | None = None, overrides: Mapping[str, Rule] | None = None) -> None:
         self._model = None if model is None else weakref.ref(model)
@@ -243,12 +244,13 @@ class _Later:
 
     def is_ready(self) -> bool:
         """Return whether the model has been built."""
-        model = self._model and self._model()
-        return model is not None and model.built
+        model = None if self._model is None else self._model()
+        return model is not None and bool(model.built)
 
     def __call__(self) -> KerasLayout:
         """Return the layout. Raises a ValueError if there is no model, or it is not built."""
-        if (model := self._model and self._model()) is None:
+        model = None if self._model is None else self._model()
+        if model is None:
             raise ValueError(
                 "the layout is unknown, because this optimizer was saved before its model was built, or its model no "
                 "longer exists: call centralize(optimizer.inner_optimizer, model)"
