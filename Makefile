@@ -10,12 +10,12 @@ BUILT_FROM := pyproject.toml setup.py constraints.txt $(wildcard $(C)/*)
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: compare test lint types tests triton zoo cluster reference without-compiler sanitize bench clean
+.PHONY: compare test lint types tests triton zoo cluster jax reference without-compiler sanitize bench clean
 
 compare: $(VENV)/experiments
 	$(BIN)/gradcentral compare
 
-test: lint types tests triton zoo cluster without-compiler sanitize
+test: lint types tests triton zoo cluster jax without-compiler sanitize
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
@@ -42,6 +42,12 @@ zoo: $(VENV)/zoo
 # Comparisons on local Ray and Dask clusters; see the extras "ray" and "dask".
 cluster: $(VENV)/cluster
 	$(BIN)/pytest tests/experiment/test_backends.py
+
+# The adapters of JAX and Keras, in an environment of their own: Keras' backends pin packages that others pin too.
+JAX := .venv-jax
+jax: $(JAX)/ready
+	OMP_NUM_THREADS=1 $(JAX)/bin/pytest tests/integrations/test_named_layout.py tests/integrations/test_optax*.py \
+	    $(wildcard tests/integrations/test_keras*.py) tests/test_examples.py
 
 bench: $(VENV)/experiments
 	$(BIN)/gradcentral bench
@@ -89,5 +95,12 @@ $(VENV)/cluster: $(VENV)/dev
 	$(PIP) --editable '.[ray,dask]'
 	touch $@
 
+$(JAX)/ready: $(BUILT_FROM)
+	$(PYTHON) -m venv $(JAX)
+	$(JAX)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(TORCH)
+	$(JAX)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+	    --editable '.[experiments,jax,keras]' flax equinox dm-haiku tensorflow-cpu pytest pytest-timeout hypothesis
+	touch $@
+
 clean:
-	rm -rf build runs $(VENV) src/*.egg-info src/gradcentral/kernels/_native.*
+	rm -rf build runs $(VENV) $(JAX) src/*.egg-info src/gradcentral/kernels/_native.*

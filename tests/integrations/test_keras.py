@@ -106,18 +106,23 @@ def _recurrent() -> tuple[Any, nn.Module, list[tuple[int, ...] | None]]:
             self.head = nn.Linear(3, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.lstm(x)[0][:, -1])
+            last: torch.Tensor = self.head(self.lstm(x)[0][:, -1])
+            return last
 
     return model, Last(), [(1, 0), (1, 0), (1, 0), None]
 
 
 def _optimizers(name: str, placement: str, model: Any, counterpart: nn.Module) -> tuple[Any, torch.optim.Optimizer]:
+    # TensorFlow rounds constants to float32, so they are chosen to be exact there.
     if name == "sgd":
-        ours = keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True)
-        theirs: torch.optim.Optimizer = torch.optim.SGD(counterpart.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+        ours = keras.optimizers.SGD(0.125, momentum=0.875, nesterov=True)
+        theirs: torch.optim.Optimizer = torch.optim.SGD(
+            counterpart.parameters(), lr=0.125, momentum=0.875, nesterov=True
+        )
     else:  # Keras adds ε where torch does not, so it is as good as 0
-        ours = keras.optimizers.AdamW(1e-2, weight_decay=0.1, epsilon=1e-30)
-        theirs = torch.optim.AdamW(counterpart.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-30)
+        constants: dict[str, Any] = {"weight_decay": 0.125}
+        ours = keras.optimizers.AdamW(0.015625, beta_1=0.875, beta_2=0.9375, epsilon=1e-30, **constants)
+        theirs = torch.optim.AdamW(counterpart.parameters(), 0.015625, (0.875, 0.9375), eps=1e-30, **constants)
     gradcentral.centralize(theirs, counterpart, placement)
     return centralize(ours, model, placement), theirs
 
@@ -152,16 +157,16 @@ def test_ten_steps_equal_those_of_torch(build: Any, name: str, placement: str) -
 @pytest.mark.usefixtures("float64")
 def test_a_regularizer_is_centered_as_the_weight_decay_of_regularized() -> None:
     """Keras' L2 penalty is part of the loss, so "gradient" gives P(g + λw), which "regularized" is in torch."""
-    model = keras.Sequential([keras.Input((4,)), L.Dense(3, kernel_regularizer=keras.regularizers.L2(0.1))])
+    model = keras.Sequential([keras.Input((4,)), L.Dense(3, kernel_regularizer=keras.regularizers.L2(0.125))])
     counterpart = nn.Linear(4, 3).double()
     with torch.no_grad():
         counterpart.weight.copy_(torch.tensor(as_numpy(model.layers[0].kernel).T))
         counterpart.bias.zero_()
-    theirs = torch.optim.SGD(
-        [{"params": [counterpart.weight], "weight_decay": 0.2}, {"params": [counterpart.bias]}], lr=0.1, momentum=0.9
-    )
+    groups: list[dict[str, Any]] = [{"params": [counterpart.weight], "weight_decay": 0.25}]
+    groups.append({"params": [counterpart.bias]})
+    theirs = torch.optim.SGD(groups, lr=0.125, momentum=0.875)
     gradcentral.centralize(theirs, counterpart, "regularized")
-    model.compile(optimizer=centralize(keras.optimizers.SGD(0.1, momentum=0.9), model, "regularized"), loss="mse")
+    model.compile(optimizer=centralize(keras.optimizers.SGD(0.125, momentum=0.875), model, "regularized"), loss="mse")
     x, y = _noise(8, 4), _noise(8, 3, seed=2)
     for _ in range(10):
         model.train_on_batch(x, y)

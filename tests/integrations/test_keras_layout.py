@@ -53,7 +53,8 @@ class Case:
 def _interior(layer: Any, x: Any) -> Any:
     """Leave out the border, whose outputs are sums over a part of the taps."""
     y = as_numpy(layer(x))
-    return y[(slice(None), *[slice(6, -6)] * (y.ndim - 2))]
+    inside = [slice(None), *[slice(6, -6)] * (y.ndim - 2)]
+    return y[tuple(inside)]
 
 
 def _in_layer(name: str) -> Callable[[Any, Any], Any]:
@@ -297,7 +298,8 @@ def _change_of_outputs(case: Case, layer: Any) -> np.ndarray[Any, Any]:
     """Return by how much the outputs of all units change if γ is added to all of their inputs."""
     x = _noise(2, *(case.unit_inputs or case.inputs))
     before, after = (as_numpy(case.outputs(layer, keras.ops.convert_to_tensor(each))) for each in (x, x + GAMMA))
-    return after - before
+    change: np.ndarray[Any, Any] = after - before
+    return change
 
 
 def _drift(case: Case, overrides: dict[str, WeightVectors] | None) -> tuple[float, np.ndarray[Any, Any], Any]:

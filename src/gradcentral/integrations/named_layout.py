@@ -73,10 +73,12 @@ class NamedLayout(Mapping[str, WeightVectors]):
 
     Attributes:
         entries: one `NamedEntry` per parameter, centered or skipped, in the model's order.
+        hint: how the unknown parameters may become known, printed before the overrides for them.
     """
 
-    def __init__(self, entries: Iterable[NamedEntry]) -> None:
+    def __init__(self, entries: Iterable[NamedEntry], hint: str = "") -> None:
         self.entries = tuple(entries)
+        self.hint = hint
         self._by_name = {name: entry for entry in self.entries for name in (entry.name, *entry.aliases)}
 
     def __getitem__(self, name: str) -> WeightVectors:
@@ -138,14 +140,18 @@ class NamedLayout(Mapping[str, WeightVectors]):
         return f"{len(self)} of {len(self.entries)} parameters are centered{percent}{unknown}"
 
     def to_paste(self) -> str:
-        """Format overrides for the unknown parameters, to paste and edit; empty if there are none."""
+        """Format the hint and overrides for the unknown parameters, to paste and edit; empty if there are none."""
         lines = [f"  {json.dumps(entry.name)}: None,  # {_choices(entry.shape)}" for entry in self.unknown]
         heading = "Overrides for the unknown parameters, to paste and edit:"
-        return "\n".join([heading, "overrides={", *lines, "}"]) if lines else ""
+        text = "\n".join([heading, "overrides={", *lines, "}"])
+        return "\n\n".join(filter(None, (self.hint, text))) if lines else ""
 
 
 def decide(
-    found: Sequence[Found], overrides: Mapping[str, Rule] | None = None, exclude: Iterable[str] = ()
+    found: Sequence[Found],
+    overrides: Mapping[str, Rule] | None = None,
+    exclude: Iterable[str] = (),
+    hint: str = "",
 ) -> NamedLayout:
     """Create a layout from the parameters that an adapter found.
 
@@ -154,6 +160,7 @@ def decide(
         overrides: {name: rule}, where the name may have wildcards as in `fnmatch`; ``**/proj/kernel`` also matches
             ``proj/kernel``. The last match applies.
         exclude: names to skip, with or without wildcards.
+        hint: how the unknown parameters may become known.
 
     Raises:
         ValueError: a name matches no parameter; an override is malformed, does not fit the shape or gives a fan-in of
@@ -170,10 +177,10 @@ def decide(
                 raise ValueError(f"{option}: {text!r} matches no parameter of the model{hint}")
     for text, rule in overrides.items():
         _check_rule(rule, f"overrides[{text!r}]")
-    return NamedLayout(_entry(parameter, overrides, exclude) for parameter in found)
+    return NamedLayout((_entry(parameter, overrides, exclude) for parameter in found), hint)
 
 
-def _entry(parameter: Found, overrides: Mapping[str, Rule], exclude: Sequence[str]) -> NamedEntry:
+def _entry(parameter: Found, overrides: dict[str, Rule], exclude: Sequence[str]) -> NamedEntry:
     names = (parameter.name, *parameter.aliases)
     rule, origin = parameter.rule, parameter.origin
     for text, override in reversed(overrides.items()):
