@@ -116,9 +116,9 @@ def _train(case: Case, run: _Run, gc: str = "", by_hand: str = "", decay: float 
     options = ({} if run.rate is None else {"lr": run.rate}) | ({"weight_decay": decay} if decay else {})
     optimizer = case.make(model, **options)
     images, labels = torch.rand(run.steps, 8, 1, 8, 8), torch.randint(0, 10, (run.steps, 8))
-    center: Callable[[], None] = partial(
-        _center_by_hand, layout, case.decay if by_hand == "regularized" and decay else 0.0
-    )
+    decay_by_hand = case.decay if by_hand == "regularized" and decay else 0.0
+    center: Callable[[], None] = partial(_center_by_hand, layout, decay_by_hand)
+    weight = model.get_parameter("3.weight")
     base = getattr(optimizer, "base_optimizer", None)  # SAM: its first step uses the gradients as they are
     if by_hand and base is not None:
         base.register_step_pre_hook(lambda *_: center())
