@@ -50,7 +50,7 @@ def test_an_unmodified_run_passes(arm: str, maker: str, dtype: torch.dtype) -> N
         step(checked, model, optimizer)
 
 
-@pytest.mark.parametrize("arm", ["gradient", "update"])
+@pytest.mark.parametrize("arm", ["gradient", "regularized", "update"])
 def test_a_removed_handle_is_detected(arm: str) -> None:
     model = network()
     optimizer = MAKERS["sgd"](model.parameters())
@@ -66,6 +66,7 @@ def test_a_removed_handle_is_detected(arm: str) -> None:
     ("arm", "message"),
     [
         ("gradient", r"0\.weight: a weight vector's gradient has a mean"),
+        ("regularized", r"0\.weight: a weight vector's gradient with its weight decay has a mean"),
         ("update", r"0\.weight: the step moved the mean"),
     ],
 )
@@ -75,6 +76,18 @@ def test_a_paused_handle_is_detected(arm: str, message: str) -> None:
     checked = CheckedArm(arm, model, optimizer)
     assert checked.handle is not None
     with checked.handle.paused(), pytest.raises(ArmError, match=message):
+        step(checked, model, optimizer)
+
+
+def test_centering_without_the_weight_decay_is_not_accepted_as_regularized() -> None:
+    model = network()
+    optimizer = MAKERS["sgd"](model.parameters())
+    checked = CheckedArm("regularized", model, optimizer)
+    assert checked.handle is not None
+    checked.handle.pause()
+    optimizer.register_step_pre_hook(lambda *_: gradcentral.centralize_gradients(model))
+    optimizer.register_step_pre_hook(checked._keep_received)  # what the optimizer receives, after the hook above
+    with pytest.raises(ArmError, match=r"0\.weight: a weight vector's gradient with its weight decay has a mean"):
         step(checked, model, optimizer)
 
 

@@ -106,7 +106,7 @@ def test_the_error_of_an_unusable_file_is_one_line_with_the_location(
 
 
 def test_a_missing_task_is_named_with_the_existing_ones(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="unknown task 'digit'; choose from digits, .*wine, or give a Python file"):
+    with pytest.raises(TaskError, match="unknown task 'digit'; choose from digits, .*cifar100, or give a Python file"):
         load_task("digit")
     with pytest.raises(TaskError, match=r"none\.py: the file does not exist"):
         load_task(tmp_path / "none.py")
