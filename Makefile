@@ -64,13 +64,17 @@ installed: $(VENV)/dev wheel
 	cd $(INSTALLED) && PYTHONPATH=$(INSTALLED) $(CURDIR)/$(BIN)/python -m gradcentral compare digits \
 	    --seeds 2 --epochs 2 --out runs
 
-# The adapters in gradcentral.integrations, each with the library that it is named after. Either environment runs the
-# same folder and skips the tests of the libraries that it lacks.
+# The adapters in gradcentral.integrations, each with the library that it is named after. The tests of JAX and Keras are
+# skipped here; their environment is another one, since Keras' backends pin packages that trainers pin too.
 trainers: .venv-trainers/ready
 	OMP_NUM_THREADS=1 .venv-trainers/bin/pytest -n $(JOBS) --dist loadfile tests/integrations
 
 jax: .venv-jax/ready
-	OMP_NUM_THREADS=1 .venv-jax/bin/pytest -n $(JOBS) --dist loadfile tests/integrations
+	OMP_NUM_THREADS=1 .venv-jax/bin/pytest tests/integrations/test_named_layout.py tests/integrations/test_optax*.py \
+	    tests/test_examples.py
+	for backend in jax torch tensorflow; do \
+	    KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 .venv-jax/bin/pytest tests/integrations/test_keras*.py || exit 1; \
+	done
 
 bench: $(VENV)/experiments
 	$(BIN)/gradcentral bench
@@ -124,11 +128,13 @@ $(VENV)/cluster: $(VENV)/dev
 	$(PIP) --editable '.[ray,dask]'
 	touch $@
 
-# An environment of its own: $(1) its folder, $(2) its constraints. setuptools and wheel are for DeepSpeed.
+# An environment of its own: $(1) its folder, $(2) its constraints, $(3) gradcentral's extras. setuptools and wheel are
+# for DeepSpeed.
+comma := ,
 define environment
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python $(INSTALL) $(2) torch setuptools wheel
-	$(1)/bin/python $(INSTALL) $(2) --editable '.[test]'
+	$(1)/bin/python $(INSTALL) $(2) --editable '.[$(3)]'
 endef
 
 # $(1) installs the packages $(2) together or, if that fails, one by one. The tests of those that cannot be installed
@@ -140,15 +146,15 @@ TRAINERS := tensorboard transformers accelerate peft lightning 'jsonargparse[sig
     bitsandbytes torchao heavyball polars
 # DeepSpeed imports torch while it is built. Ultralytics needs polars, and fewer packages than it requires.
 .venv-trainers/ready: constraints-trainers.txt $(BUILT_FROM)
-	$(call environment,.venv-trainers,constraints-trainers.txt)
+	$(call environment,.venv-trainers,constraints-trainers.txt,test)
 	$(call install_each,.venv-trainers/bin/python $(INSTALL) constraints-trainers.txt,$(TRAINERS))
 	$(call install_each,.venv-trainers/bin/python $(INSTALL) constraints-trainers.txt --no-deps,ultralytics)
 	$(call install_each,.venv-trainers/bin/python $(INSTALL) constraints-trainers.txt --no-build-isolation,deepspeed)
 	touch $@
 
-JAX := jax optax flax equinox dm-haiku keras tensorflow-cpu
+JAX := jax flax equinox dm-haiku tensorflow-cpu
 .venv-jax/ready: constraints-jax.txt $(BUILT_FROM)
-	$(call environment,.venv-jax,constraints-jax.txt)
+	$(call environment,.venv-jax,constraints-jax.txt,experiments$(comma)jax$(comma)keras$(comma)test)
 	$(call install_each,.venv-jax/bin/python $(INSTALL) constraints-jax.txt,$(JAX))
 	touch $@
 

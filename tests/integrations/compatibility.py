@@ -116,7 +116,9 @@ def _train(case: Case, run: _Run, gc: str = "", by_hand: str = "", decay: float 
     options = ({} if run.rate is None else {"lr": run.rate}) | ({"weight_decay": decay} if decay else {})
     optimizer = case.make(model, **options)
     images, labels = torch.rand(run.steps, 8, 1, 8, 8), torch.randint(0, 10, (run.steps, 8))
-    center = partial(_center_by_hand, layout, case.decay if by_hand == "regularized" and decay else 0.0)
+    decay_by_hand = case.decay if by_hand == "regularized" and decay else 0.0
+    center: Callable[[], None] = partial(_center_by_hand, layout, decay_by_hand)
+    weight = model.get_parameter("3.weight")
     base = getattr(optimizer, "base_optimizer", None)  # SAM: its first step uses the gradients as they are
     if by_hand and base is not None:
         base.register_step_pre_hook(lambda *_: center())
@@ -127,12 +129,12 @@ def _train(case: Case, run: _Run, gc: str = "", by_hand: str = "", decay: float 
     before = [p.detach().clone() for p in layout]
     torch.manual_seed(1)
     for step in range(run.steps):
-        start = model[3].weight.detach().clone()
+        start = weight.detach().clone()
 
         def closure(step: int = step) -> Tensor:
             model.zero_grad()
             loss = cross_entropy(model(images[step]), labels[step])
-            loss.backward(create_graph=run.usage == "create_graph")  # type: ignore[no-untyped-call]
+            loss.backward(create_graph=run.usage == "create_graph")
             if by_hand and base is None:
                 center()
             return loss
@@ -150,7 +152,7 @@ def _train(case: Case, run: _Run, gc: str = "", by_hand: str = "", decay: float 
     with suppress(AttributeError):
         optimizer.eval()
     after = [p.detach().clone() for p in layout]
-    return _Training(before, after, model[3].weight.detach() - start, layout)
+    return _Training(before, after, weight.detach() - start, layout)
 
 
 @torch.no_grad()
@@ -238,4 +240,5 @@ def effect_on_signs(case: Case) -> tuple[float, float, float, float]:
     one, long = _Run("plain", 1e-3, 1), _Run("plain", 1e-3, STEPS[1])
     first, centered = _train(case, one).last_update, _train(case, one, gc="gradient").last_update
     changed = float((first.sign() != centered.sign()).double().mean())
-    return changed, *(_train(case, long, gc=gc).relative_drift for gc in ("", "gradient", "update"))
+    without, gradient, update = (_train(case, long, gc=gc).relative_drift for gc in ("", "gradient", "update"))
+    return changed, without, gradient, update

@@ -39,8 +39,8 @@ layers on the CPU. An optimizer works with a placement if
 
 The weights must also move, so that no optimizer passes because it does nothing. The absence of an error counts for
 nothing. Unless a row below names it, an optimizer works with all three placements. `"regularized"` is measured with the
-optimizer's default weight decay, and with L2 weight decay of 0.1 for the optimizers of torch; which kinds it recognizes,
-[L2 weight decay](optimizers.md#l2-weight-decay) describes.
+optimizer's default weight decay, and for the optimizers of torch with L2 weight decay of 0.1; the kinds it recognizes
+are listed under [L2 weight decay](optimizers.md#l2-weight-decay).
 """
 
 SIGNS = """\
@@ -55,7 +55,7 @@ magnitudes. Measured in the network above, from one seed:
 |---|---|---|---|---|
 """
 SIGNS_END = """
-Drift: the mean of ∣mean(w − w⁰)∣ over all weight vectors, divided by that of mean∣w − w⁰∣, after 40 steps at lr = 0.001.
+Drift: the mean of ∣mean(w − w⁰)∣ over all weight vectors, divided by that of mean∣w − w⁰∣; 40 steps, lr = 0.001.
 """
 
 

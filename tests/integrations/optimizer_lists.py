@@ -100,12 +100,12 @@ def _schedulefree() -> list[Case]:
 
 
 def _timm() -> list[Case]:
-    from timm.optim import create_optimizer_v2, list_optimizers
+    optim: Any = importlib.import_module("timm.optim")
 
     def by_name(name: str) -> Make:
-        return lambda model, **options: create_optimizer_v2(model, opt=name, **options)
+        return lambda model, **options: optim.create_optimizer_v2(model, opt=name, **options)
 
-    return [Case(name, by_name(name)) for name in list_optimizers() if not name.startswith(("bnb", "fused"))]
+    return [Case(name, by_name(name)) for name in optim.list_optimizers() if not name.startswith(("bnb", "fused"))]
 
 
 def _heavyball() -> list[Case]:

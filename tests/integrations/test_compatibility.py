@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 import gradcentral
 from tests.integrations.compatibility import Case, measure
 from tests.integrations.compatibility_page import (
-    DISTRIBUTIONS,
     INTRODUCTION,
     PAGE,
     SIGNS,
@@ -20,7 +19,7 @@ from tests.integrations.compatibility_page import (
     section,
     sections_of_page,
 )
-from tests.integrations.optimizer_lists import LIBRARIES
+from tests.integrations.optimizer_lists import DISTRIBUTIONS, LIBRARIES
 
 pytest.importorskip("pytorch_optimizer", reason="needs libraries of optimizers: run `make trainers`")
 WRITE = "run .venv-trainers/bin/python -m tests.integrations.compatibility_page and read what it changes"
@@ -30,6 +29,7 @@ def test_introduction() -> None:
     assert PAGE.read_text(encoding="utf-8").startswith(INTRODUCTION), WRITE
 
 
+@pytest.mark.timeout(1200)  # a library has up to 139 optimizers
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_library(library: str) -> None:
     pytest.importorskip(library, reason=f"needs {DISTRIBUTIONS[library]}: run `make trainers`")

@@ -13,9 +13,10 @@ from typing import Any
 from gradcentral.diagnostics.advice import advice
 from gradcentral.diagnostics.centering_effect import Effect
 from gradcentral.diagnostics.input_means import InputMean
-from gradcentral.layout.table import aligned, compact_names
+from gradcentral.layout.table import compact_names
 from gradcentral.plotting import LIGHT, Theme, new_figure, style
 from gradcentral.tables import csv_text
+from gradcentral.text_table import aligned
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["LayerReport", "ProbeReport"]
