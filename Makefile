@@ -47,7 +47,10 @@ cluster: $(VENV)/cluster
 JAX := .venv-jax
 jax: $(JAX)/ready
 	OMP_NUM_THREADS=1 $(JAX)/bin/pytest tests/integrations/test_named_layout.py tests/integrations/test_optax*.py \
-	    $(wildcard tests/integrations/test_keras*.py) tests/test_examples.py
+	    tests/test_examples.py
+	for backend in jax torch tensorflow; do \
+	    KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(JAX)/bin/pytest tests/integrations/test_keras*.py || exit 1; \
+	done
 
 bench: $(VENV)/experiments
 	$(BIN)/gradcentral bench
