@@ -90,9 +90,15 @@ class Effect(NamedTuple):
         return self.p_holm is not None and self.p_holm < LEVEL
 
     @property
+    def p_divergence(self) -> float:
+        """The two-sided p of a sign test on the runs that diverged with and without GC; it is not corrected."""
+        lost = self.diverged + self.baseline_diverged
+        return float(optional("scipy.stats").binomtest(self.diverged, lost).pvalue) if lost else 1.0
+
+    @property
     def verdict(self) -> str:
         """``"helps"``, ``"hurts"``, ``"diverges more often"`` or ``"no clear effect"``."""
-        if self.diverged > self.baseline_diverged:
+        if self.diverged > self.baseline_diverged and self.p_divergence < LEVEL:
             return "diverges more often"
         return ("helps" if self.mean > 0 else "hurts") if self.significant else "no clear effect"
 
@@ -276,9 +282,9 @@ def speeds(records: Iterable[Record], arms: Sequence[str] = ("gradient", "update
 
 
 def means_of(records: Iterable[Record], name: str) -> dict[tuple[str, str, str], float]:
-    """Return the mean of a number such as ``"drift"`` or ``"dead"`` for each task, optimizer and arm."""
+    """Return the mean of a number such as ``"drift"`` in each cell, over the runs that did not diverge."""
     found = {
-        (task, optimizer, arm): [run[name] for run in runs.values() if run[name] is not None]
+        (task, optimizer, arm): [r[name] for r in runs.values() if r[name] is not None and r["diverged_at"] is None]
         for (task, optimizer, arm, factor), runs in _by_cell(records).items()
         if factor == 1
     }

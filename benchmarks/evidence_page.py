@@ -149,7 +149,8 @@ def _summary(effects: Sequence[Effect]) -> str:
         for effect in some:
             by_cell.setdefault(f"`{effect.name}` with {NAMES[effect.optimizer]}", []).append(f"`{effect.arm}`")
         found = "; ".join(f"{cell} ({', '.join(arms)})" for cell, arms in by_cell.items())
-        lines.append(f"- **{title}**: {len(some)} cells{': ' if found else ''}{found}.")
+        test = " (by a sign test at the 5% level, not corrected)" if verdict == "diverges more often" else ""
+        lines.append(f"- **{title}**{test}: {len(some)} cells{': ' if found else ''}{found}.")
     nothing = sum(effect.verdict == "no clear effect" for effect in effects)
     return "\n".join([*lines, f"- **No clear effect**: the other {nothing} cells."])
 

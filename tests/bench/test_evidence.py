@@ -122,6 +122,18 @@ def test_the_effect_is_the_paired_reduction_of_the_error_in_percent() -> None:
     assert analysis.cells(diverged)[0].pairs == 2
 
 
+def test_more_divergences_count_only_if_a_sign_test_finds_them() -> None:
+    effect = analysis.Effect("fashion-none", "sgd", "gradient", 9, 1.0, 1.0, (-1.0, 3.0), 0.3, 0.3)
+    for diverged, baseline, verdict in (
+        (1, 0, "no clear effect"),
+        (9, 1, "diverges more often"),
+        (1, 9, "no clear effect"),
+    ):
+        found = effect._replace(diverged=diverged, baseline_diverged=baseline)
+        assert found.p_divergence == pytest.approx(stats.binomtest(diverged, diverged + baseline).pvalue)
+        assert found.verdict == verdict
+
+
 def test_p_values_are_corrected_by_holms_method() -> None:
     effects = [analysis.Effect(str(p), "", "", 5, 1.0, 1.0, (0.0, 1.0), p) for p in (0.04, 0.01, 0.03, 0.005)]
     effects.append(analysis.Effect("unknown", "", "", 1, 1.0, 0.0))
@@ -231,8 +243,9 @@ def test_the_advice_of_the_page_agrees_with_the_runs() -> None:
     assert "The significant improvements are all here" in text  # in convolutional networks
     convolutional = {task for task, kind in analysis.KINDS.items() if "CNN" in kind or "convolutional" in kind}
     assert {effect.name for effect in effects if effect.verdict == "helps"} <= convolutional
-    assert "Our small fine-tuning tasks show no\n  clear effect" in text
-    assert not clear & {"fine-tuning", "lora"}
+    assert "Our small networks with BatchNorm and our small fine-tuning tasks show no\n  clear effect" in text
+    assert not clear & {"fine-tuning", "lora", "fashion-batchnorm"}
+    assert {"fashion-groupnorm", "fashion-layernorm", "fashion-none", "autoencoder"} <= clear
     assert "Transformers, GRUs, small networks for tables**: we found no significant effect" in text
     assert not {task for task in clear if task.startswith(("text", "tabular"))}
     assert "without normalization improved with Lion too" in " ".join(text.split())
