@@ -12,7 +12,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 INSTALL := -m pip --disable-pip-version-check install --quiet --constraint
 PIP := $(BIN)/python $(INSTALL) constraints.txt
 
-.PHONY: compare test lint types tests triton zoo cluster trainers jax without-compiler sanitize installed wheel bench clean
+.PHONY: compare test lint types tests triton zoo cluster trainers jax without-compiler sanitize installed wheel matrix bench clean
 
 compare: $(VENV)/experiments
 	$(BIN)/gradcentral compare
@@ -74,6 +74,23 @@ jax: .venv-jax/ready
 	    tests/test_examples.py
 	for backend in jax torch tensorflow; do \
 	    KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 .venv-jax/bin/pytest tests/integrations/test_keras*.py || exit 1; \
+	done
+
+# The core tests on other versions, each PYTHON=TORCH in an environment of its own. Warnings are no errors there: newer
+# versions have new ones. docs/install.md lists the results.
+MATRIX ?= python3.10=2.8.0 python3.12=2.13.0 python3.13=2.14.1
+CORE := tests/kernels tests/optim tests/layout tests/distributed tests/diagnostics $(wildcard tests/test_*.py)
+NOT_CORE := tests/test_docs.py tests/test_examples.py tests/kernels/test_triton.py
+matrix:
+	for pair in $(MATRIX); do \
+	    python=$${pair%=*} torch=$${pair#*=}; \
+	    command -v $$python > /dev/null || { echo "skipped: $$python is not installed"; continue; }; \
+	    env=.venv-matrix/$$(basename $$($$python -c 'import platform; print(platform.python_version())'))-$$torch; \
+	    [ -x $$env/bin/python ] || $$python -m venv $$env; \
+	    $$env/bin/python -m pip --disable-pip-version-check install --quiet torch==$$torch && \
+	    $$env/bin/python -m pip --disable-pip-version-check install --quiet '.[experiments,tensorboard,test]' && \
+	    OMP_NUM_THREADS=1 $$env/bin/pytest -q -n $(JOBS) --dist loadfile -p no:cacheprovider -o filterwarnings= \
+	        $(CORE) $(NOT_CORE:%=--ignore %) || exit 1; \
 	done
 
 bench: $(VENV)/experiments
@@ -159,4 +176,4 @@ JAX := jax flax equinox dm-haiku tensorflow-cpu
 	touch $@
 
 clean:
-	rm -rf build dist runs $(VENV) $(WHEEL) .venv-trainers .venv-jax src/*.egg-info src/gradcentral/kernels/_native.*
+	rm -rf build dist runs $(VENV) $(WHEEL) .venv-matrix .venv-trainers .venv-jax src/*.egg-info src/gradcentral/kernels/_native.*
