@@ -183,6 +183,8 @@ def test_every_allocation_names_its_device() -> None:
     """Memory of the default device may be unreadable where it is used, and its dtype may be too narrow."""
     found, missing = 0, []
     for path in sorted(PACKAGE.rglob("*.py")):
+        if path.parent.name == "tasks":  # written like a user's own files, which use the defaults
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue

@@ -84,12 +84,14 @@ def _steps(
     kind: type[gradcentral.SGD | gradcentral.AdamW], placement: str, dtype: torch.dtype, device: str, fused: bool | None
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in SHAPES]
+    weights = [
+        torch.randn(shape, generator=generator, device="cpu").to(device, dtype).requires_grad_() for shape in SHAPES
+    ]
     layout = gradcentral.WeightLayout.from_shapes(weights)
     optimizer = kind(weights, lr=0.1, layout=layout, placement=placement, weight_decay=0.1, fused=fused)
     for _ in range(3):
         for weight in weights:
-            weight.grad = torch.randn(weight.shape, generator=generator).to(device, dtype)
+            weight.grad = torch.randn(weight.shape, generator=generator, device="cpu").to(device, dtype)
         optimizer.step()
     return [weight.detach().double() for weight in weights]
 
