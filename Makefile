@@ -10,7 +10,7 @@ BUILT_FROM := pyproject.toml setup.py constraints.txt $(wildcard $(C)/*)
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: compare test lint types tests triton zoo cluster without-compiler sanitize installed wheel bench clean
+.PHONY: compare test lint types tests triton zoo cluster without-compiler sanitize installed wheel docs bench clean
 
 compare: $(VENV)/experiments
 	$(BIN)/gradcentral compare
@@ -61,6 +61,10 @@ installed: $(VENV)/dev wheel
 	PYTHONPATH=$(INSTALLED) GRADCENTRAL_KERNELS=native $(BIN)/pytest -q -p no:cacheprovider tests/kernels/test_native.py
 	cd $(INSTALLED) && PYTHONPATH=$(INSTALLED) $(CURDIR)/$(BIN)/python -m gradcentral compare digits \
 	    --seeds 2 --epochs 2 --out runs
+
+# The documentation site, in docs/_build/html. The tour is executed; a warning fails the build.
+docs: $(VENV)/dev
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 bench: $(VENV)/experiments
 	$(BIN)/gradcentral bench
