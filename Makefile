@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 compare: $(VENV)/experiments
 	$(BIN)/gradcentral compare
 
-test: lint types tests triton zoo cluster without-compiler sanitize installed
+test: lint types tests triton zoo cluster docs without-compiler sanitize installed
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
@@ -62,9 +62,10 @@ installed: $(VENV)/dev wheel
 	cd $(INSTALLED) && PYTHONPATH=$(INSTALLED) $(CURDIR)/$(BIN)/python -m gradcentral compare digits \
 	    --seeds 2 --epochs 2 --out runs
 
-# The documentation site, in docs/_build/html. The tour is executed; a warning fails the build.
+# The documentation site, in docs/_build/html. The tour is executed, and docstrings are read again, even if no page has
+# changed (-E); a warning fails the build, as does a link to a page or heading that does not exist.
 docs: $(VENV)/dev
-	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -E -q -W --keep-going -b html docs docs/_build/html
 
 bench: $(VENV)/experiments
 	$(BIN)/gradcentral bench

@@ -28,11 +28,14 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 
-# The tour is a notebook as text; it runs at build time, and an error in a cell fails the build.
-nb_execution_mode = "cache"
+# The tour is a notebook as text; it runs at build time, and an error in a cell fails the build. No cache: its key is the
+# page, so the page would not run again after a change of the package.
+nb_execution_mode = "force"
+nb_execution_in_temp = True  # the tour writes the results of a comparison
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_merge_streams = True
+nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # scripts on another server, for widgets, which no page has
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -47,6 +50,8 @@ html_theme = "furo"
 html_title = f"gradcentral {version}"
 html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", "source_directory": "docs/"}
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sphinx = False
 copybutton_prompt_text = r"\$ |>>> |\.\.\. "
 copybutton_prompt_is_regexp = True

@@ -117,7 +117,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """The result of `probe`; ``print`` it for a table.
+    """The result of `gradcentral.probe`; ``print`` it for a table.
 
     Attributes:
         layers: one `LayerReport` per parameter of the model, centered or skipped.
