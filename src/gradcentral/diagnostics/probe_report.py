@@ -209,7 +209,7 @@ class ProbeReport:
         """Draw the share of each centered parameter, with its spread; only the 40 largest if there are more.
 
         Returns:
-            A ``matplotlib.figure.Figure``: show it in a notebook, or ``figure.savefig("probe.png")``.
+            A ``matplotlib.figure.Figure``. Show it in a notebook, or ``figure.savefig("probe.png")``.
 
         Raises:
             MissingExtraError: matplotlib is not installed.

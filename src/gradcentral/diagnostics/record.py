@@ -117,7 +117,7 @@ def plot_records(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
         theme: colors.
 
     Returns:
-        A ``matplotlib.figure.Figure``: show it in a notebook, or ``figure.savefig("gc.png")``.
+        A ``matplotlib.figure.Figure``. Show it in a notebook, or ``figure.savefig("gc.png")``.
 
     Raises:
         ValueError: there are no records, or they are of several monitors.

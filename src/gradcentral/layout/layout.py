@@ -131,12 +131,12 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
 
     @property
     def skipped(self) -> dict[str, str]:
-        """{name: reason} of every parameter that is skipped."""
+        """``{name: reason}`` of every parameter that is skipped."""
         return {entry.name: entry.reason for entry in self.entries if entry.vectors is None}
 
     @property
     def names(self) -> dict[Tensor, str]:
-        """{parameter: name} of every parameter of the model, centered or skipped."""
+        """``{parameter: name}`` of every parameter of the model, centered or skipped."""
         return {entry.parameter: entry.name for entry in self.entries}
 
     @property

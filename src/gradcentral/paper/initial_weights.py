@@ -73,8 +73,8 @@ def sampled_means(shapes: Iterable[Sequence[int]], scheme: str, seed: int) -> di
 def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None) -> list[Measurement]:
     """Measure mean(w⁰) ≈ 0 under Xavier and Kaiming initialization, for layers of the model's shapes.
 
-    For each scheme of `initial_means`, this measures the deviation of the root mean square of mean(w⁰), over all weight vectors,
-    from σ/√M.
+    For each scheme of `initial_means`, this measures the deviation of the root mean square of mean(w⁰), over all
+    weight vectors, from σ/√M.
 
     Args:
         model: a model whose centered Linear and convolution layers give the shapes; its weights are not used.
