@@ -1,6 +1,7 @@
 # make compare   train with and without GC on bundled data; print the verdict and the path of the report
 # make test      lint, types and all tests
-# Both first set up what they need in .venv; they require Python 3, make and pip.
+# Both first set up what they need in .venv; they require Python 3, make and pip. The tests with trainers and with JAX and
+# Keras use .venv-trainers and .venv-jax, because those libraries would change the versions of the others.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,14 +9,16 @@ BIN := $(VENV)/bin
 C := src/gradcentral/kernels/c
 BUILT_FROM := pyproject.toml setup.py constraints.txt $(wildcard $(C)/*)
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+INSTALL := -m pip --disable-pip-version-check install --quiet --constraint
+PIP := $(BIN)/python $(INSTALL) constraints.txt
 
-.PHONY: compare test lint types tests triton zoo cluster without-compiler sanitize installed wheel docs bench clean
+.PHONY: compare test lint types tests triton zoo cluster trainers jax docs without-compiler sanitize installed wheel
+.PHONY: bench clean
 
 compare: $(VENV)/experiments
 	$(BIN)/gradcentral compare
 
-test: lint types tests triton zoo cluster docs without-compiler sanitize installed
+test: lint types tests triton zoo cluster trainers jax docs without-compiler sanitize installed
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
@@ -29,11 +32,11 @@ types: $(VENV)/dev
 JOBS ?= 2
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 tests: $(VENV)/dev
-	$(PARALLEL) --dist loadfile --ignore tests/zoo
+	$(PARALLEL) --dist loadfile --ignore tests/zoo --ignore tests/integrations
 
 # The CUDA kernels in Triton's interpreter. A separate run, because Triton reads the variable when it is imported.
 triton: $(VENV)/dev
-	TRITON_INTERPRET=1 GRADCENTRAL_KERNELS=triton $(PARALLEL) tests/kernels/test_triton.py
+	TRITON_INTERPRET=1 GRADCENTRAL_KERNELS=triton $(PARALLEL) tests/kernels/test_triton.py tests/test_strength.py
 
 # The layouts of real models; see the extra "zoo" in pyproject.toml.
 zoo: $(VENV)/zoo
@@ -61,6 +64,18 @@ installed: $(VENV)/dev wheel
 	PYTHONPATH=$(INSTALLED) GRADCENTRAL_KERNELS=native $(BIN)/pytest -q -p no:cacheprovider tests/kernels/test_native.py
 	cd $(INSTALLED) && PYTHONPATH=$(INSTALLED) $(CURDIR)/$(BIN)/python -m gradcentral compare digits \
 	    --seeds 2 --epochs 2 --out runs
+
+# The adapters in gradcentral.integrations, each with the library that it is named after. The tests of JAX and Keras are
+# skipped here; their environment is another one, since Keras' backends pin packages that trainers pin too.
+trainers: .venv-trainers/ready
+	OMP_NUM_THREADS=1 .venv-trainers/bin/pytest -n $(JOBS) --dist loadfile tests/integrations
+
+jax: .venv-jax/ready
+	OMP_NUM_THREADS=1 .venv-jax/bin/pytest tests/integrations/test_named_layout.py tests/integrations/test_optax*.py \
+	    tests/test_examples.py
+	for backend in jax torch tensorflow; do \
+	    KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 .venv-jax/bin/pytest tests/integrations/test_keras*.py || exit 1; \
+	done
 
 # The documentation site, in docs/_build/html. The tour is executed, and docstrings are read again, even if no page has
 # changed (-E); a warning fails the build, as does a link to a page or heading that does not exist.
@@ -119,5 +134,35 @@ $(VENV)/cluster: $(VENV)/dev
 	$(PIP) --editable '.[ray,dask]'
 	touch $@
 
+# An environment of its own: $(1) its folder, $(2) its constraints, $(3) gradcentral's extras. setuptools and wheel are
+# for DeepSpeed.
+comma := ,
+define environment
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python $(INSTALL) $(2) torch setuptools wheel
+	$(1)/bin/python $(INSTALL) $(2) --editable '.[$(3)]'
+endef
+
+# $(1) installs the packages $(2) together or, if that fails, one by one. The tests of those that cannot be installed
+# (for lack of a compiler, or of a build for this platform) are skipped.
+install_each = $(1) $(2) || for package in $(2); do $(1) $$package || echo "skipping the tests of $$package"; done
+
+TRAINERS := tensorboard transformers accelerate peft lightning 'jsonargparse[signatures]' skorch \
+    pytorch-ignite opacus stable-baselines3 mmengine fastai timm pytorch_optimizer schedulefree torch-optimi \
+    bitsandbytes torchao heavyball polars
+# DeepSpeed imports torch while it is built. Ultralytics needs polars, and fewer packages than it requires.
+.venv-trainers/ready: constraints-trainers.txt $(BUILT_FROM)
+	$(call environment,.venv-trainers,constraints-trainers.txt,test)
+	$(call install_each,.venv-trainers/bin/python $(INSTALL) constraints-trainers.txt,$(TRAINERS))
+	$(call install_each,.venv-trainers/bin/python $(INSTALL) constraints-trainers.txt --no-deps,ultralytics)
+	$(call install_each,.venv-trainers/bin/python $(INSTALL) constraints-trainers.txt --no-build-isolation,deepspeed)
+	touch $@
+
+JAX := jax flax equinox dm-haiku tensorflow-cpu
+.venv-jax/ready: constraints-jax.txt $(BUILT_FROM)
+	$(call environment,.venv-jax,constraints-jax.txt,experiments$(comma)jax$(comma)keras$(comma)test)
+	$(call install_each,.venv-jax/bin/python $(INSTALL) constraints-jax.txt,$(JAX))
+	touch $@
+
 clean:
-	rm -rf build dist runs $(VENV) $(WHEEL) src/*.egg-info src/gradcentral/kernels/_native.*
+	rm -rf build dist runs $(VENV) $(WHEEL) .venv-trainers .venv-jax src/*.egg-info src/gradcentral/kernels/_native.*

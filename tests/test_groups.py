@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import pickle
 import re
 from typing import Any
 
@@ -61,8 +64,9 @@ def test_a_checkpoint_without_the_key_does_not_change_it(kind: str) -> None:
     assert _centered(model, optimizer) == [True, False]
     plain = torch.optim.SGD([{"params": list(layer.parameters())} for layer in model], lr=0.1)
     optimizer.load_state_dict(plain.state_dict())
-    assert "centralize" not in optimizer.param_groups[1]
     assert _centered(model, optimizer) == [True, False]
+    assert optimizer.param_groups[1]["centralize"] is False  # so that the next checkpoint contains it
+    assert "centralize" not in optimizer.param_groups[0]
 
 
 def test_the_monitor_does_not_report_a_group_that_is_left_out() -> None:
@@ -81,11 +85,11 @@ def test_leaving_out_every_group_raises(kind: str) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("key", ["placement", "strength", "layout", "model"])
+@pytest.mark.parametrize("key", ["placement", "layout", "model"])
 def test_options_of_the_whole_optimizer_raise(kind: str, key: str) -> None:
     model = _model()
     layout = gradcentral.weight_layout(model[1])
-    value = {"placement": "update", "strength": 0.5, "layout": layout, "model": model[1]}[key]
+    value = {"placement": "update", "layout": layout, "model": model[1]}[key]
     with pytest.raises(ValueError, match=f"parameter group 1 has the key '{key}'.* create one optimizer per {key}"):
         _optimizer(model, kind, {key: value})
 
@@ -122,15 +126,147 @@ def test_misspelled_keys_raise_and_the_remedy_works(kind: str, key: str) -> None
     model = _model()
     with pytest.raises(ValueError, match=f"parameter group 1 has the key '{key}', which has no effect") as raised:
         _optimizer(model, kind, {key: False})
-    found = re.search('use ("centralize": False) to leave', str(raised.value))
+    found = re.search('use ("centralize": False); ', str(raised.value))
     assert found
     assert _centered(model, _optimizer(model, kind, eval(f"{{{found[1]}}}"))) == [True, False]
 
 
 @KINDS
-def test_other_values_raise(kind: str) -> None:
-    with pytest.raises(ValueError, match='parameter group 1: "centralize" must be True or False, not 0'):
-        _optimizer(_model(), kind, {"centralize": 0})
+@pytest.mark.parametrize("key", ["strength", "centralise"])
+def test_a_strength_under_another_key_raises_and_the_remedy_works(kind: str, key: str) -> None:
+    model = _model()
+    with pytest.raises(ValueError, match=f"parameter group 1 has the key '{key}', which has no effect") as raised:
+        _optimizer(model, kind, {key: 0.25})
+    found = re.search(r'use ("centralize": 0\.25)', str(raised.value))
+    assert found
+    assert _rest_of_means(model, _optimizer(model, kind, eval(f"{{{found[1]}}}"))) == [0.0, 0.75]
+
+
+@KINDS
+@pytest.mark.parametrize("value", ["all", (), 1j, [0.5]])
+def test_other_values_raise(kind: str, value: Any) -> None:
+    message = 'parameter group 1: "centralize" must be True, False or a strength between 0 and 1, not '
+    with pytest.raises(ValueError, match=re.escape(f"{message}{value!r}")):
+        _optimizer(_model(), kind, {"centralize": value})
+
+
+@KINDS
+@pytest.mark.parametrize("value", [-0.5, 1.5, math.nan, math.inf, torch.tensor(2.0), torch.tensor(math.nan), 2])
+def test_a_strength_outside_0_to_1_raises(kind: str, value: Any) -> None:
+    with pytest.raises(ValueError, match='parameter group 1: "centralize" must be between 0 and 1, not '):
+        _optimizer(_model(), kind, {"centralize": value})
+    with pytest.raises(ValueError, match='parameter group 1: "centralize" must be a number or a 0-dim tensor'):
+        _optimizer(_model(), kind, {"centralize": torch.ones(2)})
+    model = _model()
+    optimizer = _optimizer(model, kind, {})
+    before = copy.deepcopy(model.state_dict())
+    optimizer.param_groups[1]["centralize"] = value
+    with pytest.raises(ValueError, match='"centralize" must be between 0 and 1, not '):
+        _centered(model, optimizer)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@KINDS
+def test_a_tensor_is_checked_in_every_step(kind: str) -> None:
+    model, strength = _model(), torch.tensor(0.5)
+    optimizer = _optimizer(model, kind, {"centralize": strength})
+    assert _rest_of_means(model, optimizer) == [0.0, 0.5]
+    assert _rest_of_means(model, optimizer, strength.fill_(0.75)) == [0.0, 0.25]
+    with pytest.raises(ValueError, match='"centralize" of a parameter group must be between 0 and 1, not 1.5'):
+        _rest_of_means(model, optimizer, strength.fill_(1.5))
+
+
+# Strengths of groups.
+
+
+def _rest_of_means(model: Any, optimizer: Optimizer, *_: object) -> list[float]:
+    """Take a step with plain gradients; return, for both layers, the part of the mean of the change that remains."""
+    before: list[Tensor] = [layer.weight.detach().clone() for layer in model]
+    for p in model.parameters():
+        p.grad = torch.arange(1.0, p.numel() + 1).view(p.shape)
+    optimizer.step()
+    found = []
+    for number, (layer, w) in enumerate(zip(model, before, strict=True)):
+        gradient = torch.arange(1.0, layer.weight.numel() + 1).view(layer.weight.shape)
+        parts = (layer.weight.detach() - w).mean(1) / (-0.1 * gradient).mean(1)
+        assert parts.max() - parts.min() < 1e-4, number
+        found.append(round(float(parts.mean()), 4) + 0.0)
+    return found
+
+
+@KINDS
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_number_is_the_strength_of_the_group_and_replaces_that_of_the_optimizer(kind: str, placement: str) -> None:
+    model = _model()
+    optimizer = _optimizer(model, kind, {"centralize": 0.25}, placement)
+    holder: Any = optimizer if kind == "own" else gradcentral.attached(optimizer)[0]
+    assert _rest_of_means(model, optimizer) == [0.0, 0.75]
+    holder.strength = 0.5
+    assert _rest_of_means(model, optimizer) == [0.5, 0.75]
+    for value, rest in ((1.0, 0.0), (True, 0.5), (0.0, 1.0), (1, 0.0), (False, 1.0), (0.75, 0.25), (0, 1.0)):
+        optimizer.param_groups[1]["centralize"] = value
+        assert _rest_of_means(model, optimizer) == [0.5, rest], value
+    holder.strength = 0.0
+    optimizer.param_groups[1]["centralize"] = 0.75
+    assert _rest_of_means(model, optimizer) == [1.0, 0.25]
+
+
+@KINDS
+@pytest.mark.parametrize("tensor", [False, True])
+def test_checkpoints_of_torch_load_in_both_directions_and_keep_the_strength(kind: str, tensor: bool) -> None:
+    model = _model()
+    strength: Any = torch.tensor(0.25) if tensor else 0.25
+    optimizer = _optimizer(model, kind, {"centralize": strength})
+    plain = torch.optim.SGD([{"params": list(layer.parameters())} for layer in model], lr=0.1)
+    for _ in range(2):
+        optimizer.load_state_dict(plain.state_dict())
+        assert _rest_of_means(model, optimizer) == [0.0, 0.75]
+        assert optimizer.state_dict()["param_groups"][1]["centralize"] == 0.25
+    plain.load_state_dict(optimizer.state_dict())
+    assert _rest_of_means(model, plain) == [1.0, 1.0]
+    other = _optimizer(model, kind, {"centralize": 0.5})
+    other.load_state_dict(optimizer.state_dict())  # a checkpoint with the key replaces the setting, as it does lr
+    assert _rest_of_means(model, other) == [0.0, 0.75]
+
+
+@pytest.mark.parametrize("setting", [False, 0.25])
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_made_after_loading_keeps_the_setting(copier: Any, setting: Any) -> None:
+    model = _model()
+    optimizer = _optimizer(model, "own", {"centralize": setting})
+    plain = torch.optim.SGD([{"params": list(layer.parameters())} for layer in model], lr=0.1)
+    optimizer.load_state_dict(plain.state_dict())
+    copied = copier(optimizer)
+    assert copied.param_groups[1]["centralize"] == setting
+
+
+def test_groups_that_are_merged_need_the_key() -> None:
+    model = _model()
+    optimizer = _optimizer(model, "attached", {"centralize": 0.25})
+    optimizer.param_groups[0]["params"] += optimizer.param_groups.pop()["params"]
+    with pytest.raises(ValueError, match='parameter group 0 has no "centralize", and its parameters had different'):
+        _rest_of_means(model, optimizer)
+    optimizer.param_groups[0]["centralize"] = 0.5
+    assert _rest_of_means(model, optimizer) == [0.5, 0.5]
+
+
+def test_a_strength_that_changes_in_every_step_adds_no_plans() -> None:
+    model = _model()
+    optimizer: Any = _optimizer(model, "own", {"centralize": 0.5})
+    for step in range(1, 20):
+        optimizer.param_groups[1]["centralize"] = step / 20
+        assert _rest_of_means(model, optimizer)[1] == pytest.approx(1 - step / 20, abs=1e-4)
+    assert len(optimizer._plans) == 2
+
+
+def test_a_schedule_multiplies_the_strengths_of_all_groups() -> None:
+    """Groups have no multiple of the optimizer's strength; a loop over the groups, as in docs/optimizers.md, has."""
+    model = _model()
+    optimizer = _optimizer(model, "own", {"centralize": 0.5})
+    for factor in (0.0, 0.5, 1.0):
+        for group, strength in zip(optimizer.param_groups, (1.0, 0.5), strict=True):
+            group["centralize"] = factor * strength
+        assert _rest_of_means(model, optimizer) == [1 - factor, 1 - factor / 2]
 
 
 @KINDS

@@ -201,10 +201,9 @@ def _optimizer(row: Row, model: Net, only: str, own: bool) -> torch.optim.Optimi
     return optimizer
 
 
-@pytest.mark.parametrize("only", ["all", "conv"])
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_twenty_steps_equal_the_formula(row: Row, only: str) -> None:
-    theirs, start = Net(), Net()
+def _train_by_formula(row: Row, phi_of: Callable[[torch.Size], Phi]) -> Net:
+    """Train for twenty steps as the other implementation does."""
+    theirs = Net()
     states: list[State] = [{} for _ in theirs.parameters()]
     for t in range(1, 21):
         _backward(theirs, t)
@@ -212,16 +211,66 @@ def test_twenty_steps_equal_the_formula(row: Row, only: str) -> None:
             for p, state in zip(theirs.parameters(), states, strict=True):
                 assert p.grad is not None
                 state["t"] = t
-                phi = _phi(p.shape, only)
-                p.add_(row.formula(p.clone(), p.grad, state, phi, row.decay, row.options))
+                p.add_(row.formula(p.clone(), p.grad, state, phi_of(p.shape), row.decay, row.options))
+    return theirs
+
+
+def _train(optimizer: torch.optim.Optimizer, model: Net, row: Row) -> None:
+    for t in range(1, 21):
+        _backward(model, t)
+        if row.before_step is not None:
+            row.before_step(optimizer, t, row.decay)
+        optimizer.step()
+
+
+def _assert_equal(model: nn.Module, expected: nn.Module) -> None:
+    for p, wanted, old in zip(model.parameters(), expected.parameters(), Net().parameters(), strict=True):
+        torch.testing.assert_close(p, wanted, rtol=0, atol=1e-12)
+        assert float((p - old).detach().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("only", ["all", "conv"])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_twenty_steps_equal_the_formula(row: Row, only: str) -> None:
+    theirs = _train_by_formula(row, lambda shape: _phi(shape, only))
     for own in [True, False] if hasattr(gradcentral, row.optimizer) else [False]:
         model = Net()
-        optimizer = _optimizer(row, model, only, own)
+        _train(_optimizer(row, model, only, own), model, row)
+        _assert_equal(model, theirs)
+
+
+WITHOUT_GC = [
+    *(Row(sgd_gc, "SGD", "none", d, o) for d in (0.0, 0.1) for o in MOMENTA),
+    *(Row(adam_gc, "Adam", "none", d, BETAS) for d in (0.0, 0.1)),
+    *(Row(adagrad_gc, "Adagrad", "none", d) for d in (0.0, 0.1)),
+    *(Row(adamw_gc_loc, "AdamW", "none", d, BETAS, _scaled_decay) for d in (0.0, 0.1)),
+]
+
+
+@pytest.mark.parametrize("row", WITHOUT_GC, ids=str)
+def test_twenty_steps_without_gc_equal_those_of_torch(row: Row) -> None:
+    theirs, model = _train_by_formula(row, lambda shape: lambda tensor: tensor), Net()
+    optimizer = getattr(torch.optim, row.optimizer)(model.parameters(), lr=LR, weight_decay=row.decay, **row.options)
+    _train(optimizer, model, row)
+    _assert_equal(model, theirs)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["Adai", "AdamP", "Lion", "Ranger"])
+def test_twenty_steps_of_pytorch_optimizer_equal_those_with_centralize(name: str, decay: float) -> None:
+    theirs = pytest.importorskip("pytorch_optimizer", reason="needs pytorch_optimizer: run `make trainers`")
+
+    def train(use_gc: bool, attach: bool) -> Net:
+        model = Net()
+        optimizer = getattr(theirs, name)(model.parameters(), lr=LR, weight_decay=decay, use_gc=use_gc)
+        if attach:
+            centralize(optimizer, layout=WeightLayout.from_shapes(model.named_parameters()))
         for t in range(1, 21):
             _backward(model, t)
-            if row.before_step is not None:
-                row.before_step(optimizer, t, row.decay)
             optimizer.step()
-        for p, expected, old in zip(model.parameters(), theirs.parameters(), start.parameters(), strict=True):
-            torch.testing.assert_close(p, expected, rtol=0, atol=1e-12)
-            assert float((p - old).detach().abs().max()) > 1e-3
+        return model
+
+    expected = train(use_gc=True, attach=False)
+    _assert_equal(train(use_gc=False, attach=True), expected)
+    with pytest.raises(AssertionError):
+        _assert_equal(train(use_gc=False, attach=False), expected)

@@ -481,6 +481,53 @@ def test_center_update_of_two_tensors_is_old_plus_the_centered_change(case: Case
     assert torch.equal(old, kept)
 
 
+@given(case=cases(expanded=False), seed=st.integers(0, 1000), strength=st.floats(0, 1) | st.sampled_from([0.0, 1.0]))
+def test_of_a_change_a_part_of_the_mean_remains(case: Case, seed: int, strength: float) -> None:
+    """A block around a change, and the two states before and after it, in any layout, dtype and memory format."""
+    old = case.tensor
+    numbers = torch.Generator().manual_seed(seed)
+    change = (torch.randn(old.shape, generator=numbers, dtype=torch.float64) + 0.5).to(old.dtype)
+    new = old + change
+    expected = old.double() + center((new.double() - old.double()), case.vectors, strength)
+    model = nn.Module()
+    model.weight = nn.Parameter(old.clone())
+    if case.vectors.for_shape(old.shape).fan_in > 1:
+        layout = weight_layout(model, overrides={"weight": case.vectors})
+        with centered_update(model, layout, strength), torch.no_grad():
+            model.weight.copy_(new)
+        _assert_close(model.weight.detach(), expected)
+        state = {"weight": new.clone()}
+        center_update_(state, {"weight": old}, layout, strength=strength)
+        _assert_close(state["weight"], expected)
+    _assert_close(center_update_(new, old, case.vectors, strength), expected)
+
+
+def _assert_close(found: Tensor, expected: Tensor) -> None:
+    tolerance = 8 * torch.finfo(found.dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * 4)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.5, float("nan"), torch.tensor(2.0), torch.ones(2)], ids=str)
+def test_a_strength_outside_0_to_1_raises_before_any_change(bad: Any) -> None:
+    model = nn.Linear(4, 3)
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match="strength must be "), centered_update(model, strength=bad):
+        _random_change(model)
+    new = {"weight": before + 1}
+    with pytest.raises(ValueError, match="strength must be "):
+        center_update_(new, {"weight": before}, weight_layout(model), strength=bad)
+    assert torch.equal(model.weight, before)
+    assert torch.equal(new["weight"], before + 1)
+
+
+def test_a_strength_may_be_a_tensor() -> None:
+    model = nn.Linear(4, 3).double()
+    before = model.weight.detach().clone()
+    with centered_update(model, strength=torch.tensor(0.25)), torch.no_grad():
+        model.weight += torch.arange(4.0)
+    torch.testing.assert_close(model.weight.detach(), before + torch.arange(4.0).double() - 0.25 * 1.5)
+
+
 def test_center_update_merges_two_checkpoints() -> None:
     base, first, second = _model(), _model(), _model()
     _random_change(first)

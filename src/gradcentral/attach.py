@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from gradcentral.attachment import Attachment, attachments_of
@@ -15,6 +15,7 @@ from gradcentral.gradient_hooks import GradientHooks, hooks_of, parameters_to_ho
 from gradcentral.layout import WeightLayout
 from gradcentral.projection import Pair, Strength, checked_strength
 from gradcentral.step_hooks import hooked_optimizer, refuse_unhookable
+from gradcentral.strengths import same_strength
 from gradcentral.targets import Targets, check_placement, layout_to_use, log_attached
 from gradcentral.weight_decay import l2_of
 
@@ -38,7 +39,7 @@ def centralize(
     Args:
         optimizer: holds parameters of the model; its other parameters are not centered. A list of optimizers, such as
             Muon and AdamW for different layers of one model, gives one handle for all of them. A parameter group with
-            ``"centralize": False`` is not centered.
+            ``"centralize": False`` is not centered; ``"centralize": 0.5`` replaces the strength for its parameters.
         model: determines the layout (see `weight_layout`). Without it, the models that hold the optimizer's parameters
             are searched (see `WeightLayout.from_parameters`).
         placement: ``"gradient"``: the optimizer receives Φ(∂L/∂w), written into ``p.grad`` in place (algorithms 1 and
@@ -149,7 +150,7 @@ def centralize_in_backward(
     on_model = hooks_of(wanted.names)
     for present in hooks_of(parameters_to_hook(wanted)):
         present.update()
-        alike = dict(present.layout) == dict(wanted) and _same(present.strength, strength)
+        alike = dict(present.layout) == dict(wanted) and same_strength(present.strength, strength)
         if alike and isinstance(present.handle, Handle):
             return present.handle
         raise ValueError(
@@ -280,7 +281,7 @@ def _attached_alike(
             if shared is None:
                 continue
             alike = present == dict(wanted) and other.targets.placement == handle.placement
-            alike = alike and _same(other.targets.strength, handle.strength)
+            alike = alike and same_strength(other.targets.strength, handle.strength)
             if alike and isinstance(other.handle, Handle) and all(other.handle in attached(one) for one in optimizers):
                 return other.handle
             name = f"optimizer[{index}]" if several else "optimizer"
@@ -292,8 +293,3 @@ def _attached_alike(
                 f"gradcentral.attached({name})[{position}].remove()"
             )
     return None
-
-
-def _same(one: Strength, other: Strength) -> bool:
-    """Return whether two strengths are the same tensor or equal numbers."""
-    return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)

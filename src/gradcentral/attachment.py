@@ -18,6 +18,7 @@ from gradcentral.local_shard import local
 from gradcentral.never_stepped import watch_for_steps
 from gradcentral.projection import Pair, Strength
 from gradcentral.step_hooks import HookedCall, closure_of, refuse_differentiable, replace_closure
+from gradcentral.strengths import Strengths
 from gradcentral.targets import Targets
 from gradcentral.weight_decay import l2_of
 
@@ -25,11 +26,12 @@ __all__ = ["Attachment", "attachments_of"]
 
 
 class _BeforeStep(NamedTuple):
-    """State that placement "update" keeps during a step: the tensors and the means of their weight vectors."""
+    """State that placement "update" keeps during a step: the means of the weight vectors, and the strengths."""
 
     shards: Shards
-    pairs: list[Pair]
-    means: Means
+    strengths: Strengths
+    parts: list[tuple[Strength, list[Pair], Means]]
+    """The tensors with each strength, and the means of their weight vectors."""
     split_sums: list[Tensor]
 
 
@@ -138,16 +140,19 @@ class Attachment:
             )
         with torch.no_grad():
             # Frozen parameters do not change; their types, such as float8, may not even have a mean.
-            pairs = [(local(p), vectors) for p, vectors in shards.whole if p.requires_grad or p.grad is not None]
-            means = eager_or_traced(self._centering).means(pairs)
-            self._before = _BeforeStep(shards, pairs, means, shards.split_sums())
+            whole = [(p, vectors) for p, vectors in shards.whole if p.requires_grad or p.grad is not None]
+            strengths, parts = self.targets.strengths(optimizer), []
+            for position, (strength, members) in enumerate(strengths.divide(whole)):
+                pairs = [(local(p), vectors) for p, vectors in members]
+                parts.append((strength, pairs, eager_or_traced(self._centering.part(position)).means(pairs)))
+            self._before = _BeforeStep(shards, strengths, parts, shards.split_sums())
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (before := self._before) is not None:
             with torch.no_grad():
-                strength = self.targets.strength_now
-                eager_or_traced(self._centering).restore_(before.pairs, before.means, strength)
-                before.shards.restore_split_means_(before.split_sums, strength)
+                for position, (strength, pairs, means) in enumerate(before.parts):
+                    eager_or_traced(self._centering.part(position)).restore_(pairs, means, strength)
+                before.shards.restore_split_means_(before.split_sums, before.strengths)
         self._before, self._early = None, []
         if not torch.compiler.is_compiling():
             self._check_centered(optimizer)
@@ -189,7 +194,7 @@ class Attachment:
     def _center(self, optimizer: Optimizer) -> None:
         shards = self.targets.current(optimizer)
         l2 = l2_of(optimizer) if self.targets.placement == "regularized" else None
-        center_gradients_(self.targets.layout, shards, self._centering, l2, self.targets.strength_now)
+        center_gradients_(self.targets.layout, shards, self._centering, l2, self.targets.strengths(optimizer))
         if not torch.compiler.is_compiling():
             self._found_gradients = any(p.grad is not None for p, _ in shards.pairs)
 

@@ -6,7 +6,8 @@ import sys
 
 __all__ = ["level_of_caller"]
 
-_BETWEEN = ("gradcentral.", "torch.optim.", "torch.utils._contextlib.")  # torch.optim wraps each step
+# torch.optim wraps each step; torch.compile wraps functions that it must not trace.
+_BETWEEN = ("gradcentral.", "torch.optim.", "torch.utils._contextlib.", "torch._compile.", "torch._dynamo.")
 
 
 def level_of_caller() -> int:

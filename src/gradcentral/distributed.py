@@ -27,7 +27,8 @@ from gradcentral.local_shard import (
     runs_of_axes,
     with_local,
 )
-from gradcentral.projection import Pair, Strength, scaled
+from gradcentral.projection import Pair, scaled
+from gradcentral.strengths import Strengths
 from gradcentral.weight_decay import L2
 from gradcentral.weight_vectors import WeightVectors
 
@@ -119,29 +120,31 @@ class Shards(NamedTuple):
             if gradient is not parameter.grad:
                 parameter.grad = gradient
 
-    def center_split_gradients_(self, l2: L2 | None = None, strength: Strength = 1.0) -> None:
+    def center_split_gradients_(self, l2: L2 | None, strengths: Strengths) -> None:
         """Center the gradients of the split parameters in place, as `center_regularized` with ``l2``.
 
         This is a collective.
         """
         gradients = self._split_gradients()
-        for gradient, means in zip(gradients, self._gradient_means(gradients, l2), strict=True):
+        for split, gradient, means in zip(self.split, gradients, self._gradient_means(gradients, l2), strict=True):
             if gradient is not None:
-                gradient.sub_(scaled(means, strength))
+                gradient.sub_(scaled(means, strengths.of(split.parameter)))
 
-    def centered_split_gradients(self, l2: L2 | None = None, strength: Strength = 1.0) -> dict[Tensor, Tensor]:
+    def centered_split_gradients(self, l2: L2 | None, strengths: Strengths) -> dict[Tensor, Tensor]:
         """Return what `center_split_gradients_` writes, leaving ``p.grad`` unchanged. This is a collective."""
         gradients = self._split_gradients()
         found = zip(self.split, gradients, self._gradient_means(gradients, l2), strict=True)
         return {
-            split.parameter: (g - scaled(means, strength)).to(g.dtype) for split, g, means in found if g is not None
+            split.parameter: (g - scaled(means, strengths.of(split.parameter))).to(g.dtype)
+            for split, g, means in found
+            if g is not None
         }
 
     def split_sums(self) -> list[Tensor]:
         """Return the local sums of the split weight vectors, for `restore_split_means_`. This is not a collective."""
         return [split.sums(local(split.parameter)) for split in self.split]
 
-    def restore_split_means_(self, old_sums: list[Tensor], strength: Strength = 1.0) -> None:
+    def restore_split_means_(self, old_sums: list[Tensor], strengths: Strengths) -> None:
         """Apply `restore_means_` to the split parameters, given their sums before the step. This is a collective.
 
         The mean is linear, so the mean of the change follows from the change of the sums: one all-reduce, not two.
@@ -150,7 +153,8 @@ class Shards(NamedTuple):
             return
         changes = [new - old for new, old in zip(self.split_sums(), old_sums, strict=True)]
         for split, means in zip(self.split, self._means(changes), strict=True):
-            local(split.parameter).sub_(scaled(torch.where(means.isfinite(), means, 0), strength))
+            shift = torch.where(means.isfinite(), means, 0)
+            local(split.parameter).sub_(scaled(shift, strengths.of(split.parameter)))
 
     def _split_gradients(self) -> list[Tensor | None]:
         gradients = [split.parameter.grad for split in self.split]

@@ -14,6 +14,7 @@ from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.local_shard import local, overlaps_itself
 from gradcentral.projection import Pair, Strength, as_number, center_regularized, checked_strength
+from gradcentral.strengths import Strengths
 from gradcentral.targets import layout_to_use, refuse_sparse, shards_in_layout
 from gradcentral.weight_decay import L2
 from gradcentral.weight_vectors import WeightVectors
@@ -54,7 +55,8 @@ def centralize_gradients(
         refuse_per_sample(p, layout)
     if not torch.compiler.is_compiling() and all(p.grad is None for p in layout):
         _warn_without_gradients(layout)
-    center_gradients_(layout, shards_in_layout(layout, list(layout.items())), Centering(), strength=strength)
+    shards = shards_in_layout(layout, list(layout.items()))
+    center_gradients_(layout, shards, Centering(), None, Strengths(strength, {}))
 
 
 def refuse_empty(layout: WeightLayout) -> None:
@@ -71,17 +73,18 @@ def refuse_per_sample(parameter: Tensor, layout: WeightLayout) -> None:
     """Refuse a parameter whose gradient is computed later.
 
     Raises:
-        ValueError: it has per-sample gradients (with its name and a remedy).
+        ValueError: it has per-sample gradients, or their norms (with its name and a remedy).
     """
-    if getattr(parameter, "grad_sample", None) is not None:
-        raise ValueError(
-            f"{layout.names[parameter]} has per-sample gradients (grad_sample), from which Opacus computes p.grad "
-            "inside its step: attach to the optimizer instead, with gradcentral.centralize(optimizer, model)"
-        )
+    for attribute in ("grad_sample", "_norm_sample"):  # of Opacus; the latter in its mode "ghost"
+        if getattr(parameter, attribute, None) is not None:
+            raise ValueError(
+                f"{layout.names[parameter]} has per-sample gradients ({attribute}), from which Opacus computes p.grad "
+                "inside its step: attach to the optimizer instead, with gradcentral.centralize(optimizer, model)"
+            )
 
 
 def center_gradients_(
-    layout: WeightLayout, shards: Shards, centering: Centering, l2: L2 | None = None, strength: Strength = 1.0
+    layout: WeightLayout, shards: Shards, centering: Centering, l2: L2 | None, strengths: Strengths
 ) -> None:
     """Center the gradients of some of a layout's parameters in place; overlapping ones are replaced by copies.
 
@@ -90,29 +93,36 @@ def center_gradients_(
         shards: the parameters.
         centering: the plans.
         l2: the weight decay, for placement "regularized"; None for "gradient".
-        strength: s of P_s.
+        strengths: s of P_s for each parameter.
     """
-    if not isinstance(strength, Tensor) and strength == 0:
-        return
     if l2 is not None and not l2.factors:
         l2 = None
-    traced = torch.compiler.is_compiling()
-    if not shards.sharded and not traced and l2 is None:
-        # Nothing is sharded. Sparse and overlapping gradients, which need the checks below, never fit a plan.
-        pairs = [(p.grad, vectors) for p, vectors in shards.whole if p.grad is not None]
+    with torch.no_grad():
+        if shards.sharded:
+            shards.place_gradients(p for p, _ in shards.pairs)
+        for position, (strength, targets) in enumerate(strengths.divide(shards.whole)):
+            if isinstance(strength, Tensor) or strength != 0:
+                _center_whole_(layout, targets, centering.part(position), l2, strength, shards.sharded)
+        if shards.split:
+            shards.center_split_gradients_(l2, strengths)
+
+
+def _center_whole_(
+    layout: WeightLayout, targets: list[Pair], centering: Centering, l2: L2 | None, strength: Strength, sharded: bool
+) -> None:
+    if not sharded and l2 is None and not torch.compiler.is_compiling():
+        # Sparse and overlapping gradients, which need the checks below, never fit a plan.
+        pairs = [(p.grad, vectors) for p, vectors in targets if p.grad is not None]
         if centering.center_if_planned_(pairs, strength):
             return
-    with torch.no_grad():
-        shards.place_gradients(p for p, _ in shards.pairs)
-        found = _writable_gradients(layout, shards.whole, l2, strength)
-        pairs = [(gradient, vectors) for _, gradient, vectors in found]
-        if l2 is None:
-            eager_or_traced(centering).center_all_(pairs, strength)
-        else:
-            weights = [local(p) for p, _, _ in found]
-            factors = [l2.factors.get(p, 0.0) for p, _, _ in found]
-            eager_or_traced(centering).center_regularized_(pairs, weights, factors, l2.grad_scale, strength)
-        shards.center_split_gradients_(l2, strength)
+    found = _writable_gradients(layout, targets, l2, strength)
+    pairs = [(gradient, vectors) for _, gradient, vectors in found]
+    if l2 is None:
+        eager_or_traced(centering).center_all_(pairs, strength)
+        return
+    weights = [local(p) for p, _, _ in found]
+    factors = [l2.factors.get(p, 0.0) for p, _, _ in found]
+    eager_or_traced(centering).center_regularized_(pairs, weights, factors, l2.grad_scale, strength)
 
 
 def eager_or_traced(centering: Centering) -> Centering | TracedCentering:

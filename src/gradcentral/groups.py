@@ -1,22 +1,29 @@
-"""The option ``"centralize"`` of parameter groups: False leaves the parameters of a group out."""
+"""The option ``"centralize"`` of parameter groups: False leaves a group out, and a number is its strength."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from difflib import get_close_matches
+from numbers import Real
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradcentral.layout import WeightLayout
+from gradcentral.projection import Strength, checked_strength
+from gradcentral.strengths import same_strength
 
-__all__ = ["OPTION", "check_keys", "excluded_parameters"]
+__all__ = ["OPTION", "Setting", "check_keys", "settings_of", "strength_of_group"]
 
 OPTION = "centralize"
+
+Setting = bool | Strength
+"""True: with the strength of the optimizer or handle; False: left out; a number or a 0-dim tensor: this strength."""
+
 # With values of these types, since other libraries may use the same keys for something else.
 _OF_THE_WHOLE_OPTIMIZER: dict[str, type | tuple[type, ...]] = {
     "placement": str,
-    "strength": (int, float, Tensor),
     "layout": WeightLayout,
     "model": nn.Module,
 }
@@ -47,33 +54,85 @@ def check_keys(optimizer: Optimizer, settings: Mapping[str, object], *, own: boo
                     f"{problem}, but it applies to a whole optimizer: create one optimizer per {key}; "
                     '"centralize": False leaves a group out'
                 )
+            if key == "strength" and _is_number(value):
+                raise ValueError(f'{problem}, which has no effect: use "centralize": {value!r}')
             if get_close_matches(key, [OPTION], cutoff=0.85):
-                raise ValueError(f'{problem}, which has no effect: use "centralize": False to leave the group out')
+                meant = value if _is_number(value) else False
+                raise ValueError(
+                    f'{problem}, which has no effect: use "centralize": {meant!r}; False leaves a group out, and a '
+                    "number is its strength"
+                )
 
 
 def _same(one: object, other: object) -> bool:
     return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)
 
 
-def excluded_parameters(optimizer: Optimizer, before: Set[Tensor] = frozenset()) -> set[Tensor]:
-    """Return the parameters of groups with ``"centralize": False``.
+def _is_number(value: object) -> bool:
+    return isinstance(value, (Real, Tensor)) and not isinstance(value, bool)
 
-    A group without the key keeps its setting, because loading a checkpoint removes keys that it does not contain.
+
+def settings_of(optimizer: Optimizer, before: Mapping[Tensor, Setting]) -> dict[Tensor, Setting]:
+    """Return the setting of each parameter whose group has one.
+
+    A group without the key keeps its setting, because loading a checkpoint removes keys that it does not contain: the
+    key is written into the group again.
 
     Args:
         optimizer: the optimizer.
-        before: the parameters that were excluded before.
+        before: the settings that the parameters had before.
 
     Raises:
-        ValueError: a value is neither True nor False.
+        ValueError: a value is not a setting; a group without the key has parameters whose settings were different.
     """
-    excluded: set[Tensor] = set()
+    found: dict[Tensor, Setting] = {}
     for index, group in enumerate(optimizer.param_groups):
         value = group.get(OPTION)
+        if value is None and before:
+            value = _kept(index, group, before)
+            if value is not None:
+                group[OPTION] = value
         if value is None:
-            excluded.update(p for p in group["params"] if p in before)
-        elif value is False:
-            excluded.update(group["params"])
-        elif value is not True:
-            raise ValueError(f'parameter group {index}: "centralize" must be True or False, not {value!r}')
-    return excluded
+            continue
+        if not isinstance(value, bool):
+            _check_strength(value, f'parameter group {index}: "centralize"')
+        found.update(dict.fromkeys(group["params"], value))
+    return found
+
+
+def _check_strength(value: Any, name: str) -> None:
+    if not _is_number(value):
+        raise ValueError(f"{name} must be True, False or a strength between 0 and 1, not {value!r}")
+    checked_strength(value, name)
+
+
+def _kept(index: int, group: dict[str, Any], before: Mapping[Tensor, Setting]) -> Setting | None:
+    """Return the setting that all parameters of a group had before, or None if they had none."""
+    settings = [before.get(p) for p in group["params"]]
+    if all(setting is None for setting in settings):
+        return None
+    first = settings[0]
+    if not all(_same_setting(first, setting) for setting in settings):
+        raise ValueError(
+            f'parameter group {index} has no "centralize", and its parameters had different values of it before: add '
+            '"centralize": True, False or a strength'
+        )
+    return first
+
+
+def _same_setting(one: Setting | None, other: Setting | None) -> bool:
+    if one is None or other is None or isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    return same_strength(one, other)
+
+
+def strength_of_group(group: dict[str, Any], default: Strength) -> Strength:
+    """Return the strength of a group: its own, or that of the optimizer or handle.
+
+    Raises:
+        ValueError: it is not between 0 and 1.
+    """
+    value = group.get(OPTION)
+    if value is None or isinstance(value, bool):
+        return default
+    return checked_strength(value, '"centralize" of a parameter group')

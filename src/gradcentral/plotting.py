@@ -23,10 +23,12 @@ class Theme:
     arms: dict[str, str]
 
 
-LIGHT = Theme("#ffffff", "#1f2328", "#d8dce1", {"none": "#6b7280", "gradient": "#0072b2", "update": "#d55e00"})
-DARK = Theme("#14171c", "#e4e7eb", "#3a404a", {"none": "#a3abb8", "gradient": "#56b4e9", "update": "#ef8a3c"})
+_ARMS = ("none", "gradient", "regularized", "update")
+_ON_LIGHT, _ON_DARK = ("#6b7280", "#0072b2", "#009e73", "#d55e00"), ("#a3abb8", "#56b4e9", "#4cc9a2", "#ef8a3c")
+LIGHT = Theme("#ffffff", "#1f2328", "#d8dce1", dict(zip(_ARMS, _ON_LIGHT, strict=True)))
+DARK = Theme("#14171c", "#e4e7eb", "#3a404a", dict(zip(_ARMS, _ON_DARK, strict=True)))
 
-STYLES = {"none": "--", "gradient": "-", "update": "-."}
+STYLES = {"none": "--", "gradient": "-", "regularized": ":", "update": "-."}
 """Line style of each arm, so that gray prints stay readable."""
 
 

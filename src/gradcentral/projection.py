@@ -127,19 +127,19 @@ def restore_means_(weights: Tensor, means: Tensor, vectors: WeightVectors, stren
     return subtract_means_(weights, torch.where(shift.isfinite(), shift, 0), vectors)
 
 
-def checked_strength(strength: Strength) -> Strength:
+def checked_strength(strength: Strength, name: str = "strength") -> Strength:
     """Return a strength that may be used. A tensor on another device than the CPU is not read, as that would wait.
 
     Raises:
-        ValueError: it is not a number between 0 and 1, or a tensor of one.
+        ValueError: it is not a number between 0 and 1, or a tensor of one (with ``name``).
     """
     if isinstance(strength, Tensor):
         if strength.ndim or strength.is_complex():
-            raise ValueError(f"strength must be a number or a 0-dim tensor, not one of shape {tuple(strength.shape)}")
+            raise ValueError(f"{name} must be a number or a 0-dim tensor, not one of shape {tuple(strength.shape)}")
         if not strength.is_cpu or torch.compiler.is_compiling():
             return strength
     if not 0 <= float(strength) <= 1:
-        raise ValueError(f"strength must be between 0 and 1, not {float(strength)}")
+        raise ValueError(f"{name} must be between 0 and 1, not {float(strength)}")
     return strength
 
 

@@ -8,21 +8,24 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from gradcentral.caller import level_of_caller
 from gradcentral.distributed import Shards, shards_of
-from gradcentral.groups import OPTION, check_keys, excluded_parameters
+from gradcentral.groups import OPTION, Setting, check_keys, settings_of, strength_of_group
 from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.layout.structure import is_gathered
 from gradcentral.local_shard import any_sharded
 from gradcentral.projection import Pair, Strength, as_number, checked_strength
+from gradcentral.strengths import Strengths
 
 __all__ = [
     "PLACEMENTS",
@@ -74,7 +77,9 @@ class Targets:
         self.placement = placement
         self.paused = False
         self.excluded: set[Tensor] = set()
-        self._options: list[bool | None] = []
+        # The settings of the groups' parameters, and the values in the groups that they were read from.
+        self._settings: dict[Tensor, Setting] = {}
+        self._options: list[Setting | None] = []
         # The last result of `current` and the inputs it was computed from, which rarely change.
         self._shards = Shards([], [], [], {})
         self._parameters: list[Tensor] = []
@@ -97,10 +102,18 @@ class Targets:
     def strength(self, strength: Strength) -> None:
         self._strength = checked_strength(strength)
 
-    @property
-    def strength_now(self) -> Strength:
-        """The strength of this step: a number, or a tensor on the device or while ``torch.compile`` traces."""
-        return as_number(checked_strength(self._strength))
+    def strength_of(self, group: dict[str, Any]) -> Strength:
+        """Return the strength of a group in this step, as `Strengths` describes it."""
+        return as_number(strength_of_group(group, checked_strength(self._strength)))
+
+    def strengths(self, optimizer: Optimizer) -> Strengths:
+        """Return the strengths of the optimizer's parameters in this step."""
+        default = as_number(checked_strength(self._strength))
+        own: dict[Tensor, Strength] = {}
+        for group, option in zip(optimizer.param_groups, self._options, strict=True):
+            if option is not None and not isinstance(option, bool):
+                own.update(dict.fromkeys(group["params"], self.strength_of(group)))
+        return Strengths(default, own)
 
     def current(self, optimizer: Optimizer, warn: bool = True) -> Shards:
         """Return the optimizer's centered parameters, each with the weight vectors that this rank holds.
@@ -111,23 +124,41 @@ class Targets:
             ValueError: a parameter is sharded in a way that cannot be centered (with its name and a remedy).
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        options = [group.get(OPTION) for group in optimizer.param_groups]
-        if options != self._options or not self._is_current(parameters):
-            own = getattr(optimizer, "targets", None) is self
-            check_keys(
-                optimizer, {"placement": self.placement, "layout": self.layout, "strength": self.strength}, own=own
-            )
-            self.excluded = excluded_parameters(optimizer, self.excluded)
-            self._options = options
-            new = self._find_new([p for p in parameters if p not in self.excluded])
-            if new and warn:
-                self._warn_about(optimizer, new)
-            centered = [(p, self.layout.get(p)) for p in parameters if p not in self.excluded]
-            pairs = [(p, vectors) for p, vectors in centered if vectors is not None]
-            self._shards = shards_in_layout(self.layout, pairs)
-            self._trained = _trained(pairs) if any_sharded(p for p, _ in pairs) else None
-            self._parameters, self._revision = parameters, self.layout.revision
+        self.follow_groups(optimizer)
+        if not self._is_current(parameters):
+            self._look_up(optimizer, parameters, warn)
         return self._shards
+
+    @_disable_dynamo  # torch.compile cannot trace the search of a layout, which is rarely needed
+    def _look_up(self, optimizer: Optimizer, parameters: list[Tensor], warn: bool) -> None:
+        self._read_settings(optimizer)
+        new = self._find_new([p for p in parameters if p not in self.excluded])
+        if new and warn:
+            self._warn_about(optimizer, new)
+        centered = [(p, self.layout.get(p)) for p in parameters if p not in self.excluded]
+        pairs = [(p, vectors) for p, vectors in centered if vectors is not None]
+        self._shards = shards_in_layout(self.layout, pairs)
+        self._trained = _trained(pairs) if any_sharded(p for p, _ in pairs) else None
+        self._parameters, self._revision = parameters, self.layout.revision
+
+    def follow_groups(self, optimizer: Optimizer) -> None:
+        """Read the option ``"centralize"`` of the parameter groups again if one of them has changed.
+
+        Raises:
+            ValueError: a group has a value, or another key, that cannot be used.
+        """
+        if not same_objects([group.get(OPTION) for group in optimizer.param_groups], self._options):
+            self._read_settings(optimizer)
+
+    def _read_settings(self, optimizer: Optimizer) -> None:
+        used = {"placement": self.placement, "layout": self.layout, "strength": self.strength}
+        check_keys(optimizer, used, own=getattr(optimizer, "targets", None) is self)
+        self._settings = settings_of(optimizer, self._settings)
+        self._options = [group.get(OPTION) for group in optimizer.param_groups]
+        excluded = {p for p, setting in self._settings.items() if setting is False}
+        if excluded != self.excluded:
+            self.excluded = excluded
+            self._revision = -1  # so that `current` looks up the parameters again
 
     def _is_current(self, parameters: list[Tensor]) -> bool:
         return (
@@ -203,7 +234,7 @@ class Targets:
         return shards
 
     def check(self, optimizer: Optimizer) -> None:
-        """Follow changes of the model, and check that the optimizer still holds the parameters that it uses.
+        """Follow changes of the groups and the model, and check that the optimizer holds the parameters it uses.
 
         The full check runs at the first step, where lost parameters raise an error, and after changes of the model,
         where they cause a warning: another optimizer may hold the new ones.
@@ -211,10 +242,11 @@ class Targets:
         Raises:
             RuntimeError: sharding, flattening or rebuilding the model has left the optimizer with parameters that the
                 model no longer uses, or has changed their shapes.
-            ValueError: the model has been wrapped in FSDP1.
+            ValueError: the model has been wrapped in FSDP1; as `follow_groups`.
         """
         if torch.compiler.is_compiling():
             return
+        self.follow_groups(optimizer)
         self.layout.follow()
         if not self._at_attach and self._checked == self.layout.revision:
             return

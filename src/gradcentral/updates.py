@@ -16,7 +16,8 @@ from gradcentral.layout import WeightLayout
 from gradcentral.layout.rules import LeaveAlone, not_centerable
 from gradcentral.layout.structure import is_gathered
 from gradcentral.local_shard import is_sharded, local, overlaps_itself
-from gradcentral.projection import restore_means_, unit_means
+from gradcentral.projection import Strength, as_number, checked_strength, restore_means_, unit_means
+from gradcentral.strengths import Strengths
 from gradcentral.targets import layout_to_use, shards_in_layout
 from gradcentral.weight_vectors import WeightVectors, as_vectors
 
@@ -26,7 +27,9 @@ _State = TypeVar("_State", Tensor, Mapping[str, Tensor])
 
 
 @contextmanager
-def centered_update(model: nn.Module | None = None, layout: WeightLayout | None = None) -> Iterator[None]:
+def centered_update(
+    model: nn.Module | None = None, layout: WeightLayout | None = None, strength: Strength = 1.0
+) -> Iterator[None]:
     """Center every change of the weights inside the ``with`` block: w ← w + Φ(Δw), as placement ``"update"`` does.
 
     Δw is the whole change between the start and the end of the block, whatever makes it: an optimizer without step
@@ -39,10 +42,12 @@ def centered_update(model: nn.Module | None = None, layout: WeightLayout | None 
     Args:
         model: its layout is determined at the first call and kept until its parameters change.
         layout: use this layout instead.
+        strength: s of P_s = I − s·eeᵀ in place of P, from 0 (off) to 1 (GC): the mean of a weight vector moves by
+            (1 − s) times as much as without the block.
 
     Raises:
         ValueError: neither model nor layout; nothing to center; a lazy parameter has no values yet; the layout belongs
-            to another model; all parameters are frozen.
+            to another model; all parameters are frozen; a strength that is not between 0 and 1.
         RuntimeError: at the end of the block, if it has replaced a parameter or changed its shape, type or device. No
             mean has been restored then.
 
@@ -58,6 +63,7 @@ def centered_update(model: nn.Module | None = None, layout: WeightLayout | None 
         >>> bool((model.weight.mean(1) - before).abs().max() < 1e-6)
         True
     """
+    strength = as_number(checked_strength(strength))
     layout = _layout_of(model, layout)
     trained = [(p, vectors) for p, vectors in layout.items() if p.requires_grad]
     if not trained:
@@ -88,15 +94,19 @@ def centered_update(model: nn.Module | None = None, layout: WeightLayout | None 
     with torch.no_grad():
         # The order of the means depends on the strides, which an assignment to p.data may have changed.
         restored = [_with_stride(local(p), own) for (p, _), own in zip(shards.whole, strides, strict=True)]
-        centering.restore_([(w, vectors) for w, (_, vectors) in zip(restored, shards.whole, strict=True)], means)
+        pairs = [(w, vectors) for w, (_, vectors) in zip(restored, shards.whole, strict=True)]
+        centering.restore_(pairs, means, strength)
         for w, (p, _) in zip(restored, shards.whole, strict=True):
             if w is not local(p):
                 local(p).copy_(w)
-        shards.restore_split_means_(split_sums)
+        shards.restore_split_means_(split_sums, Strengths(strength, {}))
 
 
 def center_update_(
-    new: _State, old: Tensor | Mapping[str, Tensor], layout: WeightLayout | WeightVectors | str
+    new: _State,
+    old: Tensor | Mapping[str, Tensor],
+    layout: WeightLayout | WeightVectors | str,
+    strength: Strength = 1.0,
 ) -> _State:
     """Center the change between two states in place: new ← old + Φ(new − old), as placement ``"update"`` does.
 
@@ -110,13 +120,15 @@ def center_update_(
         old: the state before the change, of the same kind: a copy, since ``model.state_dict()`` refers to the weights.
         layout: `weight_layout` of the model, for state dicts; for tensors the `WeightVectors`, or a pattern such as
             ``"o [i]"``.
+        strength: s of P_s = I − s·eeᵀ in place of P, from 0 (off) to 1 (GC).
 
     Returns:
         ``new``.
 
     Raises:
         TypeError: a state dict with weight vectors, or a tensor with a layout.
-        ValueError: names, shapes or types that do not fit (with the name); ``new`` and ``old`` share their memory.
+        ValueError: names, shapes or types that do not fit (with the name); ``new`` and ``old`` share their memory; a
+            strength that is not between 0 and 1.
 
     Examples:
         >>> import torch, gradcentral
@@ -124,6 +136,7 @@ def center_update_(
         >>> gradcentral.center_update_(torch.tensor([[5.0, 2.0, 5.0]]), old, "o [i]")
         tensor([[3., 0., 3.]])
     """
+    strength = as_number(checked_strength(strength))
     changes = _changes(new, old, layout)
     _check_memory(changes)
     distinct = {_memory(change.new): change for change in changes}  # tied weights once
@@ -134,8 +147,8 @@ def center_update_(
         shards = shards_of(pairs, {p: change.name for p, change in by_new.items()}, frozen=True)
         old_sums = [split.sums(olds[split.parameter]) for split in shards.split]
         for p, vectors in shards.whole:
-            restore_means_(local(p), unit_means(olds[p], vectors), vectors)
-        shards.restore_split_means_(old_sums)
+            restore_means_(local(p), unit_means(olds[p], vectors), vectors, strength)
+        shards.restore_split_means_(old_sums, Strengths(strength, {}))
     return new
 
 

@@ -103,7 +103,10 @@ def test_figures_draws_trained_weights(
         (["figures", "--task", "line.py", "--only", "shapes"], "only: unknown figure 'shapes'"),
         (["probe", "line.py", "--device", "toaster"], "device: 'toaster' is not available"),
         (["compare", "digit"], "unknown task 'digit'"),
-        (["compare", "line.py", "--arms", "none,gc"], "arms: unknown arm 'gc'; choose from none, gradient, update"),
+        (
+            ["compare", "line.py", "--arms", "none,gc"],
+            "arms: unknown arm 'gc'; choose from none, gradient, regularized, update",
+        ),
         (["compare", "line.py", "--arms", "gradient"], "arms: 'none' must be one of them"),
         (["compare", "line.py", "--optimizers", "lion"], "optimizers: unknown optimizer 'lion'; choose from sgd"),
         (["compare", "line.py", "--seeds", "many"], "seeds: give a number such as 5, or a list such as 0,3,7"),

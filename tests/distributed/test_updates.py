@@ -27,7 +27,7 @@ def _changes() -> dict[str, Tensor]:
     return {name: torch.randn(*shape, generator=numbers) + 0.5 for name, (shape, _) in LAYOUTS.items()}
 
 
-def differences_from_whole(mesh_name: str) -> dict[str, tuple[float, float]]:
+def differences_from_whole(mesh_name: str, strength: float) -> dict[str, tuple[float, float]]:
     """Change sharded weights, with the model and as two states; return the distances from old + Φ(change)."""
     mesh_shape, placements = MESHES[mesh_name]
     mesh = init_device_mesh("cpu", mesh_shape)
@@ -41,14 +41,14 @@ def differences_from_whole(mesh_name: str) -> dict[str, tuple[float, float]]:
     old["weights.rows"] = old["weights.rows"].redistribute(mesh, [Replicate()] * mesh.ndim)
     new = {f"weights.{name}": old[f"weights.{name}"] + placed(change) for name, change in changes.items()}
     new["weights.rows"] = new["weights.rows"].redistribute(mesh, placements)
-    with centered_update(sharded, layout), torch.no_grad():
+    with centered_update(sharded, layout, strength), torch.no_grad():
         for name, change in changes.items():
             sharded.weights[name].add_(placed(change))
-    center_update_(new, old, layout)
+    center_update_(new, old, layout, strength)
     found = {}
     for name, change in changes.items():
         key = f"weights.{name}"
-        expected = placed(whole.weights[name].detach() + center(change, layout[key])).to_local()
+        expected = placed(whole.weights[name].detach() + center(change, layout[key], strength)).to_local()
         results = [sharded.weights[name].detach(), new[key]]
         distances = [(result.to_local() - expected).abs() for result in results]
         found[name] = tuple(float(distance.max()) if distance.numel() else 0.0 for distance in distances)
@@ -60,8 +60,9 @@ def differences_from_whole(mesh_name: str) -> dict[str, tuple[float, float]]:
     [(2, mesh) for mesh, (shape, _) in MESHES.items() if math.prod(shape) == 2] + [(4, "rows and columns")],
     indirect=["ranks"],
 )
-def test_sharded_changes_equal_whole_ones(ranks: Workers, mesh: str) -> None:
-    for differences in ranks.run(differences_from_whole, mesh):
+@pytest.mark.parametrize("strength", [1.0, 0.25])
+def test_sharded_changes_equal_whole_ones(ranks: Workers, mesh: str, strength: float) -> None:
+    for differences in ranks.run(differences_from_whole, mesh, strength):
         assert set(differences) == set(LAYOUTS)
         assert max(itertools.chain.from_iterable(differences.values())) < 2e-6
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_an_unmodified_run_passes(arm: str, maker: str, dtype: torch.dtype) -> N
         step(checked, model, optimizer)
 
 
-@pytest.mark.parametrize("arm", ["gradient", "update"])
+@pytest.mark.parametrize("arm", ["gradient", "regularized", "update"])
 def test_a_removed_handle_is_detected(arm: str) -> None:
     model = network()
     optimizer = MAKERS["sgd"](model.parameters())
@@ -65,6 +66,7 @@ def test_a_removed_handle_is_detected(arm: str) -> None:
     ("arm", "message"),
     [
         ("gradient", r"0\.weight: a weight vector's gradient has a mean"),
+        ("regularized", r"0\.weight: a weight vector's gradient with its weight decay has a mean"),
         ("update", r"0\.weight: the step moved the mean"),
     ],
 )
@@ -74,6 +76,18 @@ def test_a_paused_handle_is_detected(arm: str, message: str) -> None:
     checked = CheckedArm(arm, model, optimizer)
     assert checked.handle is not None
     with checked.handle.paused(), pytest.raises(ArmError, match=message):
+        step(checked, model, optimizer)
+
+
+def test_centering_without_the_weight_decay_is_not_accepted_as_regularized() -> None:
+    model = network()
+    optimizer = MAKERS["sgd"](model.parameters())
+    checked = CheckedArm("regularized", model, optimizer)
+    assert checked.handle is not None
+    checked.handle.pause()
+    optimizer.register_step_pre_hook(lambda *_: gradcentral.centralize_gradients(model))
+    optimizer.register_step_pre_hook(checked._keep_received)  # what the optimizer receives, after the hook above
+    with pytest.raises(ArmError, match=r"0\.weight: a weight vector's gradient with its weight decay has a mean"):
         step(checked, model, optimizer)
 
 
@@ -99,6 +113,17 @@ def test_a_gradcentral_optimizer_is_refused() -> None:
     model = network()
     with pytest.raises(ArmError, match="already centers gradients"):
         CheckedArm("none", model, gradcentral.SGD(model, lr=0.1))
+
+
+def test_a_group_with_a_strength_is_refused_and_the_remedy_works() -> None:
+    model = network()
+    groups: list[dict[str, Any]] = [{"params": [p]} for p in model.parameters()]
+    groups[0]["centralize"] = 0.5
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    with pytest.raises(ArmError, match='a parameter group .* has a strength, .* use "centralize": False to leave'):
+        CheckedArm("gradient", model, optimizer)
+    optimizer.param_groups[0]["centralize"] = False
+    step(CheckedArm("gradient", model, optimizer), model, optimizer)
 
 
 @pytest.mark.parametrize("arm", ["none", "update"])

@@ -104,6 +104,38 @@ def test_runs_record_losses_metrics_shares_norms_and_drift(tiny: Callable[..., T
     assert all(verdict.sentence.split(":")[0] in str(result) for verdict in result.verdicts)
 
 
+def test_regularized_centers_the_weight_decay_too_and_equals_gradient_without_it(
+    tiny: Callable[..., Task], tmp_path: Path
+) -> None:
+    optimizers = {
+        "decayed": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1),
+        "decoupled": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    }
+    arms = ["none", "gradient", "regularized", "update"]
+    result = compare(tiny(optimizers=optimizers), seeds=2, arms=arms, jobs=1, out=tmp_path)
+    keys = itertools.product(optimizers, arms)
+    losses = {key: [run.epochs[-1]["train_loss"] for run in result.runs(*key)] for key in keys}
+    # For SGD, centering g + λw centers the whole change of the weights.
+    assert losses["decayed", "regularized"] == pytest.approx(losses["decayed", "update"])
+    assert losses["decayed", "regularized"] != pytest.approx(losses["decayed", "gradient"])
+    assert losses["decoupled", "regularized"] == losses["decoupled", "gradient"]
+    equal = [note for note in result.notes if "identical" in note]
+    assert len(equal) == 1
+    assert "under decoupled, which has no L2 weight decay" in equal[0]
+
+
+def test_regularized_is_refused_before_the_runs_if_the_kind_of_weight_decay_is_unknown(
+    tiny: Callable[..., Task], tmp_path: Path
+) -> None:
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 0.1, "weight_decay": 0.1})
+
+    task = tiny(optimizers={"own": Own})
+    with pytest.raises(TaskError, match="arm 'regularized': .* use placement='update'"):
+        compare(task, arms=["none", "regularized"], jobs=1, out=tmp_path)
+
+
 def test_more_seeds_arms_and_optimizers_add_the_missing_runs(tiny: Callable[..., Task], tmp_path: Path) -> None:
     task = tiny(optimizers={"sgd": lambda p: torch.optim.SGD(p, lr=0.1), "adam": lambda p: torch.optim.Adam(p)})
     compare(task, seeds=1, arms=["none", "gradient"], optimizers=["sgd"], jobs=1, out=tmp_path)
@@ -362,7 +394,7 @@ def test_divergence_of_a_users_own_trainer_is_recorded(tmp_path: Path) -> None:
     [
         ({"arms": ["gradient", "update"]}, "arms: 'none' must be one of them"),
         ({"arms": ["none"]}, "arms: 'none' alone leaves nothing to compare"),
-        ({"arms": ["none", "gc"]}, "arms: unknown arm 'gc'; choose from none, gradient, update"),
+        ({"arms": ["none", "gc"]}, "arms: unknown arm 'gc'; choose from none, gradient, regularized, update"),
         ({"arms": "none"}, "arms: give a list of names"),
         ({"arms": ["none", "update", "update"]}, "arms: give at least one, each once"),
         ({"optimizers": ["lion"]}, "optimizers: unknown optimizer 'lion'; choose from sgd"),

@@ -88,8 +88,10 @@ def test_figures_are_not_blank(finished: Comparison, name: str) -> None:
 
 
 def test_a_report_of_one_seed_is_inconclusive(tiny: Callable[..., Task], tmp_path: Path) -> None:
-    html = compare(tiny(), seeds=1, epochs=1, jobs=1, out=tmp_path).report.read_text()
+    result = compare(tiny(), seeds=1, epochs=1, arms=["none", "regularized"], jobs=1, out=tmp_path)
+    html = result.report.read_text()
     assert "use more seeds" in html
+    assert "<td>regularized</td>" in html
 
 
 def test_names_are_escaped_in_html(tmp_path: Path) -> None:

@@ -58,15 +58,17 @@ def test_the_metric_is_named_after_the_wrapped_function_or_the_class(tiny: Calla
     assert tiny(metric=Score()).metric_name == "Score"
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-batchnorm", "digits-vit", "wine"])
-def test_a_built_in_task_loads_and_its_model_runs(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "classes"), [("digits", 10), ("digits-batchnorm", 10), ("digits-vit", 10), ("wine", 3)]
+)
+def test_a_built_in_task_loads_and_its_model_runs(name: str, classes: int) -> None:
     task = load_task(name)
     assert isinstance(task, Task)
     assert task.name == name
-    assert set(task.optimizers) == {"sgd", "adamw"}
-    image, digit = task.train[0]
-    assert task.model()(image[None]).shape == (1, 10)
-    assert 0 <= digit < 10
+    assert set(task.optimizers) == {"sgd", "adam" if name == "wine" else "adamw"}
+    example, label = task.train[0]
+    assert task.model()(example[None]).shape == (1, classes)
+    assert 0 <= label < classes
 
 
 def test_the_digits_are_split_without_overlap_and_include_every_digit() -> None:
@@ -106,7 +108,7 @@ def test_the_error_of_an_unusable_file_is_one_line_with_the_location(
 
 
 def test_a_missing_task_is_named_with_the_existing_ones(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="unknown task 'digit'; choose from digits, .*wine, or give a Python file"):
+    with pytest.raises(TaskError, match="unknown task 'digit'; choose from digits, .*wine.*, or give a Python file"):
         load_task("digit")
     with pytest.raises(TaskError, match=r"none\.py: the file does not exist"):
         load_task(tmp_path / "none.py")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -299,6 +300,22 @@ def test_the_operators_pass_opcheck() -> None:
     torch.library.opcheck(ops.means.default, (tensors, numbers))
     torch.library.opcheck(ops.restore_means_.default, (tensors, None, numbers))
     torch.library.opcheck(ops.restore_means_.default, (tensors, ops.means(tensors, numbers), numbers))
+    half = torch.tensor(0.5, dtype=torch.float64)
+    torch.library.opcheck(ops.restore_means_.default, (tensors, None, numbers, half))
+    weights, l2 = [torch.randn_like(tensor) for tensor in tensors], [0.1, 0.0, 0.2]
+    for scale in (None, torch.tensor(8.0, dtype=torch.float64)):
+        for strength in (None, half):
+            arguments = (tensors, weights, l2, scale, numbers, strength)
+            torch.library.opcheck(ops.center_regularized_.default, arguments)
+
+
+def test_every_operator_is_checked() -> None:
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("gradcentral")
+    }
+    source = inspect.getsource(test_the_operators_pass_opcheck)
+    assert registered == {name for name in registered if f"opcheck(ops.{name}.default" in source}
+    assert registered == {"means", "restore_means_", "center_regularized_"}
 
 
 def test_restoring_means_requires_the_means_of_the_same_tensors() -> None:

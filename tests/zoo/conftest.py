@@ -8,24 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.torchvision_operators import declare_operators
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are built from configurations, never downloaded
-
-
-def _declare_operators_of_torchvision() -> None:
-    """Let timm import a torchvision whose compiled operators do not match a CPU-only torch; no test calls them."""
-    try:
-        import torchvision  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)  # the declaration exists as long as this object
-    except ImportError:
-        pass
-
-
-_declared: list[torch.library.Library] = []
-_declare_operators_of_torchvision()
+declare_operators()  # timm imports torchvision
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -24,6 +24,7 @@ from gradcentral.cli.terminal import encode_everything, exit_after, exit_after_i
 from gradcentral.diagnostics.probing import DEFAULT_BATCHES
 from gradcentral.experiment import Comparison, CustomTask, ExperimentError, ResultsError, TaskError, load_task
 from gradcentral.experiment import compare as compare_task
+from gradcentral.experiment.arms import ARMS, DEFAULT_ARMS
 from gradcentral.experiment.loading import BUILT_IN
 from gradcentral.experiment.output_folder import OutputFolder
 from gradcentral.experiment.probing import probe_task
@@ -91,7 +92,7 @@ def compare(
     task: Task = "digits",
     seeds: Annotated[str, typer.Option(help="Number of seeds, or a list; 5 means 0,1,2,3,4.")] = "5",
     epochs: Epochs = None,
-    arms: Annotated[str, typer.Option(help="Arms to compare; `none` must be one of them.")] = "none,gradient,update",
+    arms: Annotated[str, typer.Option(help=f"Some of {', '.join(ARMS)}, including none.")] = ",".join(DEFAULT_ARMS),
     optimizers: Annotated[str | None, typer.Option(help="Optimizers of the task; by default all.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Worker processes; by default one per core, 1 on a GPU.")] = None,
     backend: Annotated[str, typer.Option(help="Where workers run: loky (locally), ray or dask (a cluster).")] = "loky",

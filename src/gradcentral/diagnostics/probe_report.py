@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradcentral.diagnostics.advice import advice
 from gradcentral.diagnostics.centering_effect import Effect
 from gradcentral.diagnostics.input_means import InputMean
-from gradcentral.layout.table import aligned, compact_names
+from gradcentral.layout.table import compact_names
 from gradcentral.plotting import LIGHT, Theme, new_figure, style
 from gradcentral.tables import csv_text
+from gradcentral.text_table import aligned
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["LayerReport", "ProbeReport"]
@@ -123,11 +125,13 @@ class ProbeReport:
         layers: one `LayerReport` per parameter of the model, centered or skipped.
         whole: one `Effect` per batch, on the gradients of all parameters taken as one vector.
         losses: one per batch.
+        kinds: the kinds of model, among those with measurements, that the model belongs to; see `kinds_of`.
     """
 
     layers: tuple[LayerReport, ...]
     whole: tuple[Effect, ...]
     losses: tuple[float, ...]
+    kinds: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -168,8 +172,13 @@ class ProbeReport:
             text += " Where a layer's input is nearly constant, centering the input may help more than GC."
         return f"{text} This shows where GC acts, not whether it helps; to find out, run gradcentral compare."
 
+    @property
+    def advice(self) -> str:
+        """What was measured for models of this kind; empty if GC centers nothing in this one."""
+        return advice(self.kinds) if self.centered else ""
+
     def __str__(self) -> str:
-        """Format the centered parameters as a table, the causes, the skipped parameters and the finding."""
+        """Format the centered parameters as a table, the causes, the skipped parameters, the finding and the advice."""
         header = ("parameter", "share", "energy", "‖g‖", "max |g|", "input", "finding")
         rows = [
             (
@@ -187,7 +196,8 @@ class ProbeReport:
         # The cause of a partial effect is the column "input".
         causes = [(layer.finding, layer.name) for layer in self.centered if layer.kind not in (PARTIAL, layer.finding)]
         skipped = [(layer.reason, layer.name) for layer in self.layers if layer.vectors is None]
-        blocks = table, _grouped("Causes:", causes), _grouped("Skipped:", skipped), _wrapped(self.finding)
+        lists = _grouped("Causes:", causes), _grouped("Skipped:", skipped)
+        blocks = table, *lists, _wrapped(self.finding), _wrapped(self.advice)
         return "\n\n".join(filter(None, blocks))
 
     __repr__ = __str__

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gradcentral.diagnostics.advice import kinds_of
 from gradcentral.diagnostics.batches import loss_of, to_device
 from gradcentral.diagnostics.centering_effect import Effect, combine_effects, effects
 from gradcentral.diagnostics.input_means import InputMeans
@@ -103,7 +104,7 @@ def probe(
     for entry in entries:
         seen = None if entry.vectors is None else inputs.of(entry.parameter)
         layers.append(LayerReport(entry.name, entry.vectors, entry.reason, tuple(measured[entry.name]), seen))
-    return ProbeReport(tuple(layers), tuple(whole), tuple(losses))
+    return ProbeReport(tuple(layers), tuple(whole), tuple(losses), kinds_of(model))
 
 
 def _check_trainable(layout: WeightLayout) -> None:

@@ -117,7 +117,17 @@ def _logging_function(to: Any) -> Callable[..., object] | None:
     if hasattr(to, "add_scalar"):
         return _SummaryWriterLog(to)
     methods = [getattr(to, name, None) for name in ("log_metrics", "log_dict", "log")]
-    return next((method for method in (*methods, to) if callable(method) and _accepts(method, {}, step=0)), None)
+    found = (method for method in methods if callable(method) and (_accepts(method, {}, step=0) or _hides(method)))
+    return next(found, to if callable(to) and _accepts(to, {}, step=0) else None)
+
+
+def _hides(method: Callable[..., object]) -> bool:
+    """Return whether a decorator hides the parameters of a method, as that of accelerate's ``Accelerator.log`` does."""
+    try:
+        kinds = [parameter.kind for parameter in inspect.signature(method).parameters.values()]
+    except (TypeError, ValueError):  # as in `_accepts`
+        return False
+    return kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
 
 
 def _accepts(function: Callable[..., object], argument: object, **named: object) -> bool:

@@ -13,14 +13,18 @@ from gradcentral.attach import attached, centering_of, centralize
 from gradcentral.diagnostics.centering_effect import Effect, combine_effects, effects
 from gradcentral.diagnostics.drift import Drift
 from gradcentral.experiment.errors import ArmError
+from gradcentral.groups import OPTION
 from gradcentral.layout import weight_layout
-from gradcentral.projection import center, unit_means
+from gradcentral.projection import center_regularized, unit_means
+from gradcentral.weight_decay import l2_of
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["ARMS", "NONE", "CheckedArm"]
+__all__ = ["ARMS", "DEFAULT_ARMS", "NONE", "REGULARIZED", "CheckedArm"]
 
-NONE = "none"
-ARMS = (NONE, "gradient", "update")
+NONE, REGULARIZED = "none", "regularized"
+ARMS = (NONE, "gradient", REGULARIZED, "update")
+DEFAULT_ARMS = (NONE, "gradient", "update")
+"""The arms by default: without L2 weight decay, "regularized" would repeat the runs of "gradient"."""
 
 # In units of the dtype's eps. The mean is summed, subtracted and stored, each with one or two rounding errors.
 ROUNDING = 8
@@ -35,6 +39,11 @@ class CheckedArm:
     def __init__(self, arm: str, model: nn.Module, optimizer: Optimizer) -> None:
         if centering_of(optimizer):
             raise ArmError("the task's optimizer already centers gradients: use a plain one; the arms attach GC")
+        if any(not isinstance(group.get(OPTION), bool | None) for group in optimizer.param_groups):
+            raise ArmError(
+                'a parameter group of the task\'s optimizer has a strength, which no arm compares: use "centralize": '
+                "False to leave the group out, or omit the key"
+            )
         self.arm = arm
         self._optimizer = optimizer
         self._names = {parameter: name for name, parameter in model.named_parameters()}
@@ -69,7 +78,7 @@ class CheckedArm:
         excluded = {p for targets in centering_of(self._optimizer) for p in targets.excluded}
         for parameter, raw in self._raw.items():
             centered = parameter in self._layout and parameter not in excluded
-            if self.arm == "gradient" and centered:
+            if self.arm in ("gradient", REGULARIZED) and centered:
                 self._check_gradient_centered(parameter)
             elif not torch.equal(_wide(raw), _wide(self._received[parameter])):
                 self._fail(parameter, "its gradient was changed before the optimizer received it")
@@ -78,14 +87,20 @@ class CheckedArm:
 
     def _check_gradient_centered(self, parameter: Tensor) -> None:
         vectors, dtype = self._layout[parameter], self._raw[parameter].dtype
-        raw, received = _wide(self._raw[parameter]), _wide(self._received[parameter])
-        rms, mean = _rms(raw, vectors), unit_means(received, vectors).abs()
-        allowed = _allowed(rms, dtype)
+        raw, received, weights = map(_wide, (self._raw[parameter], self._received[parameter], self._weights[parameter]))
+        rms, total, what = _rms(raw, vectors), received, "a weight vector's gradient"
+        # λ of the weight decay that is centered together with the gradient.
+        l2: float | Tensor = l2_of(self._optimizer).of(parameter) if self.arm == REGULARIZED else 0.0
+        if l2 != 0:  # 0 times an infinite weight would be NaN
+            decay = l2 * weights
+            rms, total = rms + _rms(decay, vectors), received + decay
+            what += " with its weight decay"
+        mean, allowed = unit_means(total, vectors).abs(), _allowed(rms, dtype)
         if bool((mean > allowed).any()):
             worst = float((mean / rms).nan_to_num().max())
-            self._fail(parameter, f"a weight vector's gradient has a mean of {worst:.1e} of its rms instead of zero")
+            self._fail(parameter, f"{what} has a mean of {worst:.1e} of its rms instead of zero")
         # Compare root mean squares, because a single element may be as large as √M times the rms.
-        if bool((_rms(received - center(raw, vectors), vectors) > allowed).any()):
+        if bool((_rms(received - center_regularized(raw, weights, l2, vectors), vectors) > allowed).any()):
             self._fail(parameter, "its centered gradient is not Φ of the raw one")
 
     def _check_mean_unchanged(self, parameter: Tensor) -> None:

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from gradcentral.diagnostics.probe_report import ProbeReport
-from gradcentral.experiment.arms import NONE
+from gradcentral.experiment.arms import NONE, REGULARIZED
 from gradcentral.experiment.statistics import Paired, epochs_to_reach, mean_std, paired
 from gradcentral.experiment.store import REPORT, Key, Run
 from gradcentral.experiment.verdict import Verdict, judge
@@ -24,6 +24,8 @@ from gradcentral.tables import csv_text
 __all__ = ["Comparison", "Row", "spread"]
 
 NOTHING = "–"
+# Both center only the gradient if there is no L2 weight decay.
+_EQUAL_ARMS = ("gradient", REGULARIZED)
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,13 @@ class Comparison:
                 f"{which} start from the same weights (a pretrained model, or a factory that sets its own seed), so "
                 "the intervals do not cover the variation between initializations."
             )
+        for optimizer in self.optimizers:
+            gradient, regularized = ([_losses(run) for run in self.runs(optimizer, arm)] for arm in _EQUAL_ARMS)
+            if gradient and gradient == regularized:
+                notes.append(
+                    f"Arms gradient and regularized are identical under {optimizer}, which has no L2 weight decay to "
+                    "center (it is decoupled, or 0)."
+                )
         if undefined := [run.key for run in self.all_runs if math.isnan(_result(run, "test_metric") or 0)]:
             notes.append(f"The final test {self.metric} is not finite in {len(undefined)} runs: {_listed(undefined)}.")
         return tuple(notes)
@@ -254,6 +263,10 @@ def _result(run: Run, name: str) -> float | None:
     """Return a final number for `paired`: None if the run diverged, and NaN if the number was not finite."""
     value = run.final(name)
     return math.nan if value is None and run.diverged_at is None else value
+
+
+def _losses(run: Run) -> list[float | None]:
+    return [epoch["train_loss"] for epoch in run.epochs]
 
 
 def _epochs(values: Sequence[int | None]) -> str:

@@ -18,14 +18,14 @@ from gradcentral.experiment.data import end_workers
 from gradcentral.experiment.determinism import digest, seed_everything
 from gradcentral.experiment.errors import TaskError, line_of, one_line
 from gradcentral.experiment.task import CustomTask, Task, name_of
+from gradcentral.experiment.tasks import MODULES
 from gradcentral.extras import optional
 
 __all__ = ["BUILT_IN", "AnyTask", "LoadedTask", "PackedTask", "find_task", "load_task", "unpack"]
 
 AnyTask = Task | CustomTask
 
-_FILES = sorted(Path(__file__).resolve().with_name("tasks").glob("[!_]*.py"))
-BUILT_IN = {file.stem.replace("_", "-"): file for file in _FILES}
+BUILT_IN = {name: Path(__file__).resolve().with_name("tasks") / f"{module}.py" for name, module in MODULES.items()}
 
 
 class PackedTask(NamedTuple):
@@ -35,6 +35,8 @@ class PackedTask(NamedTuple):
     content: bytes | Path
     folder: Path | None = None
     """The working directory in which the file was run; the file may change it."""
+    name: str = ""
+    """The name of a built-in task, whose file may define several."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,12 @@ class LoadedTask:
     file: Path | None = None
     source: bytes = b""
     folder: Path | None = None
+    name: str = ""
 
     def pack(self, folder: Path | None) -> PackedTask:
         """Pack the task for `unpack`; a task from memory is pickled into ``folder``, if workers share one."""
         if self.file is not None:
-            return PackedTask(self.file, self.source, self.folder)
+            return PackedTask(self.file, self.source, self.folder, self.name)
         if isinstance(self.task, Task):
             for data in (self.task.train, self.task.test):
                 end_workers(data)  # which cannot be pickled
@@ -70,13 +73,13 @@ class LoadedTask:
 @functools.cache
 def unpack(packed: PackedTask) -> LoadedTask:
     """Restore a packed task, once per process."""
-    file, content, working = packed
+    file, content, working, name = packed
     if isinstance(content, Path):
         content = content.read_bytes()
     if working is not None and working != Path.cwd():
         with suppress(OSError):  # another machine may not have the folder
             os.chdir(working)
-    return LoadedTask(pickle.loads(content)) if file is None else _run_file(file, content)
+    return LoadedTask(pickle.loads(content)) if file is None else _run_file(file, content, name)
 
 
 def load_task(source: AnyTask | Callable[..., Any] | str | Path) -> AnyTask:
@@ -114,12 +117,12 @@ def find_task(source: AnyTask | Callable[..., Any] | str | Path) -> LoadedTask:
         raise TaskError(f"{path}: the file does not exist") from None
     except OSError as error:
         raise TaskError(f"{path}: cannot be read ({error.strerror})") from error
-    return _run_file(path, content)
+    return _run_file(path, content, str(source) if str(source) in BUILT_IN else "")
 
 
-def _run_file(path: Path, content: bytes) -> LoadedTask:
+def _run_file(path: Path, content: bytes, name: str = "") -> LoadedTask:
     # As with `python my_task.py`, the file may import modules from its own folder, now or later.
-    if path not in _FILES and str(path.parent) not in sys.path:
+    if not name and str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     module = types.ModuleType(f"gradcentral_task_{digest(str(path))}")
     module.__file__ = str(path)
@@ -138,14 +141,16 @@ def _run_file(path: Path, content: bytes) -> LoadedTask:
             'put what a task does not need below if __name__ == "__main__":'
         ) from error
     except Exception as error:
+        if name:  # of a built-in task, data are missing, or a library
+            raise
         raise TaskError(f"{line_of(error, path)}: {one_line(error)}") from error
     finally:
         sys.argv = arguments
-    task = getattr(module, "task", None)
+    task = module.tasks[name] if name and hasattr(module, "tasks") else getattr(module, "task", None)
     if task is None:
         raise TaskError(f"{path}: does not define `task`; end it with task = Task(...)")
     if callable(task) and not isinstance(task, type):
         task = CustomTask(name=path.stem, run=task)
     if not isinstance(task, (Task, CustomTask)):
         raise TaskError(f"{path}: `task` is of type {type(task).__name__}; make it a gradcentral.experiment.Task")
-    return LoadedTask(task, path, content, folder)
+    return LoadedTask(task, path, content, folder, name)

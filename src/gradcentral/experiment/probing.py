@@ -65,7 +65,8 @@ def read_probe(path: Path) -> ProbeReport | None:
             layer["vectors"] = WeightVectors(**{k: v and tuple(v) for k, v in vectors.items()}) if vectors else None
             layer["input"] = layer["input"] and InputMean(*layer["input"])
         layers = tuple(LayerReport(**layer) for layer in report["layers"])
-        found = ProbeReport(layers, report["whole"], tuple(report["losses"]))
+        kinds = tuple(report.get("kinds", ()))  # missing in files of earlier versions
+        found = ProbeReport(layers, report["whole"], tuple(report["losses"]), kinds)
         str(found)  # fails for numbers of a wrong type
         return found
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):

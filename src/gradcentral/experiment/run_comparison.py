@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradcentral.diagnostics.preserve import preserve_state
-from gradcentral.experiment.arms import ARMS, NONE
+from gradcentral.experiment.arms import ARMS, DEFAULT_ARMS, NONE
 from gradcentral.experiment.comparison import Comparison
 from gradcentral.experiment.errors import ArmError, ResultsError, TaskError
 from gradcentral.experiment.fingerprint import fingerprint
@@ -42,7 +42,7 @@ def compare(
     *,
     seeds: int | Sequence[int] = 5,
     epochs: int | None = None,
-    arms: Sequence[str] = ARMS,
+    arms: Sequence[str] = DEFAULT_ARMS,
     optimizers: Sequence[str] | None = None,
     jobs: int | None = None,
     backend: str = "loky",
@@ -62,10 +62,11 @@ def compare(
 
     Args:
         task: a `Task`, a `CustomTask`, a bare ``run(seed, arm)`` function, a file that defines ``task``, or the name
-            of a built-in task: ``digits``, ``digits-batchnorm``, ``digits-vit``.
+            of a built-in task: ``digits``, ``digits-batchnorm`` or ``digits-vit``, on data of scikit-learn, or one of
+            `gradcentral.experiment.tasks.SUITE`.
         seeds: number of seeds (0, 1, …), or a list of seeds.
         epochs: epochs per run; by default the task's own.
-        arms: some of ``none``, ``gradient`` and ``update``, including ``none``.
+        arms: some of ``none``, ``gradient``, ``regularized`` and ``update``, including ``none``.
         optimizers: names of the task's optimizers to use; all of them by default.
         jobs: number of worker processes, each with one torch thread. 1 runs in this process, with the current number of
             torch threads. Default: one per core on the CPU, 1 on an accelerator, all workers of a cluster.
@@ -156,7 +157,8 @@ def _arms(arms: Sequence[str]) -> tuple[str, ...]:
     if NONE not in chosen:
         raise TaskError(f"arms: {NONE!r} must be one of them, because the others are compared with it")
     if len(chosen) == 1:
-        raise TaskError(f"arms: {NONE!r} alone leaves nothing to compare; add {' or '.join(map(repr, ARMS[1:]))}")
+        others = " or ".join(map(repr, DEFAULT_ARMS[1:]))
+        raise TaskError(f"arms: {NONE!r} alone leaves nothing to compare; add {others}")
     return tuple(arm for arm in ARMS if arm in chosen)
 
 

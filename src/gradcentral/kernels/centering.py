@@ -54,6 +54,13 @@ class Centering:
         self._rest: list[int] = []
         self._count = -1
         self._regularized: tuple[Centering, Centering] | None = None
+        self._parts: list[Centering] = []
+
+    def part(self, position: int) -> Centering:
+        """Return the plans of one of the parts into which the caller divides its tensors; part 0 is this object."""
+        while len(self._parts) < position:
+            self._parts.append(Centering())
+        return self._parts[position - 1] if position else self
 
     def center_if_planned_(self, pairs: Sequence[Pair], strength: Strength = 1.0) -> bool:
         """Center every tensor in place if kernels process all of them and the plans still fit; otherwise do nothing.

@@ -20,6 +20,7 @@ from gradcentral.layout.rules import LeaveAlone
 __all__ = ["Owner", "Site", "refuse_flat", "sites"]
 
 _REMEDY = "cannot be identified: use torch.distributed.fsdp.fully_shard (FSDP2), which keeps the shapes"
+_WITH_ACCELERATE = "; with accelerate, set fsdp_version: 2"
 _MAGNITUDE = LeaveAlone("magnitude of weight_norm")
 _Classes: TypeAlias = "dict[nn.Module, type[nn.Module]]"
 
@@ -50,7 +51,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
         modules[path] = module
         if type(module).__name__ == "FullyShardedDataParallel":
             wrapped = f"{path or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters"
-            raise ValueError(f"{wrapped}, so that their weight vectors {_REMEDY}")
+            raise ValueError(f"{wrapped}, so that their weight vectors {_REMEDY}{_WITH_ACCELERATE}")
         prefixes = accumulate(path.split("."), "{}.{}".format)
         enclosing = (model, *(modules[prefix] for prefix in prefixes if prefix in modules))
         for local_name, tensor in module._parameters.items():
@@ -63,7 +64,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
 def refuse_flat(name: str, tensor: Tensor) -> None:
     """Refuse a flat part of a parameter, as made by FSDP1 and DeepSpeed's ZeRO-3: it has no visible weight vectors."""
     if getattr(tensor, "_fsdp_flattened", False):
-        maker, also = "FullyShardedDataParallel (FSDP1)", ""
+        maker, also = "FullyShardedDataParallel (FSDP1)", _WITH_ACCELERATE
     elif hasattr(tensor, "ds_id") and hasattr(tensor, "ds_shape"):
         maker = "DeepSpeed ZeRO-3"
         also = ", or call gradcentral.centralize_in_backward(model) before deepspeed.initialize"

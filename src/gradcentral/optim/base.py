@@ -36,7 +36,8 @@ class CentralizedOptimizer(FusedOptimizer):
         model: determines the layout if ``params`` is not the model itself.
         layout: use this layout instead (see `gradcentral.weight_layout`).
         placement: ``"gradient"``, ``"regularized"`` or ``"update"`` (see `gradcentral.centralize`).
-        strength: from 0 (off) to 1 (GC); the attribute ``strength`` may change while training.
+        strength: from 0 (off) to 1 (GC); the attribute ``strength`` may change while training. A parameter group with
+            ``"centralize": False`` is left out; ``"centralize": 0.5`` replaces the strength for its parameters.
 
     ``p.grad`` is unchanged. The fused kernels update dense parameters, including those that are not centered: on the
     CPU in float32, float64 or bfloat16; on CUDA devices in float32, bfloat16 or float16, if Triton is installed (step
@@ -133,6 +134,8 @@ class CentralizedOptimizer(FusedOptimizer):
         self._fresh = set()
         if "_copied" in state:
             self.targets = Targets(*state["_copied"])
+        elif hasattr(self, "targets"):
+            self.targets.follow_groups(self)  # which writes the settings of groups back that a checkpoint lacks
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in torch. Layers added to the model since are looked up in it."""
@@ -174,7 +177,7 @@ class CentralizedOptimizer(FusedOptimizer):
         self._fresh.clear()
         if held is not None and self.placement == "update":
             with torch.no_grad():
-                held.shards.restore_split_means_(held.old_sums, self.targets.strength_now)
+                held.shards.restore_split_means_(held.old_sums, self.targets.strengths(self))
         return loss
 
     def _needs_found_inf(self, calls: list[KernelCall], complete: bool) -> bool:
@@ -203,7 +206,7 @@ class CentralizedOptimizer(FusedOptimizer):
         shards.place_gradients(p for group in self.param_groups for p in group["params"])
         if self.placement == "update":
             return LocalTensors(shards, {}, shards.split_sums())
-        return LocalTensors(shards, shards.centered_split_gradients(self._l2(), self.targets.strength_now), [])
+        return LocalTensors(shards, shards.centered_split_gradients(self._l2(), self.targets.strengths(self)), [])
 
     def _l2(self) -> L2 | None:
         """Return the weight decay that is centered together with the gradients."""
@@ -274,7 +277,7 @@ class CentralizedOptimizer(FusedOptimizer):
         targets = [(p, vectors) for p, vectors in whole if p.grad is not None and p not in done]
         replaced = {p: p.grad for p in updated}
         means = []
-        l2, strength = self._l2(), self.targets.strength_now
+        l2, strengths = self._l2(), self.targets.strengths(self)
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable", False))):
             try:
                 for p in updated:
@@ -290,7 +293,7 @@ class CentralizedOptimizer(FusedOptimizer):
                     gradient = cast("Tensor", p.grad)
                     replaced[p] = gradient
                     factor = 0.0 if l2 is None else l2.of(p)
-                    centered = center_regularized(local(gradient), local(p), factor, vectors, strength)
+                    centered = center_regularized(local(gradient), local(p), factor, vectors, strengths.of(p))
                     p.grad = with_local(gradient, centered)
                 for p in self._fresh.difference(done):
                     self.state[p]["momentum_buffer"] = None  # torch starts it with the gradient itself
@@ -299,7 +302,7 @@ class CentralizedOptimizer(FusedOptimizer):
                 for p, gradient_or_none in replaced.items():
                     p.grad = gradient_or_none
             for (p, vectors), old in zip(targets if means else [], means, strict=True):
-                restore_means_(local(p), old, vectors, strength)
+                restore_means_(local(p), old, vectors, strengths.of(p))
 
     def _can_be_traced(self) -> bool:
         """Return whether the custom operators apply: they are not differentiable and do not communicate.
@@ -323,21 +326,25 @@ class CentralizedOptimizer(FusedOptimizer):
         """
         traced = TracedCentering()
         targets = [(p, vectors) for p, vectors in self.targets.current(self).whole if p.grad is not None]
+        parts = self.targets.strengths(self).divide(targets)
         if self.placement == "update":
-            means = traced.means(targets)
+            means = [traced.means(part) for _, part in parts]
             self._torch_step()
-            traced.restore_(targets, means, self.targets.strength_now)
+            for (strength, part), old in zip(parts, means, strict=True):
+                traced.restore_(part, old, strength)
             return
         grads = [cast("Tensor", p.grad) for p, _ in targets]
         negated, centered = [-g for g in grads], [g.clone() for g in grads]
-        pairs = [(g, vectors) for g, (_, vectors) in zip(centered, targets, strict=True)]
-        l2, strength = self._l2(), self.targets.strength_now
-        if l2 is None or not l2.factors:
-            traced.center_all_(pairs, strength)
-        else:
-            params = [p for p, _ in targets]
-            factors = [l2.factors.get(p, 0.0) for p in params]
-            traced.center_regularized_(pairs, params, factors, l2.grad_scale, strength)
+        copies = {p: g for (p, _), g in zip(targets, centered, strict=True)}
+        l2 = self._l2()
+        for strength, part in parts:
+            pairs = [(copies[p], vectors) for p, vectors in part]
+            if l2 is None or not l2.factors:
+                traced.center_all_(pairs, strength)
+            else:
+                params = [p for p, _ in part]
+                factors = [l2.factors.get(p, 0.0) for p in params]
+                traced.center_regularized_(pairs, params, factors, l2.grad_scale, strength)
         for gradient, value in zip(grads, centered, strict=True):
             gradient.copy_(value)
         self._torch_step()

@@ -48,7 +48,7 @@ class FusedOptimizer(Optimizer):
 
     def _placement_of(self, group: dict[str, Any]) -> Placement:
         """Return the target of centering in a group: without L2 weight decay, "regularized" equals "gradient"."""
-        strength = self.targets.strength_now
+        strength = self.targets.strength_of(group)
         if not isinstance(strength, Tensor) and strength == 0:
             return Placement.PLAIN
         if self.targets.placement == "regularized" and l2_of_group(self, group) == 0:
@@ -57,7 +57,7 @@ class FusedOptimizer(Optimizer):
 
     def _plan_key(self, index: int, group: dict[str, Any]) -> tuple[object, ...]:
         """Return what a plan depends on besides the tensors: the position and the options of its group."""
-        return index, group.get(OPTION), self._placement_of(group)
+        return index, group.get(OPTION) is False, self._placement_of(group)
 
     def _create_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         """Return a parameter's state, created as torch creates it if it does not exist.
@@ -199,7 +199,7 @@ def _states_of(rule: UpdateRule, states: Sequence[dict[str, Any]]) -> States:
 def _coefficients_for(optimizer: FusedOptimizer, group: dict[str, Any], plan: Any) -> Coefficients | DeviceCoefficients:
     """Return the coefficients in the form that the plan's kernel takes."""
     sign = -1.0 if group["maximize"] else 1.0
-    strength = optimizer.targets.strength_now
+    strength = optimizer.targets.strength_of(group)
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     if isinstance(plan, native.Plan):
         coefficients = optimizer._coefficients(group, float(group["lr"]))

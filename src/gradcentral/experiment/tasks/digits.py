@@ -6,13 +6,14 @@ GC acts strongly here, because the input of every layer after the first is non-n
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from gradcentral.experiment.task import Task
+from gradcentral.experiment.tasks.metrics import accuracy
 from gradcentral.extras import optional
 
-__all__ = ["accuracy", "cnn", "task", "test", "train"]
+__all__ = ["cnn", "task", "test", "train"]
 
 # 28 whole batches of 32: a last batch of four examples would disturb BatchNorm, with and without GC.
 TRAIN_SIZE = 896
@@ -26,11 +27,6 @@ def datasets() -> tuple[TensorDataset, TensorDataset]:
     order = torch.randperm(len(x), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     train, test = order[:TRAIN_SIZE], order[TRAIN_SIZE:]
     return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
-
-
-def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Return the fraction of the batch whose largest output is that of the target."""
-    return (output.argmax(-1) == target).float().mean()
 
 
 def cnn(*, batchnorm: bool = False) -> nn.Module:

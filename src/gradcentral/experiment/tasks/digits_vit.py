@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradcentral.experiment.tasks import digits
+from gradcentral.experiment.tasks.optimizers import warm_up_then_cosine
 
 __all__ = ["task"]
 
@@ -33,14 +34,6 @@ class VisionTransformer(nn.Module):
         x = self.blocks(self.patch(patches) + self.position.weight)
         logits: Tensor = self.head(self.norm(x).mean(1))
         return logits
-
-
-def warm_up_then_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """Warm up over a tenth of the steps, then decay to zero: the usual schedule of transformers."""
-    warm = max(1, steps // 10)
-    up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / warm, total_iters=warm)
-    down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps - warm))
-    return torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], milestones=[warm])
 
 
 # The learning rates are the best of a sweep (0.005 to 0.2; 0.001 to 0.02) for training WITHOUT GC.

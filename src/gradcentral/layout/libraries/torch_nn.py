@@ -4,9 +4,7 @@ The sizes distinguish a subclass that stores its weights in another order, such 
 compared in a layer of torch.nn itself, which ignores them: a longer or shorter weight is often assigned to it.
 """
 
-import math
 from functools import partial
-from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -26,9 +24,8 @@ from gradcentral.layout.rules import (
     unexpected_shape,
     unexpected_sizes,
 )
+from gradcentral.transposed_taps import SPLIT, Taps, taps_of
 from gradcentral.weight_vectors import WeightVectors
-
-_SPLIT = "([m] s)"
 
 
 def _ignores_sizes(module: nn.Module) -> bool:
@@ -60,33 +57,13 @@ def _lookup(module: nn.Module, tensor: Tensor) -> LeaveAlone:
     return unexpected_shape(module, tensor, f"rows of embedding_dim = {size}")
 
 
-class _Taps(NamedTuple):
-    """One axis of the kernel of a transposed convolution."""
-
-    size: int
-    phases: int
-    """An input at n reaches the outputs n · stride + t · dilation through the taps t. So the taps that reach one output
-    are those of one phase: they are equal modulo stride / gcd(stride, dilation)."""
-
-    @property
-    def pattern(self) -> str:
-        if self.phases == 1 or self.is_uneven:
-            return "[k]"
-        return _SPLIT if self.size > self.phases else "k"
-
-    @property
-    def is_uneven(self) -> bool:
-        """Whether some phases have more taps than others; no view describes weight vectors of unequal sizes."""
-        return self.size > self.phases and self.size % self.phases != 0
-
-
-def _taps(module: nn.Module, tensor: Tensor) -> list[_Taps]:
+def _taps(module: nn.Module, tensor: Tensor) -> list[Taps]:
     settings = [getattr(module, name) for name in ("kernel_size", "stride", "dilation")]
     if _ignores_sizes(module):
         settings[0] = tuple(tensor.shape[2:])
     # torch's functions accept one number for all axes, so code may have assigned one to the module.
     settings = [value if isinstance(value, tuple) else (value,) * (tensor.ndim - 2) for value in settings]
-    return [_Taps(size, stride // math.gcd(stride, dilation)) for size, stride, dilation in zip(*settings, strict=True)]
+    return taps_of(*settings)
 
 
 def has_uneven_phases(module: nn.Module, tensor: Tensor) -> bool:
@@ -105,7 +82,7 @@ def _transposed_convolution(module: nn.Module, tensor: Tensor) -> Decision:
     sizes = {name: size for name, attribute in attributes.items() if (size := size_of(module, attribute)) is not None}
     try:
         taps = _taps(module, tensor)
-        split = [axis for axis in taps if axis.pattern == _SPLIT]
+        split = [axis for axis in taps if axis.pattern == SPLIT]
         return WeightVectors.parse(
             " ".join(["(g [i]) o", *(axis.pattern for axis in taps)]),
             tensor.shape,
