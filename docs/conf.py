@@ -37,6 +37,8 @@ nb_execution_timeout = 600
 nb_merge_streams = True
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # scripts on another server, for widgets, which no page has
 
+# The adapters import these; only their own docstrings are read.
+autodoc_mock_imports = ["accelerate", "jax", "keras", "lightning", "mmengine", "optax", "timm", "transformers"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

@@ -125,7 +125,7 @@ class ProbeReport:
         layers: one `LayerReport` per parameter of the model, centered or skipped.
         whole: one `Effect` per batch, on the gradients of all parameters taken as one vector.
         losses: one per batch.
-        kinds: the kinds of model, among those with measurements, that the model belongs to; see `kinds_of`.
+        kinds: the kinds of model, among those with measurements, that the model belongs to.
     """
 
     layers: tuple[LayerReport, ...]
