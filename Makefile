@@ -12,12 +12,13 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 INSTALL := -m pip --disable-pip-version-check install --quiet --constraint
 PIP := $(BIN)/python $(INSTALL) constraints.txt
 
-.PHONY: compare test lint types tests triton zoo cluster trainers jax without-compiler sanitize installed wheel matrix bench clean
+.PHONY: compare test lint types tests triton zoo cluster trainers jax docs without-compiler sanitize installed wheel
+.PHONY: matrix bench clean
 
 compare: $(VENV)/experiments
 	$(BIN)/gradcentral compare
 
-test: lint types tests triton zoo cluster trainers jax without-compiler sanitize installed
+test: lint types tests triton zoo cluster trainers jax docs without-compiler sanitize installed
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
@@ -92,6 +93,11 @@ matrix:
 	    OMP_NUM_THREADS=1 $$env/bin/pytest -q -n $(JOBS) --dist loadfile -p no:cacheprovider -o filterwarnings= \
 	        $(CORE) $(NOT_CORE:%=--ignore %) || exit 1; \
 	done
+
+# The documentation site, in docs/_build/html. The tour is executed, and docstrings are read again, even if no page has
+# changed (-E); a warning fails the build, as does a link to a page or heading that does not exist.
+docs: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -E -q -W --keep-going -b html docs docs/_build/html
 
 bench: $(VENV)/experiments
 	$(BIN)/gradcentral bench

@@ -53,7 +53,7 @@ def centralize(
             training, as ``handle.strength``; for CUDA graphs it may be a 0-dim tensor on the device.
 
     Returns:
-        A `Handle`: ``.layout``, ``.strength``, ``.remove()``, ``.pause()``, ``.resume()``, ``.paused()``. Attaching
+        A `Handle` with ``.layout``, ``.strength``, ``.remove()``, ``.pause()``, ``.resume()``, ``.paused()``. Attaching
         again with the same settings returns the existing handle.
 
     Raises:

@@ -28,7 +28,7 @@ def center_weights_(model: nn.Module, layout: WeightLayout | None = None) -> Wei
     Raises:
         ValueError: nothing to center; a lazy parameter has no values yet; the layout belongs to another model.
 
-    Source: Yong et al. 2020, section 4.1: the smaller |mean(w⁰)|, the less sensitive the output.
+    Source: Yong et al. 2020, section 4.1: the smaller ``|mean(w⁰)|``, the less sensitive the output.
 
     Examples:
         >>> import torch

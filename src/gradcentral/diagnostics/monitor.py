@@ -137,7 +137,7 @@ class Monitor(AbstractContextManager["Monitor"]):
 
     @property
     def records(self) -> list[Record]:
-        """The records in memory, oldest first: at most 1000, evenly spaced, plus the newest; files contain all."""
+        """The records in memory, oldest first. At most 1000, evenly spaced, plus the newest; files contain all."""
         return list(self._buffer.records)
 
     @staticmethod

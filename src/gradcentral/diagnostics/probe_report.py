@@ -119,13 +119,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """The result of `probe`; ``print`` it for a table.
+    """The result of `gradcentral.probe`; ``print`` it for a table.
 
     Attributes:
         layers: one `LayerReport` per parameter of the model, centered or skipped.
         whole: one `Effect` per batch, on the gradients of all parameters taken as one vector.
         losses: one per batch.
-        kinds: the kinds of model, among those with measurements, that the model belongs to; see `kinds_of`.
+        kinds: the kinds of model, among those with measurements, that the model belongs to.
     """
 
     layers: tuple[LayerReport, ...]
@@ -219,7 +219,7 @@ class ProbeReport:
         """Draw the share of each centered parameter, with its spread; only the 40 largest if there are more.
 
         Returns:
-            A ``matplotlib.figure.Figure``: show it in a notebook, or ``figure.savefig("probe.png")``.
+            A ``matplotlib.figure.Figure``. Show it in a notebook, or ``figure.savefig("probe.png")``.
 
         Raises:
             MissingExtraError: matplotlib is not installed.

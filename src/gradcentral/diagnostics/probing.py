@@ -56,7 +56,7 @@ def probe(
         max_batches: maximum number of batches to use.
 
     Returns:
-        A `ProbeReport`: ``.layers`` with ``.name``, ``.share`` and ``.finding``; print it, or ``.plot()`` it.
+        A `ProbeReport` with ``.layers``, each with ``.name``, ``.share`` and ``.finding``; print it, or ``.plot()`` it.
 
     Raises:
         ValueError: ``batches`` is empty; the loss is not a scalar tensor, or does not depend on the parameters; the

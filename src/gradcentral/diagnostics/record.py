@@ -34,7 +34,7 @@ class Reading:
         norm, centered_norm: L2 norm of the gradient g and of Φ(g).
         largest, centered_largest: largest absolute entry of g and of Φ(g).
         drift, largest_drift: ‖eᵀ(w − w⁰)‖ over all weight vectors together (L2), and the largest of a single one.
-        sensitivity, largest_sensitivity: root mean square and maximum of |1ᵀw| over the output units: how much a
+        sensitivity, largest_sensitivity: root mean square and maximum of ``|1ᵀw|`` over the output units: how much a
             unit's output changes when each of its inputs increases by 1.
     """
 
@@ -117,7 +117,7 @@ def plot_records(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
         theme: colors.
 
     Returns:
-        A ``matplotlib.figure.Figure``: show it in a notebook, or ``figure.savefig("gc.png")``.
+        A ``matplotlib.figure.Figure``. Show it in a notebook, or ``figure.savefig("gc.png")``.
 
     Raises:
         ValueError: there are no records, or they are of several monitors.

@@ -227,7 +227,9 @@ class Comparison:
         return f'<iframe srcdoc="{page}" style="width: 100%; height: 900px; border: 0"></iframe>'
 
     def __str__(self) -> str:
-        console = optional("rich.console").Console(file=io.StringIO(), width=118, color_system=None)
+        rich = optional("rich.console")
+        # In a notebook, rich would display the tables instead of writing them to the file.
+        console = rich.Console(file=io.StringIO(), width=118, color_system=None, force_jupyter=False)
         console.print(self)
         return str(console.file.getvalue()).rstrip()
 

@@ -63,7 +63,7 @@ def compare(
     Args:
         task: a `Task`, a `CustomTask`, a bare ``run(seed, arm)`` function, a file that defines ``task``, or the name
             of a built-in task: ``digits``, ``digits-batchnorm`` or ``digits-vit``, on data of scikit-learn, or one of
-            `gradcentral.experiment.tasks.SUITE`.
+            ``gradcentral.experiment.tasks.SUITE``.
         seeds: number of seeds (0, 1, …), or a list of seeds.
         epochs: epochs per run; by default the task's own.
         arms: some of ``none``, ``gradient``, ``regularized`` and ``update``, including ``none``.

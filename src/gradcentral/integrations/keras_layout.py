@@ -71,7 +71,7 @@ def weight_layout(model: keras.Model, *, overrides: Mapping[str, Rule] | None = 
     Args:
         model: a model that has been built, so that its weights exist.
         overrides: {path: rule}. The path of a weight is its ``path``, as printed, and may have wildcards as in
-            `fnmatch` (``"**/proj/kernel"``); the last match applies. A rule is a pattern such as ``"[i] o"``,
+            ``fnmatch`` (``"**/proj/kernel"``); the last match applies. A rule is a pattern such as ``"[i] o"``,
             `WeightVectors`, or None to skip the weight.
 
     Raises:

@@ -1,8 +1,9 @@
-"""`GradientCentralization`: a Lightning callback that attaches GC to the optimizers of a `Trainer` while it fits."""
+"""`GradientCentralization`: a Lightning callback that attaches GC to the optimizers of a ``Trainer`` while it fits."""
 
 from __future__ import annotations
 
 import importlib
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -36,11 +37,11 @@ def _callback_classes() -> Iterator[type]:
 _CALLBACKS = tuple(_callback_classes())
 if not _CALLBACKS:
     raise ModuleNotFoundError("Lightning is not installed: pip install lightning")
-_Callback: Any = type("_Callback", _CALLBACKS, {})
+_Callback: Any = types.new_class("_Callback", _CALLBACKS)
 
 
 class GradientCentralization(_Callback):  # type: ignore[misc]
-    """Center the gradients of all optimizers of a `Trainer`: ``Trainer(callbacks=[GradientCentralization()])``.
+    """Center the gradients of all optimizers of a ``Trainer``: ``Trainer(callbacks=[GradientCentralization()])``.
 
     It attaches when training starts, to the optimizers of ``configure_optimizers``, as `gradcentral.centralize` does,
     and detaches when ``fit`` ends or raises. Lightning clips before it calls ``step()``, so clipping comes first and
@@ -57,7 +58,7 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
         exclude: names of parameters to skip, with wildcards.
         submodule: name of the part of the LightningModule to center, such as ``"generator"``. Names of parameters are
             then relative to it. Give one callback per part for different settings, as in a GAN.
-        monitor: steps per record of a `gradcentral.Monitor`, which is sent to all loggers of the `Trainer`. None:
+        monitor: steps per record of a `gradcentral.Monitor`, which is sent to all loggers of the ``Trainer``. None:
             no monitor. With several optimizers, each has a monitor, named ``optimizer0``, ``optimizer1``, ….
 
     Attributes:

@@ -157,7 +157,7 @@ def decide(
 
     Args:
         found: the parameters with the decisions of their layers' rules.
-        overrides: {name: rule}, where the name may have wildcards as in `fnmatch`; ``**/proj/kernel`` also matches
+        overrides: {name: rule}, where the name may have wildcards as in ``fnmatch``; ``**/proj/kernel`` also matches
             ``proj/kernel``. The last match applies.
         exclude: names to skip, with or without wildcards.
         hint: how the unknown parameters may become known.

@@ -131,12 +131,12 @@ class WeightLayout(Mapping[Tensor, WeightVectors]):
 
     @property
     def skipped(self) -> dict[str, str]:
-        """{name: reason} of every parameter that is skipped."""
+        """``{name: reason}`` of every parameter that is skipped."""
         return {entry.name: entry.reason for entry in self.entries if entry.vectors is None}
 
     @property
     def names(self) -> dict[Tensor, str]:
-        """{parameter: name} of every parameter of the model, centered or skipped."""
+        """``{parameter: name}`` of every parameter of the model, centered or skipped."""
         return {entry.parameter: entry.name for entry in self.entries}
 
     @property
@@ -246,7 +246,7 @@ def weight_layout(
         model: the model. If there are only its parameters, use `WeightLayout.from_parameters`.
         only: ``"all"``, or ``"conv"`` for convolutions of any dimension. This differs from ``gc_conv_only`` in the
             authors' code, which centers the parameters with more than three axes and so skips Conv1d.
-        overrides: {selector: rule}, where the selector is a parameter or its name, with wildcards as in `fnmatch`
+        overrides: {selector: rule}, where the selector is a parameter or its name, with wildcards as in ``fnmatch``
             (``"encoder.*.weight"``) unless it is the exact name of a parameter, and the rule is a pattern such as
             ``"[i] o"`` (see `WeightVectors.parse`), `WeightVectors`, `LeaveAlone`, None (skip) or a function of
             (module, tensor). The last match applies.

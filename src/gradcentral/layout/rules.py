@@ -69,10 +69,10 @@ def register_layout(cls: type[nn.Module], name: str, rule: Rule) -> None:
 
     Args:
         cls: the layer's class. The rule also applies to subclasses that have no rule of their own.
-        name: the parameter's attribute name, with wildcards as in `fnmatch`, which do not match dots. The exact name
-            takes precedence over wildcards. A name with dots refers to items of a ParameterList (``"experts.*"``) or
-            to parameters of direct submodules (``"proj.weight"``, or ``"blocks.*.weight"`` for a ModuleList), and
-            takes precedence over their own rules.
+        name: the parameter's attribute name, with wildcards as in ``fnmatch``, which do not match dots. The exact
+            name takes precedence over wildcards. A name with dots refers to items of a ParameterList
+            (``"experts.*"``) or to parameters of direct submodules (``"proj.weight"``, or ``"blocks.*.weight"`` for a
+            ModuleList), and takes precedence over their own rules.
         rule: a pattern such as ``"[i] o"`` (see `WeightVectors.parse`) or a `WeightVectors`; `LeaveAlone` or None to
             skip the parameter; or a function of (module, tensor) that returns one of these, such as
             `gradcentral.layout.axes`, which takes the sizes of split axes from the module.

@@ -31,7 +31,7 @@ class CentralizedOptimizer(FusedOptimizer):
 
     Args:
         params: a ``torch.nn.Module`` (all its parameters), or what torch takes: parameters, named parameters, groups.
-        *args, **kwargs: torch's own arguments. ``foreach=``, ``fused=False`` and ``differentiable=True`` select
+        args, kwargs: torch's own arguments. ``foreach=``, ``fused=False`` and ``differentiable=True`` select
             torch's own implementation, which receives centered gradients.
         model: determines the layout if ``params`` is not the model itself.
         layout: use this layout instead (see `gradcentral.weight_layout`).
@@ -47,7 +47,7 @@ class CentralizedOptimizer(FusedOptimizer):
     Without a model and a layout, the models that hold the parameters are searched (`WeightLayout.from_parameters`).
 
     Attributes:
-        targets: the parameters that are centered; see `Targets`.
+        targets: the parameters that are centered.
 
     Raises:
         ValueError: an unknown placement; a strength that is not between 0 and 1; both model and layout; none of the

@@ -74,7 +74,7 @@ def draw_all(
     Args:
         task: a `Task`, a file that defines ``task``, or the name of a built-in task.
         out: the output folder; by default ``runs/figures-<task name>``.
-        only: names from `FIGURES` and ``"statements"``; by default all.
+        only: names from ``FIGURES`` and ``"statements"``; by default all.
         optimizer: the name of one of the task's optimizers; by default the first.
         seeds: the number of runs behind each interval.
         epochs: the number of epochs per run; by default the task's.

@@ -31,14 +31,14 @@ class InitialMeans(NamedTuple):
 
 
 def initial_means(shape: Sequence[int], scheme: str, *, seed: int = 0) -> InitialMeans:
-    """Sample |mean(w⁰)| of the weight vectors of one initialized layer, and compute its theoretical scale.
+    """Sample ``|mean(w⁰)|`` of the weight vectors of one initialized layer, and compute its theoretical scale.
 
     The mean of M independent weights has standard deviation σ/√M, where σ² = 2/(fan-in + fan-out) under Xavier and
     2/fan-in under Kaiming initialization.
 
     Args:
         shape: the shape of a Linear or convolution weight, ``[out, in, …]``.
-        scheme: one of `SCHEMES`.
+        scheme: ``"xavier_uniform"``, ``"xavier_normal"``, ``"kaiming_uniform"`` or ``"kaiming_normal"``.
         seed: the seed of the sample; the global generators are not used.
 
     Raises:
@@ -73,8 +73,8 @@ def sampled_means(shapes: Iterable[Sequence[int]], scheme: str, seed: int) -> di
 def initial_means_near_zero(model: nn.Module, layout: WeightLayout | None = None) -> list[Measurement]:
     """Measure mean(w⁰) ≈ 0 under Xavier and Kaiming initialization, for layers of the model's shapes.
 
-    For each of `SCHEMES`, this measures the deviation of the root mean square of mean(w⁰), over all weight vectors,
-    from σ/√M.
+    For each scheme of `initial_means`, this measures the deviation of the root mean square of mean(w⁰), over all
+    weight vectors, from σ/√M.
 
     Args:
         model: a model whose centered Linear and convolution layers give the shapes; its weights are not used.
@@ -111,7 +111,7 @@ def centered_initialization(model: nn.Module, layout: WeightLayout | None = None
     Raises:
         ValueError: nothing is centered; the model cannot be copied.
 
-    Source: Yong et al. 2020, section 4.1: the smaller |mean(w⁰)|, the less an output changes with γ.
+    Source: Yong et al. 2020, section 4.1: the smaller ``|mean(w⁰)|``, the less an output changes with γ.
 
     Examples:
         >>> centered_initialization(nn.Linear(50, 20)).holds

@@ -34,7 +34,7 @@ def weight_layout(
             - the parameters alone. Then the automatic names of linen and Haiku decide (``Dense_0/kernel``,
               ``mlp/~/linear_0/w``), and layers whose axes depend on their settings are skipped as unknown.
         overrides: {name: rule}, where the name is the parameter's path with slashes, and may have wildcards as in
-            `fnmatch` (``"**/proj/kernel"`` also matches ``proj/kernel``), and the rule is a pattern such as
+            ``fnmatch`` (``"**/proj/kernel"`` also matches ``proj/kernel``), and the rule is a pattern such as
             ``"[i] o"`` (see `WeightVectors.parse`), `WeightVectors`, or None (skip). The last match applies.
         exclude: names of parameters to skip, with or without wildcards.
 

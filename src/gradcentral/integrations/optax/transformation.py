@@ -25,7 +25,7 @@ def centralize(
 ) -> optax.GradientTransformation:
     """Return a gradient transformation that centers each weight vector of what passes through it.
 
-    In a chain, the placement determines the position:
+    In a chain, the placement determines the position::
 
         optax.chain(centralize(layout), optax.adamw(1e-3))                             # Φ(g)
         optax.chain(optax.adamw(1e-3), centralize(layout, "update"))                   # Φ(Δw)
@@ -36,16 +36,16 @@ def centralize(
         layout: a `weight_layout`, or anything that `weight_layout` accepts, such as the parameters of a Flax linen
             model. Its parameters are those that the optimizer is initialized with.
         placement: ``"gradient"``, in front of the optimizer: g ← Φ(g). ``"regularized"``, in front of
-            `optax.add_decayed_weights`: g ← Φ(g) − λ·mean(w), so that g + λw is centered. ``"update"``, at the end of
+            ``optax.add_decayed_weights``: g ← Φ(g) − λ·mean(w), so that g + λw is centered. ``"update"``, at the end of
             the chain: Δw ← Φ(Δw), weight decay included; an update that is not finite is passed on unchanged. The means
             of the weights then stay what they were.
         strength: fraction s of each mean that is subtracted, between 0 and 1; a number or a 0-dim array. With
-            `optax.inject_hyperparams`, it may follow a schedule.
-        weight_decay: λ of ``"regularized"``, the same as that of `optax.add_decayed_weights`.
+            ``optax.inject_hyperparams``, it may follow a schedule.
+        weight_decay: λ of ``"regularized"``, the same as that of ``optax.add_decayed_weights``.
 
     Returns:
-        An `optax.GradientTransformation` without state. It can be compiled, vectorized and sharded. A mean is computed
-        in float32 or wider.
+        An ``optax.GradientTransformation`` without state. It can be compiled, vectorized and sharded. A mean is
+        computed in float32 or wider.
 
     Raises:
         ValueError: the placement is unknown, the strength is out of range, ``weight_decay`` is missing or would be
