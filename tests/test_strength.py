@@ -199,6 +199,23 @@ def test_centralize_gradients_takes_a_strength() -> None:
         torch.testing.assert_close(model.weight.grad, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_compiled_centralize_gradients_takes_a_strength() -> None:
+    model = nn.Linear(4, 3)
+    layout = weight_layout(model)
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def center_all(strength: Any) -> None:
+        centralize_gradients(layout=layout, strength=strength)
+
+    for s in (0.25, 0.5, torch.tensor(0.75), 0.0, 1.0):
+        gradient = torch.randn(3, 4)
+        model.weight.grad = gradient.clone()
+        center_all(s)
+        torch.testing.assert_close(model.weight.grad, center(gradient, "o [i]", float(s)))
+
+
 WITHOUT_GROUPS = ["centralize_in_backward", "centralize_gradients", "centered_update"]
 
 
