@@ -216,7 +216,7 @@ def test_a_compiled_centralize_gradients_takes_a_strength() -> None:
         torch.testing.assert_close(model.weight.grad, center(gradient, "o [i]", float(s)))
 
 
-WITHOUT_GROUPS = ["centralize_in_backward", "centralize_gradients", "centered_update"]
+WITHOUT_GROUPS = ["centralize_in_backward", "centralize_gradients", "centered_update", "center_update_"]
 
 
 @pytest.mark.parametrize("route", WITHOUT_GROUPS)
@@ -239,6 +239,12 @@ def test_parts_of_a_model_have_strengths_of_their_own_without_groups(route: str)
             for layer in model:
                 layer.weight -= layer.weight.grad
         found = [w - layer.weight for w, layer in zip(old, model, strict=True)]
+    elif route == "center_update_":
+        before = {f"{i}.weight": w for i, w in enumerate(old)}
+        after = {name: w - g for (name, w), g in zip(before.items(), gradients, strict=True)}
+        for layout, s in zip(parts, (1.0, 0.5), strict=True):
+            center_update_(after, before, layout, strength=s)
+        found = [before[name] - after[name] for name in before]
     else:
         found = [layer.weight.grad for layer in model]
     for change, gradient, s in zip(found, gradients, (1.0, 0.5), strict=True):
