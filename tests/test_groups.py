@@ -155,8 +155,9 @@ def test_other_values_raise(kind: str, value: Any) -> None:
 def test_a_strength_outside_0_to_1_raises(kind: str, value: Any) -> None:
     with pytest.raises(ValueError, match='parameter group 1: "centralize" must be between 0 and 1, not '):
         _optimizer(_model(), kind, {"centralize": value})
-    with pytest.raises(ValueError, match='parameter group 1: "centralize" must be a number or a 0-dim tensor'):
-        _optimizer(_model(), kind, {"centralize": torch.ones(2)})
+    for tensor in (torch.ones(2), torch.tensor(True)):
+        with pytest.raises(ValueError, match='parameter group 1: "centralize" must be a number or a 0-dim tensor'):
+            _optimizer(_model(), kind, {"centralize": tensor})
     model = _model()
     optimizer = _optimizer(model, kind, {})
     before = copy.deepcopy(model.state_dict())
@@ -220,6 +221,7 @@ def test_checkpoints_of_torch_load_in_both_directions_and_keep_the_strength(kind
     plain = torch.optim.SGD([{"params": list(layer.parameters())} for layer in model], lr=0.1)
     for _ in range(2):
         optimizer.load_state_dict(plain.state_dict())
+        assert optimizer.state_dict()["param_groups"][1]["centralize"] == 0.25  # before the next step, too
         assert _rest_of_means(model, optimizer) == [0.0, 0.75]
         assert optimizer.state_dict()["param_groups"][1]["centralize"] == 0.25
     plain.load_state_dict(optimizer.state_dict())
@@ -238,6 +240,95 @@ def test_a_copy_made_after_loading_keeps_the_setting(copier: Any, setting: Any) 
     optimizer.load_state_dict(plain.state_dict())
     copied = copier(optimizer)
     assert copied.param_groups[1]["centralize"] == setting
+
+
+def test_attaching_again_after_loading_keeps_the_setting() -> None:
+    model = _model()
+    optimizer = _optimizer(model, "attached", {"centralize": 0.25})
+    plain = torch.optim.SGD([{"params": list(layer.parameters())} for layer in model], lr=0.1)
+    optimizer.load_state_dict(plain.state_dict())
+    gradcentral.attached(optimizer)[0].remove()
+    centralize(optimizer, model, "update")
+    assert _rest_of_means(model, optimizer) == [0.0, 0.75]
+
+
+@KINDS
+def test_settings_follow_the_parameters_of_reordered_groups(kind: str) -> None:
+    model = _model()
+    optimizer = _optimizer(model, kind, {"centralize": 0.25})
+    optimizer.param_groups.reverse()
+    plain = torch.optim.SGD([{"params": list(layer.parameters())} for layer in reversed(model)], lr=0.1)
+    optimizer.load_state_dict(plain.state_dict())
+    assert _rest_of_means(model, optimizer) == [0.0, 0.75]
+    assert [group.get("centralize") for group in optimizer.param_groups] == [0.25, None]
+
+
+@KINDS
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_group_added_later_has_its_strength(kind: str, placement: str) -> None:
+    model = _model()
+    optimizer = _optimizer(model, kind, {"centralize": 0.5}, placement)
+    assert _rest_of_means(model, optimizer) == [0.0, 0.5]
+    model.append(nn.Linear(3, 2))
+    optimizer.add_param_group({"params": list(model[2].parameters()), "centralize": 0.25})
+    assert _rest_of_means(model, optimizer) == [0.0, 0.5, 0.75]
+
+
+def test_two_handles_share_the_groups_and_pause_alone() -> None:
+    first, second = _model(), _model()
+    both = nn.ModuleList([*first, *second])
+    groups = [{"params": [*first.parameters()], "centralize": 0.5}, {"params": [*second.parameters()]}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    handle = centralize(optimizer, first)
+    centralize(optimizer, second, "update", strength=0.25)
+    assert _rest_of_means(both, optimizer) == [0.5, 0.5, 0.75, 0.75]
+    optimizer.param_groups[1]["centralize"] = 0.75
+    with handle.paused():
+        assert _rest_of_means(both, optimizer) == [1.0, 1.0, 0.25, 0.25]
+    assert _rest_of_means(both, optimizer) == [0.5, 0.5, 0.25, 0.25]
+
+
+@KINDS
+@pytest.mark.parametrize("placement", ["gradient", "regularized"])
+def test_a_setting_changed_in_the_closure_applies_to_its_gradients(kind: str, placement: str) -> None:
+    model = _model()
+    optimizer = _optimizer(model, kind, {"centralize": 0.5}, placement)
+    before = model[1].weight.detach().clone()
+    gradient = torch.arange(1.0, 19.0).view(3, 6)
+
+    def closure() -> float:
+        optimizer.param_groups[1]["centralize"] = 0.25
+        model[1].weight.grad = gradient.clone()
+        return 0.0
+
+    optimizer.step(closure)
+    torch.testing.assert_close(before - model[1].weight, 0.1 * gradcentral.center(gradient, "o [i]", 0.25))
+
+
+def test_lbfgs_centers_each_closure_with_the_strength_of_its_group() -> None:
+    data = torch.randn(8, 4, dtype=torch.float64)
+    trained = []
+    for by_hand in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3, dtype=torch.float64)
+        group = {"params": [*model.parameters()], "centralize": 0.25}
+        optimizer = torch.optim.LBFGS([group], lr=0.1, max_iter=4)
+        if not by_hand:
+            centralize(optimizer, model)
+
+        def closure(model: nn.Linear = model, by_hand: bool = by_hand) -> Tensor:
+            model.zero_grad()
+            loss: Tensor = model(data).square().sum()
+            torch.autograd.backward(loss)
+            assert model.weight.grad is not None
+            if by_hand:
+                model.weight.grad = gradcentral.center(model.weight.grad, "o [i]", 0.25)
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        trained.append(model.weight.detach())
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-12)
 
 
 def test_groups_that_are_merged_need_the_key() -> None:
@@ -304,3 +395,13 @@ def test_wrappers_may_copy_the_arguments_of_an_own_optimizer_into_its_groups(opt
     arguments = {"lr": 0.1, "model": model, **options}
     optimizer = gradcentral.SGD([{"params": layer.parameters(), **arguments} for layer in model], **arguments)
     assert _centered(model, optimizer) == [True, True]
+
+
+def test_a_copied_strength_is_harmless_after_the_optimizers_strength_has_changed() -> None:
+    model = _model()
+    arguments = {"lr": 0.1, "strength": 1.0}
+    groups = [{"params": list(layer.parameters()), **arguments} for layer in model]
+    optimizer = gradcentral.SGD(groups, **arguments, model=model)
+    optimizer.strength = 0.5
+    optimizer.param_groups[1]["centralize"] = 0.25
+    assert _rest_of_means(model, optimizer) == [0.5, 0.75]

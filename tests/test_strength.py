@@ -5,9 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -16,7 +21,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gradcentral
-from gradcentral import WeightVectors, center, centered_update, centralize, centralize_gradients, weight_layout
+from gradcentral import (
+    WeightVectors,
+    center,
+    center_update_,
+    centered_update,
+    centralize,
+    centralize_gradients,
+    centralize_in_backward,
+    weight_layout,
+)
 from gradcentral.kernels import triton
 from gradcentral.optim.reference import AdamState, adam_step, sgd_step
 from gradcentral.projection import projection_matrix, restore_means_, unit_means
@@ -185,7 +199,24 @@ def test_centralize_gradients_takes_a_strength() -> None:
         torch.testing.assert_close(model.weight.grad, expected)
 
 
-WITHOUT_GROUPS = ["centralize_in_backward", "centralize_gradients", "centered_update"]
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_compiled_centralize_gradients_takes_a_strength() -> None:
+    model = nn.Linear(4, 3)
+    layout = weight_layout(model)
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def center_all(strength: Any) -> None:
+        centralize_gradients(layout=layout, strength=strength)
+
+    for s in (0.25, 0.5, torch.tensor(0.75), 0.0, 1.0):
+        gradient = torch.randn(3, 4)
+        model.weight.grad = gradient.clone()
+        center_all(s)
+        torch.testing.assert_close(model.weight.grad, center(gradient, "o [i]", float(s)))
+
+
+WITHOUT_GROUPS = ["centralize_in_backward", "centralize_gradients", "centered_update", "center_update_"]
 
 
 @pytest.mark.parametrize("route", WITHOUT_GROUPS)
@@ -208,6 +239,12 @@ def test_parts_of_a_model_have_strengths_of_their_own_without_groups(route: str)
             for layer in model:
                 layer.weight -= layer.weight.grad
         found = [w - layer.weight for w, layer in zip(old, model, strict=True)]
+    elif route == "center_update_":
+        before = {f"{i}.weight": w for i, w in enumerate(old)}
+        after = {name: w - g for (name, w), g in zip(before.items(), gradients, strict=True)}
+        for layout, s in zip(parts, (1.0, 0.5), strict=True):
+            center_update_(after, before, layout, strength=s)
+        found = [before[name] - after[name] for name in before]
     else:
         found = [layer.weight.grad for layer in model]
     for change, gradient, s in zip(found, gradients, (1.0, 0.5), strict=True):
@@ -217,6 +254,7 @@ def test_parts_of_a_model_have_strengths_of_their_own_without_groups(route: str)
 # Settings.
 
 BAD: tuple[Any, ...] = (-0.1, 1.1, math.nan, math.inf, torch.tensor(2.0), torch.tensor(math.nan), torch.ones(2))
+BAD = (*BAD, torch.tensor(True), "0.5", None, 1j, [0.5], np.array([0.5]), Decimal("0.5"))
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
@@ -232,12 +270,32 @@ def test_a_strength_outside_0_to_1_raises(bad: Any) -> None:
         lambda: setattr(own, "strength", bad),
         lambda: centralize_gradients(model, strength=bad),
         lambda: center(torch.ones(2, 2), "o [i]", bad),
+        lambda: centralize_in_backward(model, strength=bad),
+        lambda: center_update_(torch.ones(2, 2), torch.ones(2, 2), "o [i]", strength=bad),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="strength must be "):
             call()
     assert handle.strength == 0.5
     assert own.strength == 1
+
+
+@pytest.mark.parametrize("value", [np.float32(0.25), np.float64(0.25), Fraction(1, 4), np.int64(1), True])
+def test_a_strength_may_be_any_real_number(value: Any) -> None:
+    g = torch.arange(12.0).view(3, 4)
+    expected = center(g, "o [i]", float(value))
+    torch.testing.assert_close(center(g, "o [i]", value), expected)
+    for own in (True, False):
+        model = nn.Linear(4, 3, bias=False)
+        w = model.weight.detach().clone()
+        if own:
+            optimizer: Optimizer = gradcentral.SGD(model, lr=1.0, strength=value)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            centralize(optimizer, model, strength=value)
+        model.weight.grad = g.clone()
+        optimizer.step()
+        torch.testing.assert_close(w - model.weight.detach(), expected)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -323,3 +381,28 @@ def test_a_compiled_step_follows_the_strength(route: str, placement: str, as_ten
             step()
         results.append(model.weight.detach())
     torch.testing.assert_close(*results)
+
+
+def test_the_loop_in_the_docs_warms_gc_in_and_switches_it_off() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text()
+    (loop,) = re.findall(r"```python\n(handle = [^`]*?for epoch in range\(100\)[^`]*)```", page)
+    model = nn.Linear(4, 3, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    rest: list[float] = []
+    seen: dict[str, Tensor] = {}
+
+    def keep_gradient(*_: object) -> None:
+        assert model.weight.grad is not None
+        seen.update(gradient=model.weight.grad.clone(), weights=model.weight.detach().clone())
+
+    def measure(*_: object) -> None:
+        """Record the part of the mean that remains in the change of the weights."""
+        plain, moved = -1e-3 * seen["gradient"].mean(1), (model.weight.detach() - seen["weights"]).mean(1)
+        rest.append(float((moved @ plain) / (plain @ plain)))
+
+    optimizer.register_step_pre_hook(keep_gradient)  # before the hook of `centralize`
+    optimizer.register_step_post_hook(measure)
+    in_float64 = loop.replace("torch.randn(8, 4)", "torch.randn(8, 4, dtype=torch.float64)")
+    exec(in_float64, {"torch": torch, "gradcentral": gradcentral, "model": model, "optimizer": optimizer})
+    expected = [1.0, 0.8, 0.6, 0.4, 0.2, *[0.0] * 45, *[1.0] * 50]
+    assert rest == pytest.approx(expected, abs=1e-6)

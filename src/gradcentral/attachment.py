@@ -99,6 +99,8 @@ class Attachment:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        if hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):  # missing where __init__ never called torch's
+            self._hooks.append(optimizer.register_load_state_dict_post_hook(self._after_load))
         watch_for_steps(self, optimizer, (p for p, _ in self.targets.current(optimizer).pairs))
 
     def remove(self) -> None:
@@ -108,6 +110,9 @@ class Attachment:
         self._hooks.clear()
         self._before, self._early = None, []
         self.stepped = True  # no warning that it never stepped
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        self.targets.follow_groups(optimizer)  # which writes the settings of groups back that a checkpoint lacks
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCall | None:
         self.stepped = True

@@ -56,6 +56,8 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
     It is false for all dense and sliced tensors, and true for a few unusual strides although they do not overlap.
     """
+    if tensor.is_contiguous():  # also avoids symbolic strides, which Dynamo cannot represent
+        return False
     extent = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 0:

@@ -11,6 +11,8 @@ Every faster path (kernels, compiled graphs, sharded tensors) is tested to equal
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -134,19 +136,25 @@ def checked_strength(strength: Strength, name: str = "strength") -> Strength:
         ValueError: it is not a number between 0 and 1, or a tensor of one (with ``name``).
     """
     if isinstance(strength, Tensor):
-        if strength.ndim or strength.is_complex():
-            raise ValueError(f"{name} must be a number or a 0-dim tensor, not one of shape {tuple(strength.shape)}")
+        if strength.ndim or strength.is_complex() or strength.dtype == torch.bool:
+            found = f"shape {tuple(strength.shape)}" if strength.ndim else f"dtype {strength.dtype}"
+            raise ValueError(f"{name} must be a number or a 0-dim tensor, not one of {found}")
         if not strength.is_cpu or torch.compiler.is_compiling():
             return strength
-    if not 0 <= float(strength) <= 1:
-        raise ValueError(f"{name} must be between 0 and 1, not {float(strength)}")
+        strength_now = float(strength.detach())
+    elif isinstance(strength, (float, Real)):  # float first, which is the common case and faster to check
+        strength = strength_now = float(strength)
+    else:
+        raise ValueError(f"{name} must be a number or a 0-dim tensor between 0 and 1, not {strength!r}")
+    if not 0 <= strength_now <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, not {strength_now}")
     return strength
 
 
 def as_number(strength: Strength) -> Strength:
     """Return the number in a tensor on the CPU. One on another device stays there, for kernels and CUDA graphs."""
     if isinstance(strength, Tensor) and strength.is_cpu and not torch.compiler.is_compiling():
-        return float(strength)
+        return float(strength.detach())
     return strength
 
 

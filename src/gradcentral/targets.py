@@ -73,6 +73,7 @@ class Targets:
     def __init__(self, layout: WeightLayout, placement: str, strength: Strength = 1.0) -> None:
         check_placement(placement)
         self.strength = strength
+        self._first_strength = self.strength  # which wrappers may have copied into the groups
         self.layout = layout
         self.placement = placement
         self.paused = False
@@ -151,7 +152,7 @@ class Targets:
             self._read_settings(optimizer)
 
     def _read_settings(self, optimizer: Optimizer) -> None:
-        used = {"placement": self.placement, "layout": self.layout, "strength": self.strength}
+        used = {"placement": self.placement, "layout": self.layout, "strength": self._first_strength}
         check_keys(optimizer, used, own=getattr(optimizer, "targets", None) is self)
         self._settings = settings_of(optimizer, self._settings)
         self._options = [group.get(OPTION) for group in optimizer.param_groups]

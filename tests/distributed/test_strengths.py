@@ -14,7 +14,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.optim import Optimizer
 
 import gradcentral
-from gradcentral import weight_layout
+from gradcentral import center, weight_layout
 from gradcentral.optim.reference import AdamState, adam_step, sgd_step
 from gradcentral.targets import PLACEMENTS
 from tests.distributed.test_placements import LAYOUTS, MESHES
@@ -154,3 +154,30 @@ def all_reduces_of_a_step(strengths: list[Any]) -> int:
 
 def test_groups_share_one_all_reduce(two_ranks: Workers) -> None:
     assert two_ranks.run(all_reduces_of_a_step, [True, 0.5, 0.25]) == [1, 1]
+
+
+def distances_after_centralize_gradients(mesh_name: str, strength: float) -> dict[str, float]:
+    """Center sharded gradients; return the largest differences to whole ones on this rank."""
+    mesh_shape, placements = MESHES[mesh_name]
+    mesh, numbers = init_device_mesh("cpu", mesh_shape), torch.Generator().manual_seed(0)
+    whole = {name: torch.randn(*LAYOUTS[name][0], generator=numbers, dtype=torch.float64) + 0.5 for name in NAMES}
+
+    def placed(tensor: Tensor) -> Any:
+        return distribute_tensor(tensor.clone(), mesh, placements, src_data_rank=None)
+
+    params = nn.ParameterDict({name: nn.Parameter(placed(tensor)) for name, tensor in whole.items()})
+    for name, gradient in whole.items():
+        params[name].grad = placed(gradient)
+    overrides: dict[Any, Any] = {name: vectors for name, (_, vectors) in LAYOUTS.items()}
+    gradcentral.centralize_gradients(layout=weight_layout(params, overrides=overrides), strength=strength)
+    found = {}
+    for name, gradient in whole.items():
+        got, wanted = params[name].grad.to_local(), placed(center(gradient, LAYOUTS[name][1], strength)).to_local()
+        found[name] = float((got - wanted).abs().max()) if got.numel() else 0.0
+    return found
+
+
+@pytest.mark.parametrize("mesh", ON_TWO)
+def test_centralize_gradients_of_shards_takes_a_strength(two_ranks: Workers, mesh: str) -> None:
+    for distances in two_ranks.run(distances_after_centralize_gradients, mesh, 0.25):
+        assert {name: distance for name, distance in distances.items() if not distance < 1e-12} == {}

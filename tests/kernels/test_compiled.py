@@ -329,3 +329,20 @@ def test_restoring_means_requires_the_means_of_the_same_tensors() -> None:
     shifted = tensor + 1
     torch.ops.gradcentral.restore_means_([shifted], means, numbers)
     torch.testing.assert_close(unit_means(shifted, vectors), unit_means(tensor, vectors))
+
+
+@pytest.mark.parametrize("make", [OURS["SGD"], ALL["attached SGD"]], ids=["ours", "attached"])
+def test_gradients_may_be_views_of_larger_tensors(make: Callable[..., Optimizer]) -> None:
+    """Such gradients, as in the buckets of DDP, have symbolic strides."""
+    start = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    results = []
+    for compile_it in (False, True):
+        model = copy.deepcopy(start)
+        optimizer = make(model, "gradient")
+        step = torch.compile(optimizer.step, backend="eager") if compile_it else optimizer.step
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.arange(1.0, p.numel() + 1).view(p.shape)
+            step()
+        results.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*results)
