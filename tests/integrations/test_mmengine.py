@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import gradcentral
-from tests.integrations.by_hand import center_by_hand, difference, largest_mean, values_of, weights_of
+from tests.integrations.hand_written import center_by_hand, difference, largest_mean, values_of, weights_of
 from tests.integrations.pages import run_page
 
 pytest.importorskip("mmengine", reason="needs mmengine: run `make trainers`")
@@ -133,6 +133,15 @@ def test_settings_of_the_hook(tmp_path: Path) -> None:
     plain = _run(tmp_path / "plain", wrapper)
     changes = [w.detach() - start[i] for w, i in zip(weights_of(plain.model), (0, 2), strict=True)]
     assert largest_mean(changes) > 1e-2
+
+
+def test_what_the_user_has_attached_stays(tmp_path: Path) -> None:
+    model = _Model()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.01)
+    handle = gradcentral.centralize(optimizer, model)
+    _run(tmp_path, optim.OptimWrapper(optimizer), model, custom_hooks=[{"type": HOOK}])
+    assert gradcentral.attached(optimizer) == [handle]
+    assert difference(values_of(model), _by_hand(lambda params: torch.optim.Adagrad(params, lr=0.01))) < 1e-6
 
 
 def test_several_optimizers_of_one_model(tmp_path: Path) -> None:
