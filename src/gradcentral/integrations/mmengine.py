@@ -10,6 +10,7 @@ from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gradcentral.attach import Handle
 from gradcentral.integrations.settings import checked_settings
@@ -60,15 +61,22 @@ class GradientCentralization(Hook):  # type: ignore[misc]
 
     def before_train(self, runner: Any) -> None:
         """Attach to the optimizers."""
+        self._detach()  # in case an exception ended the previous training
         wrapper = runner.optim_wrapper
         wrappers = [*wrapper.values()] if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+        model = runner.model
+        while isinstance(model, (DataParallel, DistributedDataParallel)):  # so that names are those of one process
+            model = model.module
         # If the same had been attached before, it stays attached after training.
         self.handle, self._remove_handle = self._settings.attach(
-            [one.optimizer for one in wrappers], self._settings.layout(runner.model)
+            [one.optimizer for one in wrappers], self._settings.layout(model)
         )
         runner.logger.info(repr(self.handle))
 
     def after_train(self, runner: Any) -> None:
         """Detach."""
+        self._detach()
+
+    def _detach(self) -> None:
         if self.handle is not None and self._remove_handle:
             self.handle.remove()

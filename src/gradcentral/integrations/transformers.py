@@ -91,7 +91,11 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
         saved = self._saved_in(state)
         if self._settings.monitor is not None:
             event = (args, state, control)
-            self._start_monitor(self._settings.monitor, saved, event, model, optimizer, layout)
+            try:
+                self._start_monitor(self._settings.monitor, saved, event, model, optimizer, layout)
+            except Exception:
+                self._detach()
+                raise
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach, so that a later training can attach again."""
