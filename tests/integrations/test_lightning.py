@@ -152,14 +152,16 @@ def test_it_detaches_and_attaches_again_in_the_next_fit() -> None:
     assert difference(model.net, hand_written.train(by_hand, batches(), sgd)) < ROUNDING
 
 
-@pytest.mark.parametrize("removed", [False, True])
-def test_optimizers_that_are_replaced_while_training_are_centered(removed: bool) -> None:
+@pytest.mark.parametrize("state", ["active", "paused", "removed"])
+def test_optimizers_that_are_replaced_while_training_are_centered_as_the_handle_says(state: str) -> None:
     class Replace(lightning.Callback):  # type: ignore[misc]
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             if trainer.current_epoch == 1:
                 assert callback.handle is not None
                 callback.handle.strength = 0.5
-                if removed:
+                if state == "paused":
+                    callback.handle.pause()
+                if state == "removed":
                     callback.handle.remove()
                 trainer.strategy.setup_optimizers(trainer)
 
@@ -175,9 +177,9 @@ def test_optimizers_that_are_replaced_while_training_are_centered(removed: bool)
     model, callback = module(), GradientCentralization(monitor=4)
     trainer = fit(model, callback, Replace(), max_epochs=2)
     by_hand = hand_written.train(network(), batches(), sgd)
-    hand_written.train(by_hand, batches(), sgd if removed else half, None)
+    hand_written.train(by_hand, batches(), half if state == "active" else sgd, None)
     assert difference(model.net, by_hand) < ROUNDING
-    if not removed:
+    if state != "removed":
         assert [record.step for record in callback.monitors[0].records] == [8, 12]
         assert (callback.monitors[0].records[0].net.drift or 0) > 1e-3  # since the beginning of the training
     assert gradcentral.attached(trainer.optimizers[0]) == []
