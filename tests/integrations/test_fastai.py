@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gradcentral
+from gradcentral.targets import PLACEMENTS
 from tests.integrations import hand_written
 from tests.integrations.hand_written import batches, difference, network
 from tests.integrations.pages import run_page
@@ -94,7 +95,7 @@ def test_placement_update_with_an_optimizer_of_fastai() -> None:
             assert (plain - start).flatten(1).mean(1).abs().max() > 1000 * ROUNDING
 
 
-@pytest.mark.parametrize("placement", gradcentral.targets.PLACEMENTS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_an_optimizer_of_gradcentral_in_fastais_wrapper(placement: str) -> None:
     net = network()
     optimizer = partial(gradcentral.SGD, momentum=0.9, weight_decay=0.01, placement=placement)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gradcentral
+from gradcentral.targets import PLACEMENTS
 from tests.integrations import hand_written
 from tests.integrations.hand_written import adamw, batches, difference, network
 from tests.integrations.pages import run_page
@@ -36,7 +37,7 @@ def create(way: str, placement: str = "update", **options: Any) -> tuple[Any, nn
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("placement", gradcentral.targets.PLACEMENTS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("way", ["attached", "gradcentral"])
 def test_training_equals_a_loop_written_by_hand(way: str, placement: str, accumulate: int) -> None:
     trainer, net, _, _ = create(way, placement, gradient_accumulation_steps=accumulate)

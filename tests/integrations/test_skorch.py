@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gradcentral
+from gradcentral.targets import PLACEMENTS
 from tests.integrations import hand_written
 from tests.integrations.hand_written import batches, difference, network
 from tests.integrations.pages import run_page
@@ -60,7 +61,7 @@ def fit(optimizer: Any = gradcentral.SGD, **options: Any) -> Any:
     return create(optimizer, **options).fit(IMAGES, CLASSES)
 
 
-@pytest.mark.parametrize("placement", gradcentral.targets.PLACEMENTS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_an_optimizer_of_gradcentral_finds_the_layers(placement: str) -> None:
     options = {"optimizer__placement": placement, "optimizer__momentum": 0.9, "optimizer__weight_decay": 0.01}
     net = fit(**options)
