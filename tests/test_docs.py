@@ -121,7 +121,20 @@ def test_every_command_and_option_exists(page: Path) -> None:
             assert {option for option in rest if option.startswith("-")} <= {*options}, command
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+INTEGRATIONS = sorted(ROOT.glob("docs/integrations/*.md"))
+
+
+@pytest.mark.parametrize("page", INTEGRATIONS, ids=lambda page: page.name)
+def test_pages_of_integrations_have_the_same_order(page: Path) -> None:
+    """What to type, the script, what is particular to the library, the order of clipping, the tests and the limits."""
+    first, *_, clipping, tested, limits = re.findall(r"^## (.*)", page.read_text(), re.M)
+    assert first == "Script"
+    assert clipping.startswith("Clipping")
+    assert (tested, limits) == ("What was tested", "Limits")
+    assert f"](integrations/{page.name})" in (ROOT / "docs" / "integrations.md").read_text()
+
+
+@pytest.mark.parametrize("page", [*PAGES, *INTEGRATIONS], ids=lambda page: page.name)
 def test_every_link_has_a_target(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)]*)\)", page.read_text()):
         path, _, anchor = link.partition("#")

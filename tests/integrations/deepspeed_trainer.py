@@ -12,7 +12,8 @@ from typing import Any
 
 os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
 
-from tests.integrations.hugging_face import build, difference, train_by_hand, trainer
+from tests.integrations.hand_written import difference
+from tests.integrations.hugging_face import build, train_by_hand, trainer
 
 # isort: split
 import deepspeed

@@ -1,8 +1,8 @@
-"""Training loops with Gradient Centralization written by hand, which every trainer is compared with."""
+"""Gradient Centralization written by hand for plain layers, a small network, and loops that trainers must equal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
-__all__ = ["Batch", "adamw", "batches", "data", "largest_difference", "network", "sgd", "train"]
+__all__ = [
+    "Batch",
+    "adamw",
+    "batches",
+    "center_by_hand",
+    "data",
+    "difference",
+    "largest_mean",
+    "network",
+    "sgd",
+    "train",
+    "values_of",
+    "weights_of",
+]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -69,7 +82,7 @@ def train(
         weight_decay: L2 weight decay of the optimizer, for placement "regularized".
     """
     made = (optimizer or (lambda parameters: SGD(parameters, lr=0.1)))(model.parameters())
-    weights = [module.weight for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    weights = weights_of(model)
     for number, batch in enumerate(loader, start=1):
         (loss(model, batch) / accumulate).backward()
         if number % accumulate:
@@ -93,10 +106,32 @@ def train(
     return model
 
 
-def largest_difference(one: nn.Module, other: nn.Module) -> float:
-    """Return the largest absolute difference between the parameters of two models."""
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return max((p.detach() - q.detach()).abs().max().item() for p, q in pairs)
+def weights_of(model: nn.Module) -> list[Tensor]:
+    """Return the weights of the Linear and Conv2d layers, whose weight vectors are the rows."""
+    return [module.weight for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+
+
+def center_by_hand(model: nn.Module) -> None:
+    """Subtract the mean of each row from the gradients of the Linear and Conv2d layers."""
+    for weight in weights_of(model):
+        if weight.grad is not None:
+            weight.grad.copy_(_centered(weight.grad))
+
+
+def largest_mean(tensors: Iterable[Tensor]) -> float:
+    """Return the largest absolute mean of a row, relative to the largest element of its tensor."""
+    return max(float(t.detach().flatten(1).mean(1).abs().max() / t.detach().abs().max()) for t in tensors)
+
+
+def values_of(model: nn.Module) -> list[Tensor]:
+    """Return copies of the parameters' values."""
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def difference(one: nn.Module | Iterable[Tensor], other: nn.Module | Iterable[Tensor]) -> float:
+    """Return the largest absolute difference between two lists of tensors or the parameters of two models."""
+    lists = [each.parameters() if isinstance(each, nn.Module) else each for each in (one, other)]
+    return max(float((a.detach() - b.detach()).abs().max()) for a, b in zip(*lists, strict=True))
 
 
 def _centered(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ declare_operators()  # also in processes that pytest does not start
 
 import transformers  # noqa: E402
 
-__all__ = ["BLOCKS", "build", "center_by_hand", "data", "difference", "drift", "means", "train_by_hand", "trainer"]
+__all__ = ["BLOCKS", "build", "center_by_hand", "data", "drift", "means", "train_by_hand", "trainer"]
 
 _CENTERED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 BLOCKS = 32
@@ -138,12 +138,6 @@ def train_by_hand(
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
     return model
-
-
-def difference(one: nn.Module, other: nn.Module) -> float:
-    """Return the largest difference between the parameters of two models."""
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return max((a.detach() - b.detach()).abs().max().item() for a, b in pairs)
 
 
 def means(model: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.integrations.hugging_face import build, data, difference, train_by_hand, trainer
+from tests.integrations.hand_written import difference
+from tests.integrations.hugging_face import build, data, train_by_hand, trainer
 
 # isort: split
 from accelerate import Accelerator, FullyShardedDataParallelPlugin

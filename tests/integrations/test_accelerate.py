@@ -20,7 +20,8 @@ from accelerate.state import AcceleratorState
 import gradcentral
 from tests.distributed.workers import Workers
 from tests.integrations import hugging_face_ranks as ranks
-from tests.integrations.hugging_face import build, data, difference, drift, means, train_by_hand
+from tests.integrations.hand_written import difference
+from tests.integrations.hugging_face import build, data, drift, means, train_by_hand
 from tests.integrations.pages import run_page
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gradcentral
+from gradcentral.targets import PLACEMENTS
 from tests.distributed.workers import Workers
 from tests.integrations.pages import run_page
 
@@ -120,7 +121,7 @@ def test_centering_in_backward_equals_centering_by_hand(
         assert _difference(found, expected) < 2e-7
 
 
-@pytest.mark.parametrize("placement", gradcentral.targets.PLACEMENTS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("how", ["attached", "fused"])
 def test_stage_0_allows_every_placement(how: str, placement: str, ranks: Workers) -> None:
     expected = _by_hand()  # without weight decay, the placements of SGD are equal

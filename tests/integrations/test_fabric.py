@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import gradcentral
 from tests.integrations import hand_written
-from tests.integrations.hand_written import adamw, batches, largest_difference, network
+from tests.integrations.hand_written import adamw, batches, difference, network
 from tests.integrations.lightning_runs import QUIET
 
 fabric_package = pytest.importorskip("lightning.fabric", reason="needs lightning: run `make trainers`")
@@ -56,9 +56,9 @@ def test_training_equals_a_loop_written_by_hand(way: str, precision: str) -> Non
             return cross_entropy(by_hand(batch[0]), batch[1])
 
     by_hand = hand_written.train(network(), batches(), adamw, PLACEMENT, clip=0.5, loss=loss)
-    assert largest_difference(net, by_hand) < ROUNDING
+    assert difference(net, by_hand) < ROUNDING
     without = hand_written.train(network(), batches(), adamw, None, clip=0.5, loss=loss)
-    assert largest_difference(net, without) > 100 * ROUNDING
+    assert difference(net, without) > 100 * ROUNDING
 
 
 def test_centralize_gradients_before_clipping() -> None:
@@ -72,7 +72,7 @@ def test_centralize_gradients_before_clipping() -> None:
         fabric.clip_gradients(model, optimizer, max_norm=0.05)
         optimizer.step()
     by_hand = hand_written.train(network(), batches(), clip=0.05, clip_first=False)
-    assert largest_difference(net, by_hand) < ROUNDING
+    assert difference(net, by_hand) < ROUNDING
 
 
 @pytest.mark.parametrize("way", ["after setup", "gradcentral"])

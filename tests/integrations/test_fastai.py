@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gradcentral
+from gradcentral.targets import PLACEMENTS
 from tests.integrations import hand_written
-from tests.integrations.hand_written import batches, largest_difference, network
+from tests.integrations.hand_written import batches, difference, network
 from tests.integrations.pages import run_page
 
 with warnings.catch_warnings():
@@ -62,8 +63,8 @@ def test_centralize_in_backward_with_an_optimizer_of_fastai() -> None:
     gradcentral.centralize_in_backward(learn.model)
     fit(learn)
     by_hand = hand_written.train(network(), batches())
-    assert largest_difference(net, by_hand) < ROUNDING
-    assert largest_difference(net, hand_written.train(network(), batches(), placement=None)) > 1000 * ROUNDING
+    assert difference(net, by_hand) < ROUNDING
+    assert difference(net, hand_written.train(network(), batches(), placement=None)) > 1000 * ROUNDING
 
 
 def test_centralize_in_backward_centers_before_clipping_and_with_accumulation() -> None:
@@ -73,14 +74,14 @@ def test_centralize_in_backward_centers_before_clipping_and_with_accumulation() 
     fit(learn)
     options: dict[str, Any] = {"accumulate": 2, "clip": 0.05}
     by_hand = hand_written.train(network(), batches(), **options, clip_first=False)
-    assert largest_difference(net, by_hand) < ROUNDING
-    assert largest_difference(net, hand_written.train(network(), batches(), **options)) > 100 * ROUNDING
+    assert difference(net, by_hand) < ROUNDING
+    assert difference(net, hand_written.train(network(), batches(), **options)) > 100 * ROUNDING
 
 
 def test_centralize_gradients_after_clipping() -> None:
     net = network()
     fit(learner(net, SGD, [GradientClip(0.05), CenterAfterClipping()]))
-    assert largest_difference(net, hand_written.train(network(), batches(), clip=0.05)) < ROUNDING
+    assert difference(net, hand_written.train(network(), batches(), clip=0.05)) < ROUNDING
 
 
 def test_placement_update_with_an_optimizer_of_fastai() -> None:
@@ -94,7 +95,7 @@ def test_placement_update_with_an_optimizer_of_fastai() -> None:
             assert (plain - start).flatten(1).mean(1).abs().max() > 1000 * ROUNDING
 
 
-@pytest.mark.parametrize("placement", gradcentral.targets.PLACEMENTS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_an_optimizer_of_gradcentral_in_fastais_wrapper(placement: str) -> None:
     net = network()
     optimizer = partial(gradcentral.SGD, momentum=0.9, weight_decay=0.01, placement=placement)
@@ -104,7 +105,7 @@ def test_an_optimizer_of_gradcentral_in_fastais_wrapper(placement: str) -> None:
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
 
     by_hand = hand_written.train(network(), batches(), sgd, placement, clip=0.05, weight_decay=0.01)
-    assert largest_difference(net, by_hand) < ROUNDING
+    assert difference(net, by_hand) < ROUNDING
 
 
 def test_frozen_groups_and_schedules_with_an_optimizer_of_gradcentral(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_attaching_to_a_wrapped_optimizer_lasts_until_fastai_creates_another_one
     learn.create_opt()
     gradcentral.centralize(learn.opt, learn.model)
     fit(learn)
-    assert largest_difference(net, hand_written.train(network(), batches())) < ROUNDING
+    assert difference(net, hand_written.train(network(), batches())) < ROUNDING
     fit(learn, reset_opt=True)
     assert gradcentral.attached(learn.opt.opt) == []
 

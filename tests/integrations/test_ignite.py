@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gradcentral
+from gradcentral.targets import PLACEMENTS
 from tests.integrations import hand_written
-from tests.integrations.hand_written import adamw, batches, largest_difference, network
+from tests.integrations.hand_written import adamw, batches, difference, network
 from tests.integrations.pages import run_page
 
 with warnings.catch_warnings():
@@ -36,14 +37,14 @@ def create(way: str, placement: str = "update", **options: Any) -> tuple[Any, nn
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("placement", gradcentral.targets.PLACEMENTS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("way", ["attached", "gradcentral"])
 def test_training_equals_a_loop_written_by_hand(way: str, placement: str, accumulate: int) -> None:
     trainer, net, _, _ = create(way, placement, gradient_accumulation_steps=accumulate)
     trainer.run(batches(), max_epochs=1)
     by_hand = hand_written.train(network(), batches(), adamw, placement, accumulate=accumulate)
-    assert largest_difference(net, by_hand) < ROUNDING
-    assert largest_difference(net, hand_written.train(network(), batches(), adamw, None)) > 100 * ROUNDING
+    assert difference(net, by_hand) < ROUNDING
+    assert difference(net, hand_written.train(network(), batches(), adamw, None)) > 100 * ROUNDING
 
 
 def test_a_checkpoint_resumes_bit_identically_with_its_monitor(tmp_path: Path) -> None:

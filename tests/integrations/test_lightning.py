@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 import gradcentral
 from tests.integrations import hand_written
-from tests.integrations.hand_written import adamw, batches, largest_difference, network, sgd
+from tests.integrations.hand_written import adamw, batches, difference, network, sgd
 from tests.integrations.lightning_runs import PACKAGES, QUIET, fit, loader, module
 from tests.integrations.pages import run_page
 
@@ -36,9 +36,9 @@ def test_training_equals_a_loop_written_by_hand(package: str, placement: Any) ->
     model = module(package=package)
     fit(model, GradientCentralization(placement), package=package)
     by_hand = hand_written.train(network(), batches(), sgd, placement, weight_decay=0.01)
-    assert largest_difference(model.net, by_hand) < ROUNDING
+    assert difference(model.net, by_hand) < ROUNDING
     without = hand_written.train(network(), batches(), sgd, None)
-    assert largest_difference(model.net, without) > 1000 * ROUNDING
+    assert difference(model.net, without) > 1000 * ROUNDING
 
 
 def test_lightning_clips_first_and_centers_second() -> None:
@@ -46,9 +46,9 @@ def test_lightning_clips_first_and_centers_second() -> None:
     fit(model, GradientCentralization(), gradient_clip_val=0.05, accumulate_grad_batches=2)
     options: dict[str, Any] = {"accumulate": 2, "clip": 0.05}
     by_hand = hand_written.train(network(), batches(), sgd, **options)
-    assert largest_difference(model.net, by_hand) < ROUNDING
+    assert difference(model.net, by_hand) < ROUNDING
     other_order = hand_written.train(network(), batches(), sgd, **options, clip_first=False)
-    assert largest_difference(model.net, other_order) > 100 * ROUNDING
+    assert difference(model.net, other_order) > 100 * ROUNDING
 
 
 @pytest.mark.parametrize("placement", ["gradient", "update"])
@@ -61,7 +61,7 @@ def test_bf16_mixed_precision(placement: Any) -> None:
             return cross_entropy(net(batch[0]), batch[1])
 
     by_hand = hand_written.train(network(), batches(), adamw, placement, loss=loss)
-    assert largest_difference(model.net, by_hand) < ROUNDING
+    assert difference(model.net, by_hand) < ROUNDING
 
 
 def test_bf16_true_precision() -> None:
@@ -149,7 +149,40 @@ def test_it_detaches_and_attaches_again_in_the_next_fit() -> None:
     assert [record.step for record in callback.monitors[0].records] == [8]
     by_hand = hand_written.train(network(), batches(), sgd)
     # The second fit creates another optimizer, so its momentum starts at zero.
-    assert largest_difference(model.net, hand_written.train(by_hand, batches(), sgd)) < ROUNDING
+    assert difference(model.net, hand_written.train(by_hand, batches(), sgd)) < ROUNDING
+
+
+@pytest.mark.parametrize("state", ["active", "paused", "removed"])
+def test_optimizers_that_are_replaced_while_training_are_centered_as_the_handle_says(state: str) -> None:
+    class Replace(lightning.Callback):  # type: ignore[misc]
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                assert callback.handle is not None
+                callback.handle.strength = 0.5
+                if state == "paused":
+                    callback.handle.pause()
+                if state == "removed":
+                    callback.handle.remove()
+                trainer.strategy.setup_optimizers(trainer)
+
+    def center_half(optimizer: Optimizer, *_: Any) -> None:
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.ndim > 1):
+            p.grad -= 0.5 * p.grad.mean(tuple(range(1, p.ndim)), keepdim=True)
+
+    def half(parameters: Any) -> Optimizer:
+        optimizer = sgd(parameters)
+        optimizer.register_step_pre_hook(center_half)
+        return optimizer
+
+    model, callback = module(), GradientCentralization(monitor=4)
+    trainer = fit(model, callback, Replace(), max_epochs=2)
+    by_hand = hand_written.train(network(), batches(), sgd)
+    hand_written.train(by_hand, batches(), half if state == "active" else sgd, None)
+    assert difference(model.net, by_hand) < ROUNDING
+    if state != "removed":
+        assert [record.step for record in callback.monitors[0].records] == [8, 12]
+        assert (callback.monitors[0].records[0].net.drift or 0) > 1e-3  # since the beginning of the training
+    assert gradcentral.attached(trainer.optimizers[0]) == []
 
 
 def test_it_detaches_if_training_raises() -> None:
@@ -178,7 +211,7 @@ def test_what_configure_optimizers_has_attached_stays_attached() -> None:
     assert callback.handle is handles[0]
     assert gradcentral.attached(trainer.optimizers[0]) == handles
     by_hand = hand_written.train(network(), batches(), sgd)
-    assert largest_difference(model.net, by_hand) < ROUNDING
+    assert difference(model.net, by_hand) < ROUNDING
 
 
 def test_centering_before_clipping() -> None:
@@ -186,7 +219,7 @@ def test_centering_before_clipping() -> None:
     model.on_before_optimizer_step = lambda optimizer: gradcentral.centralize_gradients(model)
     fit(model, gradient_clip_val=0.05)
     by_hand = hand_written.train(network(), batches(), sgd, clip=0.05, clip_first=False)
-    assert largest_difference(model.net, by_hand) < ROUNDING
+    assert difference(model.net, by_hand) < ROUNDING
 
 
 def test_a_search_for_the_learning_rate_runs_without_callbacks_but_with_what_was_attached_before(
@@ -218,7 +251,7 @@ def test_one_package_is_enough_and_none_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
     one = runpy.run_path(str(adapter))["GradientCentralization"]
     fit(model := module(), one())
-    assert largest_difference(model.net, hand_written.train(network(), batches(), sgd)) < ROUNDING
+    assert difference(model.net, hand_written.train(network(), batches(), sgd)) < ROUNDING
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(ModuleNotFoundError, match="Lightning is not installed: pip install lightning"):
         runpy.run_path(str(adapter))

@@ -14,7 +14,7 @@ from torch.optim import SGD
 
 import gradcentral
 from tests.integrations import hand_written
-from tests.integrations.hand_written import adamw, batches, largest_difference, network
+from tests.integrations.hand_written import adamw, batches, difference, network
 from tests.integrations.lightning_runs import PACKAGES, QUIET, loader
 
 pytest.importorskip("lightning.pytorch", reason="needs lightning: run `make trainers`")
@@ -88,7 +88,7 @@ def test_the_callback_on_the_command_line(package: str) -> None:
         package, *arguments, "--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01", "--optimizer.weight_decay=0.1"
     )
     by_hand = hand_written.train(network(), batches(), adamw, "update")
-    assert largest_difference(trained.model.net, by_hand) < ROUNDING
+    assert difference(trained.model.net, by_hand) < ROUNDING
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -98,12 +98,12 @@ def test_an_optimizer_of_gradcentral_finds_the_layers_of_the_parameters_that_it_
     first, *others = options
     trained = run(package, f"--optimizer={first}", *(f"--optimizer.{other}" for other in others))
     assert isinstance(trained.trainer.optimizers[0], gradcentral.AdamW)
-    assert largest_difference(trained.model.net, by_hand) < ROUNDING
+    assert difference(trained.model.net, by_hand) < ROUNDING
 
     arguments = (f"--model.optimizer={first}", *(f"--model.optimizer.{other}" for other in others))
     trained = run(package, *arguments, auto_configure_optimizers=False)
     assert isinstance(trained.trainer.optimizers[0], gradcentral.AdamW)
-    assert largest_difference(trained.model.net, by_hand) < ROUNDING
+    assert difference(trained.model.net, by_hand) < ROUNDING
 
 
 def test_the_command_line_refuses_an_unknown_placement(capsys: pytest.CaptureFixture[str]) -> None:

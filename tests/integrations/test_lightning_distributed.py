@@ -18,7 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from tests.distributed.workers import Workers
 from tests.integrations import hand_written
-from tests.integrations.hand_written import adamw, batches, largest_difference, network, sgd
+from tests.integrations.hand_written import adamw, batches, difference, network, sgd
 from tests.integrations.lightning_runs import fit, module
 from tests.torchvision_operators import declare_operators
 
@@ -108,8 +108,8 @@ def test_two_processes_equal_one(kind: str, optimizer: str, placement: str, two_
         trained = network()
         for p, found in zip(trained.parameters(), weights, strict=True):
             nn.utils.vector_to_parameters(found.flatten(), [p])
-        assert largest_difference(trained, by_hand) < 1e-5
-        assert largest_difference(trained, without) > 1e-3
+        assert difference(trained, by_hand) < 1e-5
+        assert difference(trained, without) > 1e-3
     assert [(record.step, record.placement) for record in results[0][1]] == [(0, placement), (4, placement)]
     assert all(record.net.share > 0.1 for record in results[0][1])
     lines = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()

@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 import gradcentral
 from tests.integrations import hand_written
-from tests.integrations.hand_written import batches, largest_difference, network, sgd
+from tests.integrations.hand_written import batches, difference, network, sgd
 from tests.integrations.lightning_runs import QUIET, fit, module
 
 lightning: Any = pytest.importorskip("lightning.pytorch", reason="needs lightning: run `make trainers`")
@@ -84,7 +84,7 @@ def test_one_callback_centers_all_networks_of_a_gan() -> None:
     gan: Any = Gan()
     callback: Any = GradientCentralization("update", monitor=4)
     fit(gan, callback)
-    assert largest_difference(gan, train_by_hand(Gan(), "update", "update")) < ROUNDING
+    assert difference(gan, train_by_hand(Gan(), "update", "update")) < ROUNDING
     assert [monitor.name for monitor in callback.monitors] == ["optimizer0", "optimizer1"]
     assert [[record.step for record in monitor.records] for monitor in callback.monitors] == [[0, 4], [0, 4]]
     assert all(monitor.records[-1].net.drift < 1e-5 for monitor in callback.monitors)
@@ -99,8 +99,8 @@ def test_each_network_of_a_gan_may_have_its_own_settings(tmp_path: Any) -> None:
 
     gan, both, logger = Gan(), callbacks(), lightning.loggers.CSVLogger(tmp_path)
     trainer = fit(gan, *both, logger=logger)
-    assert largest_difference(gan, train_by_hand(Gan(), "gradient", "update")) < ROUNDING
-    assert largest_difference(gan, train_by_hand(Gan(), None, "update")) > 1000 * ROUNDING
+    assert difference(gan, train_by_hand(Gan(), "gradient", "update")) < ROUNDING
+    assert difference(gan, train_by_hand(Gan(), None, "update")) > 1000 * ROUNDING
     names = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
     assert {"generator/gc/share", "discriminator/gc_drift/0.weight"} <= set(names)
 
@@ -140,7 +140,7 @@ def test_an_optimizer_of_biases_is_left_as_it_is() -> None:
         ]
         return SGD(groups, lr=0.1)
 
-    assert largest_difference(model.net, hand_written.train(network(), batches(), both)) < ROUNDING
+    assert difference(model.net, hand_written.train(network(), batches(), both)) < ROUNDING
 
 
 def test_manual_optimization_with_accumulation_and_clipping() -> None:
@@ -160,7 +160,7 @@ def test_manual_optimization_with_accumulation_and_clipping() -> None:
     model = Manual()
     fit(model, GradientCentralization())
     by_hand = hand_written.train(network(), batches(), sgd, accumulate=2, clip=0.05)
-    assert largest_difference(model.net, by_hand) < ROUNDING
+    assert difference(model.net, by_hand) < ROUNDING
 
 
 def test_layers_that_a_finetuning_callback_unfreezes_are_centered() -> None:
@@ -224,6 +224,10 @@ def test_errors_name_the_option_and_their_remedies_work() -> None:
         GradientCentralization("both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="strength must be"):
         GradientCentralization(strength=2.0)
+    with pytest.raises(ValueError, match="unknown only='linear'; choose from 'all', 'conv'"):
+        GradientCentralization(only="linear")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="monitor must be the number of steps per record, such as monitor=100"):
+        GradientCentralization(monitor=0)
     with pytest.raises(ValueError, match=r"exclude: 'head.\*' matches no parameter"):
         fit(module(), GradientCentralization(exclude=["head.*"]))
 

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import gradcentral
-from tests.integrations.by_hand import center_by_hand, difference, largest_mean, values_of, weights_of
+from tests.integrations.hand_written import center_by_hand, difference, largest_mean, values_of, weights_of
 from tests.integrations.pages import run_page
 
 pytest.importorskip("mmengine", reason="needs mmengine: run `make trainers`")
@@ -133,6 +133,50 @@ def test_settings_of_the_hook(tmp_path: Path) -> None:
     plain = _run(tmp_path / "plain", wrapper)
     changes = [w.detach() - start[i] for w, i in zip(weights_of(plain.model), (0, 2), strict=True)]
     assert largest_mean(changes) > 1e-2
+
+
+def test_what_the_user_has_attached_stays(tmp_path: Path) -> None:
+    model = _Model()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.01)
+    handle = gradcentral.centralize(optimizer, model)
+    _run(tmp_path, optim.OptimWrapper(optimizer), model, custom_hooks=[{"type": HOOK}])
+    assert gradcentral.attached(optimizer) == [handle]
+    assert difference(values_of(model), _by_hand(lambda params: torch.optim.Adagrad(params, lr=0.01))) < 1e-6
+
+
+def test_training_again_after_an_exception(tmp_path: Path) -> None:
+    model = _Model()
+    wrapper, hook = (
+        optim.OptimWrapper(torch.optim.Adagrad(model.parameters(), lr=0.01)),
+        adapter.GradientCentralization(),
+    )
+
+    class Interrupt(adapter.Hook):  # type: ignore[misc]
+        def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "interrupted", wrapper, model, custom_hooks=[hook, Interrupt()])
+    _run(tmp_path / "again", wrapper, model, custom_hooks=[hook])
+    assert gradcentral.attached(wrapper.optimizer) == []
+    assert difference(values_of(model), _by_hand(lambda params: torch.optim.Adagrad(params, lr=0.01))) < 1e-6
+
+
+def test_names_are_the_same_with_several_processes(tmp_path: Path) -> None:
+    """MMEngine wraps the model, which puts "module." in front of the names."""
+    wrapped: Any = importlib.import_module("mmengine.model").MMDistributedDataParallel
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = wrapped(module=_Model())
+        hook = {"type": HOOK, "placement": "update", "exclude": ["net.3.*"]}
+        _run(tmp_path / "run", {"optimizer": ADAGRAD}, model, custom_hooks=[hook])
+    finally:
+        torch.distributed.destroy_process_group()
+    convolution, linear = (
+        w.detach() - w0 for w, w0 in zip(weights_of(model.module), weights_of(_Model()), strict=True)
+    )
+    assert largest_mean([convolution]) < 1e-5
+    assert largest_mean([linear]) > 1e-3
 
 
 def test_several_optimizers_of_one_model(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradcentral
-from tests.integrations.by_hand import center_by_hand, difference, largest_mean, values_of, weights_of
+from tests.integrations.hand_written import center_by_hand, difference, largest_mean, values_of, weights_of
 from tests.integrations.pages import run_page
 
 opacus: Any = pytest.importorskip("opacus", reason="needs opacus: run `make trainers`")

@@ -12,7 +12,8 @@ from torch import nn
 pytest.importorskip("peft", reason="needs peft: run `make trainers`")
 pytest.importorskip("accelerate", reason="needs accelerate: run `make trainers`")
 
-from tests.integrations.hugging_face import build, data, difference, train_by_hand, trainer
+from tests.integrations.hand_written import difference
+from tests.integrations.hugging_face import build, data, train_by_hand, trainer
 
 # isort: split
 from peft import LoraConfig, get_peft_model

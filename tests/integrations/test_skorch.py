@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import gradcentral
+from gradcentral.targets import PLACEMENTS
 from tests.integrations import hand_written
-from tests.integrations.hand_written import batches, largest_difference, network
+from tests.integrations.hand_written import batches, difference, network
 from tests.integrations.pages import run_page
 
 skorch = pytest.importorskip("skorch", reason="needs skorch: run `make trainers`")
@@ -60,7 +61,7 @@ def fit(optimizer: Any = gradcentral.SGD, **options: Any) -> Any:
     return create(optimizer, **options).fit(IMAGES, CLASSES)
 
 
-@pytest.mark.parametrize("placement", gradcentral.targets.PLACEMENTS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_an_optimizer_of_gradcentral_finds_the_layers(placement: str) -> None:
     options = {"optimizer__placement": placement, "optimizer__momentum": 0.9, "optimizer__weight_decay": 0.01}
     net = fit(**options)
@@ -69,8 +70,8 @@ def test_an_optimizer_of_gradcentral_finds_the_layers(placement: str) -> None:
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
 
     by_hand = hand_written.train(network(), batches(), sgd, placement, weight_decay=0.01)
-    assert largest_difference(net.module_.net, by_hand) < ROUNDING
-    assert largest_difference(net.module_.net, hand_written.train(network(), batches(), sgd, None)) > 1000 * ROUNDING
+    assert difference(net.module_.net, by_hand) < ROUNDING
+    assert difference(net.module_.net, hand_written.train(network(), batches(), sgd, None)) > 1000 * ROUNDING
 
 
 def test_parameter_groups_by_name() -> None:
@@ -89,9 +90,9 @@ def test_skorch_clips_first_and_centers_second(attach: str) -> None:
     else:
         net = fit(torch.optim.SGD, callbacks=[Centralize(), clipping])
     by_hand = hand_written.train(network(), batches(), clip=0.05)
-    assert largest_difference(net.module_.net, by_hand) < ROUNDING
+    assert difference(net.module_.net, by_hand) < ROUNDING
     other_order = hand_written.train(network(), batches(), clip=0.05, clip_first=False)
-    assert largest_difference(net.module_.net, other_order) > 100 * ROUNDING
+    assert difference(net.module_.net, other_order) > 100 * ROUNDING
 
 
 def test_centering_before_clipping() -> None:
@@ -101,7 +102,7 @@ def test_centering_before_clipping() -> None:
 
     net = fit(torch.optim.SGD, callbacks=[CenterGradients(), GradientNormClipping(0.05)])
     by_hand = hand_written.train(network(), batches(), clip=0.05, clip_first=False)
-    assert largest_difference(net.module_.net, by_hand) < ROUNDING
+    assert difference(net.module_.net, by_hand) < ROUNDING
 
 
 def test_the_callback_attaches_again_after_pickling_and_set_params() -> None:
@@ -109,7 +110,7 @@ def test_the_callback_attaches_again_after_pickling_and_set_params() -> None:
     assert gradcentral.attached(net.optimizer_) == []
     net.partial_fit(IMAGES, CLASSES)
     by_hand = hand_written.train(network(), batches() * 2)
-    assert largest_difference(net.module_.net, by_hand) < ROUNDING
+    assert difference(net.module_.net, by_hand) < ROUNDING
     net.set_params(optimizer__momentum=0.5)  # skorch creates another optimizer
     net.partial_fit(IMAGES, CLASSES)
     assert len(gradcentral.attached(net.optimizer_)) == 1
@@ -122,7 +123,7 @@ def test_a_pickled_net_with_an_optimizer_of_gradcentral_continues_bit_identicall
         one.partial_fit(IMAGES, CLASSES)
     assert all(map(torch.equal, net.module_.parameters(), copy.module_.parameters()))
     by_hand = hand_written.train(network(), batches() * 2, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
-    assert largest_difference(copy.module_.net, by_hand) < ROUNDING
+    assert difference(copy.module_.net, by_hand) < ROUNDING
 
 
 def test_saved_parameters_resume_bit_identically(tmp_path: Path) -> None:

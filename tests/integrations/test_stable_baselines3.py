@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import gradcentral
-from tests.integrations.by_hand import difference, largest_mean, values_of, weights_of
+from tests.integrations.hand_written import difference, largest_mean, values_of, weights_of
 from tests.integrations.pages import run_page
 
 gymnasium: Any = pytest.importorskip("gymnasium", reason="needs gymnasium: run `make trainers`")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gradcentral
-from tests.integrations.by_hand import center_by_hand, difference, largest_mean, values_of, weights_of
+from tests.integrations.hand_written import center_by_hand, difference, largest_mean, values_of, weights_of
 from tests.integrations.pages import run_page
 
 timm: Any = pytest.importorskip("timm", reason="needs timm: run `make trainers`")

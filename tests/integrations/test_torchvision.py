@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gradcentral
-from tests.integrations.by_hand import center_by_hand, difference, values_of
+from tests.integrations.hand_written import center_by_hand, difference, values_of
 from tests.integrations.pages import run_page
 
 torchvision: Any = pytest.importorskip("torchvision", reason="needs torchvision: run `make trainers`")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import importlib.util
 import json
 import socket
@@ -26,7 +28,8 @@ from gradcentral.diagnostics.record import Record
 from gradcentral.integrations.transformers import GradientCentralization
 from tests.distributed.workers import Workers
 from tests.integrations import hugging_face_ranks as ranks
-from tests.integrations.hugging_face import build, center_by_hand, difference, drift, means, train_by_hand, trainer
+from tests.integrations.hand_written import difference
+from tests.integrations.hugging_face import build, center_by_hand, drift, means, train_by_hand, trainer
 from tests.integrations.pages import run_page
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -160,20 +163,50 @@ def test_gradcentrals_optimizers_keep_the_groups_of_the_trainer(tmp_path: Path, 
     assert difference(*models) < 1e-7
 
 
-def test_monitoring_an_optimizer_that_centers_by_itself(tmp_path: Path) -> None:
-    def train(callback: GradientCentralization) -> None:
-        optimizer = gradcentral.SGD(model, lr=0.1, placement="update")
+def test_placement_none_records_an_optimizer_of_gradcentral_and_one_without_gc(tmp_path: Path) -> None:
+    def train(callback: GradientCentralization, optimizer: torch.optim.Optimizer) -> None:
         trainer(tmp_path, model, callback, init={"optimizers": (optimizer, None)}).train()
 
+    for placement, create in (("update", gradcentral.SGD), (None, torch.optim.SGD)):
+        model, callback = build(), GradientCentralization(None, exclude=["*.mlp.*"], monitor=2)
+        options: dict[str, Any] = {"placement": placement} if placement else {}
+        train(callback, create(model.parameters(), lr=0.1, **options))
+        assert callback.monitor is not None
+        records = callback.monitor.records
+        assert [(record.step, record.placement) for record in records] == [(0, placement), (2, placement)]
+        assert callback.handle is None
+        layers = ("attn.c_attn", "attn.c_proj")
+        assert [*records[0].layers] == [f"transformer.h.0.{name}.weight" for name in layers]
     model = build()
-    callback = GradientCentralization("update", monitor=2)
-    train(callback)
-    assert callback.monitor is not None
-    assert [(record.step, record.placement) for record in callback.monitor.records] == [(0, "update"), (2, "update")]
-    assert callback.handle is None
-    for other in (GradientCentralization(), GradientCentralization("update", exclude=["*.mlp.*"])):
-        with pytest.raises(ValueError, match="gradcentral.SGD centers by itself, with other settings"):
-            train(other)
+    own = gradcentral.SGD(model, lr=0.1)
+    with pytest.raises(ValueError, match=r"gradcentral.SGD already centers: .*placement=None, monitor=100"):
+        train(GradientCentralization("update"), own)
+    train(GradientCentralization(placement=None, monitor=100), own)
+
+
+@pytest.mark.filterwarnings("ignore:.*already one.*")
+def test_two_callbacks_for_different_layers(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+
+    def train(checkpoint: Path | None, *monitors: int | None) -> tuple[Any, list[Record]]:
+        model = build()
+        half = GradientCentralization(strength=0.5, exclude=["*.mlp.*"], monitor=monitors[0])
+        update = GradientCentralization("update", exclude=["*.attn.*"], monitor=monitors[1])
+        trained = trainer(tmp_path / "run", model, half, update, **arguments)
+        trained.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        assert update.monitor is not None
+        return model, update.monitor.records
+
+    before = means(build())
+    whole, records = train(None, None, 1)
+    moved = drift(whole, before)
+    assert max(value for name, value in moved.items() if "mlp" in name) < 1e-8
+    assert min(value for name, value in moved.items() if "attn" in name) > 1e-5
+    resumed, later = train(tmp_path / "run" / "checkpoint-4", None, 1)
+    assert difference(whole, resumed) == 0
+    assert later == records[4:]
+    with pytest.raises(ValueError, match="monitor: another GradientCentralization of this Trainer has one too"):
+        train(None, 1, 1)
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -236,7 +269,7 @@ def test_resumed_training_is_bit_identical_and_so_are_the_monitors_records(tmp_p
         trained = trainer(tmp_path / folder, model, callback, **arguments)
         trained.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         callback = next(each for each in trained.callback_handler.callbacks if isinstance(each, type(callback)))
-        assert callback.strength == 0.9
+        assert repr(callback) == "GradientCentralization(placement='gradient', strength=0.9, monitor=2)"
         return model, callback.monitor.records
 
     whole, records = train("whole")
@@ -261,14 +294,26 @@ def test_a_checkpoint_from_before_the_callback_was_added_can_be_resumed(tmp_path
 
 def test_settings_are_checked_when_the_callback_is_created() -> None:
     with pytest.raises(ValueError, match="unknown placement 'weights'; choose from 'gradient'"):
-        GradientCentralization("weights")
+        GradientCentralization("weights")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="strength"):
         GradientCentralization(strength=2)
+    with pytest.raises(ValueError, match="unknown only='linear'; choose from 'all', 'conv'"):
+        GradientCentralization(only="linear")  # type: ignore[arg-type]
+    for monitor in (0, True, 1.5):
+        with pytest.raises(ValueError, match="monitor must be the number of steps per record, such as monitor=100"):
+            GradientCentralization(monitor=monitor)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="placement=None attaches nothing: give monitor=100"):
+        GradientCentralization(None)
     with pytest.raises(TypeError, match="overrides and exclude must consist of text"):
         GradientCentralization(exclude=[torch.nn.Linear(2, 2)])  # type: ignore[list-item]
     callback = GradientCentralization("update", overrides={"head.weight": "[i] o"}, exclude="*.wte.*", monitor=5)
     saved = json.loads(json.dumps(callback.state()))
     assert GradientCentralization(**saved["args"]).state() == callback.state()
+
+
+def test_the_example_of_the_documentation() -> None:
+    results = doctest.testmod(importlib.import_module(GradientCentralization.__module__))
+    assert (results.failed, results.attempted) == (0, 1)
 
 
 def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import gradcentral
-from tests.integrations.by_hand import center_by_hand, difference, values_of, weights_of
+from tests.integrations.hand_written import center_by_hand, difference, values_of, weights_of
 from tests.integrations.pages import run_page
 
 os.environ.setdefault("YOLO_OFFLINE", "true")

@@ -10,12 +10,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradcentral.attach import Handle, attached, centralize
+from gradcentral.attach import Handle
 from gradcentral.diagnostics.monitor import Monitor
-from gradcentral.layout import WeightLayout, weight_layout
-from gradcentral.optim import SGD, Adam, AdamW
-from gradcentral.projection import checked_strength
-from gradcentral.targets import check_placement
+from gradcentral.integrations.settings import checked_settings, refuse_own_optimizers
+from gradcentral.layout import WeightLayout
 
 __all__ = ["GradientCentralization"]
 
@@ -44,7 +42,8 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
     """Center the gradients of all optimizers of a ``Trainer``: ``Trainer(callbacks=[GradientCentralization()])``.
 
     It attaches when training starts, to the optimizers of ``configure_optimizers``, as `gradcentral.centralize` does,
-    and detaches when ``fit`` ends or raises. Lightning clips before it calls ``step()``, so clipping comes first and
+    and detaches when ``fit`` ends or raises. Optimizers that replace them while training are attached to before their
+    first batch. Lightning clips before it calls ``step()``, so clipping comes first and
     centering second, with automatic and with manual optimization. Parameters that have no weight vectors, and
     optimizers that hold no others, are left as they are.
 
@@ -63,19 +62,20 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
 
     Attributes:
         handle: what is attached, a `gradcentral.Handle`; None before training and with ``placement=None``.
-        monitors: one `gradcentral.Monitor` per optimizer; their records remain after training.
+        monitors: one `gradcentral.Monitor` per optimizer; their records remain after training. Replaced optimizers get
+            new monitors, which continue the steps and the drift.
 
     Checkpoints contain the state of the monitors, so that a resumed run continues their steps and their drift.
 
     Raises:
-        ValueError: an unknown placement; a strength that is not between 0 and 1; ``placement=None`` without
-            ``monitor``, or with a strength. When training starts: the module has no optimizers, or is without the
-            submodule, or an optimizer is one of gradcentral's; and the errors of `gradcentral.centralize`,
-            `gradcentral.weight_layout` and `gradcentral.Monitor`.
+        ValueError: an unknown placement or ``only``; a strength that is not between 0 and 1; a ``monitor`` that is not
+            a number of steps; ``placement=None`` without ``monitor``, or with a strength. When training starts: the
+            module has no optimizers, or is without the submodule, or an optimizer is one of gradcentral's; and the
+            errors of `gradcentral.centralize`, `gradcentral.weight_layout` and `gradcentral.Monitor`.
 
     Examples:
-        >>> GradientCentralization("update", exclude=["head.*"], monitor=100).state_key
-        'GradientCentralization'
+        >>> GradientCentralization("update", exclude=["head.*"], monitor=100)
+        GradientCentralization(placement='update', exclude=['head.*'], monitor=100)
     """
 
     def __init__(
@@ -89,25 +89,13 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
         submodule: str | None = None,
         monitor: int | None = None,
     ) -> None:
-        if placement is None and monitor is None:
-            raise ValueError(
-                "placement=None attaches nothing: give monitor=100 to record what the optimizers do, or a placement"
-            )
-        if placement is None and strength != 1.0:
-            raise ValueError("strength: has no effect with placement=None, which attaches nothing; leave it out")
-        if placement is not None:
-            check_placement(placement)
-        self._placement = placement
-        self._strength = checked_strength(strength)
-        self._only = only
-        self._overrides: dict[Any, str | None] = dict(overrides or {})
-        self._exclude = [exclude] if isinstance(exclude, str) else [*exclude]
+        self._settings = checked_settings(placement, strength, only, overrides, exclude, monitor)
         self._submodule = submodule
-        self._every = monitor
         self.handle: Handle | None = None
         self.monitors: list[Monitor] = []
         self._remove_handle = False
         self._states: dict[str, Any] = {}
+        self._trained: list[Optimizer] = []  # the Trainer's optimizers that were attached to
 
     @property
     def state_key(self) -> str:
@@ -123,12 +111,27 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
         self._detach()
         self.handle, self.monitors = None, []
         model = self._model(pl_module)
-        layout = weight_layout(model, only=self._only, overrides=self._overrides, exclude=self._exclude)
+        layout = self._settings.layout(model)
         optimizers = self._optimizers(trainer, layout)
-        if self._placement is not None:
-            self._attach(optimizers, layout, self._placement)
-        if self._every is not None:
-            self._start_monitors(trainer, model, optimizers, layout)
+        if self._settings.placement is not None:
+            refuse_own_optimizers(optimizers)
+        # If configure_optimizers has attached the same, that stays attached after training.
+        self.handle, self._remove_handle = self._settings.attach(optimizers, layout)
+        self._trained = [*trainer.optimizers]
+        if self._settings.monitor is not None:
+            self._start_monitors(trainer, model, optimizers, layout, self._settings.monitor)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        """Attach to optimizers that have replaced those of the beginning, unless the handle has been removed."""
+        before = self.handle
+        if trainer.optimizers == self._trained or (before is not None and before._removed):
+            return
+        self._states = self.state_dict()
+        self.on_train_start(trainer, pl_module)
+        if before is not None and self.handle is not None:
+            self.handle.strength = before.strength
+            if before._paused:
+                self.handle.pause()
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Detach, since the optimizers may be used after an exception."""
@@ -175,22 +178,9 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
             )
         return held
 
-    def _attach(self, optimizers: list[Optimizer], layout: WeightLayout, placement: str) -> None:
-        for optimizer in optimizers:
-            if isinstance(optimizer, (SGD, Adam, AdamW)):
-                raise ValueError(
-                    f"gradcentral.{type(optimizer).__name__} already centers: leave GradientCentralization out, or "
-                    "record what the optimizer does, with GradientCentralization(placement=None, monitor=100)"
-                )
-        present = [handle for optimizer in optimizers for handle in attached(optimizer)]
-        self.handle = centralize(optimizers, placement=placement, layout=layout, strength=self._strength)
-        # If configure_optimizers has attached the same, that stays attached after training.
-        self._remove_handle = self.handle not in present
-
     def _start_monitors(
-        self, trainer: Any, model: nn.Module, optimizers: list[Optimizer], layout: WeightLayout
+        self, trainer: Any, model: nn.Module, optimizers: list[Optimizer], layout: WeightLayout, every: int
     ) -> None:
-        assert self._every is not None
         # Loggers are disabled in a fast development run. With several processes, the first one logs.
         to = trainer.loggers if trainer.is_global_zero and not trainer.fast_dev_run else []
         several = len(optimizers) > 1
@@ -202,10 +192,9 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
             monitor = Monitor(
                 model,
                 optimizer,
-                every=self._every,
+                every=every,
                 to=to,
-                # With GC attached, or one of gradcentral's optimizers, the monitor uses its layout.
-                layout=layout if self._placement is None and self._has_layout_options() else None,
+                layout=self._settings.layout_to_monitor(layout),
                 name=name,
                 # Lightning counts the steps of all optimizers.
                 step=trainer.global_step // len(trainer.optimizers),
@@ -214,14 +203,16 @@ class GradientCentralization(_Callback):  # type: ignore[misc]
                 monitor.load_state_dict(state)
             self.monitors.append(monitor)
 
-    def _has_layout_options(self) -> bool:
-        return self._only != "all" or bool(self._overrides or self._exclude)
-
     def _detach(self) -> None:
         if self.handle is not None and self._remove_handle:
             self.handle.remove()
         for monitor in self.monitors:
             monitor.remove()
+        self._trained = []
+
+    def __repr__(self) -> str:
+        part = "" if self._submodule is None else f", submodule={self._submodule!r}"
+        return f"{type(self).__name__}({self._settings}{part})"
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

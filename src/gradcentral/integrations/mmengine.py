@@ -10,10 +10,10 @@ from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from gradcentral.attach import Handle, centralize
-from gradcentral.layout import weight_layout
-from gradcentral.projection import checked_strength
+from gradcentral.attach import Handle
+from gradcentral.integrations.settings import checked_settings
 from gradcentral.targets import check_placement
 
 __all__ = ["GradientCentralization"]
@@ -36,8 +36,8 @@ class GradientCentralization(Hook):  # type: ignore[misc]
         handle: the `gradcentral.Handle`; None before training.
 
     Raises:
-        ValueError: an unknown placement; a strength that is not between 0 and 1; when training starts, the errors of
-            `gradcentral.centralize` and `gradcentral.weight_layout`.
+        ValueError: an unknown placement or ``only``; a strength that is not between 0 and 1; when training starts, the
+            errors of `gradcentral.centralize` and `gradcentral.weight_layout`.
 
     Examples:
         >>> hook = GradientCentralization(placement="update", exclude=["backbone.*"])
@@ -55,24 +55,28 @@ class GradientCentralization(Hook):  # type: ignore[misc]
         exclude: Iterable[str] = (),
     ) -> None:
         check_placement(placement)
-        checked_strength(strength)
-        self._placement, self._strength = placement, strength
-        self._options: dict[str, Any] = {"only": only, "overrides": overrides, "exclude": exclude}
+        self._settings = checked_settings(placement, strength, only, overrides, exclude, monitor=None)
         self.handle: Handle | None = None
+        self._remove_handle = False
 
     def before_train(self, runner: Any) -> None:
         """Attach to the optimizers."""
+        self._detach()  # in case an exception ended the previous training
         wrapper = runner.optim_wrapper
         wrappers = [*wrapper.values()] if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-        self.handle = centralize(
-            [one.optimizer for one in wrappers],
-            layout=weight_layout(runner.model, **self._options),
-            placement=self._placement,
-            strength=self._strength,
+        model = runner.model
+        while isinstance(model, (DataParallel, DistributedDataParallel)):  # so that names are those of one process
+            model = model.module
+        # If the same had been attached before, it stays attached after training.
+        self.handle, self._remove_handle = self._settings.attach(
+            [one.optimizer for one in wrappers], self._settings.layout(model)
         )
         runner.logger.info(repr(self.handle))
 
     def after_train(self, runner: Any) -> None:
         """Detach."""
-        if self.handle is not None:
+        self._detach()
+
+    def _detach(self) -> None:
+        if self.handle is not None and self._remove_handle:
             self.handle.remove()

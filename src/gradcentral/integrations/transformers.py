@@ -7,7 +7,7 @@ import gc
 import io
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import DeepSpeedOptimizerWrapper
@@ -16,14 +16,11 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-from gradcentral.attach import Handle, attached, centralize
+from gradcentral.attach import Handle
 from gradcentral.diagnostics.monitor import Monitor
 from gradcentral.diagnostics.record import Record
-from gradcentral.layout import WeightLayout, weight_layout
-from gradcentral.optim.base import CentralizedOptimizer
-from gradcentral.projection import checked_strength
-from gradcentral.step_hooks import hooked_optimizer
-from gradcentral.targets import check_placement
+from gradcentral.integrations.settings import checked_settings, refuse_own_optimizers
+from gradcentral.layout import WeightLayout
 
 __all__ = ["GradientCentralization"]
 
@@ -36,7 +33,10 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
     then GC centers.
 
     Args:
-        placement, strength: see `gradcentral.centralize`.
+        placement: ``"gradient"``, ``"regularized"`` or ``"update"``, see `gradcentral.centralize`. None attaches
+            nothing and only monitors, for optimizers of gradcentral, which center by themselves, and for training
+            without GC.
+        strength: from 0 (off) to 1 (GC). It may change while training, as ``callback.handle.strength``.
         only, overrides, exclude: options of `gradcentral.weight_layout`. Names and patterns must be text, since they
             are saved in checkpoints.
         monitor: steps per record of a `gradcentral.Monitor`; without it, there is no monitor. Its records go to the
@@ -44,39 +44,36 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
             Checkpoints contain its state.
 
     Attributes:
-        handle: the `gradcentral.Handle` during training; None for gradcentral's own optimizers, which center by
-            themselves and must have the same settings as the callback.
+        handle: the `gradcentral.Handle` during training; None with ``placement=None``.
         monitor: the `gradcentral.Monitor` of the current or last training.
 
     Raises:
-        ValueError: an unknown placement; a strength that is not between 0 and 1; when training begins, the errors of
-            `gradcentral.centralize`, `gradcentral.weight_layout` and `gradcentral.Monitor`, an optimizer of
-            gradcentral with other settings, or DeepSpeed's ZeRO of stage 1 to 3.
+        ValueError: an unknown placement or ``only``; a strength that is not between 0 and 1; a ``monitor`` that is not
+            a number of steps; ``placement=None`` without ``monitor``, or with a strength. When training begins: the
+            optimizer is one of gradcentral's, or that of DeepSpeed's ZeRO of stage 1 to 3; another callback of this
+            class has a monitor too; and the errors of `gradcentral.centralize`, `gradcentral.weight_layout` and
+            `gradcentral.Monitor`.
         TypeError: overrides or exclude contain anything but text.
 
     Examples:
         >>> GradientCentralization(placement="update", monitor=100)
-        GradientCentralization(placement='update', strength=1.0, only='all', monitor=100)
+        GradientCentralization(placement='update', monitor=100)
     """
 
     def __init__(
         self,
-        placement: str = "gradient",
+        placement: Literal["gradient", "regularized", "update"] | None = "gradient",
         strength: float = 1.0,
         *,
-        only: str = "all",
+        only: Literal["all", "conv"] = "all",
         overrides: Mapping[str, str | None] | None = None,
         exclude: Iterable[str] = (),
         monitor: int | None = None,
     ) -> None:
-        check_placement(placement)
-        checked_strength(strength)
-        self.placement, self.strength, self.every = placement, float(strength), monitor
+        self._settings = checked_settings(placement, float(strength), only, overrides, exclude, monitor)
         self.handle: Handle | None = None
         self.monitor: Monitor | None = None
         self._attached = False  # whether this callback has attached the handle, and so removes it
-        exclude = [exclude] if isinstance(exclude, str) else [*exclude]
-        self._layout_options: dict[str, Any] = {"only": only, "overrides": dict(overrides or {}), "exclude": exclude}
         try:
             json.dumps(self.state())
         except TypeError as error:
@@ -90,11 +87,15 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
     ) -> None:
         """Attach to the prepared optimizer."""
         self._detach()  # in case an exception ended the previous training
-        self._attach(model, optimizer)
-        # transformers looks this entry up when it saves, but a checkpoint from before the callback was added lacks it.
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        if self.every is not None:
-            self._monitor(self.every, saved, (args, state, control), model, optimizer)
+        layout = self._attach(model, optimizer)
+        saved = self._saved_in(state)
+        if self._settings.monitor is not None:
+            event = (args, state, control)
+            try:
+                self._start_monitor(self._settings.monitor, saved, event, model, optimizer, layout)
+            except Exception:
+                self._detach()
+                raise
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach, so that a later training can attach again."""
@@ -102,55 +103,57 @@ class GradientCentralization(TrainerCallback, ExportableState):  # type: ignore[
 
     def state(self) -> dict[str, Any]:
         """Return the arguments and the monitor's state, which transformers saves in ``trainer_state.json``."""
-        arguments = {"placement": self.placement, "strength": self.strength, **self._layout_options}
         saved = None if self.monitor is None else _to_text(self.monitor.state_dict())
-        return {"args": {**arguments, "monitor": self.every}, "attributes": {}, "monitor": saved}
+        return {"args": {**vars(self._settings)}, "attributes": {}, "monitor": saved}
 
     def __repr__(self) -> str:
-        arguments = {name: value for name, value in self.state()["args"].items() if value not in (None, [], {})}
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+        return f"{type(self).__name__}({self._settings})"
 
-    def _attach(self, model: nn.Module, optimizer: Any) -> None:
+    def _attach(self, model: nn.Module, optimizer: Any) -> WeightLayout:
         held = {p for group in optimizer.param_groups for p in group["params"]}
         if isinstance(optimizer, DeepSpeedOptimizerWrapper) and held.isdisjoint(model.parameters()):
             raise ValueError(
                 "DeepSpeed's ZeRO has flattened the parameters, so that this callback cannot center them: call "
                 "gradcentral.centralize_in_backward(model) before trainer.train() instead"
             )
-        layout = weight_layout(model, **self._layout_options)
-        inner = hooked_optimizer(optimizer)
-        if isinstance(inner, CentralizedOptimizer):
-            self._check_same_settings(inner, layout)
-            return
-        existing = attached(inner)
-        handle = centralize(optimizer, layout=layout, placement=self.placement, strength=self.strength)
-        self.handle, self._attached = handle, handle not in existing
+        if self._settings.placement is not None:
+            refuse_own_optimizers([optimizer])
+        layout = self._settings.layout(model)
+        self.handle, self._attached = self._settings.attach([optimizer], layout)
+        return layout
 
-    def _monitor(self, every: int, saved: Any, event: tuple[Any, ...], model: nn.Module, optimizer: Any) -> None:
+    def _start_monitor(
+        self, every: int, saved: Any, event: tuple[Any, ...], model: nn.Module, optimizer: Any, layout: WeightLayout
+    ) -> None:
         """Attach a monitor that continues from a checkpoint, if the training does."""
+        beside = _callbacks_beside(self, model)
+        others = [one for one in beside if isinstance(one, type(self)) and one is not self]
+        if any(one._settings.monitor is not None for one in others):
+            raise ValueError(
+                "monitor: another GradientCentralization of this Trainer has one too, and it records everything that "
+                "is centered in the optimizer; leave monitor= out of all but one of them"
+            )
         kinds = tuple(INTEGRATION_TO_CALLBACK.values())
-        loggers: list[Any] = [each for each in _callbacks_beside(self, model) if isinstance(each, kinds)]
+        loggers: list[Any] = [one for one in beside if isinstance(one, kinds)]
 
         def log(record: Record) -> None:
             for logger in loggers:
                 logger.on_log(*event, logs=record.scalars(), model=model, optimizer=optimizer)
 
         step = event[1].global_step
-        self.monitor = Monitor(model, optimizer, every=every, to=log, step=step)
-        if step and isinstance(saved, dict) and saved.get("monitor"):
+        to_monitor = self._settings.layout_to_monitor(layout)
+        self.monitor = Monitor(model, optimizer, every=every, to=log, layout=to_monitor, step=step)
+        if step and saved is not None and saved["monitor"]:
             self.monitor.load_state_dict(_from_text(saved["monitor"]))
 
-    def _check_same_settings(self, optimizer: CentralizedOptimizer, layout: WeightLayout) -> None:
-        """Refuse settings that differ from those of an optimizer that centers by itself."""
-        optimizer.layout.refresh()
-        held = {p for group in optimizer.param_groups for p in group["params"]}
-        same = (optimizer.placement, optimizer.strength) == (self.placement, self.strength)
-        if not same or any(optimizer.layout.get(p) != layout.get(p) for p in held):
-            name = f"gradcentral.{type(optimizer).__name__}"
-            raise ValueError(
-                f"{name} centers by itself, with other settings (placement {optimizer.placement!r}, strength "
-                f"{optimizer.strength}) than {self!r}: pass the same settings to both, or leave this callback out"
-            )
+    def _saved_in(self, state: Any) -> Any:
+        """Return what this callback has saved in a checkpoint; None if it was not there yet."""
+        # transformers looks this entry up when it saves, but a checkpoint from before the callback was added lacks it.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if isinstance(saved, list):  # of several callbacks of this class; transformers appends to it in each checkpoint
+            arguments = self.state()["args"]
+            return next((one for one in reversed(saved) if one["args"] == arguments), None)
+        return saved
 
     def _detach(self) -> None:
         if self.handle is not None and self._attached:

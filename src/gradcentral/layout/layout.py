@@ -283,6 +283,16 @@ def weight_layout(
     return _layout_of([model], only, overrides, exclude)
 
 
+def check_only(only: str) -> None:
+    """Refuse an unknown value of the option ``only``.
+
+    Raises:
+        ValueError: it is neither "all" nor "conv".
+    """
+    if only not in ("all", "conv"):
+        raise ValueError(f"unknown only={only!r}; choose from 'all', 'conv'")
+
+
 def _layout_of(
     models: list[nn.Module],
     only: str,
@@ -291,8 +301,7 @@ def _layout_of(
     params: Sequence[tuple[str, Tensor]] = (),
 ) -> WeightLayout:
     """Create a layout from models; parameters that are in none of them are decided by shape, with a warning."""
-    if only not in ("all", "conv"):
-        raise ValueError(f"unknown only={only!r}; choose from 'all', 'conv'")
+    check_only(only)
     overrides = dict(overrides or {})
     for selector, rule in overrides.items():
         check_rule(rule, f"overrides[{selector!r}]")
