@@ -97,24 +97,33 @@ def center_gradients_(
     """
     if l2 is not None and not l2.factors:
         l2 = None
-    with torch.no_grad():
-        if shards.sharded:
+    if shards.sharded:
+        with torch.no_grad():
             shards.place_gradients(p for p, _ in shards.pairs)
-        for position, (strength, targets) in enumerate(strengths.divide(shards.whole)):
-            if isinstance(strength, Tensor) or strength != 0:
-                _center_whole_(layout, targets, centering.part(position), l2, strength, shards.sharded)
-        if shards.split:
+    for position, (strength, targets) in enumerate(strengths.divide(shards.whole)):
+        if isinstance(strength, Tensor) or strength != 0:
+            of_part = centering.part(position)
+            if shards.sharded or l2 is not None or not _center_if_planned_(targets, of_part, strength):
+                _center_whole_(layout, targets, of_part, l2, strength)
+    if shards.split:
+        with torch.no_grad():
             shards.center_split_gradients_(l2, strengths)
 
 
+def _center_if_planned_(targets: list[Pair], centering: Centering, strength: Strength) -> bool:
+    """Center plain gradients as in the last step if they have the same forms; return whether they do.
+
+    Sparse and overlapping gradients, which need the checks of `_writable_gradients`, never fit a plan.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return centering.center_if_planned_([(p.grad, vectors) for p, vectors in targets if p.grad is not None], strength)
+
+
+@torch.no_grad()
 def _center_whole_(
-    layout: WeightLayout, targets: list[Pair], centering: Centering, l2: L2 | None, strength: Strength, sharded: bool
+    layout: WeightLayout, targets: list[Pair], centering: Centering, l2: L2 | None, strength: Strength
 ) -> None:
-    if not sharded and l2 is None and not torch.compiler.is_compiling():
-        # Sparse and overlapping gradients, which need the checks below, never fit a plan.
-        pairs = [(p.grad, vectors) for p, vectors in targets if p.grad is not None]
-        if centering.center_if_planned_(pairs, strength):
-            return
     found = _writable_gradients(layout, targets, l2, strength)
     pairs = [(gradient, vectors) for _, gradient, vectors in found]
     if l2 is None:

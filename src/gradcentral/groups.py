@@ -14,7 +14,7 @@ from gradcentral.layout import WeightLayout
 from gradcentral.projection import Strength, checked_strength
 from gradcentral.strengths import same_strength
 
-__all__ = ["OPTION", "Setting", "check_keys", "settings_of", "strength_of_group"]
+__all__ = ["OPTION", "Setting", "check_keys", "settings_of"]
 
 OPTION = "centralize"
 
@@ -124,15 +124,3 @@ def _same_setting(one: Setting | None, other: Setting | None) -> bool:
     if one is None or other is None or isinstance(one, bool) or isinstance(other, bool):
         return one is other
     return same_strength(one, other)
-
-
-def strength_of_group(group: dict[str, Any], default: Strength) -> Strength:
-    """Return the strength of a group: its own, or that of the optimizer or handle.
-
-    Raises:
-        ValueError: it is not between 0 and 1.
-    """
-    value = group.get(OPTION)
-    if value is None or isinstance(value, bool):
-        return default
-    return checked_strength(value, '"centralize" of a parameter group')

@@ -43,7 +43,8 @@ def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
     """Return whether some of the tensors are DTensors."""
-    return any(kind not in _PLAIN and issubclass(kind, _dtensor_class()) for kind in set(map(type, tensors)))
+    others = {*map(type, tensors)} - _PLAIN
+    return bool(others) and any(issubclass(kind, _dtensor_class()) for kind in others)
 
 
 def _dtensor_class() -> Any:

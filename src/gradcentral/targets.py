@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradcentral.caller import level_of_caller
 from gradcentral.distributed import Shards, shards_of
-from gradcentral.groups import OPTION, Setting, check_keys, settings_of, strength_of_group
+from gradcentral.groups import OPTION, Setting, check_keys, settings_of
 from gradcentral.kernels.forms import same_objects
 from gradcentral.layout import WeightLayout, weight_layout
 from gradcentral.layout.structure import is_gathered
@@ -105,11 +105,14 @@ class Targets:
 
     def strength_of(self, group: dict[str, Any]) -> Strength:
         """Return the strength of a group in this step, as `Strengths` describes it."""
-        return as_number(strength_of_group(group, checked_strength(self._strength)))
+        value = group.get(OPTION)
+        if value is None or isinstance(value, bool):
+            return _in_this_step(self._strength)
+        return _in_this_step(value, '"centralize" of a parameter group')
 
     def strengths(self, optimizer: Optimizer) -> Strengths:
         """Return the strengths of the optimizer's parameters in this step."""
-        default = as_number(checked_strength(self._strength))
+        default = _in_this_step(self._strength)
         own: dict[Tensor, Strength] = {}
         for group, option in zip(optimizer.param_groups, self._options, strict=True):
             if option is not None and not isinstance(option, bool):
@@ -326,6 +329,11 @@ _KEEPS_SHAPES = (
     "use torch.distributed.fsdp.fully_shard (FSDP2) or ZeroRedundancyOptimizer, which keep the shapes of parameters"
 )
 _INSTEAD_OF_FLAT = f"{_KEEPS_SHAPES}, or call gradcentral.centralize_in_backward(model) before deepspeed.initialize"
+
+
+def _in_this_step(strength: Strength, name: str = "strength") -> Strength:
+    """Return a strength as the kernels take it. Only that of a tensor may have changed since it was checked."""
+    return as_number(checked_strength(strength, name)) if isinstance(strength, Tensor) else strength
 
 
 def layout_to_use(model: nn.Module | None, layout: WeightLayout | None, params: ParamsT | None = None) -> WeightLayout:

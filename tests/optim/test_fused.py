@@ -446,6 +446,20 @@ def test_replaced_tensors_are_detected() -> None:
     assert _differ(model, reference) < 1e-11
 
 
+def test_a_parameter_replaced_inside_the_list_of_its_group_is_updated_instead() -> None:
+    """The list of parameters is the same object before and after, so a plan must keep a copy to compare with."""
+    model = nn.ModuleList([nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)])
+    old, new = model.parameters()
+    optimizer = gradcentral.SGD([old], lr=0.1, model=model)
+    for current in (old, new):
+        optimizer.param_groups[0]["params"][0] = current
+        before = old.detach().clone(), new.detach().clone()
+        old.grad, new.grad = torch.randn(3, 4), torch.randn(3, 4)
+        optimizer.step()
+        assert torch.equal(old, before[0]) == (current is not old)
+        assert torch.equal(new, before[1]) == (current is not new)
+
+
 def test_parameter_groups_use_their_own_options() -> None:
     model, reference = Net().double(), Net().double()
     reference.load_state_dict(model.state_dict())

@@ -36,11 +36,15 @@ class _PlannedGroup(NamedTuple):
         return [loop.groups * loop.units * loop.phases for loop in self.group.loops]
 
     def tensors(self, pairs: Sequence[Pair]) -> list[Tensor]:
+        """Return the tensors of this group."""
         return [tensor for tensor, _ in self.group.select(pairs)]
 
-    def fits(self, pairs: Sequence[Pair]) -> bool:
-        vectors = [vectors for _, vectors in self.group.select(pairs)]
-        return same_objects(vectors, self.vectors) and self.plan.fits(self.tensors(pairs))
+    def fitting(self, pairs: Sequence[Pair]) -> list[Tensor] | None:
+        """Return the tensors of this group, or None if the plan does not fit them."""
+        selected = self.group.select(pairs)
+        tensors = [tensor for tensor, _ in selected]
+        fits = same_objects([vectors for _, vectors in selected], self.vectors) and self.plan.fits(tensors)
+        return tensors if fits else None
 
 
 class Centering:
@@ -67,15 +71,18 @@ class Centering:
 
         The caller need not check the tensors first: sparse, expanded or overlapping tensors never fit a plan.
         """
-        if self._rest or not self._fits(pairs):
+        fitting = None if self._rest else self._fitting(pairs)
+        if fitting is None:
             return False
-        self._center_planned_(pairs, strength)
+        for found, tensors in zip(self._planned, fitting, strict=True):
+            found.plan.center_(tensors, strength)
         return True
 
     def center_all_(self, pairs: Sequence[Pair], strength: Strength = 1.0) -> None:
         """Center every tensor in place."""
         self._plan(pairs)
-        self._center_planned_(pairs, strength)
+        for found in self._planned:
+            found.plan.center_(found.tensors(pairs), strength)
         for position in self._rest:
             center_(*pairs[position], strength)
 
@@ -127,25 +134,25 @@ class Centering:
             tensor, vectors = pairs[position]
             restore_means_(tensor, old, vectors, strength)
 
-    def _center_planned_(self, pairs: Sequence[Pair], strength: Strength) -> None:
-        for found in self._planned:
-            found.plan.center_(found.tensors(pairs), strength)
-
     def _divides_like(self, other: Centering) -> bool:
         """Return whether the means of both, in the same positions, belong to the same weight vectors."""
         return self._rest == other._rest and [each.group for each in self._planned] == [
             each.group for each in other._planned
         ]
 
-    def _fits(self, pairs: Sequence[Pair]) -> bool:
-        return (
-            len(pairs) == self._count
-            and (not pairs or kernels_for(pairs[0][0]) is not None)
-            and all(found.fits(pairs) for found in self._planned)
-        )
+    def _fitting(self, pairs: Sequence[Pair]) -> list[list[Tensor]] | None:
+        """Return the tensors of each planned group, or None if a plan does not fit them."""
+        if len(pairs) != self._count or (pairs and kernels_for(pairs[0][0]) is None):
+            return None
+        fitting = []
+        for found in self._planned:
+            if (tensors := found.fitting(pairs)) is None:
+                return None
+            fitting.append(tensors)
+        return fitting
 
     def _plan(self, pairs: Sequence[Pair]) -> None:
-        if not self._rest and self._fits(pairs):
+        if not self._rest and self._fitting(pairs) is not None:
             return
         groups, self._rest = group_by_kernels([tensor for tensor, _ in pairs], [vectors for _, vectors in pairs])
         self._count = len(pairs)

@@ -7,11 +7,11 @@ gradients are never cached: every call reads them from the tensors.
 
 from __future__ import annotations
 
-import ctypes
 import operator
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Collection, Sequence
 from enum import IntEnum
-from itertools import islice
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -72,25 +72,20 @@ class Operation(IntEnum):
     """`center_regularized`: like RESTORE, but a mean that is not finite is subtracted, as in CENTER."""
 
 
-class Coefficients(ctypes.Structure):
+class Coefficients(NamedTuple):
     """Coefficients of an update rule; the C structure of the same name in c/kernels.h documents each field."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_double)
-        for name in (
-            "lr",
-            "l2",
-            "decay",
-            "momentum",
-            "keep",
-            "nesterov",
-            "beta1",
-            "beta2",
-            "epsilon",
-            "scale",
-            "strength",
-        )
-    )
+    lr: float = 0.0
+    l2: float = 0.0
+    decay: float = 0.0
+    momentum: float = 0.0
+    keep: float = 0.0
+    nesterov: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    epsilon: float = 0.0
+    scale: float = 1.0
+    strength: float = 1.0
 
 
 class DeviceCoefficients(NamedTuple):
@@ -119,16 +114,9 @@ class States(NamedTuple):
         """Apply ``function`` to every tensor."""
         return States(*(None if column is None else [*map(function, column)] for column in self))
 
-    def same_as(self, other: States) -> bool:
-        """Return whether both hold the same tensor objects."""
-        for mine, others in zip(self, other, strict=True):
-            if mine is not others and (mine is None or others is None or not same_objects(mine, others)):
-                return False
-        return True
 
-
-def same_objects(one: Sequence[object], other: Sequence[object]) -> bool:
-    """Return whether two sequences hold the same objects; ``==`` would compare tensors element by element."""
+def same_objects(one: Collection[object], other: Collection[object]) -> bool:
+    """Return whether two collections hold the same objects; ``==`` would compare tensors element by element."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
@@ -163,6 +151,18 @@ def is_counter(tensor: object, device: torch.device, dtypes: Sequence[torch.dtyp
 Property = Callable[[Tensor], Any]
 """A property of a tensor that a plan relies on, such as ``Tensor.stride``."""
 
+# A step must not take the host longer than the device, so only properties that can differ are compared: torch itself
+# ensures that a gradient has the shape and the device of its parameter, but not that it is dense or has its strides.
+_OF_GRADIENTS: tuple[Property, ...] = (Tensor.stride, Tensor.numel, attrgetter("dtype"), type, Tensor.is_neg)
+_OF_OTHERS: tuple[Property, ...] = (
+    Tensor.stride,
+    Tensor.size,
+    attrgetter("dtype"),
+    type,
+    Tensor.is_neg,
+    attrgetter("device"),
+)
+
 
 def _form_of(tensors: Sequence[Tensor], properties: Sequence[Property]) -> list[Any] | None:
     """Return the form that a plan relies on, one list per property, or None if a tensor has no strides."""
@@ -183,12 +183,6 @@ class BasePlan:
         loops: the loop and the placement of each parameter or tensor.
     """
 
-    gradient_properties: ClassVar[tuple[Property, ...]]
-    centering_properties: ClassVar[tuple[Property, ...]]
-    """Properties of the tensors to be centered."""
-    parameter_properties: ClassVar[tuple[Property, ...]]
-    lasting_properties: ClassVar[tuple[Property, ...]]
-    """Properties of parameters and states, besides their pointers."""
     means_dtype: ClassVar[torch.dtype]
 
     def __init__(
@@ -198,11 +192,17 @@ class BasePlan:
         self.params = params
         self.states = states
         self.device = grads[0].device
-        self._lasting = [*params, *(tensor for column in states if column is not None for tensor in column)]
-        self._lasting_form = self._form_of_lasting()
-        self._lasting_pointers = self._lasting_form[0]
-        self._properties = self.gradient_properties if params else self.centering_properties
+        # The columns of the pointer table, one pointer per parameter; gradients take their place in each call.
+        columns = [params or None, None, *states]
+        self._lasting = [tensor for column in columns if column is not None for tensor in column]
+        self._lasting_pointers = [*map(Tensor.data_ptr, self._lasting)]
+        self._shaped = [tensor for column in columns[:-1] if column is not None for tensor in column]
+        self._strides = [*map(Tensor.stride, self._shaped)]
+        self._properties = _OF_GRADIENTS if params else _OF_OTHERS
         self._gradient_form = _form_of(grads, self._properties)
+        zeros = [0] * len(grads)
+        filled = [zeros if column is None else [*map(Tensor.data_ptr, column)] for column in columns]
+        self._columns = array("q", [pointer for column in filled for pointer in column])
         self._vectors = sum(loop.groups * loop.units * loop.phases for loop, _ in loops)
         self._prepare(grads, loops)
 
@@ -210,40 +210,30 @@ class BasePlan:
         """Divide the work; the last step of the constructor."""
         raise NotImplementedError
 
-    def fits(self, grads: list[Tensor], states: States | None = None) -> bool:
-        """Return whether gradients, parameters and states (None for centering) still have the planned form."""
-        if _form_of(grads, self._properties) != self._gradient_form:
-            return False
-        if states is None:
-            return True
-        form = self._form_of_lasting()
-        self._lasting_pointers = form[0]
-        return states.same_as(self.states) and form == self._lasting_form
+    def fits(self, grads: list[Tensor]) -> bool:
+        """Return whether gradients, parameters and states still have the planned form.
 
-    def _form_of_lasting(self) -> list[Any]:
-        """Return pointers and properties of parameters and states, which show whether the data of any was replaced.
-
-        Replacement data is allocated while the original exists, so its pointer differs. Strides are compared too,
-        because code may change the view of a tensor in place.
+        Replacing the data of a parameter or a state shows in its pointer, because the replacement is allocated while
+        the original exists. Strides are compared too, because code may change the view of a tensor in place.
         """
-        return [
-            [*map(Tensor.data_ptr, self._lasting)],
-            *([*map(get, self._lasting)] for get in self.lasting_properties),
-            *([*map(get, self.params)] for get in self.parameter_properties),
-        ]
+        return (
+            _form_of(grads, self._properties) == self._gradient_form
+            and [*map(Tensor.data_ptr, self._lasting)] == self._lasting_pointers
+            and [*map(Tensor.stride, self._shaped)] == self._strides
+        )
 
-    def _pointers(self, grads: list[Tensor]) -> list[int]:
+    def _pointers(self, grads: list[Tensor]) -> array[int]:
         """Return the pointers to parameters, gradients and each kind of state, concatenated; 0 for a missing state.
 
-        `fits` has just read those to parameters and states. Tensors to be centered take the place of both parameters
-        and gradients.
+        `fits` has just compared those to parameters and states. Tensors to be centered take the place of both
+        parameters and gradients. The next call overwrites the result.
         """
-        count, lasting = len(grads), iter(self._lasting_pointers)
-        gradients = [*map(Tensor.data_ptr, grads)]
-        pointers = [*(islice(lasting, count) if self.params else gradients), *gradients]
-        for column in self.states:
-            pointers += [0] * count if column is None else islice(lasting, count)
-        return pointers
+        count = len(grads)
+        gradients = array("q", map(Tensor.data_ptr, grads))
+        self._columns[count : 2 * count] = gradients
+        if not self.params:
+            self._columns[:count] = gradients
+        return self._columns
 
     def run(self, grads: list[Tensor], coefficients: Any, fresh: list[bool]) -> None:
         """Take the step. Call `fits` immediately before.

@@ -8,7 +8,6 @@ import sys
 from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_int32, c_int64, c_uint64, c_void_p
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +70,10 @@ class _CWorkList(ctypes.Structure):
     )
 
 
+class _CCoefficients(ctypes.Structure):
+    _fields_ = tuple((name, c_double) for name in Coefficients._fields)
+
+
 def _load(folder: Path) -> tuple[Any, str]:
     """Load the library in a folder; return None and the reason if it cannot be used."""
     found = sorted(folder.glob("_native.*"))
@@ -85,13 +88,13 @@ def _load(folder: Path) -> tuple[Any, str]:
         if "GOMP_" in str(error):  # GCC's OpenMP functions; setup.py explains why the library does not bring them
             return None, f"{found[0].name} needs an OpenMP runtime, and this build of torch has loaded none"
         return None, f"{found[0].name} does not load ({error}): reinstall gradcentral"
-    if sizes != [ctypes.sizeof(kind) for kind in (_CParameter, _CWorkPiece, Coefficients, _CWorkList)]:
+    if sizes != [ctypes.sizeof(kind) for kind in (_CParameter, _CWorkPiece, _CCoefficients, _CWorkList)]:
         return None, f"{found[0].name} belongs to another version: reinstall gradcentral"
     library.gradcentral_plan.restype = None
     library.gradcentral_plan.argtypes = [c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_void_p]
     work: list[Any] = [c_void_p, c_int64, c_void_p, POINTER(_CWorkList), c_int32]
     library.gradcentral_run.restype = None
-    library.gradcentral_run.argtypes = [*work, c_int32, POINTER(Coefficients), c_void_p, c_int32]
+    library.gradcentral_run.argtypes = [*work, c_int32, POINTER(_CCoefficients), c_void_p, c_int32]
     library.gradcentral_stream.restype = None
     library.gradcentral_stream.argtypes = [c_void_p, c_void_p, c_int64, c_int32, c_uint64, c_int32]
     return library, ""
@@ -156,24 +159,28 @@ class WorkList:
         pointers = [ctypes.addressof(numbers) for numbers in (self.pieces, self.batches, self.waves)]
         self._list = _CWorkList(*pointers, n_batches, n_waves, self._scratch.data_ptr())
         self._dtype = dtype
+        # The coefficients of the last call, since creating a C structure takes longer than comparing them.
+        self._coefficients = Coefficients()
+        self._in_c = _CCoefficients(*self._coefficients)
 
     def run(
         self,
-        pointers: list[int],
+        pointers: array[int],
         rule: UpdateRule | Operation,
-        coefficients: Coefficients | None = None,
+        coefficients: Coefficients,
         means: Tensor | None = None,
     ) -> None:
         """Update the tensors at these pointers by one step, or center them."""
-        table = array("Q", pointers)
+        if coefficients != self._coefficients:
+            self._coefficients, self._in_c = coefficients, _CCoefficients(*coefficients)
         _library.gradcentral_run(
             self.parameters,
             len(self.parameters),
-            table.buffer_info()[0],
+            pointers.buffer_info()[0],
             self._list,
             self._dtype,
             rule,
-            coefficients,
+            self._in_c,
             None if means is None else means.data_ptr(),
             torch.get_num_threads(),
         )
@@ -182,10 +189,6 @@ class WorkList:
 class NativePlan(BasePlan):
     """Plan of one call of the library, with means in f64."""
 
-    gradient_properties = (Tensor.size, Tensor.stride, attrgetter("dtype"), type, attrgetter("is_cpu"), Tensor.is_neg)
-    centering_properties = gradient_properties
-    parameter_properties = (Tensor.size,)
-    lasting_properties = (Tensor.numel, Tensor.stride, attrgetter("dtype"))
     means_dtype = torch.float64
 
     def _prepare(self, grads: list[Tensor], loops: PlacedLoops) -> None:
@@ -196,15 +199,19 @@ class NativePlan(BasePlan):
     def run(self, grads: list[Tensor], coefficients: Coefficients, fresh: list[bool]) -> None:
         """Take the step (see `BasePlan.run`)."""
         assert self.rule is not None, "a plan for centering takes no steps"
-        for parameter, is_fresh in zip(self.work.parameters, fresh, strict=False):
-            parameter.fresh = is_fresh
+        if fresh:
+            self._mark(fresh)
         self.work.run(self._pointers(grads), self.rule, coefficients)
-        for parameter, _ in zip(self.work.parameters, fresh, strict=False):
-            parameter.fresh = 0
+        if fresh:
+            self._mark([False] * len(fresh))
         torch.autograd.graph.increment_version(self.params)
 
+    def _mark(self, fresh: list[bool]) -> None:
+        for parameter, is_fresh in zip(self.work.parameters, fresh, strict=True):
+            parameter.fresh = is_fresh
+
     def _center(self, tensors: list[Tensor], operation: Operation, means: Tensor | None, strength: Strength) -> None:
-        self.work.run(self._pointers(tensors), operation, Coefficients(scale=1.0, strength=float(strength)), means)
+        self.work.run(self._pointers(tensors), operation, Coefficients(strength=float(strength)), means)
 
 
 Plan = NativePlan

@@ -23,16 +23,19 @@ class _CentralizedAdam(CentralizedOptimizer):
     def _remedy_for_sparse(self, group: dict[str, Any]) -> str:
         return "update it with torch.optim.SparseAdam"
 
-    def _coefficients(self, group: dict[str, Any], lr: float) -> Coefficients:
+    def _coefficients(self, group: dict[str, Any], lr: float, scale: float, strength: float) -> Coefficients:
         beta1, beta2 = group["betas"]
         decoupled = group.get("decoupled_weight_decay", isinstance(self, torch.optim.AdamW))
+        weight_decay = float(group["weight_decay"])
         return Coefficients(
             lr=lr,
-            l2=0.0 if decoupled else group["weight_decay"],
-            decay=lr * group["weight_decay"] if decoupled else 0.0,
+            l2=0.0 if decoupled else weight_decay,
+            decay=lr * weight_decay if decoupled else 0.0,
             beta1=float(beta1),
             beta2=float(beta2),
-            epsilon=group["eps"],
+            epsilon=float(group["eps"]),
+            scale=scale,
+            strength=strength,
         )
 
     def _create_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradcentral.groups import OPTION
 from gradcentral.kernels import native
 from gradcentral.kernels.compiled import TracedCentering
 from gradcentral.kernels.forms import same_objects
@@ -165,7 +166,7 @@ class CentralizedOptimizer(FusedOptimizer):
         # would synchronize with the device.
         if found_inf is not None and not traced and found_inf.is_cpu and found_inf.item():
             return loss
-        held = self._local_tensors() if self._any_sharded() else None
+        held = self._local_tensors() if any(any_sharded(group["params"]) for group in self.param_groups) else None
         calls, complete = ([], False) if traced or dispatch_is_observed() else self._kernel_calls(held)
         if found_inf is not None and self._needs_found_inf(calls, complete) and found_inf.item():
             return loss
@@ -185,15 +186,6 @@ class CentralizedOptimizer(FusedOptimizer):
         # A skipped first step would still count as the first, so synchronize once to find out.
         by_torch = not complete and not self._torch_reads_found_inf
         return bool(self._fresh) or by_torch or any(isinstance(call.plan, native.Plan) for call in calls)
-
-    def _any_sharded(self) -> bool:
-        """Return whether parameters are DTensors; read from the plans while the groups hold the same parameters."""
-        for index, group in enumerate(self.param_groups):
-            plan, params = self._plans.get(self._plan_key(index, group)), group["params"]
-            known = plan is not None and same_objects(params, plan.all_params)
-            if plan.sharded if known and plan is not None else any_sharded(params):
-                return True
-        return False
 
     @torch.no_grad()
     def _local_tensors(self) -> LocalTensors:
@@ -234,13 +226,15 @@ class CentralizedOptimizer(FusedOptimizer):
         grads: list[Tensor],
         held: LocalTensors | None,
     ) -> list[KernelCall]:
-        key = self._plan_key(index, group)
+        strength = self.targets.strength_of(group)
+        placement = self._placement_of(group, strength)
+        key = index, group.get(OPTION) is False, placement
         plan, calls = self._plans.get(key), None
         if plan is not None and plan.rule == self._update_rule(group) and same_objects(params, plan.params):
-            calls = plan.kernel_calls(self, group, grads, held)
+            calls = plan.kernel_calls(self, group, grads, held, strength)
         if calls is None:
-            plan = self._plans[key] = GroupPlan.create(self, group, params, held)
-            calls = plan.kernel_calls(self, group, grads, held)
+            plan = self._plans[key] = GroupPlan.create(self, group, params, held, placement)
+            calls = plan.kernel_calls(self, group, grads, held, strength)
             assert calls is not None, "a plan must fit the tensors it was created for"
         return calls
 

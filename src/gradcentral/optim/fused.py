@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from types import ModuleType
 from typing import Any, NamedTuple, cast
@@ -12,12 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradcentral.distributed import Shards
-from gradcentral.groups import OPTION
 from gradcentral.kernels import native
 from gradcentral.kernels.forms import Coefficients, DeviceCoefficients, Placement, States, UpdateRule, same_objects
 from gradcentral.kernels.planner import group_by_kernels
 from gradcentral.layout import WeightLayout
-from gradcentral.local_shard import any_sharded, local
+from gradcentral.local_shard import local
+from gradcentral.projection import Strength
 from gradcentral.targets import Targets
 from gradcentral.weight_decay import l2_of_group
 
@@ -33,6 +34,9 @@ _STATE_KEYS: dict[UpdateRule, dict[str, str]] = {
 """For each field of `States`, the key under which torch keeps it in an optimizer's state."""
 
 
+_PLACEMENTS = {placement.name.lower(): placement for placement in Placement}
+
+
 class FusedOptimizer(Optimizer):
     """Interface that an optimizer implements so that the kernels can update its parameters."""
 
@@ -42,22 +46,17 @@ class FusedOptimizer(Optimizer):
         """Return the update rule that a group's options select."""
         raise NotImplementedError
 
-    def _coefficients(self, group: dict[str, Any], lr: float) -> Coefficients:
-        """Return the coefficients for a group's options and this learning rate."""
+    def _coefficients(self, group: dict[str, Any], lr: float, scale: float, strength: float) -> Coefficients:
+        """Return the coefficients for a group's options, this learning rate, and the scale and strength as given."""
         raise NotImplementedError
 
-    def _placement_of(self, group: dict[str, Any]) -> Placement:
+    def _placement_of(self, group: dict[str, Any], strength: Strength) -> Placement:
         """Return the target of centering in a group: without L2 weight decay, "regularized" equals "gradient"."""
-        strength = self.targets.strength_of(group)
         if not isinstance(strength, Tensor) and strength == 0:
             return Placement.PLAIN
         if self.targets.placement == "regularized" and l2_of_group(self, group) == 0:
             return Placement.GRADIENT
-        return Placement[self.targets.placement.upper()]
-
-    def _plan_key(self, index: int, group: dict[str, Any]) -> tuple[object, ...]:
-        """Return what a plan depends on besides the tensors: the position and the options of its group."""
-        return index, group.get(OPTION) is False, self._placement_of(group)
+        return _PLACEMENTS[self.targets.placement]
 
     def _create_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         """Return a parameter's state, created as torch creates it if it does not exist.
@@ -98,6 +97,23 @@ class _PlannedCall(NamedTuple):
     owners: list[Tensor]
     states: list[dict[str, Any]]
     """States of the owners, since looking them up by parameter at each step would be slow."""
+    columns: list[tuple[Callable[[dict[str, Any]], Tensor], list[Tensor]]]
+    """For each kind of state, a function that reads it, and the tensors that the plan updates."""
+
+    def fits(self, grads: list[Tensor], held: LocalTensors | None) -> bool:
+        """Return whether the plan still updates the tensors of parameters and states, and these gradients fit it."""
+        # The local shard of a DTensor may have been replaced since.
+        if held is not None and not same_objects([*map(local, self.owners)], self.plan.params):
+            return False
+        try:
+            for get, planned in self.columns:
+                found = map(get, self.states)
+                if not all(map(operator.is_, found if held is None else map(local, found), planned)):
+                    return False
+        except KeyError:  # a state has been cleared
+            return False
+        fits: bool = self.plan.fits(grads)
+        return fits
 
 
 class GroupPlan(NamedTuple):
@@ -109,17 +125,18 @@ class GroupPlan(NamedTuple):
     calls: list[_PlannedCall]
     all_states: list[Any]
     """The optimizer's states when the plan was created."""
-    all_params: list[Tensor]
-    """All parameters of the group, with or without gradients."""
-    sharded: bool
-    """Whether some of them are DTensors."""
     layout: WeightLayout
     revision: int
     """The layout when the plan was created, and its revision."""
 
     @classmethod
     def create(
-        cls, optimizer: FusedOptimizer, group: dict[str, Any], params: list[Tensor], held: LocalTensors | None
+        cls,
+        optimizer: FusedOptimizer,
+        group: dict[str, Any],
+        params: list[Tensor],
+        held: LocalTensors | None,
+        placement: Placement,
     ) -> GroupPlan:
         """Divide a group among kernel calls; parameters that no kernel accepts are left to torch's own step."""
         rule = optimizer._update_rule(group)
@@ -142,49 +159,43 @@ class GroupPlan(NamedTuple):
 
         calls = []
         with torch.no_grad():
-            centered = optimizer._placement_of(group)
             for chosen in group_by_kernels(shards, [targets.get(p) for p in params], companions)[0]:
                 owners = [*chosen.select(params)]
                 states = [optimizer._create_state(group, p) for p in owners]
                 loops = [
-                    (loop, centered if p in targets else Placement.PLAIN)
+                    (loop, placement if p in targets else Placement.PLAIN)
                     for p, loop in zip(owners, chosen.loops, strict=True)
                 ]
-                plan = chosen.kernels.Plan(
-                    rule, [*chosen.select(shards)], [*chosen.select(grads)], _states_of(rule, states).map(local), loops
-                )
-                calls.append(_PlannedCall(plan, owners, states))
-        everything = [*group["params"]]
+                held_states = _states_of(rule, states).map(local)
+                plan = chosen.kernels.Plan(rule, [*chosen.select(shards)], [*chosen.select(grads)], held_states, loops)
+                columns = [(itemgetter(key), getattr(held_states, field)) for field, key in _STATE_KEYS[rule].items()]
+                calls.append(_PlannedCall(plan, owners, states, columns))
         layout = optimizer.targets.layout
-        states = [*optimizer.state.values()]
-        return cls(params, rule, calls, states, everything, any_sharded(everything), layout, layout.revision)
+        return cls([*params], rule, calls, [*optimizer.state.values()], layout, layout.revision)
 
     def kernel_calls(
-        self, optimizer: FusedOptimizer, group: dict[str, Any], gradients: list[Tensor], held: LocalTensors | None
+        self,
+        optimizer: FusedOptimizer,
+        group: dict[str, Any],
+        gradients: list[Tensor],
+        held: LocalTensors | None,
+        strength: Strength,
     ) -> list[KernelCall] | None:
         """Return the calls with these gradients of ``params``, or None if a plan no longer fits."""
         layout = optimizer.targets.layout
         if layout is not self.layout or layout.revision != self.revision:
             return None
-        if not same_objects([*optimizer.state.values()], self.all_states):
+        if not same_objects(optimizer.state.values(), self.all_states):
             return None
         calls: list[KernelCall] = []
-        for plan, owners, owners_states in self.calls:
-            # The local shard of a DTensor may have been replaced since.
-            if held is not None and not same_objects([local(p) for p in owners], plan.params):
-                return None
+        for call in self.calls:
             grads = gradients
-            if held is not None:
-                grads = [held.gradient(p) for p in owners]
-            elif len(owners) < len(gradients):
-                grads = [cast("Tensor", p.grad) for p in owners]
-            try:
-                states = _states_of(self.rule, owners_states)
-            except KeyError:  # a state has been cleared
+            if held is not None or len(call.owners) < len(gradients):
+                grads = [_gradient(p, held) for p in call.owners]
+            if not call.fits(grads, held):
                 return None
-            if not plan.fits(grads, states if held is None else states.map(local)):
-                return None
-            calls.append(KernelCall(plan, owners, grads, _coefficients_for(optimizer, group, plan)))
+            coefficients = _coefficients_for(optimizer, group, call.plan, strength)
+            calls.append(KernelCall(call.plan, call.owners, grads, coefficients))
         return calls
 
 
@@ -196,19 +207,16 @@ def _states_of(rule: UpdateRule, states: Sequence[dict[str, Any]]) -> States:
     return States(**{field: [*map(itemgetter(key), states)] for field, key in _STATE_KEYS[rule].items()})
 
 
-def _coefficients_for(optimizer: FusedOptimizer, group: dict[str, Any], plan: Any) -> Coefficients | DeviceCoefficients:
+def _coefficients_for(
+    optimizer: FusedOptimizer, group: dict[str, Any], plan: Any, strength: Strength
+) -> Coefficients | DeviceCoefficients:
     """Return the coefficients in the form that the plan's kernel takes."""
     sign = -1.0 if group["maximize"] else 1.0
-    strength = optimizer.targets.strength_of(group)
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     if isinstance(plan, native.Plan):
-        coefficients = optimizer._coefficients(group, float(group["lr"]))
-        coefficients.scale = sign / (1.0 if grad_scale is None else float(grad_scale))
-        coefficients.strength = float(strength)
-        return coefficients
+        scale = sign if grad_scale is None else sign / float(grad_scale)
+        return optimizer._coefficients(group, float(group["lr"]), scale, float(strength))
     # The learning rate and the scaler's results stay on the device: reading them here would synchronize.
-    coefficients = optimizer._coefficients(group, 1.0)
-    coefficients.scale = sign
     on_device = strength if isinstance(strength, Tensor) else None
-    coefficients.strength = 1.0 if isinstance(strength, Tensor) else strength
+    coefficients = optimizer._coefficients(group, 1.0, sign, 1.0 if isinstance(strength, Tensor) else strength)
     return DeviceCoefficients(coefficients, group["lr"], grad_scale, found_inf, on_device)

@@ -68,13 +68,15 @@ class SGD(CentralizedOptimizer, torch.optim.SGD):
             for p, gradient in scaled.items():
                 p.grad = gradient
 
-    def _coefficients(self, group: dict[str, Any], lr: float) -> Coefficients:
+    def _coefficients(self, group: dict[str, Any], lr: float, scale: float, strength: float) -> Coefficients:
         return Coefficients(
             lr=lr,
-            l2=group["weight_decay"],
-            momentum=group["momentum"],
-            keep=1 - group["dampening"],
+            l2=float(group["weight_decay"]),
+            momentum=float(group["momentum"]),
+            keep=1 - float(group["dampening"]),
             nesterov=float(group["nesterov"]),
+            scale=scale,
+            strength=strength,
         )
 
     def _create_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:

@@ -5,14 +5,11 @@ Every call reads the pointers and uploads them if one has changed, without synch
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import c_float
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -60,37 +57,36 @@ class _PointerTable:
 
     def __init__(self, device: torch.device, size: int) -> None:
         self._device, self._size = device, size
-        self._values: list[int] = []
+        self._values: Sequence[int] = ()
         self._aligned = True
         self._current = self._empty()
         self._spare: tuple[Tensor, Tensor] | None = self._pair()
         self._captured: list[tuple[Tensor, Tensor]] = []
 
-    def uploaded(self, values: list[int], capturing: bool) -> tuple[Tensor, bool]:
+    def uploaded(self, values: Sequence[int], capturing: bool) -> tuple[Tensor, bool]:
         """Return the table with these pointers, and whether all of them are divisible by 16."""
         if capturing:
-            return self._for_capture(values), _all_aligned(values)
+            return self._for_capture(values)
         if values != self._values:
             host = self._pinned()
-            _fill(host, values)
+            self._values, self._aligned = values[:], _fill(host, values)
             self._current.copy_(host, non_blocking=True)
-            self._values, self._aligned = values, _all_aligned(values)
         if self._spare is None:
             self._spare = self._pair()
         return self._current, self._aligned
 
-    def _for_capture(self, values: list[int]) -> Tensor:
+    def _for_capture(self, values: Sequence[int]) -> tuple[Tensor, bool]:
         if self._spare is None:  # pinned memory cannot be allocated during a capture
             raise RuntimeError(
                 "two steps of one optimizer were captured in CUDA graphs without a step outside a capture between "
                 "them: capture one step per graph, and call optimizer.step() once before each capture"
             )
         host, table = self._spare
-        _fill(host, values)
+        aligned = _fill(host, values)
         table.copy_(host, non_blocking=True)
         self._captured.append(self._spare)
         self._spare = None
-        return table
+        return table, aligned
 
     def _empty(self) -> Tensor:
         return torch.zeros(self._size, dtype=torch.int64, device=self._device)
@@ -102,12 +98,10 @@ class _PointerTable:
         return torch.empty(self._size, dtype=torch.int64, device="cpu", pin_memory=self._device.type == "cuda")
 
 
-def _fill(host: Tensor, values: list[int]) -> None:
+def _fill(host: Tensor, values: Sequence[int]) -> bool:
+    """Write pointers into a table, and return whether all of them are divisible by 16."""
     host.copy_(torch.frombuffer(array("q", values), dtype=torch.int64))
-
-
-def _all_aligned(pointers: list[int]) -> bool:
-    return functools.reduce(operator.or_, pointers, 0) % 16 == 0
+    return not bool((host & 15).any())
 
 
 def _specialization(optional: Sequence[Tensor | None], constants: tuple[object, ...]) -> tuple[object, ...]:
@@ -145,12 +139,6 @@ def _logarithms(c: Coefficients) -> tuple[float, ...]:
 class TritonPlan(BasePlan):
     """Plan of one launch on the current stream, without synchronizing the host, with means in f32."""
 
-    # A step must not take the host longer than the device, so only properties that can differ are compared: torch
-    # itself ensures that a gradient has the shape and the device of its parameter.
-    gradient_properties = (Tensor.numel, Tensor.stride, attrgetter("dtype"), type, Tensor.is_neg)
-    centering_properties = (Tensor.size, Tensor.get_device, *gradient_properties)
-    parameter_properties = ()
-    lasting_properties = (Tensor.stride,)  # code may change the view of a parameter or a state in place
     means_dtype = torch.float32
 
     def _prepare(self, grads: list[Tensor], loops: PlacedLoops) -> None:
