@@ -72,7 +72,7 @@ trainers: .venv-trainers/ready
 
 jax: .venv-jax/ready
 	OMP_NUM_THREADS=1 .venv-jax/bin/pytest tests/integrations/test_named_layout.py tests/integrations/test_optax*.py \
-	    tests/test_examples.py
+	    tests/test_examples.py::test_flax_digits_runs_and_is_judged
 	for backend in jax torch tensorflow; do \
 	    KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 .venv-jax/bin/pytest tests/integrations/test_keras*.py || exit 1; \
 	done

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -417,22 +418,59 @@ def test_refusals() -> None:
         centralize(sgd(0.1), model, "weights")
     with pytest.raises(ValueError, match="strength must be between 0 and 1, not 1.5"):
         centralize(sgd(0.1), model, strength=1.5)
+    with pytest.raises(ValueError, match="strength must be between 0 and 1, not nan"):
+        centralize(sgd(0.1), model, strength=float("nan"))
+    with pytest.raises(TypeError, match="strength must be a number, not '0.5'"):
+        centralize(sgd(0.1), model, strength="0.5")  # type: ignore[arg-type]
+    for wrong in (None, sgd(0.1)):
+        with pytest.raises(TypeError, match=r"model must be a Keras model, as in centralize\(optimizer, model\), not"):
+            centralize(sgd(0.1), wrong)
+    with pytest.raises(ValueError, match="nothing to center .the optimizer has no weight of the model"):
+        _step(centralize(sgd(0.1), _dense()), model)
     centralized = centralize(sgd(0.1), model)
     with pytest.raises(ValueError, match="already centralized: pass optimizer.inner_optimizer"):
         centralize(centralized, model)
-    centralize(centralized.inner_optimizer, model)
+    assert isinstance(centralize(centralized.inner_optimizer, model), Centralized)
     with pytest.raises(ValueError, match="use_ema=True: use placement='gradient'"):
         centralize(sgd(0.1, use_ema=True), model, "update")
-    centralize(sgd(0.1, use_ema=True), model)
+    assert isinstance(centralize(sgd(0.1, use_ema=True), model), Centralized)
     if hasattr(keras.optimizers, "ScheduleFreeAdamW"):
         with pytest.raises(ValueError, match="ScheduleFreeAdamW keeps: use placement='gradient'"):
             centralize(keras.optimizers.ScheduleFreeAdamW(0.1), model, "update")
-        centralize(keras.optimizers.ScheduleFreeAdamW(0.1), model)
+        assert isinstance(centralize(keras.optimizers.ScheduleFreeAdamW(0.1), model), Centralized)
     lookup = keras.Sequential([keras.Input((3,), dtype="int32"), L.Embedding(7, 4)])
     with pytest.raises(ValueError, match="nothing to center .*lookup table.*pass overrides="):
         centralize("sgd", lookup)
     with pytest.raises(ValueError, match="2 gradients were given for 4 variables"):
         centralized.apply([ops.zeros(1), ops.zeros(1)], model.trainable_variables)
+
+
+def test_a_result_that_is_not_used() -> None:
+    """The optimizer that is passed does not change, unlike in torch, so the call alone has no effect."""
+    model, sgd = _dense(), keras.optimizers.SGD(0.1)
+    with pytest.warns(UserWarning, match="not used, so nothing will be centered: write optimizer = centralize"):
+        centralize(sgd, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(centralize(sgd, model).layout) == 2
+        optimizer = centralize(sgd, model)
+        del optimizer  # as where a function that has compiled a model ends
+
+
+def test_settings_of_the_inner_optimizer() -> None:
+    model = _dense()
+    optimizer = centralize(keras.optimizers.SGD(0.1, weight_decay=0.5), model)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    for name, value in (("clipnorm", 0.5), ("weight_decay", 0.1)):
+        with pytest.raises(AttributeError, match=f"has no effect here: set optimizer.inner_optimizer.{name}"):
+            setattr(optimizer, name, value)
+    with pytest.raises(AttributeError, match=r"call centralize\(optimizer.inner_optimizer, model, strength=...\), and"):
+        optimizer.strength = 0.5
+    assert centralize(optimizer.inner_optimizer, model, strength=0.5).strength == 0.5
+    bias = model.layers[0].bias
+    bias.assign(ops.ones(3))
+    optimizer.apply([ops.zeros(v.shape) for v in model.trainable_variables], model.trainable_variables)
+    np.testing.assert_array_equal(as_numpy(bias), np.ones(3))
 
 
 def test_constraints_and_update() -> None:
@@ -454,8 +492,8 @@ def test_weight_decay_of_unknown_kind() -> None:
     model = _dense()
     with pytest.raises(ValueError, match="whether that of Own is decoupled is unknown: use placement='update'"):
         centralize(Own(0.1, weight_decay=0.1), model, "regularized")
-    centralize(Own(0.1, weight_decay=0.1), model, "update")
-    centralize(Own(0.1, weight_decay=0.1), model, "gradient")
+    for placement in ("update", "gradient"):
+        assert centralize(Own(0.1, weight_decay=0.1), model, placement).placement == placement
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="the torch backend imports torch")
@@ -475,6 +513,7 @@ assert "torch" not in sys.modules
 # --- The example ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="tested with the example's default backend")
 def test_compare_judges_the_example(tmp_path: Path) -> None:
     """The runs of a seed are paired, so that they differ by GC alone."""
     pytest.importorskip("sklearn", reason="needs scikit-learn: pip install gradcentral[experiments]")
@@ -483,7 +522,7 @@ def test_compare_judges_the_example(tmp_path: Path) -> None:
     assert isinstance(example, CustomTask)
     (again,) = islice(example.run(0, "none"), 1)
     task = CustomTask("keras", lambda seed, arm: islice(example.run(seed, arm), 1), metric_name="accuracy")
-    result = compare(task, seeds=2, jobs=1, out=tmp_path, progress=False)
+    result = compare(task, seeds=1, jobs=1, out=tmp_path, progress=False)
     assert result.report.exists()
     epochs = {(run.arm, run.seed): run.epochs[0] for run in result.all_runs}
     assert {arm for arm, _ in epochs} == {"none", "gradient", "update"}

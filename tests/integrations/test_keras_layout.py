@@ -1,6 +1,7 @@
 """The layouts of Keras layers, proven by theorem 4.1.
 
-KERAS_BACKEND chooses the backend, by default JAX; `make jax` runs these tests with each of the three.
+KERAS_BACKEND chooses the backend, by default JAX; `make jax` runs these tests with each of the three. A layout does not
+depend on the backend, so all layers are tested with torch, which need not compile their operations, and some with each.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from gradcentral import WeightVectors
-from tests.integrations.keras_setup import as_numpy, float64, keras  # noqa: F401
+from tests.integrations.keras_setup import BACKEND, as_numpy, float64, keras  # noqa: F401
 
 from gradcentral.integrations.keras import centralize, weight_layout  # isort: skip, after the choice of the backend
 
@@ -279,6 +280,17 @@ CASES = {
 }
 
 
+ON_EACH_BACKEND = (
+    "Dense",
+    "Conv2D, groups",
+    "Conv2DTranspose, stride 2, kernel 4",
+    "DepthwiseConv2D",
+    "LSTM_cell/kernel",
+    "MultiHeadAttention, query",
+)
+TESTED = list(CASES) if BACKEND == "torch" else ON_EACH_BACKEND
+
+
 def _self_attention(attention: Any) -> Any:
     class SelfAttention(keras.layers.Layer):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -320,7 +332,7 @@ def _drift(case: Case, overrides: dict[str, WeightVectors] | None) -> tuple[floa
     return float(np.abs(_change_of_outputs(case, layer) - first).max()), first, GAMMA * w0.sum(vectors.span)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", TESTED)
 def test_theorem_4_1(name: str) -> None:
     """A constant γ added to one unit's inputs changes its output by γ·Σw⁰, as before training."""
     case = CASES[name]
@@ -336,7 +348,7 @@ def test_theorem_4_1(name: str) -> None:
     assert np.unique(first.round(9)) == pytest.approx(np.unique(sums.round(9)), abs=1e-8)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", TESTED)
 def test_theorem_4_1_fails_for_axes_that_ignore_the_layer(name: str) -> None:
     """Of all axes but the last, and of axes 1 and up as in optax, the documentation says where they are right."""
     case = CASES[name]
@@ -434,6 +446,25 @@ def test_frozen_weights_are_shown_and_a_shared_weight_is_decided_by_all_its_laye
     assert entry.reason.startswith("shared by ")
     assert "Dense" in entry.reason
     assert entry.vectors is None
+
+
+def test_a_wrapper_that_refers_to_the_weight_of_its_layer() -> None:
+    model = keras.Sequential([keras.Input((4,)), L.SpectralNormalization(L.Dense(3))])
+    assert [vectors.pattern for vectors in weight_layout(model).values()] == ["[i] o"]
+
+
+def test_layers_inside_of_others() -> None:
+    """A layer that is called twice, a model in a model, cells and wrappers of recurrent layers."""
+    x = keras.Input((4,))
+    twice = L.Dense(4, name="twice")
+    h = keras.Sequential([keras.Input((4,)), L.Dense(6)], name="inner")(twice(twice(x)))
+    h = L.TimeDistributed(L.Dense(3))(L.Reshape((2, 3))(h))
+    h = L.RNN([L.GRUCell(3), L.LSTMCell(2)])(L.Bidirectional(L.LSTM(3, return_sequences=True))(h))
+    layout = weight_layout(keras.Model(x, h))
+    assert {vectors.pattern for vectors in layout.values()} == {"[i] o"}
+    assert len(layout) == 2 + 1 + 4 + 4
+    assert [layout[path].count for path in layout if path.endswith("gru_cell/kernel")] == [9]
+    assert not layout.unknown
 
 
 def test_a_model_without_weights() -> None:

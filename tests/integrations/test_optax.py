@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from flax.core import freeze
+from flax.training.train_state import TrainState
 
 import gradcentral
 from gradcentral.integrations.optax import centralize, models, transformation, weight_layout
@@ -266,6 +268,45 @@ class TestLibraries:
         stacked = eqx.filter_vmap(lambda key: eqx.nn.Linear(5, 4, key=key))(jax.random.split(KEY, 3))
         assert weight_layout(stacked)["weight"].pattern == "l o [i]"
 
+    def test_train_state_and_frozen_parameters(self) -> None:
+        model, x = linen.Dense(4), jnp.ones((2, 5))
+        optimizer = optax.chain(centralize(weight_layout(lambda: model.init(KEY, x))), optax.sgd(-1.0))
+        variables = model.init(KEY, x)
+        for params in (variables, variables["params"], freeze(variables["params"])):
+            grads = jax.tree.map(lambda leaf: jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), params)
+            state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
+            state = jax.jit(TrainState.apply_gradients)(state, grads=grads)
+            _equal(jax.tree.map(jnp.subtract, state.params, params), _by_hand(grads), 1e-5)
+
+    def test_trees_of_models(self) -> None:
+        """Also under keys that are names of a dictionary's methods."""
+        layout = weight_layout({"items": eqx.nn.Linear(5, 4, key=KEY), "update": [eqx.nn.Linear(4, 3, key=KEY)]})
+        assert [*layout] == ["items/weight", "update/0/weight"]
+        layout = weight_layout([nnx.Linear(5, 4, rngs=nnx.Rngs(0)), nnx.Conv(4, 3, (3,), rngs=nnx.Rngs(0))])
+        assert [layout[name].pattern for name in layout] == ["[i] o", "[k i] o"]
+
+    def test_shapes_without_arrays(self) -> None:
+        layout = weight_layout(eqx.filter_eval_shape(eqx.nn.MLP, 5, 3, 4, 1, key=KEY))
+        assert [*layout] == ["layers/0/weight", "layers/1/weight"]
+        assert [*weight_layout(nnx.eval_shape(lambda: nnx.Linear(5, 4, rngs=nnx.Rngs(0))))] == ["kernel"]
+
+    def test_the_state_of_an_nnx_model(self) -> None:
+        """The state does not tell the layers; the layout of the model fits it."""
+        model = nnx.Linear(5, 4, rngs=nnx.Rngs(0))
+        state = nnx.state(model, nnx.Param)
+        assert "The model tells the layers, which its state does not: weight_layout(model)" in str(weight_layout(state))
+        updates = _step(centralize(weight_layout(model)), state, state)
+        _equal(updates["kernel"].get_value(), _by_hand(model.kernel.get_value()), 1e-6)
+
+    def test_haiku_layer_stack(self) -> None:
+        stack = lambda x: hk.experimental.layer_stack(3)(lambda h: hk.Linear(5)(h))(hk.Linear(5)(x))  # noqa: E731
+        model, x = hk.transform(stack), jnp.ones((2, 7))
+        layout = weight_layout(lambda: model.init(KEY, x))
+        assert {name: layout[name].pattern for name in layout} == {
+            "__layer_stack_no_per_layer/linear/w": "l [i] o",
+            "linear/w": "[i] o",
+        }
+
     def test_equinox_cells_norms_and_lookups(self) -> None:
         model = {
             "lstm": eqx.nn.LSTMCell(5, 4, key=KEY),
@@ -491,9 +532,29 @@ class TestErrors:
             centralize(params, "regularized")
         with pytest.raises(ValueError, match='weight_decay= has no effect with placement "gradient"'):
             centralize(params, weight_decay=0.1)
+        with pytest.raises(ValueError, match="strength must be between 0 and 1, not nan"):
+            centralize(params, strength=jnp.nan)
+        for wrong in (-0.1, jnp.nan):
+            with pytest.raises(ValueError, match="weight_decay must be at least 0, not"):
+                centralize(params, "regularized", weight_decay=wrong)
+        with pytest.raises(
+            ValueError, match=r"weight_decay must be a number or a 0-dim array, not one of shape \(4,\)"
+        ):
+            centralize(params, "regularized", weight_decay=jnp.ones(4))
+        with pytest.raises(TypeError, match="strength must be a number or a 0-dim array, not '0.5'"):
+            centralize(params, strength="0.5")
         optimizer = centralize(params, "regularized", weight_decay=0.1)
         with pytest.raises(ValueError, match=r"call optimizer.update\(grads, state, params\)"):
             optimizer.update(params, optimizer.init(params))
+
+    def test_a_schedule_in_place_of_a_number(self) -> None:
+        params, grads = _random(0), _random(1)
+        schedule = optax.constant_schedule(0.5)
+        with pytest.raises(TypeError, match="strength must be a number, not a schedule") as raised:
+            centralize(params, strength=schedule)
+        remedy = str(raised.value).partition(": use ")[2]
+        scope = {"optax": optax, "centralize": centralize, "schedule": schedule, "placement": "gradient"}
+        _equal(_step(eval(remedy, scope | {"layout": weight_layout(params)}), grads, params), _by_hand(grads, 0.5))
 
     def test_nothing_to_center(self) -> None:
         with pytest.raises(ValueError, match="nothing to center among these 1 parameters: Dense_0/bias: bias"):
@@ -511,8 +572,52 @@ class TestErrors:
         optimizer = centralize(params)
         with pytest.raises(ValueError, match="Dense_2/kernel is not in the layout, which has Dense_0/bias, "):
             optimizer.init(params | {"Dense_2": {"kernel": jnp.ones((3, 3))}})
-        with pytest.raises(ValueError, match=r"Dense_1/kernel has shape \(3, 4\), but \(4, 3\) in the layout"):
+        with pytest.raises(ValueError, match=r"has shape \(3, 4\), but \(4, 3\) .* call optimizer.update outside"):
             optimizer.init(params | {"Dense_1": {"kernel": jnp.ones((3, 4))}})
+
+    def test_parameters_without_names(self) -> None:
+        params = _random(0)
+        rule = centralize(params)
+        with pytest.raises(ValueError, match="a single array is not in the layout.*call centralize outside of it"):
+            optax.flatten(rule).init(params)
+        _equal(_step(optax.chain(rule, optax.flatten(optax.sgd(-1.0))), params, params), _by_hand(params))
+
+    def test_a_parameter_without_a_gradient(self) -> None:
+        params, grads = _random(0), _random(1) | {"Dense_1": {"kernel": None}}
+        for placement, weight_decay in (("gradient", None), ("update", None), ("regularized", 0.0)):
+            updates = _step(centralize(params, placement, weight_decay=weight_decay), grads, params)
+            assert updates["Dense_1"]["kernel"] is None
+            _equal(updates["Dense_0"], _by_hand(grads["Dense_0"]))
+
+    def test_a_class_in_place_of_a_model(self) -> None:
+        with pytest.raises(TypeError, match=r"not its class: create a Linear\(...\) first"):
+            weight_layout(nnx.Linear)
+
+    def test_a_compiled_function_that_is_not_traced_again(self) -> None:
+        model, key, x = linen.Dense(4), KEY, jnp.ones((2, 5))
+        init = jax.jit(model.init)
+        init(key, x)
+        with pytest.raises(TypeError, match="it must call model.init without jax.jit") as raised:
+            weight_layout(lambda: init(key, x))
+        remedy = re.search(r"weight_layout\(lambda: .*\)\)", str(raised.value))
+        assert remedy
+        scope = {"weight_layout": weight_layout, "model": model, "key": key, "x": x}
+        assert [*eval(remedy[0], scope)] == ["kernel"]
+
+    def test_two_models_with_layers_of_the_same_name(self) -> None:
+        """A decoder whose initialization calls an encoder; the layers of this name differ in their axes."""
+        encoder = linen.Sequential([linen.Dense(4)])
+        decoder = linen.Sequential([linen.DenseGeneral(3, batch_dims=(0,))])
+        x = jnp.ones((4, 4))
+        encode = lambda: encoder.apply(encoder.init(KEY, x), x)  # noqa: E731
+        layout = weight_layout(lambda: decoder.init(KEY, encode()))
+        assert layout["layers_0/kernel"].pattern == "b [i] o"
+        transposed = linen.Sequential([linen.Conv(4, (4,), padding="VALID")])
+        shifted = linen.Sequential([linen.ConvTranspose(4, (4,), (2,), padding="VALID")])
+        x = jnp.ones((1, 8, 4))
+        convolve = lambda: transposed.apply(transposed.init(KEY, x), x)  # noqa: E731
+        (entry,) = weight_layout(lambda: shifted.init(KEY, convolve())).unknown
+        assert entry.reason == "several layers of this name: linen Conv.kernel and linen ConvTranspose.kernel"
 
     def test_a_linen_module_without_a_function_that_initializes_it(self) -> None:
         model, key, x = linen.Dense(4), KEY, jnp.ones((2, 5))

@@ -18,6 +18,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from gradcentral.integrations.discarded import warn_if_discarded
 from gradcentral.integrations.keras_layout import KerasLayout, weight_layout
 from gradcentral.integrations.named_layout import NamedEntry, Rule
 from gradcentral.weight_vectors import WeightVectors
@@ -25,6 +26,9 @@ from gradcentral.weight_vectors import WeightVectors
 __all__ = ["Centralized", "centralize", "weight_layout"]
 
 PLACEMENTS = ("gradient", "regularized", "update")
+# What Keras reads from the inner optimizer, because that one makes the step.
+_OF_INNER = ("weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum")
+_OF_INNER += ("ema_overwrite_frequency", "loss_scale_factor", "gradient_accumulation_steps")
 
 
 def centralize(
@@ -55,10 +59,14 @@ def centralize(
         A ``Centralized`` optimizer. Its ``layout`` prints what is centered.
 
     Raises:
+        TypeError: the model is not a Keras model; the strength is not a number.
         ValueError: an unknown placement; a strength that is not between 0 and 1; an optimizer that is already
             centralized; nothing to center; placement ``"update"`` for an optimizer with ``use_ema=True``, for
             ScheduleFreeAdamW, or for a weight with a constraint; placement ``"regularized"`` for the weight decay of an
             optimizer that is not Keras' own.
+
+    Warns:
+        UserWarning: the result is not used, as if the optimizer had been changed.
 
     Note:
         Gradients are centered first and clipped second, since Keras clips inside ``apply``.
@@ -71,13 +79,22 @@ def centralize(
         >>> len(optimizer.layout)  # the kernel; the gradient of ones was centered to zeros
         1
     """
+    if not isinstance(model, keras.Layer):
+        raise TypeError(f"model must be a Keras model, as in centralize(optimizer, model), not {model!r}")
     optimizer = keras.optimizers.get(optimizer)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer.inner_optimizer = centralize(
             optimizer.inner_optimizer, model, placement, strength=strength, overrides=overrides
         )
         return optimizer
-    return Centralized(optimizer, _OfModel(model, overrides), placement, strength)
+    centralized = Centralized(optimizer, _OfModel(model, overrides), placement, strength)
+    warn_if_discarded(
+        centralized,
+        centralized._use,
+        "the optimizer that centralize returns is not used, so nothing will be centered: write optimizer = "
+        "centralize(optimizer, model), and pass it to model.compile",
+    )
+    return centralized
 
 
 @keras.saving.register_keras_serializable(package="gradcentral")
@@ -104,8 +121,11 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         super().__init__(learning_rate=0.0, name=name)  # unused: the inner optimizer has its own
         if placement not in PLACEMENTS:
             raise ValueError(f"unknown placement {placement!r}; choose from {', '.join(map(repr, PLACEMENTS))}")
-        if not 0 <= strength <= 1:
+        if isinstance(strength, str) or not hasattr(strength, "__float__"):
+            raise TypeError(f"strength must be a number, not {strength!r}")
+        if not 0 <= float(strength) <= 1:
             raise ValueError(f"strength must be between 0 and 1, not {strength}")
+        self._use: list[str] = []
         self.inner_optimizer = inner_optimizer
         self._placement = placement
         self._strength = float(strength)
@@ -114,7 +134,22 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         self._vectors: Mapping[Any, WeightVectors] = MappingProxyType({})
         _check_optimizer(inner_optimizer, placement)
         if isinstance(layout, KerasLayout) or layout.is_ready():
-            _check_entries(self.layout.entries)
+            _check_entries(self._present_layout().entries)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute.
+
+        Raises an AttributeError for those that would have no effect.
+        """
+        if "inner_optimizer" in vars(self):  # that is, after the constructor of the base class
+            if name in _OF_INNER:
+                raise AttributeError(f"{name} has no effect here: set optimizer.inner_optimizer.{name}")
+            if name in ("strength", "placement"):
+                raise AttributeError(
+                    f"{name} cannot be set, because Keras compiles the step: call centralize("
+                    f"optimizer.inner_optimizer, model, {name}=...), and compile the model with the result"
+                )
+        super().__setattr__(name, value)
 
     @property
     def placement(self) -> str:
@@ -132,6 +167,10 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
 
         Raises a ValueError as long as the model is not built.
         """
+        self._use[:] = ["layout"]
+        return self._present_layout()
+
+    def _present_layout(self) -> KerasLayout:
         return self._layout if isinstance(self._layout, KerasLayout) else self._layout()
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
@@ -211,6 +250,12 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
     def scale_loss(self, loss: Any) -> Any:
         """Scale the loss if the inner optimizer has a ``loss_scale_factor``."""
         return self.inner_optimizer.scale_loss(loss)
+
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[keras.Variable] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
+        """Exclude variables from the weight decay of the inner optimizer."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
     def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
         """Let the inner optimizer put in its averages, if it has ``use_ema=True``."""

@@ -100,6 +100,8 @@ def weight_layout(model: keras.Model, *, overrides: Mapping[str, Rule] | None = 
 
 def _find(variable: keras.Variable, layers: Sequence[keras.Layer]) -> Found:
     """Find the rule of a variable; several layers may share it."""
+    # A wrapper such as SpectralNormalization may refer to a weight that the layer inside of it uses.
+    layers = [layer for layer in layers if not (isinstance(layer, keras.layers.Wrapper) and layer.layer in layers)]
     decisions = [_decide(layer, variable) for layer in layers]
     rule, origin = decisions[0]
     if any(other != rule for other, _ in decisions):

@@ -17,6 +17,8 @@ from gradcentral.integrations.optax.traced import found_in_init
 
 __all__ = ["weight_layout"]
 
+_NNX_HINT = "The model tells the layers, which its state does not: weight_layout(model)"
+
 
 def weight_layout(
     model: Any, *, overrides: Mapping[str, Rule] | None = None, exclude: Iterable[str] = ()
@@ -65,23 +67,27 @@ def weight_layout(
 def _found(model: Any) -> tuple[Iterable[Found], str]:
     """Return the parameters with the decisions of their layers' rules, and a hint for the unknown ones."""
     linen, nnx, equinox = (sys.modules.get(name) for name in ("flax.linen", "flax.nnx", "equinox"))
+    if isinstance(model, type):
+        raise TypeError(f"model must be a model, not its class: create a {model.__name__}(...) first")
     if linen and isinstance(model, linen.Module):
         raise ValueError(
             f"the parameters of a {type(model).__name__} do not exist before it is initialized: pass a function that "
             "does it, such as weight_layout(lambda: model.init(key, x))"
         )
-    if nnx and isinstance(model, nnx.Module):
+    if nnx and _contains(model, nnx.Module):
         return _of_nnx(model, nnx), ""
     if equinox and _contains(model, equinox.Module):
         return _of_equinox(model, equinox), ""
     if callable(model):
         return found_in_init(model), ""
+    hint = _NNX_HINT if nnx and isinstance(model, nnx.State) else HINT
     leaves = jax.tree_util.tree_leaves_with_path(_parameters(model, linen))
     if not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for _, leaf in leaves):
         raise TypeError(
-            f"model must be a model, a function that initializes one, or its parameters, not {type(model).__name__}"
+            f"model must be a model, a function that initializes one, such as lambda: model.init(key, x), or its "
+            f"parameters, not {type(model).__name__}"
         )
-    return found_by_name({name_of_path(path): leaf for path, leaf in leaves}), HINT
+    return found_by_name({name_of_path(path): leaf for path, leaf in leaves}), hint
 
 
 def _contains(tree: Any, kind: type) -> bool:
@@ -101,7 +107,8 @@ def _of_nnx(model: Any, nnx: Any) -> Iterator[Found]:
 
 
 def _of_equinox(model: Any, equinox: Any) -> Iterator[Found]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(equinox.filter(model, equinox.is_array)):
+    is_array = lambda leaf: equinox.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)  # noqa: E731
+    for path, leaf in jax.tree_util.tree_leaves_with_path(equinox.filter(model, is_array)):
         yield _decided(model, [key_of(part) for part in path], leaf, equinox.Module)
 
 
@@ -112,7 +119,9 @@ def _decided(model: Any, path: Iterable[Any], array: Any, module_class: type) ->
     for position, key in enumerate(keys):
         if isinstance(node, module_class):
             owner, rest = node, keys[position:]
-        node = getattr(node, key) if isinstance(key, str) and hasattr(node, key) else node[key]
+        # A dictionary may have a key that is also the name of a method, such as "items".
+        has_keys = isinstance(node, Mapping) or not (isinstance(key, str) and hasattr(node, key))
+        node = node[key] if has_keys else getattr(node, key)
     name, path_name = "/".join(map(str, rest)), "/".join(map(str, keys))
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return Found(path_name, tuple(array.shape), Skip(f"dtype {array.dtype} has no mean"))

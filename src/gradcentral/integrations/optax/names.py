@@ -56,24 +56,27 @@ class Names:
         else:
             known = ", ".join(entry.name for entry in self._layout.entries[:3])
             raise ValueError(
-                f"{name} is not in the layout, which has {known}, …: create the layout from the parameters that the "
-                "optimizer is initialized with, or from their model"
+                f"{name or 'a single array'} is not in the layout, which has {known}, …: create the layout from the "
+                "parameters that the optimizer is initialized with, or from their model. If parameters are flattened, "
+                "as by optax.flatten, call centralize outside of it"
             )
         if found.vectors is not None and tuple(jnp.shape(leaf)) != found.shape:
             raise ValueError(
-                f"{name} has shape {tuple(jnp.shape(leaf))}, but {found.shape} in the layout: create the layout again"
+                f"{name} has shape {tuple(jnp.shape(leaf))}, but {found.shape} in the layout: create the layout from "
+                "these parameters or their model. In shard_map, which passes parts, call optimizer.update outside of it"
             )
         return found
 
     def map(self, function: Callable[..., jax.Array], tree: Any, *arguments: Any, beside: Any = None) -> Any:
         """Apply a function of (array, weight vectors, *arguments) to each centered leaf, and return the new tree.
 
-        If ``beside`` is given, a tree of the same structure, its leaf is the last argument.
+        If ``beside`` is given, a tree of the same structure, its leaf is the last argument. A leaf may be None, as
+        where a parameter has no gradient.
         """
-        leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
         others = [()] * len(leaves) if beside is None else [(leaf,) for leaf in structure.flatten_up_to(beside)]
         result = []
         for (path, leaf), other in zip(leaves, others, strict=True):
-            vectors = self.entry(path, leaf).vectors
+            vectors = None if leaf is None else self.entry(path, leaf).vectors
             result.append(leaf if vectors is None else function(leaf, vectors, *arguments, *other))
         return structure.unflatten(result)

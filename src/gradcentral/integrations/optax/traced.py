@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gradcentral.integrations.named_layout import Found, Skip
+from gradcentral.integrations.optax.by_name import found_by_name
 from gradcentral.integrations.optax.names import name_of_path
 from gradcentral.integrations.optax.rules import decision
 
@@ -41,8 +42,8 @@ def found_in_init(init: Callable[[], Any]) -> Iterator[Found]:
         variables = next((part for part in variables if isinstance(part, Mapping)), None)
     if not layers or not isinstance(variables, Mapping):
         raise TypeError(
-            "the function initializes no model of Flax linen or Haiku: it must return model.init(key, x). Pass a model "
-            "of Flax nnx or Equinox itself"
+            "the function initializes no model of Flax linen or Haiku: it must call model.init without jax.jit, as in "
+            "weight_layout(lambda: model.init(key, x)). Pass a model of Flax nnx or Equinox itself"
         )
     params = variables.get("params", variables) if linen else variables
     for path, leaf in jax.tree_util.tree_leaves_with_path(_unboxed(params, linen)):
@@ -83,9 +84,14 @@ def _decided(path: str, leaf: Any, layers: Mapping[str, list[_Layer]]) -> Found:
     prefix = max((name for name in layers if not name or path.startswith(f"{name}/")), key=len, default=None)
     if prefix is None:
         return Found(path, shape, Skip("created outside of every layer", unknown=True))
+    if any(type(module).__name__ == "LiftingModule" for module, _ in layers[prefix]):
+        return next(found_by_name({path: leaf}))  # Haiku's layer_stack calls its layers by other names
     name = path[len(prefix) + 1 :] if prefix else path
     # Several modules may be in one place, such as the one that a transformed class wraps. The owner knows the shape.
     owners = sorted(layers[prefix], key=lambda layer: name not in layer[1])
     decisions = [decision(module, name, path, shape, own.get(name)) for module, own in owners]
     known = [found for found in decisions if not (isinstance(found.rule, Skip) and found.rule.unknown)]
+    if any(found.rule != known[0].rule for found in known):
+        kinds = " and ".join(dict.fromkeys(found.origin for found in known))
+        return Found(path, shape, Skip(f"several layers of this name: {kinds}", unknown=True))
     return (known or decisions)[0]

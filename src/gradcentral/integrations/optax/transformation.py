@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import jax
@@ -48,9 +49,10 @@ def centralize(
         computed in float32 or wider.
 
     Raises:
-        ValueError: the placement is unknown, the strength is out of range, ``weight_decay`` is missing or would be
-            ignored; when the optimizer is initialized: nothing to center, or a parameter that the layout does not have
-            in this shape.
+        ValueError: the placement is unknown, the strength or the weight decay is out of range, ``weight_decay`` is
+            missing or would be ignored; when the optimizer is initialized: nothing to center, or a parameter that the
+            layout does not have in this shape.
+        TypeError: the strength or the weight decay is not a number.
 
     Source: Yong et al. 2020, eq. 1, section 3.4.
 
@@ -74,7 +76,9 @@ def centralize(
         )
     if placement != "regularized" and weight_decay is not None:
         raise ValueError(f'weight_decay= has no effect with placement "{placement}"; use placement="regularized"')
-    _check_strength(strength)
+    _check_number("strength", strength, maximum=1)
+    if weight_decay is not None:
+        _check_number("weight_decay", weight_decay)
     decided = layout if isinstance(layout, NamedLayout) else weight_layout(layout)
     _check_anything_to_center(decided, [*decided.entries])
     names = Names(decided)
@@ -99,12 +103,21 @@ def centralize(
     return optax.GradientTransformation(init, update)
 
 
-def _check_strength(strength: Any) -> None:
-    if jnp.ndim(strength):
-        raise ValueError(f"strength must be a number or a 0-dim array, not one of shape {jnp.shape(strength)}")
-    # The value of a traced array is not available.
-    if not isinstance(strength, jax.core.Tracer) and not 0 <= float(strength) <= 1:
-        raise ValueError(f"strength must be between 0 and 1, not {float(strength)}")
+def _check_number(name: str, value: Any, maximum: float | None = None) -> None:
+    if callable(value):
+        raise TypeError(
+            f"{name} must be a number, not a schedule: use optax.inject_hyperparams(centralize, "
+            f'static_args=("layout", "placement"))(layout, placement, {name}=schedule)'
+        )
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number or a 0-dim array, not {value!r}")
+    if jnp.ndim(value):
+        raise ValueError(f"{name} must be a number or a 0-dim array, not one of shape {jnp.shape(value)}")
+    if isinstance(value, jax.core.Tracer):  # its value is not available
+        return
+    if not 0 <= float(value) <= (math.inf if maximum is None else maximum):
+        limits = "at least 0" if maximum is None else f"between 0 and {maximum}"
+        raise ValueError(f"{name} must be {limits}, not {float(value)}")
 
 
 def _check_anything_to_center(layout: NamedLayout, entries: list[NamedEntry]) -> None:
@@ -116,7 +129,10 @@ def _check_anything_to_center(layout: NamedLayout, entries: list[NamedEntry]) ->
             f"weight_layout(model, overrides={{{unknown[0].name!r}: '[i] o'}})"
         )
     reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in entries[:3])
-    raise ValueError(f"nothing to center among these {len(entries)} parameters: {reasons or 'there are none'}")
+    raise ValueError(
+        f"nothing to center among these {len(entries)} parameters: {reasons or 'there are none'}. Leave centralize out "
+        "of their optimizer"
+    )
 
 
 def _mean(array: jax.Array, vectors: WeightVectors) -> jax.Array:
