@@ -97,7 +97,7 @@ class _PlannedCall(NamedTuple):
     owners: list[Tensor]
     states: list[dict[str, Any]]
     """States of the owners, since looking them up by parameter at each step would be slow."""
-    columns: list[tuple[Callable[[dict[str, Any]], Tensor], list[Tensor]]]
+    columns: Sequence[tuple[Callable[[dict[str, Any]], Tensor], list[Tensor]]]
     """For each kind of state, a function that reads it, and the tensors that the plan updates."""
 
     def fits(self, grads: list[Tensor], held: LocalTensors | None) -> bool:
