@@ -257,7 +257,7 @@ def test_settings_follow_the_parameters_of_reordered_groups(kind: str) -> None:
     model = _model()
     optimizer = _optimizer(model, kind, {"centralize": 0.25})
     optimizer.param_groups.reverse()
-    layers: list[nn.Module] = [model[1], model[0]]
+    layers: Any = [model[1], model[0]]
     plain = torch.optim.SGD([{"params": list(layer.parameters())} for layer in layers], lr=0.1)
     optimizer.load_state_dict(plain.state_dict())
     assert _rest_of_means(model, optimizer) == [0.0, 0.75]
