@@ -278,7 +278,10 @@ def test_a_group_added_later_has_its_strength(kind: str, placement: str) -> None
 def test_two_handles_share_the_groups_and_pause_alone() -> None:
     first, second = _model(), _model()
     both = nn.ModuleList([*first, *second])
-    groups = [{"params": [*first.parameters()], "centralize": 0.5}, {"params": [*second.parameters()]}]
+    groups: list[dict[str, Any]] = [
+        {"params": [*first.parameters()], "centralize": 0.5},
+        {"params": [*second.parameters()]},
+    ]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     handle = centralize(optimizer, first)
     centralize(optimizer, second, "update", strength=0.25)
