@@ -257,7 +257,8 @@ def test_settings_follow_the_parameters_of_reordered_groups(kind: str) -> None:
     model = _model()
     optimizer = _optimizer(model, kind, {"centralize": 0.25})
     optimizer.param_groups.reverse()
-    plain = torch.optim.SGD([{"params": list(layer.parameters())} for layer in reversed(model)], lr=0.1)
+    layers: Any = [model[1], model[0]]
+    plain = torch.optim.SGD([{"params": list(layer.parameters())} for layer in layers], lr=0.1)
     optimizer.load_state_dict(plain.state_dict())
     assert _rest_of_means(model, optimizer) == [0.0, 0.75]
     assert [group.get("centralize") for group in optimizer.param_groups] == [0.25, None]
@@ -277,7 +278,10 @@ def test_a_group_added_later_has_its_strength(kind: str, placement: str) -> None
 def test_two_handles_share_the_groups_and_pause_alone() -> None:
     first, second = _model(), _model()
     both = nn.ModuleList([*first, *second])
-    groups = [{"params": [*first.parameters()], "centralize": 0.5}, {"params": [*second.parameters()]}]
+    groups: list[dict[str, Any]] = [
+        {"params": [*first.parameters()], "centralize": 0.5},
+        {"params": [*second.parameters()]},
+    ]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     handle = centralize(optimizer, first)
     centralize(optimizer, second, "update", strength=0.25)
@@ -399,7 +403,7 @@ def test_wrappers_may_copy_the_arguments_of_an_own_optimizer_into_its_groups(opt
 
 def test_a_copied_strength_is_harmless_after_the_optimizers_strength_has_changed() -> None:
     model = _model()
-    arguments = {"lr": 0.1, "strength": 1.0}
+    arguments: dict[str, Any] = {"lr": 0.1, "strength": 1.0}
     groups = [{"params": list(layer.parameters()), **arguments} for layer in model]
     optimizer = gradcentral.SGD(groups, **arguments, model=model)
     optimizer.strength = 0.5
