@@ -306,6 +306,7 @@ def test_settings_are_checked_when_the_callback_is_created() -> None:
         GradientCentralization(None)
     with pytest.raises(TypeError, match="overrides and exclude must consist of text"):
         GradientCentralization(exclude=[torch.nn.Linear(2, 2)])  # type: ignore[list-item]
+    assert repr(GradientCentralization(strength=0)) == "GradientCentralization(placement='gradient', strength=0.0)"
     callback = GradientCentralization("update", overrides={"head.weight": "[i] o"}, exclude="*.wte.*", monitor=5)
     saved = json.loads(json.dumps(callback.state()))
     assert GradientCentralization(**saved["args"]).state() == callback.state()

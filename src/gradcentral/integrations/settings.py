@@ -58,13 +58,10 @@ class Settings:
         return handle, handle not in present
 
     def __str__(self) -> str:
-        """Return the arguments as they are typed, without those that have no effect."""
-        values = {name: value for name, value in vars(self).items() if name == "placement" or value}
-        if self.only == "all":
-            del values["only"]
-        if self.strength == 1:
-            del values["strength"]
-        return ", ".join(f"{name}={value!r}" for name, value in values.items())
+        """Return the arguments as they are typed, without those that have their default values."""
+        defaults = {"strength": 1.0, "only": "all", "overrides": {}, "exclude": [], "monitor": None}
+        given = {name: value for name, value in vars(self).items() if name == "placement" or value != defaults[name]}
+        return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
 
 def checked_settings(
