@@ -39,6 +39,8 @@ class Progress:
         if self._done:
             self._console.print(f"{len(self._done)} of {len(self._keys)} runs were finished earlier")
         self._live.__enter__()
+        if not isinstance(self._live, nullcontext):
+            self._live.refresh()  # so that runs which end at once are shown too
         return self
 
     def __exit__(self, *error: Any) -> None:
