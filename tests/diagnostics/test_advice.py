@@ -32,6 +32,10 @@ MODELS = {
         lambda: nn.Sequential(nn.Conv2d(1, 8, 2, 2), nn.TransformerEncoderLayer(8, 2)),
         ("transformer with LayerNorm or RMSNorm",),
     ),
+    "layernorm": (
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.LayerNorm([2, 4, 4]), nn.Conv2d(2, 2, 3), nn.Linear(8, 99)),
+        ("CNN with GroupNorm or LayerNorm",),
+    ),
     "lora": (
         lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), LoraLinear(8, 2)),
         ("fine-tuning a transformer with LoRA",),

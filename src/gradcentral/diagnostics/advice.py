@@ -38,7 +38,8 @@ def kinds_of(model: nn.Module) -> tuple[str, ...]:
         sum(p.numel() for module in modules if isinstance(module, classes) for p in module.parameters(recurse=False))
         for classes in (_CONVOLUTIONS, (nn.Linear,))
     )
-    if layer_norm and linear > convolutions:  # a vision transformer has a convolution, for its patches
+    # A vision transformer has one convolution, for its patches.
+    if layer_norm and linear > convolutions and sum(isinstance(module, _CONVOLUTIONS) for module in modules) < 2:
         lora = any("lora" in name for name in names)
         return ("fine-tuning a transformer with LoRA" if lora else "transformer with LayerNorm or RMSNorm",)
     if has(*_TRANSPOSED) and has(nn.Conv1d, nn.Conv2d, nn.Conv3d):
