@@ -339,6 +339,18 @@ def test_loss_scale_optimizer_is_centered_inside() -> None:
     assert isinstance(optimizer.inner_optimizer, Centralized)
 
 
+def test_the_scaling_of_the_loss_is_done_once() -> None:
+    """LossScaleOptimizer resets the scaling of the optimizer inside of it, at whatever depth."""
+    model = _dense()
+    before = _weights(model)
+    inner = centralize(keras.optimizers.SGD(0.1, loss_scale_factor=8.0), model)
+    assert float(inner.scale_loss(1.0)) == 8
+    optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=1.0)
+    gradients = _centered(_step(optimizer, model))
+    for w, w0, g in zip(_weights(model), before, gradients, strict=True):
+        np.testing.assert_allclose(w, w0 - 0.1 * g, rtol=0, atol=1e-6)
+
+
 def test_a_trained_optimizer_keeps_its_state() -> None:
     model = _dense()
     inner = keras.optimizers.Adam(0.1)
