@@ -442,14 +442,14 @@ def test_refusals() -> None:
     centralized = centralize(sgd(0.1), model)
     with pytest.raises(ValueError, match="already centralized: pass optimizer.inner_optimizer"):
         centralize(centralized, model)
-    assert isinstance(centralize(centralized.inner_optimizer, model), Centralized)
+    assert len(centralize(centralized.inner_optimizer, model).layout) == 2
     with pytest.raises(ValueError, match="use_ema=True: use placement='gradient'"):
         centralize(sgd(0.1, use_ema=True), model, "update")
-    assert isinstance(centralize(sgd(0.1, use_ema=True), model), Centralized)
+    assert len(centralize(sgd(0.1, use_ema=True), model).layout) == 2
     if hasattr(keras.optimizers, "ScheduleFreeAdamW"):
         with pytest.raises(ValueError, match="ScheduleFreeAdamW keeps: use placement='gradient'"):
             centralize(keras.optimizers.ScheduleFreeAdamW(0.1), model, "update")
-        assert isinstance(centralize(keras.optimizers.ScheduleFreeAdamW(0.1), model), Centralized)
+        assert len(centralize(keras.optimizers.ScheduleFreeAdamW(0.1), model).layout) == 2
     lookup = keras.Sequential([keras.Input((3,), dtype="int32"), L.Embedding(7, 4)])
     with pytest.raises(ValueError, match="nothing to center .*lookup table.*pass overrides="):
         centralize("sgd", lookup)
@@ -478,7 +478,8 @@ def test_settings_of_the_inner_optimizer() -> None:
             setattr(optimizer, name, value)
     with pytest.raises(AttributeError, match=r"call centralize\(optimizer.inner_optimizer, model, strength=...\), and"):
         optimizer.strength = 0.5
-    assert centralize(optimizer.inner_optimizer, model, strength=0.5).strength == 0.5
+    weaker = centralize(optimizer.inner_optimizer, model, strength=0.5)  # as the message says
+    assert weaker.strength == 0.5
     bias = model.layers[0].bias
     bias.assign(ops.ones(3))
     optimizer.apply([ops.zeros(v.shape) for v in model.trainable_variables], model.trainable_variables)
@@ -505,7 +506,8 @@ def test_weight_decay_of_unknown_kind() -> None:
     with pytest.raises(ValueError, match="whether that of Own is decoupled is unknown: use placement='update'"):
         centralize(Own(0.1, weight_decay=0.1), model, "regularized")
     for placement in ("update", "gradient"):
-        assert centralize(Own(0.1, weight_decay=0.1), model, placement).placement == placement
+        optimizer = centralize(Own(0.1, weight_decay=0.1), model, placement)
+        assert optimizer.placement == placement
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="the torch backend imports torch")
