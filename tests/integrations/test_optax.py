@@ -631,7 +631,7 @@ class TestErrors:
     def test_what_is_not_a_model(self) -> None:
         with pytest.raises(TypeError, match="the function initializes no model of Flax linen or Haiku"):
             weight_layout(lambda: {"w": jnp.ones((2, 3))})
-        with pytest.raises(TypeError, match="model must be a model, a function that initializes one, or"):
+        with pytest.raises(TypeError, match="model must be a model, a function that initializes one, such as"):
             weight_layout({"Dense_0": "kernel"})
 
 

@@ -27,8 +27,10 @@ __all__ = ["Centralized", "centralize", "weight_layout"]
 
 PLACEMENTS = ("gradient", "regularized", "update")
 # What Keras reads from the inner optimizer, because that one makes the step.
-_OF_INNER = ("weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum")
-_OF_INNER += ("ema_overwrite_frequency", "loss_scale_factor", "gradient_accumulation_steps")
+_OF_INNER = frozenset(
+    ["weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum", "ema_overwrite_frequency"]
+    + ["gradient_accumulation_steps"]
+)
 
 
 def centralize(
@@ -121,7 +123,7 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         super().__init__(learning_rate=0.0, name=name)  # unused: the inner optimizer has its own
         if placement not in PLACEMENTS:
             raise ValueError(f"unknown placement {placement!r}; choose from {', '.join(map(repr, PLACEMENTS))}")
-        if isinstance(strength, str) or not hasattr(strength, "__float__"):
+        if not hasattr(strength, "__float__"):
             raise TypeError(f"strength must be a number, not {strength!r}")
         if not 0 <= float(strength) <= 1:
             raise ValueError(f"strength must be between 0 and 1, not {strength}")
@@ -144,6 +146,8 @@ class Centralized(keras.optimizers.Optimizer):  # type: ignore[misc]
         if "inner_optimizer" in vars(self):  # that is, after the constructor of the base class
             if name in _OF_INNER:
                 raise AttributeError(f"{name} has no effect here: set optimizer.inner_optimizer.{name}")
+            if name == "loss_scale_factor":  # Keras' LossScaleOptimizer takes over the scaling
+                self.inner_optimizer.loss_scale_factor = value
             if name in ("strength", "placement"):
                 raise AttributeError(
                     f"{name} cannot be set, because Keras compiles the step: call centralize("

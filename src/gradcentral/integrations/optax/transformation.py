@@ -109,7 +109,7 @@ def _check_number(name: str, value: Any, maximum: float | None = None) -> None:
             f"{name} must be a number, not a schedule: use optax.inject_hyperparams(centralize, "
             f'static_args=("layout", "placement"))(layout, placement, {name}=schedule)'
         )
-    if isinstance(value, str) or not hasattr(value, "__float__"):
+    if not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number or a 0-dim array, not {value!r}")
     if jnp.ndim(value):
         raise ValueError(f"{name} must be a number or a 0-dim array, not one of shape {jnp.shape(value)}")
