@@ -28,8 +28,16 @@ __all__ = ["Centralized", "centralize", "weight_layout"]
 PLACEMENTS = ("gradient", "regularized", "update")
 # What Keras reads from the inner optimizer, because that one makes the step.
 _OF_INNER = frozenset(
-    ["weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum", "ema_overwrite_frequency"]
-    + ["gradient_accumulation_steps"]
+    {
+        "weight_decay",
+        "clipnorm",
+        "clipvalue",
+        "global_clipnorm",
+        "use_ema",
+        "ema_momentum",
+        "ema_overwrite_frequency",
+        "gradient_accumulation_steps",
+    }
 )
 
 
