@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import sys
 import warnings
 import weakref
@@ -27,7 +28,10 @@ def warn_if_discarded(result: Any, used: Sequence[object], message: str) -> None
 
 
 def _warn(line_of_call: tuple[object, ...], used: Sequence[object], message: str) -> None:
-    if not used and _line(sys._getframe(2)) == line_of_call:  # frame 1 is that of weakref.finalize
+    frame = sys._getframe(2)  # frame 1 is that of weakref.finalize
+    # In a loop, the line of the call may also delete what it has assigned before; that is another instruction.
+    is_discarded = dis.opname[frame.f_code.co_code[frame.f_lasti]] == "POP_TOP"
+    if not used and is_discarded and _line(frame) == line_of_call:
         warnings.warn(message, stacklevel=3)
 
 
