@@ -45,7 +45,7 @@ _WEIGHTS_HELP = "Trained weights of the task's network (a state dict), which ini
 _START = """\b
 Start here:
   gradcentral compare              train with and without GC on bundled data
-  gradcentral compare --example    write a task file for your own model and data
+  gradcentral compare --example    write a task file to edit
   gradcentral layout MODULE:MODEL  what GC would center in a model
   gradcentral COMMAND --help       options and an example
 """
