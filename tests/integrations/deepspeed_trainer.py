@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+if __name__ == "__main__":  # the imports below read these; pytest imports this file too, to look for doctests
+    os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
 
 from tests.integrations.hand_written import difference
 from tests.integrations.hugging_face import build, train_by_hand, trainer

@@ -111,11 +111,13 @@ def weights_of(model: nn.Module) -> list[Tensor]:
     return [module.weight for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
 
 
+@torch.no_grad()
 def center_by_hand(model: nn.Module) -> None:
     """Subtract the mean of each row from the gradients of the Linear and Conv2d layers."""
     for weight in weights_of(model):
         if weight.grad is not None:
-            weight.grad.copy_(_centered(weight.grad))
+            # Not copy_, which would cut the graph of the gradient, from which AdaHessian takes second derivatives.
+            weight.grad -= weight.grad.mean(tuple(range(1, weight.ndim)), keepdim=True)
 
 
 def largest_mean(tensors: Iterable[Tensor]) -> float:
