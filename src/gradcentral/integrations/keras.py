@@ -52,7 +52,7 @@ def centralize(
     """Return an optimizer that applies Gradient Centralization, to be passed to ``model.compile``.
 
     The optimizer passed in is wrapped and not changed, so a model that was compiled with it must be compiled again with
-    the result. Only a `LossScaleOptimizer` is returned itself, with its inner optimizer wrapped.
+    the result. Only a ``LossScaleOptimizer`` is returned itself, with its inner optimizer wrapped.
 
     Args:
         optimizer: any Keras optimizer, or its name. One that has been trained with keeps its state.
@@ -66,7 +66,7 @@ def centralize(
         overrides: see `weight_layout`.
 
     Returns:
-        A `Centralized` optimizer. Its ``layout`` prints what is centered.
+        A ``Centralized`` optimizer. Its ``layout`` prints what is centered.
 
     Raises:
         TypeError: the model is not a Keras model; the strength is not a number.
