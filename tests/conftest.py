@@ -7,17 +7,11 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import settings
 
 # In CI, Hypothesis draws the same examples in every run. No deadline: a slow machine is not a failure.
 settings.register_profile("gradcentral", deadline=None, derandomize=bool(os.environ.get("CI")), max_examples=60)
 settings.load_profile("gradcentral")
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 @pytest.fixture
