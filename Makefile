@@ -67,11 +67,13 @@ installed: $(VENV)/dev wheel
 
 # The adapters in gradcentral.integrations, each with the library that it is named after. The tests of JAX and Keras are
 # skipped here; their environment is another one, since Keras' backends pin packages that trainers pin too.
+# Tests elsewhere that are skipped without one of these libraries.
+WITH_TRAINERS := tests/test_migration.py tests/test_step_hooks.py tests/experiment/test_evaluation.py
 trainers: .venv-trainers/ready
 	# yapf, which MMEngine imports, writes its tables to the user's cache when it is imported for the first time. A second
 	# process that reads them meanwhile fails, so this happens before there are several.
 	.venv-trainers/bin/python -c 'import yapf'
-	OMP_NUM_THREADS=1 .venv-trainers/bin/pytest -n $(JOBS) --dist loadfile tests/integrations
+	OMP_NUM_THREADS=1 .venv-trainers/bin/pytest -n $(JOBS) --dist loadfile tests/integrations $(WITH_TRAINERS)
 
 jax: .venv-jax/ready
 	OMP_NUM_THREADS=1 .venv-jax/bin/pytest tests/integrations/test_named_layout.py tests/integrations/test_optax*.py \

@@ -469,7 +469,7 @@ def test_placement_update_refuses_schedule_free_optimizers() -> None:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_the_optimizer_of_accelerate_is_followed(placement: str) -> None:
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: run `make trainers`")
     model = _model()
     accelerator = accelerate.Accelerator(cpu=True)
     optimizer = accelerator.prepare_optimizer(SGD(model.parameters(), lr=0.1))

@@ -97,7 +97,7 @@ def test_outputs_and_targets_of_every_form_are_joined() -> None:
 
 
 def test_an_output_of_transformers_stays_one() -> None:
-    outputs = pytest.importorskip("transformers.modeling_outputs")
+    outputs = pytest.importorskip("transformers.modeling_outputs", reason="needs transformers: run `make trainers`")
     one, two = (outputs.SequenceClassifierOutput(loss=torch.tensor(1.0), logits=torch.rand(n, 2)) for n in (3, 2))
     joined = join("output", [one, two], [3, 2])
     assert torch.equal(joined.logits, torch.cat([one.logits, two.logits]))
