@@ -43,7 +43,8 @@ class BuildNative(build_ext):
         if platform.machine().lower() not in ("x86_64", "amd64"):
             attempts.remove([openmp, clones])
         if self.compiler.compiler_type == "msvc":
-            attempts, base = [["/openmp"], []], ["/O2"]
+            # One thread: /openmp would bring Microsoft's runtime into a process that has torch's, which is Intel's.
+            attempts, base = [[]], ["/O2"]
         else:
             # The search path of the Python that builds the library would point into another machine's folders.
             self.compiler.linker_so = [flag for flag in self.compiler.linker_so if "-rpath" not in flag]
