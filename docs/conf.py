@@ -81,8 +81,9 @@ def _check_offline(app: Sphinx, exception: Exception | None) -> None:
     for file in sorted(Path(app.outdir).rglob("*")):
         if file.suffix in (".html", ".css"):
             text = file.read_text(encoding="utf-8")
-            if found := re.search(loads if file.suffix == ".html" else loads_in_css, text):
-                raise ExtensionError(f"{file.relative_to(app.outdir)} needs another server: {found[found.lastindex or 0]}")
+            for found in re.findall(loads if file.suffix == ".html" else loads_in_css, text):
+                address = found if isinstance(found, str) else "".join(found)
+                raise ExtensionError(f"{file.relative_to(app.outdir)} needs another server: {address}")
 
 
 def setup(app: Sphinx) -> None:

@@ -171,7 +171,7 @@ def _plot_net(axis: Any, records: Sequence[Record], title: str, unit: str, lines
 
 def _plot_shares(figure: Any, records: Sequence[Record], names: list[str], theme: Theme) -> None:
     """Draw one row per layer, in the model's order, and one cell per record."""
-    # From a color near the background to that of GC: it keeps its meaning where a page inverts the lightness of pictures.
+    # From a color near the background to that of GC, which also works where a page inverts the lightness of pictures.
     low, high = theme.faint, theme.arms["gradient"]
     colors = optional("matplotlib.colors").LinearSegmentedColormap.from_list("share", [low, high])
     axis = figure.subplots()
