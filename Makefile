@@ -13,7 +13,7 @@ INSTALL := -m pip --disable-pip-version-check install --quiet --constraint
 PIP := $(BIN)/python $(INSTALL) constraints.txt
 
 .PHONY: compare test lint types tests triton zoo cluster trainers jax docs without-compiler sanitize installed wheel
-.PHONY: matrix bench clean
+.PHONY: matrix links bench clean
 
 compare: $(VENV)/experiments
 	$(BIN)/gradcentral compare
@@ -103,6 +103,10 @@ matrix:
 # changed (-E); a warning fails the build, as does a link to a page or heading that does not exist.
 docs: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -E -q -W --keep-going -b html docs docs/_build/html
+
+# Opens the external links of the documentation, so it needs the internet and is not a part of `make test`.
+links: $(VENV)/dev
+	$(BIN)/sphinx-build -E -q -W --keep-going -b linkcheck -D nb_execution_mode=off docs docs/_build/links
 
 bench: $(VENV)/experiments
 	$(BIN)/gradcentral bench

@@ -14,6 +14,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 C = "src/gradcentral/kernels/c"
@@ -43,7 +44,8 @@ class BuildNative(build_ext):
         if platform.machine().lower() not in ("x86_64", "amd64"):
             attempts.remove([openmp, clones])
         if self.compiler.compiler_type == "msvc":
-            attempts, base = [["/openmp"], []], ["/O2"]
+            # One thread: /openmp would bring Microsoft's runtime into a process that has torch's, which is Intel's.
+            attempts, base = [[]], ["/O2"]
         else:
             # The search path of the Python that builds the library would point into another machine's folders.
             self.compiler.linker_so = [flag for flag in self.compiler.linker_so if "-rpath" not in flag]
@@ -67,8 +69,10 @@ class BuildNative(build_ext):
 
     def check_runtime(self, ext: Extension) -> None:
         """Refuse a library that needs clang's OpenMP runtime on Linux, where torch has GCC's."""
-        if sys.platform == "linux" and b"__kmpc_fork_call" in Path(self.get_ext_fullpath(ext.name)).read_bytes():
-            raise RuntimeError("compiled for another OpenMP runtime than torch's")
+        library = Path(self.get_ext_fullpath(ext.name))
+        if sys.platform == "linux" and b"__kmpc_" in library.read_bytes():
+            library.unlink()  # otherwise the next attempt would find it newer than its sources, and keep it
+            raise CompileError("compiled for another OpenMP runtime than torch's")
 
     def reason(self) -> str:
         """Return why the compilation failed, as the end of a sentence."""

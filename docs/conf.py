@@ -44,6 +44,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True}
 python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100  # a longer signature has one line per parameter
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 default_role = "any"
@@ -55,10 +56,12 @@ html_copy_source = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+pygments_dark_style = "github-dark"  # the default underlines the names of modules, as if they were links
 copybutton_prompt_text = r"\$ |>>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
 linkcheck_anchors = False
+linkcheck_ignore = [rf"{re.escape(REPOSITORY)}/(blob|tree)/main/"]  # tests/test_docs.py finds these files in the tree
 
 
 def _link_sources(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -74,9 +77,13 @@ def _check_offline(app: Sphinx, exception: Exception | None) -> None:
         r"""<(?:script|img|iframe|source)\b[^>]*\bsrc(?:set)?=["']?((?:https?:)?//[^"' ]+)"""
         r"""|<link\b(?=[^>]*rel="(?:stylesheet|preload|icon)")[^>]*href="((?:https?:)?//[^"]+)"""
     )
-    for file in sorted(Path(app.outdir).rglob("*.html")):
-        if found := re.search(loads, file.read_text(encoding="utf-8")):
-            raise ExtensionError(f"{file.relative_to(app.outdir)} needs another server: {found[1] or found[2]}")
+    loads_in_css = r"""(?:url\(|@import)\s*["']?((?:https?:)?//[^"')]+)"""
+    for file in sorted(Path(app.outdir).rglob("*")):
+        if file.suffix in (".html", ".css"):
+            text = file.read_text(encoding="utf-8")
+            for found in re.findall(loads if file.suffix == ".html" else loads_in_css, text):
+                address = found if isinstance(found, str) else "".join(found)
+                raise ExtensionError(f"{file.relative_to(app.outdir)} needs another server: {address}")
 
 
 def setup(app: Sphinx) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from contextlib import nullcontext
@@ -143,6 +144,13 @@ def test_every_link_has_a_target(page: Path) -> None:
         if anchor:
             titles = re.findall(r"^#+ (.*)", target.read_text(), re.M)
             assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
+
+
+@pytest.mark.parametrize("package", ["gradcentral", "gradcentral.diagnostics", "gradcentral.experiment"])
+def test_every_public_name_has_an_entry_in_the_reference(package: str) -> None:
+    reference = (ROOT / "docs" / "api.md").read_text()
+    entries = set(re.findall(r"^\.\. auto\w+:: (?:[\w.]+\.)?(\w+)$", reference, re.M))
+    assert {*importlib.import_module(package).__all__} <= entries
 
 
 def test_every_extra_is_declared() -> None:

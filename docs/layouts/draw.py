@@ -36,16 +36,16 @@ class Weight(nn.Module):
 
 # Title, pattern, layer, index of the output unit to color.
 PANELS: list[tuple[str, str, nn.Module, int]] = [
-    ("Linear, LSTM, attention", "o [i]", nn.Linear(6, 5), 2),
-    ("GPT-2 Conv1D: x @ weight", "[i] o", Weight("[i] o", 6, 5), 2),
+    ("Linear, LSTM,\nattention", "o [i]", nn.Linear(6, 5), 2),
+    ("GPT-2 Conv1D:\nx @ weight", "[i] o", Weight("[i] o", 6, 5), 2),
     ("Conv2d", "o [i k k]", nn.Conv2d(3, 4, 3), 1),
-    ("Conv2d, two groups", "o [i k k]", nn.Conv2d(4, 4, 3, groups=2), 1),
+    ("Conv2d,\ntwo groups", "o [i k k]", nn.Conv2d(4, 4, 3, groups=2), 1),
     ("ConvTranspose2d", "[i] o [k k]", nn.ConvTranspose2d(4, 3, 3), 1),
-    ("ConvTranspose2d, two groups", "(2 [i]) o [k k]", nn.ConvTranspose2d(4, 6, 3, groups=2), 1),
-    ("ConvTranspose2d, kernel 4, stride 2", "[i] o ([m] 2) ([m] 2)", nn.ConvTranspose2d(3, 3, 4, stride=2), 5),
-    ("experts: Mixtral, Qwen, DeepSeek …", "e o [i]", Weight("e o [i]", 3, 4, 5), 5),
-    ("experts: GPT-OSS, Llama 4, Aria", "e [i] o", Weight("e [i] o", 3, 5, 4), 5),
-    ("Embedding, token, scale", "v d", nn.Embedding(5, 6), 0),
+    ("ConvTranspose2d,\ntwo groups", "(2 [i]) o [k k]", nn.ConvTranspose2d(4, 6, 3, groups=2), 1),
+    ("ConvTranspose2d,\nkernel 4, stride 2", "[i] o ([m] 2) ([m] 2)", nn.ConvTranspose2d(3, 3, 4, stride=2), 5),
+    ("experts: Mixtral,\nQwen, DeepSeek …", "e o [i]", Weight("e o [i]", 3, 4, 5), 5),
+    ("experts: GPT-OSS,\nLlama 4, Aria", "e [i] o", Weight("e [i] o", 3, 5, 4), 5),
+    ("Embedding,\ntoken, scale", "v d", nn.Embedding(5, 6), 0),
 ]
 
 
@@ -55,7 +55,7 @@ def weight_vector(layer: nn.Module, pattern: str, unit: int) -> tuple[Tensor, st
     parameter = layer.get_parameter("weight")
     mask = torch.zeros(parameter.shape, dtype=torch.bool)
     if parameter not in layout:
-        return mask, "skipped: no output units"
+        return mask, "skipped:\nno output units"
     vectors = layout[parameter]
     assert vectors.agrees_with(WeightVectors.parse(pattern, parameter.shape)), f"{layer} is not {pattern!r}"
     view = mask.view(vectors.dims)
@@ -65,7 +65,7 @@ def weight_vector(layer: nn.Module, pattern: str, unit: int) -> tuple[Tensor, st
         index[axis] = unit % view.shape[axis]
         unit //= view.shape[axis]
     view[tuple(index)] = True
-    return mask, f"{vectors.count} weight vectors of {vectors.fan_in} elements"
+    return mask, f"{vectors.count} weight vectors\nof {vectors.fan_in} elements"
 
 
 def axis_names(pattern: str) -> list[str]:
@@ -98,15 +98,15 @@ def draw(ax: Axes, mask: Tensor, names: list[str]) -> None:
 
 def main() -> None:
     """Draw all panels into one picture."""
-    figure, axes = plt.subplots(2, 5, figsize=(15, 7.8), facecolor="white")
+    figure, axes = plt.subplots(2, 5, figsize=(10.5, 6.8), facecolor="white")
     for ax, (title, pattern, layer, unit) in zip(axes.flat, PANELS, strict=True):
         mask, caption = weight_vector(layer, pattern, unit)
         draw(ax, mask, axis_names(pattern))
         ax.set_title(f"{title}\n", fontsize=10.5, color=TEXT, pad=30)
         ax.annotate(pattern, (0.5, 1), (0, 25), **AT_TOP, fontsize=11, color=BLUE, family="monospace")
         ax.text(0.5, -0.03, caption, transform=ax.transAxes, ha="center", va="top", fontsize=9, color=TEXT)
-    figure.subplots_adjust(left=0.03, right=0.97, bottom=0.05, top=0.86, hspace=0.6)
-    figure.savefig(Path(__file__).with_name("weight-vectors.png"), dpi=110)
+    figure.subplots_adjust(left=0.03, right=0.97, bottom=0.06, top=0.83, hspace=0.85)
+    figure.savefig(Path(__file__).with_name("weight-vectors.png"), dpi=160)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,5 +61,5 @@ def test_a_task_of_a_notebook_is_compared_there(tmp_path: Path, jobs: int) -> No
 def test_the_report_is_shown_in_a_frame_of_its_own(tmp_path: Path) -> None:
     result = compare(make_task(), seeds=2, epochs=1, jobs=1, out=tmp_path, progress=False)
     page = result._repr_html_()
-    assert page.startswith('<iframe srcdoc="&lt;!')
-    assert page.count('"') == 4  # the attributes' own: the report cannot end them
+    assert re.match('<iframe title="[^"<>]*" srcdoc="&lt;!', page)
+    assert page.count('"') == 6  # the attributes' own: the report cannot end them

@@ -402,6 +402,31 @@ def test_the_reason_names_a_missing_openmp_runtime(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the compiler is a shell script")
+@pytest.mark.parametrize(
+    ("real", "system"),
+    [
+        pytest.param("cc", "any", id="without OpenMP, as Apple's"),
+        pytest.param("clang", "linux", id="with another OpenMP runtime than torch's"),
+    ],
+)
+def test_a_compiler_without_the_openmp_of_torch_builds_kernels_for_one_thread(
+    tmp_path: Path, real: str, system: str
+) -> None:
+    if shutil.which(real) is None or system not in ("any", sys.platform):
+        pytest.skip(f"needs {real}")
+    compiler = tmp_path / "my-cc"
+    reject = 'case " $* " in *" -fopenmp "*) exit 1 ;; esac\n' if real == "cc" else ""
+    compiler.write_text(f'#!/bin/sh\n{reject}exec {real} "$@"\n')
+    compiler.chmod(0o755)
+    build = ["setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    environment = {**os.environ, "CC": str(compiler)}
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, *build], cwd=root, env=environment, check=True, capture_output=True)
+    library, reason = native._load(tmp_path / "gradcentral" / "kernels")
+    assert (library.gradcentral_has_openmp(), reason) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is a shell script")
 @pytest.mark.parametrize("found", [True, False])
 def test_the_reason_tells_a_missing_compiler_from_a_failing_one(tmp_path: Path, found: bool) -> None:
     compiler = tmp_path / "my-cc"

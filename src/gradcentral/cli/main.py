@@ -194,7 +194,7 @@ def layout(
 
 @app.command(
     short_help="What GC costs: optimizer steps with and without it.",
-    epilog="Example: gradcentral bench --models ResNet-50 --optimizers AdamW --dtypes f32 --no-iteration",
+    epilog="Example: gradcentral bench --models ResNet-50 --dtypes f32",
 )
 def bench(
     models: Annotated[str, typer.Option(help="Networks to measure.")] = ",".join(MODELS),

@@ -156,7 +156,7 @@ def plot_records(records: Sequence[Record], theme: Theme = LIGHT) -> Any:
             axis.set_xlabel("steps taken")
             axis.legend(frameon=False)
         if names:
-            _plot_shares(bottom, records, names)
+            _plot_shares(bottom, records, names, theme)
         return figure
 
 
@@ -169,14 +169,17 @@ def _plot_net(axis: Any, records: Sequence[Record], title: str, unit: str, lines
         axis.plot([record.step for record in records], values, line, color=color, lw=1.3, label=label)
 
 
-def _plot_shares(figure: Any, records: Sequence[Record], names: list[str]) -> None:
+def _plot_shares(figure: Any, records: Sequence[Record], names: list[str], theme: Theme) -> None:
     """Draw one row per layer, in the model's order, and one cell per record."""
+    # From a color near the background to that of GC, which also works where a page inverts the lightness of pictures.
+    low, high = theme.faint, theme.arms["gradient"]
+    colors = optional("matplotlib.colors").LinearSegmentedColormap.from_list("share", [low, high])
     axis = figure.subplots()
     rows = [_values([record.layers.get(name, Reading()) for record in records], "share") for name in names]
     steps = [record.step for record in records]
     # A cell extends from its record to the next one.
     edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
-    image = axis.pcolormesh(edges, range(len(names) + 1), rows, cmap="viridis", vmin=0, vmax=1, rasterized=True)
+    image = axis.pcolormesh(edges, range(len(names) + 1), rows, cmap=colors, vmin=0, vmax=1, rasterized=True)
     every = math.ceil(len(names) / _MAX_NAMES)
     axis.set_yticks([at + 0.5 for at in range(0, len(names), every)], names[::every], fontsize=8)
     axis.invert_yaxis()
