@@ -27,7 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
-def _with_inductor(*cases: tuple[str, str]) -> list[Any]:
+def with_inductor(*cases: tuple[str, ...]) -> list[Any]:
+    """Return the cases with the backend appended, to be skipped without a C++ compiler."""
     needs = pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler: install g++, or set CXX")
     return [pytest.param(*case, "inductor", marks=needs) for case in cases]
 
@@ -104,9 +105,7 @@ def _assert_equal(compiled: list[Tensor], eager: list[Tensor]) -> None:
     ("name", "placement", "backend"),
     [(name, placement, "aot_eager") for name in ALL for placement in PLACEMENTS]
     # A compilation takes seconds, so each kind of centering is compiled once.
-    + _with_inductor(
-        ("SGD", "gradient"), ("SGD", "update"), ("attached SGD", "gradient"), ("attached AdamW", "update")
-    ),
+    + with_inductor(("SGD", "gradient"), ("SGD", "update"), ("attached SGD", "gradient"), ("attached AdamW", "update")),
 )
 def test_a_compiled_step_equals_the_eager_one(name: str, placement: str, backend: str) -> None:
     model = Net()
@@ -123,7 +122,7 @@ def test_a_compiled_step_equals_the_eager_one(name: str, placement: str, backend
     [
         ("AdamW", "gradient", "aot_eager"),
         ("attached SGD", "update", "aot_eager"),
-        *_with_inductor(("attached SGD", "gradient")),
+        *with_inductor(("attached SGD", "gradient")),
     ],
 )
 def test_a_whole_training_step_in_one_compiled_function_equals_the_eager_one(

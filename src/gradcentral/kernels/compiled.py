@@ -28,9 +28,7 @@ def _no_result(*args: object) -> None:
     """Stand in for an operator that only writes to its arguments, while the compiler traces."""
 
 
-def register(
-    function: Callable[..., Any], writes: Sequence[str] = (), fake: Callable[..., Any] = _no_result
-) -> None:
+def register(function: Callable[..., Any], writes: Sequence[str] = (), fake: Callable[..., Any] = _no_result) -> None:
     """Register a function as an operator of the same name, without the leading underscore.
 
     Args:
@@ -192,9 +190,7 @@ def _fake_means(tensors: list[Tensor], vectors: str) -> Tensor:
     return tensors[0].new_empty(sum(counts), dtype=torch.float64)
 
 
-def _restore_means_(
-    tensors: list[Tensor], means: Tensor | None, vectors: str, strength: Tensor | None = None
-) -> None:
+def _restore_means_(tensors: list[Tensor], means: Tensor | None, vectors: str, strength: Tensor | None = None) -> None:
     """Restore means; without any, shift each weight vector to mean zero, which is Φ."""
     part = 1.0 if strength is None else strength
     cached, pairs = _cached(tensors, vectors)

@@ -159,10 +159,10 @@ class CentralizedOptimizer(FusedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         traced = torch.compiler.is_compiling()
-        if traced and can_fuse(self):
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if traced and can_fuse(self, found_inf is not None):
             fused_step(self)
             return loss
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
         if traced and (found_inf is None or self._torch_reads_found_inf) and self._can_be_traced():
             self._refuse_sparse()
             self._traced_step()

@@ -1,7 +1,8 @@
 """The fused step under ``torch.compile``: one operator per parameter group, which calls the kernels.
 
-The graph consists of the operator alone: parameters, gradients and state are its inputs, and it writes to them in
-place. The learning rate and the strength are inputs too. The compiler sees the signature of the operator only.
+The graph consists of these operators alone. Parameters, gradients and state are inputs of the graph, and the operators
+write to them in place. The learning rate and the strength are inputs too, so that new values need no compilation. The
+compiler sees only the signature of the operator.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from torch import Tensor
 
 from gradcentral.kernels import native
 from gradcentral.kernels.compiled import decode, encode, on_graph, register
-from gradcentral.kernels.forms import Coefficients, DeviceCoefficients, Placement, States, UpdateRule, same_objects
+from gradcentral.kernels.forms import (
+    Coefficients,
+    DeviceCoefficients,
+    Placement,
+    States,
+    UpdateRule,
+    is_plain,
+    same_objects,
+)
 from gradcentral.kernels.planner import KernelGroup, group_by_kernels, kernels_for
 from gradcentral.local_shard import any_sharded
 from gradcentral.optim.fused import FusedOptimizer
@@ -26,8 +35,9 @@ from gradcentral.weight_vectors import WeightVectors
 __all__ = ["StepPlans", "can_fuse", "fused_step", "may_fuse"]
 
 
-# Tracing. Dynamo follows `fused_step` line by line, and calls `can_fuse` and `_layout_of` as they are. Their results
-# depend only on what Dynamo guards in any case: the parameters, the gradients, the state and the options of the groups.
+# What Dynamo traces. It follows `fused_step` line by line, but calls `can_fuse` and `_layout_of` while it compiles and
+# takes their results as constants. They may depend only on what Dynamo guards in any case: parameters, gradients,
+# state, the options of the groups, and the arguments of these functions.
 
 
 def may_fuse(group: dict[str, Any]) -> bool:
@@ -41,44 +51,39 @@ def may_fuse(group: dict[str, Any]) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def can_fuse(optimizer: FusedOptimizer) -> bool:
-    """Return whether `fused_step` can update every parameter that has a gradient."""
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not all(map(may_fuse, optimizer.param_groups)) or any_sharded(params):
+def can_fuse(optimizer: FusedOptimizer, may_skip: bool) -> bool:
+    """Return whether `fused_step` can update every parameter that has a gradient.
+
+    Args:
+        optimizer: the optimizer.
+        may_skip: whether a GradScaler decides if this step is skipped.
+    """
+    groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in optimizer.param_groups]
+    params = [p for _, members in groups for p in members]
+    if not all(map(may_fuse, optimizer.param_groups)) or any_sharded(params) or not all(map(_is_served, params)):
         return False
-    if not all(map(_is_served, params)):
-        return False
-    if getattr(optimizer, "found_inf", None) is None:
-        return True
-    # A first step that a GradScaler skips would still count as the first.
-    return all(
-        group.get("dampening", 0) == 0 or optimizer.state[p].get("momentum_buffer") is not None
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p.grad is not None
+    # A first step that a GradScaler skips would still count as the first, and would not be dampened.
+    return not may_skip or all(
+        optimizer.state[p].get("momentum_buffer") is not None
+        for group, members in groups
+        for p in members
+        if group.get("dampening", 0) != 0
     )
 
 
 def _is_served(p: Tensor) -> bool:
+    """Return whether kernels accept the type of a parameter and of its gradient; strides are left to the operator."""
     kernels = kernels_for(p)
-    held = (p, p.grad)
     return kernels is not None and all(
-        tensor is not None
-        and tensor.dtype in kernels.DTYPES
-        and tensor.layout == torch.strided
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        for tensor in held
+        tensor is not None and tensor.dtype in kernels.DTYPES and is_plain(tensor) for tensor in (p, p.grad)
     )
 
 
 @torch.compiler.assume_constant_result
-def _layout_of(optimizer: FusedOptimizer, index: int, revision: int) -> str:
+def _layout_of(optimizer: FusedOptimizer, index: int) -> str:
     """Return the weight vectors of the parameters of a group that have gradients, as `encode` writes them.
 
-    Args:
-        optimizer: the optimizer, which keeps the plans of the group.
-        index: the position of the group.
-        revision: of the optimizer's layout, on which the result depends.
+    The optimizer keeps the plans of its groups.
     """
     targets: dict[Tensor, WeightVectors] = dict(optimizer.targets.current(optimizer).whole)
     params = [p for p in optimizer.param_groups[index]["params"] if p.grad is not None]
@@ -86,92 +91,66 @@ def _layout_of(optimizer: FusedOptimizer, index: int, revision: int) -> str:
     return encode(map(targets.get, params))
 
 
+@torch.compiler.assume_constant_result
+def _current_revision(optimizer: FusedOptimizer) -> int:
+    """Return the revision of the layout, after parameters that are new to it have been looked up."""
+    optimizer.targets.current(optimizer)
+    return optimizer.targets.layout.revision
+
+
 @torch.no_grad()
 def fused_step(optimizer: FusedOptimizer) -> None:
     """Take the step that ``torch.compile`` traces."""
+    # The comparison makes Dynamo guard the revision, on which the results of `_layout_of` depend.
+    assert _current_revision(optimizer) == optimizer.targets.layout.revision, "Dynamo must compile this step again"
     for index, group in enumerate(optimizer.param_groups):
         params: list[Tensor] = []
         grads: list[Tensor] = []
-        columns: list[list[Any]] = [[], [], [], []]
+        columns: list[list[Any]] = [[], [], [], []]  # in the order of `States`, as torch's method fills them
         rule = optimizer._update_rule(group)
-        # Dynamo calls this method of torch as it is, and adds the guards of parameters, gradients and state.
+        # Dynamo calls this method of torch as it is, and guards parameters, gradients and state.
         optimizer._init_group(group, params, grads, *columns[: 4 if rule >= UpdateRule.ADAM else 1])
         if not params:
             continue
-        momentum, squares, largest_squares, steps = columns
-        fresh = [buffer is None for buffer in momentum]
-        momentum = [
+        fresh = [buffer is None for buffer in columns[0]]
+        columns[0] = [
             torch.zeros_like(p, memory_format=torch.preserve_format) if buffer is None else buffer
-            for p, buffer in zip(params, momentum, strict=False)
+            for p, buffer in zip(params, columns[0], strict=False)
         ]
-        strength, lr = optimizer.targets.strength_of(group), group["lr"]
+        lr, strength = group["lr"], optimizer.targets.strength_of(group)
         placement = optimizer._placement_of(group, strength)
-        coefficients = optimizer._coefficients(group, 1.0, -1.0 if group["maximize"] else 1.0, 1.0)
+        # On a CUDA device a float stays a constant, as with torch's optimizers: a graph with inputs on the host cannot
+        # become a CUDA graph.
         if params[0].is_cpu:
-            lr, strength = _on_host(lr), _on_host(strength)
+            lr = lr if isinstance(lr, Tensor) else on_graph(lr)
+            strength = strength if isinstance(strength, Tensor) or strength == 1 else on_graph(strength)
+        coefficients = optimizer._coefficients(group, 1.0, -1.0 if group["maximize"] else 1.0, 1.0)
+        coefficients = coefficients._replace(lr=_number(lr), strength=_number(strength))
         torch.ops.gradcentral.fused_step_(
             params,
             grads,
-            momentum,
-            squares,
-            largest_squares,
-            steps,
+            *columns,
+            fresh,
+            int(rule),
+            int(placement),
+            _layout_of(optimizer, index),
+            [*coefficients],
             lr if isinstance(lr, Tensor) else None,
             strength if isinstance(strength, Tensor) else None,
             getattr(optimizer, "grad_scale", None),
             getattr(optimizer, "found_inf", None),
-            [
-                *coefficients._replace(
-                    lr=1.0 if isinstance(lr, Tensor) else lr, strength=1.0 if isinstance(strength, Tensor) else strength
-                )
-            ],
-            fresh,
-            int(rule),
-            int(placement),
-            _layout_of(optimizer, index, optimizer.targets.layout.revision),
         )
-        for p, buffer, is_new in zip(params, momentum, fresh, strict=False):
+        for p, buffer, is_new in zip(params, columns[0], fresh, strict=False):
             if is_new:
                 optimizer.state[p]["momentum_buffer"] = buffer
 
 
-def _on_host(number: float | Tensor) -> Tensor:
-    """Return a number as an input of the graph.
-
-    On a CUDA device a float remains part of the graph, as with torch's optimizers, because an operator with inputs on
-    the CPU cannot be part of a CUDA graph.
-    """
-    return number if isinstance(number, Tensor) else on_graph(number)
+def _number(value: float | Tensor) -> float:
+    """Return the value to put among the coefficients, which a tensor replaces."""
+    return 1.0 if isinstance(value, Tensor) else value
 
 
 # The operator.
-
-
-class _Planned(NamedTuple):
-    columns: list[list[Tensor]]
-    """The parameters, and each kind of state."""
-    groups: list[tuple[KernelGroup, Any]]
-    """The kernel calls, each with its plan."""
-    rest: list[int]
-    """Positions of the parameters that no kernel can update."""
-
-    def fits(self, columns: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]) -> bool:
-        """Return whether these are the planned parameters and states, with gradients of the planned form."""
-        return all(map(same_objects, self.columns, columns)) and all(
-            plan.fits([*group.select(grads)]) for group, plan in self.groups
-        )
-
-
-class StepPlans:
-    """The plans of the compiled steps of one parameter group, which its optimizer keeps."""
-
-    def __init__(self) -> None:
-        self.planned: dict[object, _Planned] = {}
-
-
-# By the id of the first parameter, so that the plans, which refer to the parameters, live as long as the optimizer. An
-# operator call without an entry, or whose entry does not fit, creates its plans again.
-_plans: WeakValueDictionary[int, StepPlans] = WeakValueDictionary()
 
 
 def _fused_step_(
@@ -181,57 +160,132 @@ def _fused_step_(
     squares: list[Tensor],
     largest_squares: list[Tensor],
     steps: list[Tensor],
-    lr: Tensor | None,
-    strength: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    coefficients: list[float],
     fresh: list[bool],
     rule: int,
     placement: int,
     vectors: str,
+    coefficients: list[float],
+    lr: Tensor | None,
+    strength: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
-    """Update parameters and state by one step.
+    """Update the parameters and their state by one step.
 
     Args:
         params, grads: the parameters and their gradients.
         momentum, squares, largest_squares, steps: the state, as in `States`; empty where the update rule has none.
-        lr: the learning rate, if it is not among the coefficients.
-        strength: s of P_s, if it is not among the coefficients.
-        grad_scale, found_inf: set by a GradScaler.
-        coefficients: `Coefficients` for a learning rate of 1, but with the learning rate.
-        fresh: whether each momentum buffer is new; empty without momentum.
+        fresh: whether each momentum buffer is new; empty if there are none.
         rule: the `UpdateRule`.
-        placement: the `Placement`.
-        vectors: the weight vectors of the parameters (see `encode`).
+        placement: the `Placement` of the parameters that are centered.
+        vectors: their weight vectors, and those of the others, as `encode` writes them.
+        coefficients: `Coefficients`, with the learning rate, but otherwise for one of 1, and for unscaled gradients.
+        lr, strength: take the place of those among the coefficients.
+        grad_scale, found_inf: set by a GradScaler.
     """
-    numbers = Coefficients(*coefficients)
-    rate = numbers.lr if lr is None else float(lr) if lr.is_cpu else lr
-    part = numbers.strength if strength is None else float(strength) if strength.is_cpu else strength
-    placed = Placement.PLAIN if not isinstance(part, Tensor) and part == 0 else Placement(placement)
     states = States(*(column or None for column in (momentum, squares, largest_squares, steps)))
+    numbers = _Numbers.of(Coefficients(*coefficients), lr, strength, grad_scale, found_inf)
+    placed = Placement.PLAIN if numbers.switched_off else Placement(placement)
     planned = _planned(UpdateRule(rule), params, grads, states, placed, vectors)
-    of_host = bool(planned.rest) or any(isinstance(plan, native.Plan) for _, plan in planned.groups)
-    if found_inf is not None and of_host and found_inf.item():
+    if found_inf is not None and planned.reads_on_host and found_inf.item():
         return
     is_fresh = fresh if any(fresh) else []
     for group, plan in planned.groups:
-        call: Coefficients | DeviceCoefficients
-        if isinstance(plan, native.Plan):
-            call = _for_host(numbers, rate, part, grad_scale)
-        else:
-            number = 1.0 if isinstance(part, Tensor) else part
-            on_device = part if isinstance(part, Tensor) else None
-            call = DeviceCoefficients(numbers._replace(strength=number), rate, grad_scale, found_inf, on_device)
+        call = numbers.on_host() if isinstance(plan, native.Plan) else numbers.on_device()
         plan.run([*group.select(grads)], call, [*group.select(is_fresh)] if is_fresh else [])
-    for position in planned.rest:
-        of_state = States(*(None if column is None else [column[position]] for column in states))
-        call = _for_host(numbers, rate, part, grad_scale)._replace(decay=numbers.decay)
-        own = None if placed == Placement.PLAIN else decode(vectors)[position]
-        _reference_step_(params[position], grads[position], of_state, call, bool(is_fresh) and fresh[position], own, placed)
+    for at in planned.rest:
+        state = [None if column is None else column[at] for column in states]
+        centered = decode(vectors)[at] if placed else None
+        _reference_step_(params[at], grads[at], *state, bool(is_fresh) and fresh[at], centered, placed, numbers)
 
 
 register(_fused_step_, writes=["params", "momentum", "squares", "largest_squares", "steps"])
+
+
+class _Numbers(NamedTuple):
+    """The coefficients of a step, some of them on the device."""
+
+    of_unit_lr: Coefficients
+    """For a learning rate of 1 and unscaled gradients."""
+    lr: float | Tensor
+    strength: float | Tensor
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        coefficients: Coefficients,
+        lr: Tensor | None,
+        strength: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> _Numbers:
+        """Read what is on the CPU; reading the rest would wait for the device."""
+
+        def read(tensor: Tensor | None, number: float) -> float | Tensor:
+            return number if tensor is None else float(tensor) if tensor.is_cpu else tensor
+
+        return cls(
+            coefficients, read(lr, coefficients.lr), read(strength, coefficients.strength), grad_scale, found_inf
+        )
+
+    @property
+    def switched_off(self) -> bool:
+        """Whether the strength is 0, where a mean need not exist."""
+        return not isinstance(self.strength, Tensor) and self.strength == 0
+
+    def on_host(self) -> Coefficients:
+        """Return the coefficients for the C kernels."""
+        lr, scale = float(self.lr), self.of_unit_lr.scale
+        return self.of_unit_lr._replace(
+            lr=lr,
+            decay=lr * self.of_unit_lr.decay,
+            scale=scale if self.grad_scale is None else scale / float(self.grad_scale),
+            strength=float(self.strength),
+        )
+
+    def on_device(self) -> DeviceCoefficients:
+        """Return the coefficients for the Triton kernels."""
+        on_device = self.strength if isinstance(self.strength, Tensor) else None
+        number = 1.0 if isinstance(self.strength, Tensor) else self.strength
+        coefficients = self.of_unit_lr._replace(strength=number)
+        return DeviceCoefficients(coefficients, self.lr, self.grad_scale, self.found_inf, on_device)
+
+
+class _Planned(NamedTuple):
+    columns: list[list[Tensor]]
+    """The parameters and each kind of state."""
+    groups: list[tuple[KernelGroup, Any]]
+    """The kernel calls, each with its plan."""
+    rest: list[int]
+    """Positions of the parameters that no kernel can update."""
+
+    def fits(self, columns: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]) -> bool:
+        """Return whether these are the planned parameters and states, with gradients of the planned form."""
+        # Gradients that no kernel accepted may have other strides now.
+        return (
+            not self.rest
+            and all(map(same_objects, self.columns, columns))
+            and all(plan.fits([*group.select(grads)]) for group, plan in self.groups)
+        )
+
+    @property
+    def reads_on_host(self) -> bool:
+        """Whether code on the host needs the results of a GradScaler."""
+        return bool(self.rest) or any(isinstance(plan, native.Plan) for _, plan in self.groups)
+
+
+class StepPlans:
+    """The plans of the compiled steps of one parameter group, kept by its optimizer."""
+
+    def __init__(self) -> None:
+        self.planned: dict[object, _Planned] = {}
+
+
+# By the id of the first parameter. The entry lives as long as the optimizer, and so does the parameter. A call that
+# finds no entry, or one that does not fit, plans again.
+_plans: WeakValueDictionary[int, StepPlans] = WeakValueDictionary()
 
 
 def _planned(
@@ -248,17 +302,15 @@ def _planned(
         buffers = [column[position] for column in states[:3] if column is not None]
         counter = None if states.steps is None else states.steps[position]
         accepted = kernels.accepts(params[position], grads[position], buffers, counter)
-        return [grads[position], *buffers] if accepted and len({each.dtype for each in buffers}) <= 1 else None
+        return [grads[position], *buffers] if accepted and len({buffer.dtype for buffer in buffers}) <= 1 else None
 
     centered = decode(vectors)
     groups, rest = group_by_kernels(params, centered, companions)
     planned = _Planned(columns, [], rest)
     for group in groups:
         selected = States(*(None if column is None else [*group.select(column)] for column in states))
-        loops = [
-            (loop, Placement.PLAIN if each is None else placement)
-            for loop, each in zip(group.loops, group.select(centered), strict=True)
-        ]
+        placements = [Placement.PLAIN if each is None else placement for each in group.select(centered)]
+        loops = [*zip(group.loops, placements, strict=True)]
         plan = group.kernels.Plan(rule, [*group.select(params)], [*group.select(grads)], selected, loops)
         planned.groups.append((group, plan))
     if kept is not None:
@@ -266,39 +318,30 @@ def _planned(
     return planned
 
 
-def _for_host(
-    numbers: Coefficients, lr: float | Tensor, strength: float | Tensor, grad_scale: Tensor | None
-) -> Coefficients:
-    lr = float(lr)
-    scale = numbers.scale if grad_scale is None else numbers.scale / float(grad_scale)
-    return numbers._replace(lr=lr, decay=lr * numbers.decay, scale=scale, strength=float(strength))
-
-
 def _reference_step_(
-    w: Tensor, g: Tensor, state: States, c: Coefficients, fresh: bool, vectors: WeightVectors | None, placement: Placement
+    w: Tensor,
+    g: Tensor,
+    m: Tensor | None,
+    v: Tensor | None,
+    largest_v: Tensor | None,
+    steps: Tensor | None,
+    fresh: bool,
+    vectors: WeightVectors | None,
+    placement: Placement,
+    numbers: _Numbers,
 ) -> None:
-    """Update one parameter that no kernel can update, such as one whose gradient has other strides.
-
-    Args:
-        w, g: the parameter and its gradient.
-        state: lists of one tensor each.
-        c: the coefficients; its ``decay`` is for a learning rate of 1.
-        fresh: whether the momentum buffer is new.
-        vectors, placement: what is centered.
-    """
+    """Update one parameter that no kernel can update, such as one whose gradient has other strides."""
     wide = torch.promote_types(w.dtype, torch.float32)
-    m, v, largest_v, steps = (None if column is None else column[0] for column in state)
+    c = numbers.on_host()
     old, gradient = w.to(wide), g.to(wide) * c.scale
-    name = placement.name.lower()
+    target = vectors, placement.name.lower()
     written: list[tuple[Tensor | None, Tensor | None]]
-    if m is None or v is None:
-        momentum = None if m is None or fresh else m.to(wide)
+    if v is None or m is None:
         new, moved = sgd_step(
             old,
             gradient,
-            momentum,
-            vectors,
-            name,
+            None if m is None or fresh else m.to(wide),
+            *target,
             strength=c.strength,
             lr=c.lr,
             momentum=c.momentum,
@@ -308,20 +351,19 @@ def _reference_step_(
         )
         written = [(w, new), (m, moved)]
     else:
-        largest = v if largest_v is None else largest_v
         assert steps is not None, "Adam counts its steps"
+        largest = v if largest_v is None else largest_v
         new, after = adam_step(
             old,
             gradient,
             AdamState(m.to(wide), v.to(wide), largest.to(wide), int(steps)),
-            vectors,
-            name,
+            *target,
             strength=c.strength,
             lr=c.lr,
             betas=(c.beta1, c.beta2),
             eps=c.epsilon,
-            weight_decay=c.decay or c.l2,
-            decoupled=c.decay != 0,
+            weight_decay=numbers.of_unit_lr.decay or c.l2,
+            decoupled=numbers.of_unit_lr.decay != 0,
             amsgrad=largest_v is not None,
         )
         steps += 1
