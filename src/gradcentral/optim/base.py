@@ -317,7 +317,9 @@ class CentralizedOptimizer(FusedOptimizer):
 
     @torch.no_grad()
     def _traced_step(self) -> None:
-        """Take the step that ``torch.compile`` traces: torch's own, with operators that center before or around it.
+        """Take the step that ``torch.compile`` traces where the kernels do not apply.
+
+        It is torch's own step, with operators that center before or around it.
 
         Replacing ``p.grad`` would break the graph, so it is overwritten with the centered values and later with the
         original ones, which the compiled code optimizes away. Two pitfalls of Inductor: it drops the second write if an

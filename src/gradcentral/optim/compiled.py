@@ -35,9 +35,10 @@ from gradcentral.weight_vectors import WeightVectors
 __all__ = ["StepPlans", "can_fuse", "fused_step", "may_fuse"]
 
 
-# What Dynamo traces. It follows `fused_step` line by line, but calls `can_fuse` and `_layout_of` while it compiles and
-# takes their results as constants. They may depend only on what Dynamo guards in any case: parameters, gradients,
-# state, the options of the groups, and the arguments of these functions.
+# What Dynamo traces. It follows `fused_step` line by line, but calls the functions with assume_constant_result while it
+# compiles and takes their results as constants. These may depend only on what Dynamo guards in any case: the parameters
+# and states, which parameters have gradients, the options of the groups, and the arguments of the functions. The types
+# and strides of gradients are not guarded, so the operator accepts gradients of any form.
 
 
 def may_fuse(group: dict[str, Any]) -> bool:
@@ -101,8 +102,9 @@ def _current_revision(optimizer: FusedOptimizer) -> int:
 @torch.no_grad()
 def fused_step(optimizer: FusedOptimizer) -> None:
     """Take the step that ``torch.compile`` traces."""
-    # The comparison makes Dynamo guard the revision, on which the results of `_layout_of` depend.
-    assert _current_revision(optimizer) == optimizer.targets.layout.revision, "Dynamo must compile this step again"
+    # They never differ here. The comparison makes Dynamo guard the revision, on which `_layout_of` depends.
+    if _current_revision(optimizer) != optimizer.targets.layout.revision:
+        raise RuntimeError("the layout changed while the step was compiled")
     for index, group in enumerate(optimizer.param_groups):
         params: list[Tensor] = []
         grads: list[Tensor] = []
