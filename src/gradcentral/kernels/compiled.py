@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from gradcentral.kernels.centering import Centering, Means
 from gradcentral.projection import Pair, Strength, center_, center_regularized, restore_means_, unit_means
@@ -39,7 +40,8 @@ def register(function: Callable[..., Any], writes: Sequence[str] = (), fake: Cal
     name = function.__name__.removeprefix("_")
     schema = torch.library.infer_schema(function, mutates_args=writes, op_name=name)
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, function, "CompositeExplicitAutograd")
+    # Where torch 2.8 breaks the graph, Dynamo would otherwise trace the function itself.
+    _library.impl(name, _disable_dynamo(function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"gradcentral::{name}", fake, lib=_library)
 
 

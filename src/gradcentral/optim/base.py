@@ -19,8 +19,8 @@ from gradcentral.kernels.forms import same_objects
 from gradcentral.kernels.planner import dispatch_is_observed
 from gradcentral.layout import WeightLayout
 from gradcentral.local_shard import any_sharded, local, overlaps_itself, with_local
-from gradcentral.optim.compiled import StepPlans, can_fuse, fused_step, may_fuse
-from gradcentral.optim.fused import FusedOptimizer, GroupPlan, KernelCall, LocalTensors
+from gradcentral.optim.compiled import StepPlans, TracedOptimizer, may_fuse
+from gradcentral.optim.fused import GroupPlan, KernelCall, LocalTensors
 from gradcentral.projection import Strength, center_regularized, checked_strength, restore_means_, unit_means
 from gradcentral.targets import Targets, check_placement, layout_to_use, log_attached, refuse_sparse
 from gradcentral.weight_decay import L2, l2_of
@@ -28,7 +28,7 @@ from gradcentral.weight_decay import L2, l2_of
 __all__ = ["CentralizedOptimizer"]
 
 
-class CentralizedOptimizer(FusedOptimizer):
+class CentralizedOptimizer(TracedOptimizer):
     """Base class of `SGD`, `Adam` and `AdamW`: torch's optimizer of the same name, with centering inside its step.
 
     Args:
@@ -160,8 +160,8 @@ class CentralizedOptimizer(FusedOptimizer):
                 loss = closure()
         traced = torch.compiler.is_compiling()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if traced and can_fuse(self, found_inf is not None):
-            fused_step(self)
+        if traced and self._can_fuse(found_inf is not None):
+            self._fused_step()
             return loss
         if traced and (found_inf is None or self._torch_reads_found_inf) and self._can_be_traced():
             self._refuse_sparse()

@@ -7,7 +7,7 @@ compiler sees only the signature of the operator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -32,13 +32,7 @@ from gradcentral.optim.fused import FusedOptimizer
 from gradcentral.optim.reference import AdamState, adam_step, sgd_step
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["StepPlans", "can_fuse", "fused_step", "may_fuse"]
-
-
-# What Dynamo traces. It follows `fused_step` line by line, but calls the functions with assume_constant_result while it
-# compiles and takes their results as constants. These may depend only on what Dynamo guards in any case: the parameters
-# and states, which parameters have gradients, the options of the groups, and the arguments of the functions. The types
-# and strides of gradients are not guarded, so the operator accepts gradients of any form.
+__all__ = ["StepPlans", "TracedOptimizer", "may_fuse"]
 
 
 def may_fuse(group: dict[str, Any]) -> bool:
@@ -51,25 +45,102 @@ def may_fuse(group: dict[str, Any]) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
-def can_fuse(optimizer: FusedOptimizer, may_skip: bool) -> bool:
-    """Return whether `fused_step` can update every parameter that has a gradient.
+class TracedOptimizer(FusedOptimizer):
+    """The step that ``torch.compile`` traces.
 
-    Args:
-        optimizer: the optimizer.
-        may_skip: whether a GradScaler decides if this step is skipped.
+    It follows `_fused_step` line by line, but calls the methods with assume_constant_result while it compiles and takes
+    their results as constants. These may depend only on what is guarded in any case: the parameters and states, which
+    parameters have gradients, the options of the groups, and the arguments of the methods. The types and strides of
+    gradients are not guarded, so the operator accepts gradients of any form.
     """
-    groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in optimizer.param_groups]
-    params = [p for _, members in groups for p in members]
-    if not all(map(may_fuse, optimizer.param_groups)) or any_sharded(params) or not all(map(_is_served, params)):
-        return False
-    # A first step that a GradScaler skips would still count as the first, and would not be dampened.
-    return not may_skip or all(
-        optimizer.state[p].get("momentum_buffer") is not None
-        for group, members in groups
-        for p in members
-        if group.get("dampening", 0) != 0
-    )
+
+    _init_group: Callable[..., Any]
+    """torch's method that creates the state of a group and appends its tensors to the lists passed to it."""
+    _compiled: dict[int, StepPlans]
+    """For each parameter group, the plans of its compiled steps."""
+
+    @torch.compiler.assume_constant_result
+    def _can_fuse(self, may_skip: bool) -> bool:
+        """Return whether `_fused_step` can update every parameter that has a gradient.
+
+        Args:
+            may_skip: whether a GradScaler decides if this step is skipped.
+        """
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        params = [p for _, members in groups for p in members]
+        if not all(map(may_fuse, self.param_groups)) or any_sharded(params) or not all(map(_is_served, params)):
+            return False
+        # A first step that a GradScaler skips would still count as the first, and would not be dampened.
+        return not may_skip or all(
+            self.state[p].get("momentum_buffer") is not None
+            for group, members in groups
+            for p in members
+            if group.get("dampening", 0) != 0
+        )
+
+    @torch.compiler.assume_constant_result
+    def _layout_of(self, index: int) -> str:
+        """Return the weight vectors of the parameters of a group that have gradients, as `encode` writes them.
+
+        The optimizer keeps the plans of its groups.
+        """
+        targets: dict[Tensor, WeightVectors] = dict(self.targets.current(self).whole)
+        params = [p for p in self.param_groups[index]["params"] if p.grad is not None]
+        _plans[id(params[0])] = self._compiled.setdefault(index, StepPlans())
+        return encode(map(targets.get, params))
+
+    @torch.compiler.assume_constant_result
+    def _current_revision(self) -> int:
+        """Return the revision of the layout, after parameters that are new to it have been looked up."""
+        self.targets.current(self)
+        return self.targets.layout.revision
+
+    @torch.no_grad()
+    def _fused_step(self) -> None:
+        """Take the step that ``torch.compile`` traces."""
+        # They never differ here. The comparison makes Dynamo guard the revision, on which `_layout_of` depends.
+        if self._current_revision() != self.targets.layout.revision:
+            raise RuntimeError("the layout changed while the step was compiled")
+        for index, group in enumerate(self.param_groups):
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            columns: list[list[Any]] = [[], [], [], []]  # in the order of `States`, as torch's method fills them
+            rule = self._update_rule(group)
+            # Dynamo calls this method of torch as it is, and guards parameters, gradients and state.
+            self._init_group(group, params, grads, *columns[: 4 if rule >= UpdateRule.ADAM else 1])
+            if not params:
+                continue
+            fresh = [buffer is None for buffer in columns[0]]
+            columns[0] = [
+                torch.zeros_like(p, memory_format=torch.preserve_format) if buffer is None else buffer
+                for p, buffer in zip(params, columns[0], strict=False)
+            ]
+            lr, strength = group["lr"], self.targets.strength_of(group)
+            placement = self._placement_of(group, strength)
+            # On a CUDA device a float stays a constant, as with torch's optimizers, because a graph with inputs on the
+            # host cannot become a CUDA graph.
+            if params[0].is_cpu:
+                lr = lr if isinstance(lr, Tensor) else on_graph(lr)
+                strength = strength if isinstance(strength, Tensor) or strength == 1 else on_graph(strength)
+            coefficients = self._coefficients(group, 1.0, -1.0 if group["maximize"] else 1.0, 1.0)
+            coefficients = coefficients._replace(lr=_number(lr), strength=_number(strength))
+            torch.ops.gradcentral.fused_step_(
+                params,
+                grads,
+                *columns,
+                fresh,
+                int(rule),
+                int(placement),
+                self._layout_of(index),
+                [*coefficients],
+                lr if isinstance(lr, Tensor) else None,
+                strength if isinstance(strength, Tensor) else None,
+                getattr(self, "grad_scale", None),
+                getattr(self, "found_inf", None),
+            )
+            for p, buffer, is_new in zip(params, columns[0], fresh, strict=False):
+                if is_new:
+                    self.state[p]["momentum_buffer"] = buffer
 
 
 def _is_served(p: Tensor) -> bool:
@@ -80,79 +151,9 @@ def _is_served(p: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
-def _layout_of(optimizer: FusedOptimizer, index: int) -> str:
-    """Return the weight vectors of the parameters of a group that have gradients, as `encode` writes them.
-
-    The optimizer keeps the plans of its groups.
-    """
-    targets: dict[Tensor, WeightVectors] = dict(optimizer.targets.current(optimizer).whole)
-    params = [p for p in optimizer.param_groups[index]["params"] if p.grad is not None]
-    _plans[id(params[0])] = optimizer._compiled.setdefault(index, StepPlans())
-    return encode(map(targets.get, params))
-
-
-@torch.compiler.assume_constant_result
-def _current_revision(optimizer: FusedOptimizer) -> int:
-    """Return the revision of the layout, after parameters that are new to it have been looked up."""
-    optimizer.targets.current(optimizer)
-    return optimizer.targets.layout.revision
-
-
-@torch.no_grad()
-def fused_step(optimizer: FusedOptimizer) -> None:
-    """Take the step that ``torch.compile`` traces."""
-    # They never differ here. The comparison makes Dynamo guard the revision, on which `_layout_of` depends.
-    if _current_revision(optimizer) != optimizer.targets.layout.revision:
-        raise RuntimeError("the layout changed while the step was compiled")
-    for index, group in enumerate(optimizer.param_groups):
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        columns: list[list[Any]] = [[], [], [], []]  # in the order of `States`, as torch's method fills them
-        rule = optimizer._update_rule(group)
-        # Dynamo calls this method of torch as it is, and guards parameters, gradients and state.
-        optimizer._init_group(group, params, grads, *columns[: 4 if rule >= UpdateRule.ADAM else 1])
-        if not params:
-            continue
-        fresh = [buffer is None for buffer in columns[0]]
-        columns[0] = [
-            torch.zeros_like(p, memory_format=torch.preserve_format) if buffer is None else buffer
-            for p, buffer in zip(params, columns[0], strict=False)
-        ]
-        lr, strength = group["lr"], optimizer.targets.strength_of(group)
-        placement = optimizer._placement_of(group, strength)
-        # On a CUDA device a float stays a constant, as with torch's optimizers: a graph with inputs on the host cannot
-        # become a CUDA graph.
-        if params[0].is_cpu:
-            lr = lr if isinstance(lr, Tensor) else on_graph(lr)
-            strength = strength if isinstance(strength, Tensor) or strength == 1 else on_graph(strength)
-        coefficients = optimizer._coefficients(group, 1.0, -1.0 if group["maximize"] else 1.0, 1.0)
-        coefficients = coefficients._replace(lr=_number(lr), strength=_number(strength))
-        torch.ops.gradcentral.fused_step_(
-            params,
-            grads,
-            *columns,
-            fresh,
-            int(rule),
-            int(placement),
-            _layout_of(optimizer, index),
-            [*coefficients],
-            lr if isinstance(lr, Tensor) else None,
-            strength if isinstance(strength, Tensor) else None,
-            getattr(optimizer, "grad_scale", None),
-            getattr(optimizer, "found_inf", None),
-        )
-        for p, buffer, is_new in zip(params, columns[0], fresh, strict=False):
-            if is_new:
-                optimizer.state[p]["momentum_buffer"] = buffer
-
-
 def _number(value: float | Tensor) -> float:
     """Return the value to put among the coefficients, which a tensor replaces."""
     return 1.0 if isinstance(value, Tensor) else value
-
-
-# The operator.
 
 
 def _fused_step_(
@@ -301,7 +302,8 @@ def _planned(
         return found
 
     def companions(kernels: ModuleType, position: int) -> list[Tensor] | None:
-        buffers = [column[position] for column in states[:3] if column is not None]
+        kinds = (states.momentum, states.squares, states.largest_squares)
+        buffers = [column[position] for column in kinds if column is not None]
         counter = None if states.steps is None else states.steps[position]
         accepted = kernels.accepts(params[position], grads[position], buffers, counter)
         return [grads[position], *buffers] if accepted and len({buffer.dtype for buffer in buffers}) <= 1 else None

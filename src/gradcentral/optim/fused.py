@@ -41,10 +41,6 @@ class FusedOptimizer(Optimizer):
     """Interface that an optimizer implements so that the kernels can update its parameters."""
 
     targets: Targets
-    _init_group: Callable[..., Any]
-    """torch's method that creates the state of a group and appends its tensors to the lists passed to it."""
-    _compiled: dict[int, Any]
-    """For each parameter group, the plans of its compiled steps."""
 
     def _update_rule(self, group: dict[str, Any]) -> UpdateRule:
         """Return the update rule that a group's options select."""
