@@ -59,7 +59,7 @@ class TracedOptimizer(FusedOptimizer):
     _compiled: dict[int, StepPlans]
     """For each parameter group, the plans of its compiled steps."""
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _can_fuse(self, may_skip: bool) -> bool:
         """Return whether `_fused_step` can update every parameter that has a gradient.
 
@@ -78,7 +78,7 @@ class TracedOptimizer(FusedOptimizer):
             if group.get("dampening", 0) != 0
         )
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _layout_of(self, index: int) -> str:
         """Return the weight vectors of the parameters of a group that have gradients, as `encode` writes them.
 
@@ -89,7 +89,7 @@ class TracedOptimizer(FusedOptimizer):
         _plans[id(params[0])] = self._compiled.setdefault(index, StepPlans())
         return encode(map(targets.get, params))
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _current_revision(self) -> int:
         """Return the revision of the layout, after parameters that are new to it have been looked up."""
         self.targets.current(self)
@@ -199,7 +199,7 @@ def _fused_step_(
     for at in planned.rest:
         state = [None if column is None else column[at] for column in states]
         centered = decode(vectors)[at] if placed else None
-        _reference_step_(params[at], grads[at], *state, bool(is_fresh) and fresh[at], centered, placed, numbers)
+        _reference_step_(params[at], grads[at], state, bool(is_fresh) and fresh[at], centered, placed, numbers)
 
 
 register(_fused_step_, writes=["params", "momentum", "squares", "largest_squares", "steps"])
@@ -325,16 +325,14 @@ def _planned(
 def _reference_step_(
     w: Tensor,
     g: Tensor,
-    m: Tensor | None,
-    v: Tensor | None,
-    largest_v: Tensor | None,
-    steps: Tensor | None,
+    state: Sequence[Tensor | None],
     fresh: bool,
     vectors: WeightVectors | None,
     placement: Placement,
     numbers: _Numbers,
 ) -> None:
     """Update one parameter that no kernel can update, such as one whose gradient has other strides."""
+    m, v, largest_v, steps = state  # in the order of `States`
     wide = torch.promote_types(w.dtype, torch.float32)
     c = numbers.on_host()
     old, gradient = w.to(wide), g.to(wide) * c.scale
