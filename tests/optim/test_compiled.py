@@ -38,14 +38,14 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.up = nn.ConvTranspose2d(4, 2, 4, stride=2)
         self.norm = nn.GroupNorm(2, 4)
         self.wide = nn.Linear(5, 3).double()
         self.narrow = nn.Linear(6, 3).bfloat16()
 
 
-def _linear() -> nn.Sequential:
+def _linear() -> Any:
     return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
 
 
@@ -62,10 +62,10 @@ def _set_gradients(*models: nn.Module, seed: int = 0) -> None:
             p.grad = torch.empty_like(p).copy_(gradient)
 
 
-def _assert_same(optimizer: Optimizer, other: Optimizer, **tolerance: float) -> None:
+def _assert_same(optimizer: Optimizer, other: Optimizer, **tolerance: Any) -> None:
     """Compare parameters, gradients and states."""
     pairs = zip(*((p for group in o.param_groups for p in group["params"]) for o in (optimizer, other)), strict=True)
-    exactly = {"rtol": 0.0, "atol": 0.0} | tolerance
+    exactly: dict[str, Any] = {"rtol": 0.0, "atol": 0.0} | tolerance
     for p, q in pairs:
         torch.testing.assert_close(p, q, **exactly)
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)
@@ -169,7 +169,7 @@ def test_gradients_with_other_strides_take_the_reference_step(
     eager, other = (getattr(gradcentral, kind)(m, placement=placement, strength=0.75, **options) for m in models)
     used: list[Tensor] = []
     reference = compiled._reference_step_
-    monkeypatch.setattr(compiled, "_reference_step_", lambda w, *rest: (used.append(w), reference(w, *rest)))
+    monkeypatch.setattr(compiled, "_reference_step_", lambda w, *rest: (used.append(w), reference(w, *rest)))  # type: ignore[func-returns-value]
     step = _compiled(other)
     for seed in range(3):
         gradient = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)).t()
@@ -215,11 +215,11 @@ def test_a_scaler_unscales_gradients_and_skips_steps(name: str) -> None:
 
 def test_plans_are_kept_between_steps_and_freed_with_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _linear()
-    optimizer = gradcentral.AdamW(model)
+    optimizer: Any = gradcentral.AdamW(model)
     step = _compiled(optimizer)
     created: list[object] = []
     group = compiled.group_by_kernels
-    monkeypatch.setattr(compiled, "group_by_kernels", lambda *of: (created.append(of[0]), group(*of))[1])
+    monkeypatch.setattr(compiled, "group_by_kernels", lambda *of: (created.append(of[0]), group(*of))[1])  # type: ignore[func-returns-value]
     for seed in range(4):
         _set_gradients(model, seed=seed)
         step()
