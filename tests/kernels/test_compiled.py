@@ -1,10 +1,14 @@
-"""Steps under ``torch.compile`` equal eager ones, with few graphs and one node that centers."""
+"""Steps under ``torch.compile`` equal eager ones, with few graphs and one node that centers.
+
+tests/optim/test_compiled.py tests the operator of gradcentral's own optimizers.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +22,7 @@ from torch.optim import Optimizer
 import gradcentral
 from gradcentral import WeightVectors, center, centralize_gradients, weight_layout
 from gradcentral.kernels import compiled
+from gradcentral.kernels.forms import UpdateRule
 from gradcentral.projection import unit_means
 from gradcentral.targets import PLACEMENTS
 
@@ -27,7 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
-def _with_inductor(*cases: tuple[str, str]) -> list[Any]:
+def with_inductor(*cases: tuple[str, ...]) -> list[Any]:
+    """Return the cases with the backend appended, to be skipped without a C++ compiler."""
     needs = pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler: install g++, or set CXX")
     return [pytest.param(*case, "inductor", marks=needs) for case in cases]
 
@@ -72,6 +78,9 @@ OURS: dict[str, Callable[..., Optimizer]] = {
 ALL = OURS | {
     "attached SGD": _attached(torch.optim.SGD, **MOMENTUM),
     "attached AdamW": _attached(torch.optim.AdamW, lr=0.01),
+    "AdamW without kernels": lambda model, placement: gradcentral.AdamW(
+        model, lr=0.01, placement=placement, fused=False
+    ),
 }
 
 
@@ -104,15 +113,13 @@ def _assert_equal(compiled: list[Tensor], eager: list[Tensor]) -> None:
     ("name", "placement", "backend"),
     [(name, placement, "aot_eager") for name in ALL for placement in PLACEMENTS]
     # A compilation takes seconds, so each kind of centering is compiled once.
-    + _with_inductor(
-        ("SGD", "gradient"), ("SGD", "update"), ("attached SGD", "gradient"), ("attached AdamW", "update")
-    ),
+    + with_inductor(("SGD", "gradient"), ("SGD", "update"), ("attached SGD", "gradient"), ("attached AdamW", "update")),
 )
 def test_a_compiled_step_equals_the_eager_one(name: str, placement: str, backend: str) -> None:
     model = Net()
     twin = copy.deepcopy(model)
     eager, compiled = ALL[name](model, placement), ALL[name](twin, placement)
-    step = _compile(lambda: compiled.step(), backend, fullgraph=name in OURS)
+    step = _compile(lambda: compiled.step(), backend, fullgraph="attached" not in name)
     _assert_equal(_train(twin, lambda _: step(), compiled), _train(model, lambda _: eager.step(), eager))
     gradients = [(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True)]
     _assert_equal([g for _, g in gradients if g is not None], [g for g, _ in gradients if g is not None])
@@ -123,7 +130,7 @@ def test_a_compiled_step_equals_the_eager_one(name: str, placement: str, backend
     [
         ("AdamW", "gradient", "aot_eager"),
         ("attached SGD", "update", "aot_eager"),
-        *_with_inductor(("attached SGD", "gradient")),
+        *with_inductor(("attached SGD", "gradient")),
     ],
 )
 def test_a_whole_training_step_in_one_compiled_function_equals_the_eager_one(
@@ -212,7 +219,7 @@ def test_a_tensor_learning_rate_can_change_without_recompilation() -> None:
     assert counters["stats"]["unique_graphs"] <= 2  # the first step creates the state
 
 
-@pytest.mark.parametrize("name", ["AdamW", "attached SGD"])
+@pytest.mark.parametrize("name", ["AdamW without kernels", "attached SGD"])
 @pytest.mark.parametrize(
     ("placement", "expected"), [("gradient", ["restore_means_"]), ("update", ["means", "restore_means_"])]
 )
@@ -295,40 +302,103 @@ def test_traced_centering_equals_the_reference(dtype: torch.dtype) -> None:
 
 def test_the_operators_pass_opcheck() -> None:
     tensors = _tensors(torch.float32)
-    numbers = compiled._encode([*zip(tensors, VECTORS, strict=True)])
+    text = compiled.encode(VECTORS)
     ops = torch.ops.gradcentral
-    torch.library.opcheck(ops.means.default, (tensors, numbers))
-    torch.library.opcheck(ops.restore_means_.default, (tensors, None, numbers))
-    torch.library.opcheck(ops.restore_means_.default, (tensors, ops.means(tensors, numbers), numbers))
+    torch.library.opcheck(ops.means.default, (tensors, text))
+    torch.library.opcheck(ops.restore_means_.default, (tensors, None, text))
+    torch.library.opcheck(ops.restore_means_.default, (tensors, ops.means(tensors, text), text))
     half = torch.tensor(0.5, dtype=torch.float64)
-    torch.library.opcheck(ops.restore_means_.default, (tensors, None, numbers, half))
+    torch.library.opcheck(ops.restore_means_.default, (tensors, None, text, half))
     weights, l2 = [torch.randn_like(tensor) for tensor in tensors], [0.1, 0.0, 0.2]
     for scale in (None, torch.tensor(8.0, dtype=torch.float64)):
         for strength in (None, half):
-            arguments = (tensors, weights, l2, scale, numbers, strength)
+            arguments = (tensors, weights, l2, scale, text, strength)
             torch.library.opcheck(ops.center_regularized_.default, arguments)
+
+
+@pytest.mark.parametrize("rule", UpdateRule)
+def test_the_operator_of_a_step_passes_opcheck(rule: UpdateRule) -> None:
+    params = [*_tensors(torch.float32), torch.randn(5)]
+    grads = [torch.randn_like(p) for p in params]
+    moments = [[p.square() for p in params] for _ in range(3)]
+    kinds = {UpdateRule.SGD: 0, UpdateRule.MOMENTUM: 1, UpdateRule.ADAM: 2, UpdateRule.AMSGRAD: 3}[rule]
+    columns = [*moments[:kinds], *[[]] * (3 - kinds)]
+    counters = [torch.ones(()) for _ in params] if kinds > 1 else []
+    coefficients = [0.1, 0.01, 0.0, 0.9, 1.0, 0.0, 0.9, 0.999, 1e-8, 1.0, 0.5]
+    fresh = [False] * len(params) if kinds == 1 else []
+    arguments = (
+        params,
+        grads,
+        *columns,
+        counters,
+        fresh,
+        int(rule),
+        1,
+        compiled.encode([*VECTORS, None]),
+        coefficients,
+    )
+    lr, found_inf = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.0)
+    for tensors in ((None, None, None, None), (lr, lr, found_inf + 2, found_inf)):
+        torch.library.opcheck(torch.ops.gradcentral.fused_step_.default, (*arguments, *tensors))
 
 
 def test_every_operator_is_checked() -> None:
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("gradcentral")
     }
-    source = inspect.getsource(test_the_operators_pass_opcheck)
-    assert registered == {name for name in registered if f"opcheck(ops.{name}.default" in source}
-    assert registered == {"means", "restore_means_", "center_regularized_"}
+    tests = (test_the_operators_pass_opcheck, test_the_operator_of_a_step_passes_opcheck)
+    source = "".join(inspect.getsource(test) for test in tests)
+    assert registered == {name for name in registered if re.search(rf"opcheck\(\S*ops\S*\.{name}\.default", source)}
+    assert registered == {"means", "restore_means_", "center_regularized_", "fused_step_"}
+
+
+def test_weight_vectors_are_read_back_from_their_text() -> None:
+    vectors = [None, *VECTORS, None]
+    assert compiled.decode(compiled.encode(vectors)) == vectors
+    assert compiled.decode(compiled.encode([None])) == [None]
+
+
+def test_a_strength_is_an_input_of_the_graph_after_its_first_change() -> None:
+    model = Net()
+    optimizer = ALL["attached SGD"](model, "gradient")
+    (handle,) = gradcentral.attached(optimizer)
+    step = _compile(lambda: optimizer.step())
+    for strength in (1.0, 0.5, 0.25):
+        handle.strength = strength
+        _train(model, lambda _: step(), optimizer, 2)
+    graphs = counters["stats"]["unique_graphs"]
+    for strength in (0.75, 0.3):
+        handle.strength = strength
+        with torch.compiler.set_stance("fail_on_recompile"):
+            _train(model, lambda _: step(), optimizer, 1)
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_restoring_means_requires_the_means_of_the_same_tensors() -> None:
     """The error names the operator to call first; after that, the call works."""
     tensor, vectors = torch.randn(7, 11), WeightVectors((1,))
-    numbers = compiled._encode([(tensor, vectors)])
+    text = compiled.encode([vectors])
     with pytest.raises(RuntimeError, match="needs the result of gradcentral::means for the same tensors") as raised:
-        torch.ops.gradcentral.restore_means_([tensor], torch.zeros(7, dtype=torch.float64), numbers)
+        torch.ops.gradcentral.restore_means_([tensor], torch.zeros(7, dtype=torch.float64), text)
     name = str(raised.value).partition("the result of gradcentral::")[2].split()[0]
-    means = getattr(torch.ops.gradcentral, name)([tensor], numbers)
+    means = getattr(torch.ops.gradcentral, name)([tensor], text)
     shifted = tensor + 1
-    torch.ops.gradcentral.restore_means_([shifted], means, numbers)
+    torch.ops.gradcentral.restore_means_([shifted], means, text)
     torch.testing.assert_close(unit_means(shifted, vectors), unit_means(tensor, vectors))
+
+
+def test_an_exported_model_contains_no_operator_of_gradcentral() -> None:
+    """Centering is part of the step, not of the model; `center` in a model consists of torch's operators."""
+
+    class Centered(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, center(self.weight, "o [i]"), self.bias)
+
+    model, x = Centered(4, 3), torch.randn(2, 4)
+    gradcentral.SGD(model, lr=0.1)
+    program = torch.export.export(model, (x,))
+    assert not [node for node in program.graph.nodes if "gradcentral" in str(node.target)]
+    torch.testing.assert_close(program.module()(x), model(x))
 
 
 @pytest.mark.parametrize("make", [OURS["SGD"], ALL["attached SGD"]], ids=["ours", "attached"])

@@ -8,31 +8,75 @@ other code.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from gradcentral.kernels.centering import Centering, Means
 from gradcentral.projection import Pair, Strength, center_, center_regularized, restore_means_, unit_means
 from gradcentral.weight_vectors import WeightVectors
 
-__all__ = ["TracedCentering"]
+__all__ = ["TracedCentering", "decode", "encode", "on_graph", "register"]
 
 _library: Any = torch.library.Library("gradcentral", "DEF")  # type: ignore[no-untyped-call]
-# For each tensor, `vectors` holds the number of axes of its view, the view, the number of spanned axes, and those axes.
-_library.define("means(Tensor[] tensors, int[] vectors) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-# Without means, each weight vector is shifted to mean zero, which is Φ.
-_library.define(
-    "restore_means_(Tensor(a!)[] tensors, Tensor? means, int[] vectors, Tensor? strength=None) -> ()",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.define(
-    "center_regularized_(Tensor(a!)[] gradients, Tensor[] weights, float[] l2, Tensor? scale, int[] vectors,"
-    " Tensor? strength=None) -> ()",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+
+
+def _no_result(*args: object) -> None:
+    """Stand in for an operator that only writes to its arguments, while the compiler traces."""
+
+
+def register(function: Callable[..., Any], writes: Sequence[str] = (), fake: Callable[..., Any] = _no_result) -> None:
+    """Register a function as an operator of the same name, without the leading underscore.
+
+    Args:
+        function: its annotations give the signature.
+        writes: the parameters that it writes to.
+        fake: what the compiler calls in its place, with tensors that have shapes but no values.
+    """
+    name = function.__name__.removeprefix("_")
+    schema = torch.library.infer_schema(function, mutates_args=writes, op_name=name)
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    # Where torch 2.8 breaks the graph, Dynamo would otherwise trace the function itself.
+    _library.impl(name, _disable_dynamo(function), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gradcentral::{name}", fake, lib=_library)
+
+
+def encode(vectors: Iterable[WeightVectors | None]) -> str:
+    """Return the weight vectors of some tensors as text, which an operator accepts as an argument.
+
+    Examples:
+        >>> encode([WeightVectors((1,)), None, WeightVectors((1, 3), view=(2, 4, 3, 5))])
+        '1;;1,3@2,4,3,5'
+    """
+    texts = []
+    for each in vectors:
+        text = "" if each is None else ",".join(map(str, each.span))
+        texts.append(text if each is None or each.view is None else f"{text}@{','.join(map(str, each.view))}")
+    return ";".join(texts)
+
+
+@lru_cache(maxsize=64)
+def decode(text: str) -> list[WeightVectors | None]:
+    """Return the weight vectors from the output of `encode`; None for a tensor that is not centered."""
+    found: list[WeightVectors | None] = []
+    for part in text.split(";"):
+        span, _, view = part.partition("@")
+        axes = tuple(map(int, span.split(","))) if span else ()
+        found.append(WeightVectors(axes, tuple(map(int, view.split(","))) if view else None) if span else None)
+    return found
+
+
+def on_graph(number: float) -> Tensor:
+    """Return a number as a tensor that ``torch.compile`` computes, so that a new value needs no compilation.
+
+    Inductor turns a Python number into an input of the graph if it finds it in arithmetic with a tensor, and into a
+    constant of the graph otherwise. Dynamo itself treats a number as a constant until it has seen a second value.
+    """
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
 
 
 class TracedCentering:
@@ -43,7 +87,7 @@ class TracedCentering:
         served, rest = _served_and_rest(pairs)
         if served:
             torch.ops.gradcentral.restore_means_(
-                [tensor for tensor, _ in served], None, _encode(served), _on_graph(strength)
+                [tensor for tensor, _ in served], None, _encode(served), _strength(strength)
             )
         for tensor, vectors in rest:
             center_(tensor, vectors, strength)
@@ -66,7 +110,7 @@ class TracedCentering:
                 [factor for factor, taken in zip(l2, takes, strict=True) if taken],
                 scale,
                 _encode(served),
-                _on_graph(strength),
+                _strength(strength),
             )
         for (gradient, vectors), w, factor, taken in zip(gradients, weights, l2, takes, strict=True):
             if not taken:
@@ -84,16 +128,16 @@ class TracedCentering:
         served, rest = _served_and_rest(pairs)
         for flat in means.planned:
             torch.ops.gradcentral.restore_means_(
-                [tensor for tensor, _ in served], flat, _encode(served), _on_graph(strength)
+                [tensor for tensor, _ in served], flat, _encode(served), _strength(strength)
             )
         for (tensor, vectors), old in zip(rest, means.reference, strict=True):
             restore_means_(tensor, old, vectors, strength)
 
 
-def _on_graph(strength: Strength) -> Tensor | None:
+def _strength(strength: Strength) -> Tensor | None:
     if isinstance(strength, Tensor):
         return strength
-    return None if strength == 1 else torch.tensor(strength, dtype=torch.float64, device="cpu")
+    return None if strength == 1 else on_graph(strength)
 
 
 def _are_served(pairs: Sequence[Pair]) -> list[bool]:
@@ -108,49 +152,33 @@ def _served_and_rest(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     return served, [pair for pair, taken in zip(pairs, takes, strict=True) if not taken]
 
 
-def _encode(pairs: Sequence[Pair]) -> list[int]:
-    """Encode the weight vectors of some tensors as integers, which an operator accepts as an argument."""
-    numbers: list[int] = []
-    for tensor, vectors in pairs:
-        view = vectors.view if vectors.view is not None else tuple(tensor.shape)
-        numbers += [len(view), *view, len(vectors.span), *vectors.span]
-    return numbers
-
-
-def _decode(numbers: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield the view and span of each tensor from the output of `_encode`."""
-    rest = iter(numbers)
-    for axes in rest:
-        view = tuple(next(rest) for _ in range(axes))
-        yield view, tuple(next(rest) for _ in range(next(rest)))
+def _encode(pairs: Sequence[Pair]) -> str:
+    return encode(vectors for _, vectors in pairs)
 
 
 class _CachedCentering:
     """Plans for operator calls with tensors of one form."""
 
-    def __init__(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    def __init__(self, vectors: str) -> None:
         # Several threads may train models of the same form, but a plan has only one scratch buffer for its sums.
         self.lock = threading.Lock()
         self.centering = Centering()
-        self.vectors = [
-            WeightVectors(span, None if view == tuple(tensor.shape) else view)
-            for tensor, (view, span) in zip(tensors, _decode(numbers), strict=True)
-        ]
+        self.vectors = [each for each in decode(vectors) if each is not None]
         self.form_of_means: Means | None = None
 
 
 _cache: dict[Any, _CachedCentering] = {}
 
 
-def _cached(tensors: Sequence[Tensor], numbers: Sequence[int]) -> tuple[_CachedCentering, list[Pair]]:
-    form = (*numbers, *((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors))
+def _cached(tensors: Sequence[Tensor], vectors: str) -> tuple[_CachedCentering, list[Pair]]:
+    form = (vectors, *((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors))
     found = _cache.get(form)
     if found is None:
-        found = _cache.setdefault(form, _CachedCentering(tensors, numbers))
+        found = _cache.setdefault(form, _CachedCentering(vectors))
     return found, [*zip(tensors, found.vectors, strict=True)]
 
 
-def _means(tensors: list[Tensor], vectors: list[int]) -> Tensor:
+def _means(tensors: list[Tensor], vectors: str) -> Tensor:
     cached, pairs = _cached(tensors, vectors)
     with cached.lock:
         found = cached.centering.means(pairs)
@@ -158,9 +186,14 @@ def _means(tensors: list[Tensor], vectors: list[int]) -> Tensor:
     return torch.cat([part.reshape(-1).double() for parts in found for part in parts])
 
 
-def _restore_means_(
-    tensors: list[Tensor], means: Tensor | None, vectors: list[int], strength: Tensor | None = None
-) -> None:
+def _fake_means(tensors: list[Tensor], vectors: str) -> Tensor:
+    pairs = zip(tensors, decode(vectors), strict=True)
+    counts = [each.for_shape(tensor.shape).count for tensor, each in pairs if each is not None]
+    return tensors[0].new_empty(sum(counts), dtype=torch.float64)
+
+
+def _restore_means_(tensors: list[Tensor], means: Tensor | None, vectors: str, strength: Tensor | None = None) -> None:
+    """Restore means; without any, shift each weight vector to mean zero, which is Φ."""
     part = 1.0 if strength is None else strength
     cached, pairs = _cached(tensors, vectors)
     if means is None:
@@ -181,7 +214,7 @@ def _center_regularized_(
     weights: list[Tensor],
     l2: list[float],
     scale: Tensor | None,
-    vectors: list[int],
+    vectors: str,
     strength: Tensor | None = None,
 ) -> None:
     cached, pairs = _cached(gradients, vectors)
@@ -189,32 +222,6 @@ def _center_regularized_(
         cached.centering.center_regularized_(pairs, weights, l2, scale, 1.0 if strength is None else strength)
 
 
-def _fake_means(tensors: list[Tensor], vectors: list[int]) -> Tensor:
-    counts = [WeightVectors(span, view).count for view, span in _decode(vectors)]
-    return tensors[0].new_empty(sum(counts), dtype=torch.float64)
-
-
-def _fake_restore_means_(
-    tensors: list[Tensor], means: Tensor | None, vectors: list[int], strength: Tensor | None = None
-) -> None:
-    return None
-
-
-def _fake_center_regularized_(
-    gradients: list[Tensor],
-    weights: list[Tensor],
-    l2: list[float],
-    scale: Tensor | None,
-    vectors: list[int],
-    strength: Tensor | None = None,
-) -> None:
-    return None
-
-
-for _name, _real, _fake in (
-    ("means", _means, _fake_means),
-    ("restore_means_", _restore_means_, _fake_restore_means_),
-    ("center_regularized_", _center_regularized_, _fake_center_regularized_),
-):
-    _library.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gradcentral::{_name}", _fake, lib=_library)
+register(_means, fake=_fake_means)
+register(_restore_means_, writes=["tensors"])
+register(_center_regularized_, writes=["gradients"])

@@ -19,7 +19,8 @@ from gradcentral.kernels.forms import same_objects
 from gradcentral.kernels.planner import dispatch_is_observed
 from gradcentral.layout import WeightLayout
 from gradcentral.local_shard import any_sharded, local, overlaps_itself, with_local
-from gradcentral.optim.fused import FusedOptimizer, GroupPlan, KernelCall, LocalTensors
+from gradcentral.optim.compiled import StepPlans, TracedOptimizer, may_fuse
+from gradcentral.optim.fused import GroupPlan, KernelCall, LocalTensors
 from gradcentral.projection import Strength, center_regularized, checked_strength, restore_means_, unit_means
 from gradcentral.targets import Targets, check_placement, layout_to_use, log_attached, refuse_sparse
 from gradcentral.weight_decay import L2, l2_of
@@ -27,7 +28,7 @@ from gradcentral.weight_decay import L2, l2_of
 __all__ = ["CentralizedOptimizer"]
 
 
-class CentralizedOptimizer(FusedOptimizer):
+class CentralizedOptimizer(TracedOptimizer):
     """Base class of `SGD`, `Adam` and `AdamW`: torch's optimizer of the same name, with centering inside its step.
 
     Args:
@@ -77,6 +78,7 @@ class CentralizedOptimizer(FusedOptimizer):
         self._search = model is None and layout is None
         chosen = None if self._search else layout_to_use(model, layout)
         self._plans: dict[tuple[object, ...], GroupPlan] = {}
+        self._compiled: dict[int, StepPlans] = {}
         self._fresh: set[Tensor] = set()
         super().__init__(params, *args, **kwargs)
         layout = WeightLayout.from_parameters(self.param_groups) if chosen is None else chosen
@@ -132,6 +134,7 @@ class CentralizedOptimizer(FusedOptimizer):
         # When a checkpoint is loaded, torch calls this with state and groups alone, and the layout stays.
         super().__setstate__({name: value for name, value in state.items() if name != "_copied"})
         self._plans = {}
+        self._compiled = {}
         self._fresh = set()
         if "_copied" in state:
             self.targets = Targets(*state["_copied"])
@@ -157,6 +160,9 @@ class CentralizedOptimizer(FusedOptimizer):
                 loss = closure()
         traced = torch.compiler.is_compiling()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if traced and self._can_fuse(found_inf is not None):
+            self._fused_step()
+            return loss
         if traced and (found_inf is None or self._torch_reads_found_inf) and self._can_be_traced():
             self._refuse_sparse()
             self._traced_step()
@@ -214,7 +220,7 @@ class CentralizedOptimizer(FusedOptimizer):
                 params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
                 grads = [grad for grad in grads if grad is not None]
             wanted += len(params)
-            if _may_fuse(group):
+            if may_fuse(group):
                 calls += self._calls_of_group(index, group, params, grads, held)
         return calls, wanted == sum(len(call.owners) for call in calls)
 
@@ -311,7 +317,9 @@ class CentralizedOptimizer(FusedOptimizer):
 
     @torch.no_grad()
     def _traced_step(self) -> None:
-        """Take the step that ``torch.compile`` traces: torch's own, with operators that center before or around it.
+        """Take the step that ``torch.compile`` traces where the kernels do not apply.
+
+        It is torch's own step, with operators that center before or around it.
 
         Replacing ``p.grad`` would break the graph, so it is overwritten with the centered values and later with the
         original ones, which the compiled code optimizes away. Two pitfalls of Inductor: it drops the second write if an
@@ -347,16 +355,6 @@ class CentralizedOptimizer(FusedOptimizer):
 
 
 _grad_of = operator.attrgetter("grad")
-
-
-def _may_fuse(group: dict[str, Any]) -> bool:
-    """Return whether no option of the group selects torch's own implementation."""
-    return (
-        group["foreach"] is None
-        and group["fused"] is not False
-        and not group["differentiable"]
-        and not any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
-    )
 
 
 def _unwrapped_step(torch_optimizer: type[Optimizer]) -> Callable[[Optimizer], Any]:

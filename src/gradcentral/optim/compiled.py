@@ -1,0 +1,375 @@
+"""The fused step under ``torch.compile``: one operator per parameter group, which calls the kernels.
+
+The graph consists of these operators alone. Parameters, gradients and state are inputs of the graph, and the operators
+write to them in place. The learning rate and the strength are inputs too, so that new values need no compilation. The
+compiler sees only the signature of the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from gradcentral.kernels import native
+from gradcentral.kernels.compiled import decode, encode, on_graph, register
+from gradcentral.kernels.forms import (
+    Coefficients,
+    DeviceCoefficients,
+    Placement,
+    States,
+    UpdateRule,
+    is_plain,
+    same_objects,
+)
+from gradcentral.kernels.planner import KernelGroup, group_by_kernels, kernels_for
+from gradcentral.local_shard import any_sharded
+from gradcentral.optim.fused import FusedOptimizer
+from gradcentral.optim.reference import AdamState, adam_step, sgd_step
+from gradcentral.weight_vectors import WeightVectors
+
+__all__ = ["StepPlans", "TracedOptimizer", "may_fuse"]
+
+
+def may_fuse(group: dict[str, Any]) -> bool:
+    """Return whether no option of the group selects torch's own implementation."""
+    return (
+        group["foreach"] is None
+        and group["fused"] is not False
+        and not group["differentiable"]
+        and not any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
+    )
+
+
+class TracedOptimizer(FusedOptimizer):
+    """The step that ``torch.compile`` traces.
+
+    It follows `_fused_step` line by line, but calls the methods with assume_constant_result while it compiles and takes
+    their results as constants. These may depend only on what is guarded in any case: the parameters and states, which
+    parameters have gradients, the options of the groups, and the arguments of the methods. The types and strides of
+    gradients are not guarded, so the operator accepts gradients of any form.
+    """
+
+    _init_group: Callable[..., Any]
+    """torch's method that creates the state of a group and appends its tensors to the lists passed to it."""
+    _compiled: dict[int, StepPlans]
+    """For each parameter group, the plans of its compiled steps."""
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _can_fuse(self, may_skip: bool) -> bool:
+        """Return whether `_fused_step` can update every parameter that has a gradient.
+
+        Args:
+            may_skip: whether a GradScaler decides if this step is skipped.
+        """
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        params = [p for _, members in groups for p in members]
+        if not all(map(may_fuse, self.param_groups)) or any_sharded(params) or not all(map(_is_served, params)):
+            return False
+        # A first step that a GradScaler skips would still count as the first, and would not be dampened.
+        return not may_skip or all(
+            self.state[p].get("momentum_buffer") is not None
+            for group, members in groups
+            for p in members
+            if group.get("dampening", 0) != 0
+        )
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _layout_of(self, index: int) -> str:
+        """Return the weight vectors of the parameters of a group that have gradients, as `encode` writes them.
+
+        The optimizer keeps the plans of its groups.
+        """
+        targets: dict[Tensor, WeightVectors] = dict(self.targets.current(self).whole)
+        params = [p for p in self.param_groups[index]["params"] if p.grad is not None]
+        _plans[id(params[0])] = self._compiled.setdefault(index, StepPlans())
+        return encode(map(targets.get, params))
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _current_revision(self) -> int:
+        """Return the revision of the layout, after parameters that are new to it have been looked up."""
+        self.targets.current(self)
+        return self.targets.layout.revision
+
+    @torch.no_grad()
+    def _fused_step(self) -> None:
+        """Take the step that ``torch.compile`` traces."""
+        # They never differ here. The comparison makes Dynamo guard the revision, on which `_layout_of` depends.
+        if self._current_revision() != self.targets.layout.revision:
+            raise RuntimeError("the layout changed while the step was compiled")
+        for index, group in enumerate(self.param_groups):
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            columns: list[list[Any]] = [[], [], [], []]  # in the order of `States`, as torch's method fills them
+            rule = self._update_rule(group)
+            # Dynamo calls this method of torch as it is, and guards parameters, gradients and state.
+            self._init_group(group, params, grads, *columns[: 4 if rule >= UpdateRule.ADAM else 1])
+            if not params:
+                continue
+            fresh = [buffer is None for buffer in columns[0]]
+            columns[0] = [
+                torch.zeros_like(p, memory_format=torch.preserve_format) if buffer is None else buffer
+                for p, buffer in zip(params, columns[0], strict=False)
+            ]
+            lr, strength = group["lr"], self.targets.strength_of(group)
+            placement = self._placement_of(group, strength)
+            # On a CUDA device a float stays a constant, as with torch's optimizers, because a graph with inputs on the
+            # host cannot become a CUDA graph.
+            if params[0].is_cpu:
+                lr = lr if isinstance(lr, Tensor) else on_graph(lr)
+                strength = strength if isinstance(strength, Tensor) or strength == 1 else on_graph(strength)
+            coefficients = self._coefficients(group, 1.0, -1.0 if group["maximize"] else 1.0, 1.0)
+            coefficients = coefficients._replace(lr=_number(lr), strength=_number(strength))
+            torch.ops.gradcentral.fused_step_(
+                params,
+                grads,
+                *columns,
+                fresh,
+                int(rule),
+                int(placement),
+                self._layout_of(index),
+                [*coefficients],
+                lr if isinstance(lr, Tensor) else None,
+                strength if isinstance(strength, Tensor) else None,
+                getattr(self, "grad_scale", None),
+                getattr(self, "found_inf", None),
+            )
+            for p, buffer, is_new in zip(params, columns[0], fresh, strict=False):
+                if is_new:
+                    self.state[p]["momentum_buffer"] = buffer
+
+
+def _is_served(p: Tensor) -> bool:
+    """Return whether kernels accept the type of a parameter and of its gradient; strides are left to the operator."""
+    kernels = kernels_for(p)
+    return kernels is not None and all(
+        tensor is not None and tensor.dtype in kernels.DTYPES and is_plain(tensor) for tensor in (p, p.grad)
+    )
+
+
+def _number(value: float | Tensor) -> float:
+    """Return the value to put among the coefficients, which a tensor replaces."""
+    return 1.0 if isinstance(value, Tensor) else value
+
+
+def _fused_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum: list[Tensor],
+    squares: list[Tensor],
+    largest_squares: list[Tensor],
+    steps: list[Tensor],
+    fresh: list[bool],
+    rule: int,
+    placement: int,
+    vectors: str,
+    coefficients: list[float],
+    lr: Tensor | None,
+    strength: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Update the parameters and their state by one step.
+
+    Args:
+        params, grads: the parameters and their gradients.
+        momentum, squares, largest_squares, steps: the state, as in `States`; empty where the update rule has none.
+        fresh: whether each momentum buffer is new; empty if there are none.
+        rule: the `UpdateRule`.
+        placement: the `Placement` of the parameters that are centered.
+        vectors: their weight vectors, and those of the others, as `encode` writes them.
+        coefficients: `Coefficients`, with the learning rate, but otherwise for one of 1, and for unscaled gradients.
+        lr, strength: take the place of those among the coefficients.
+        grad_scale, found_inf: set by a GradScaler.
+    """
+    states = States(*(column or None for column in (momentum, squares, largest_squares, steps)))
+    numbers = _Numbers.of(Coefficients(*coefficients), lr, strength, grad_scale, found_inf)
+    placed = Placement.PLAIN if numbers.switched_off else Placement(placement)
+    planned = _planned(UpdateRule(rule), params, grads, states, placed, vectors)
+    if found_inf is not None and planned.reads_on_host and found_inf.item():
+        return
+    is_fresh = fresh if any(fresh) else []
+    for group, plan in planned.groups:
+        call = numbers.on_host() if isinstance(plan, native.Plan) else numbers.on_device()
+        plan.run([*group.select(grads)], call, [*group.select(is_fresh)] if is_fresh else [])
+    for at in planned.rest:
+        state = [None if column is None else column[at] for column in states]
+        centered = decode(vectors)[at] if placed else None
+        _reference_step_(params[at], grads[at], state, bool(is_fresh) and fresh[at], centered, placed, numbers)
+
+
+register(_fused_step_, writes=["params", "momentum", "squares", "largest_squares", "steps"])
+
+
+class _Numbers(NamedTuple):
+    """The coefficients of a step, some of them on the device."""
+
+    of_unit_lr: Coefficients
+    """For a learning rate of 1 and unscaled gradients."""
+    lr: float | Tensor
+    strength: float | Tensor
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        coefficients: Coefficients,
+        lr: Tensor | None,
+        strength: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> _Numbers:
+        """Read what is on the CPU; reading the rest would wait for the device."""
+
+        def read(tensor: Tensor | None, number: float) -> float | Tensor:
+            return number if tensor is None else float(tensor) if tensor.is_cpu else tensor
+
+        return cls(
+            coefficients, read(lr, coefficients.lr), read(strength, coefficients.strength), grad_scale, found_inf
+        )
+
+    @property
+    def switched_off(self) -> bool:
+        """Whether the strength is 0, where a mean need not exist."""
+        return not isinstance(self.strength, Tensor) and self.strength == 0
+
+    def on_host(self) -> Coefficients:
+        """Return the coefficients for the C kernels."""
+        lr, scale = float(self.lr), self.of_unit_lr.scale
+        return self.of_unit_lr._replace(
+            lr=lr,
+            decay=lr * self.of_unit_lr.decay,
+            scale=scale if self.grad_scale is None else scale / float(self.grad_scale),
+            strength=float(self.strength),
+        )
+
+    def on_device(self) -> DeviceCoefficients:
+        """Return the coefficients for the Triton kernels."""
+        on_device = self.strength if isinstance(self.strength, Tensor) else None
+        number = 1.0 if isinstance(self.strength, Tensor) else self.strength
+        coefficients = self.of_unit_lr._replace(strength=number)
+        return DeviceCoefficients(coefficients, self.lr, self.grad_scale, self.found_inf, on_device)
+
+
+class _Planned(NamedTuple):
+    columns: list[list[Tensor]]
+    """The parameters and each kind of state."""
+    groups: list[tuple[KernelGroup, Any]]
+    """The kernel calls, each with its plan."""
+    rest: list[int]
+    """Positions of the parameters that no kernel can update."""
+
+    def fits(self, columns: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]) -> bool:
+        """Return whether these are the planned parameters and states, with gradients of the planned form."""
+        # Gradients that no kernel accepted may have other strides now.
+        return (
+            not self.rest
+            and all(map(same_objects, self.columns, columns))
+            and all(plan.fits([*group.select(grads)]) for group, plan in self.groups)
+        )
+
+    @property
+    def reads_on_host(self) -> bool:
+        """Whether code on the host needs the results of a GradScaler."""
+        return bool(self.rest) or any(isinstance(plan, native.Plan) for _, plan in self.groups)
+
+
+class StepPlans:
+    """The plans of the compiled steps of one parameter group, kept by its optimizer."""
+
+    def __init__(self) -> None:
+        self.planned: dict[object, _Planned] = {}
+
+
+# By the id of the first parameter. The entry lives as long as the optimizer, and so does the parameter. A call that
+# finds no entry, or one that does not fit, plans again.
+_plans: WeakValueDictionary[int, StepPlans] = WeakValueDictionary()
+
+
+def _planned(
+    rule: UpdateRule, params: list[Tensor], grads: list[Tensor], states: States, placement: Placement, vectors: str
+) -> _Planned:
+    kept = _plans.get(id(params[0]))
+    key = rule, placement, vectors
+    columns = [params, *(column for column in states if column is not None)]
+    found = None if kept is None else kept.planned.get(key)
+    if found is not None and found.fits(columns, grads):
+        return found
+
+    def companions(kernels: ModuleType, position: int) -> list[Tensor] | None:
+        kinds = (states.momentum, states.squares, states.largest_squares)
+        buffers = [column[position] for column in kinds if column is not None]
+        counter = None if states.steps is None else states.steps[position]
+        accepted = kernels.accepts(params[position], grads[position], buffers, counter)
+        return [grads[position], *buffers] if accepted and len({buffer.dtype for buffer in buffers}) <= 1 else None
+
+    centered = decode(vectors)
+    groups, rest = group_by_kernels(params, centered, companions)
+    planned = _Planned(columns, [], rest)
+    for group in groups:
+        selected = States(*(None if column is None else [*group.select(column)] for column in states))
+        placements = [Placement.PLAIN if each is None else placement for each in group.select(centered)]
+        loops = [*zip(group.loops, placements, strict=True)]
+        plan = group.kernels.Plan(rule, [*group.select(params)], [*group.select(grads)], selected, loops)
+        planned.groups.append((group, plan))
+    if kept is not None:
+        kept.planned[key] = planned
+    return planned
+
+
+def _reference_step_(
+    w: Tensor,
+    g: Tensor,
+    state: Sequence[Tensor | None],
+    fresh: bool,
+    vectors: WeightVectors | None,
+    placement: Placement,
+    numbers: _Numbers,
+) -> None:
+    """Update one parameter that no kernel can update, such as one whose gradient has other strides."""
+    m, v, largest_v, steps = state  # in the order of `States`
+    wide = torch.promote_types(w.dtype, torch.float32)
+    c = numbers.on_host()
+    old, gradient = w.to(wide), g.to(wide) * c.scale
+    target = vectors, placement.name.lower()
+    written: list[tuple[Tensor | None, Tensor | None]]
+    if v is None or m is None:
+        new, moved = sgd_step(
+            old,
+            gradient,
+            None if m is None or fresh else m.to(wide),
+            *target,
+            strength=c.strength,
+            lr=c.lr,
+            momentum=c.momentum,
+            dampening=1 - c.keep,
+            weight_decay=c.l2,
+            nesterov=bool(c.nesterov),
+        )
+        written = [(w, new), (m, moved)]
+    else:
+        assert steps is not None, "Adam counts its steps"
+        largest = v if largest_v is None else largest_v
+        new, after = adam_step(
+            old,
+            gradient,
+            AdamState(m.to(wide), v.to(wide), largest.to(wide), int(steps)),
+            *target,
+            strength=c.strength,
+            lr=c.lr,
+            betas=(c.beta1, c.beta2),
+            eps=c.epsilon,
+            weight_decay=numbers.of_unit_lr.decay or c.l2,
+            decoupled=numbers.of_unit_lr.decay != 0,
+            amsgrad=largest_v is not None,
+        )
+        steps += 1
+        written = [(w, new), (m, after.m), (v, after.v), (largest_v, after.largest_v)]
+    for tensor, value in written:
+        if tensor is not None and value is not None:
+            tensor.copy_(value)
