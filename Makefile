@@ -82,16 +82,18 @@ jax: .venv-jax/ready
 	    KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 .venv-jax/bin/pytest tests/integrations/test_keras*.py || exit 1; \
 	done
 
-# The core tests on other versions, each PYTHON=TORCH in an environment of its own. Warnings are no errors there: newer
-# versions have new ones. docs/install.md lists the results.
+# The core tests on other versions, each PYTHON=TORCH in an environment of its own, which takes several gigabytes.
+# Warnings are no errors there: newer versions have new ones. docs/install.md lists the results. With pyenv, several
+# versions of Python are found at once if PYENV_VERSION lists them, separated by colons.
 MATRIX ?= python3.10=2.8.0 python3.12=2.13.0 python3.13=2.14.1
 CORE := tests/kernels tests/optim tests/layout tests/distributed tests/diagnostics $(wildcard tests/test_*.py)
 NOT_CORE := tests/test_docs.py tests/test_examples.py tests/kernels/test_triton.py
 matrix:
 	for pair in $(MATRIX); do \
 	    python=$${pair%=*} torch=$${pair#*=}; \
-	    command -v $$python > /dev/null || { echo "skipped: $$python is not installed"; continue; }; \
-	    env=.venv-matrix/$$(basename $$($$python -c 'import platform; print(platform.python_version())'))-$$torch; \
+	    version=$$($$python -c 'import platform; print(platform.python_version())') || \
+	        { echo "skipped: $$python is not installed"; continue; }; \
+	    env=.venv-matrix/$$version-$$torch; \
 	    [ -x $$env/bin/python ] || $$python -m venv $$env; \
 	    $$env/bin/python -m pip --disable-pip-version-check install --quiet torch==$$torch && \
 	    $$env/bin/python -m pip --disable-pip-version-check install --quiet '.[experiments,tensorboard,test]' && \

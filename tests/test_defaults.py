@@ -165,6 +165,8 @@ def test_default_device_and_dtype_change_nothing(core: Callable[[], Any], defaul
     """The device "meta" stands for any other than that of the tensors: memory on it cannot be read or written."""
     expected = core()
     with defaults():
+        if core is steps and torch.get_default_device().type == "meta" and torch.__version__ < "2.9":
+            pytest.skip("torch 2.8's own Adam counts its steps in a tensor on the default device, with or without GC")
         found = core()
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()

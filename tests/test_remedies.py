@@ -6,6 +6,7 @@ Remedies that need several ranks are in tests/distributed/test_remedies.py.
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -313,8 +314,10 @@ def test_the_suggestion_of_a_message_works(name: str) -> None:
     case = CASES[name]
     scope: dict[str, Any] = {}
     exec(PRELUDE + case.before, scope)
-    with pytest.raises((ValueError, TypeError, RuntimeError, UserWarning)) as raised:
-        exec(case.mistake, scope)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # also where pytest is told not to turn warnings into errors
+        with pytest.raises((ValueError, TypeError, RuntimeError, UserWarning)) as raised:
+            exec(case.mistake, scope)
     found = re.search(case.message, str(raised.value))
     assert found, str(raised.value)
     suggested = [group.replace("...", "only='all'") for group in found.groups()]

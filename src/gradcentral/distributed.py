@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -92,7 +93,8 @@ class SplitParameter(NamedTuple):
         return means
 
 
-class Shards(NamedTuple):
+@dataclass(frozen=True)  # not a NamedTuple, whose properties Dynamo of torch 2.8 does not trace
+class Shards:
     """Parameters to center: those whose weight vectors are whole on this rank, and those split between ranks."""
 
     pairs: list[Pair]

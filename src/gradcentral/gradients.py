@@ -55,7 +55,8 @@ def centralize_gradients(
         refuse_per_sample(p, layout)
     if not torch.compiler.is_compiling() and all(p.grad is None for p in layout):
         _warn_without_gradients(layout)
-    shards = shards_in_layout(layout, list(layout.items()))
+    # Dynamo of torch 2.8 does not trace list(layout.items()).
+    shards = shards_in_layout(layout, [(p, layout[p]) for p in layout])
     center_gradients_(layout, shards, Centering(), None, Strengths(strength, {}))
 
 

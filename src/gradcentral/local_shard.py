@@ -32,7 +32,7 @@ __all__ = [
     "with_local",
 ]
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
@@ -43,7 +43,7 @@ def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
     """Return whether some of the tensors are DTensors."""
-    others = {*map(type, tensors)} - _PLAIN
+    others = {*map(type, tensors)}.difference(_PLAIN)  # Dynamo of torch 2.8 does not trace the operator -
     return bool(others) and any(issubclass(kind, _dtensor_class()) for kind in others)
 
 

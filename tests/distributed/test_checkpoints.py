@@ -13,11 +13,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 import gradcentral
 from gradcentral.targets import PLACEMENTS
+from tests.distributed.sharding import shard_and_average
 from tests.distributed.workers import Workers
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -63,7 +63,7 @@ def _train_three_steps(
         with torch.no_grad():
             for p in model.parameters():
                 p.zero_()
-    fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+    shard_and_average(model, init_device_mesh("cpu", (ranks,)))
     optimizer = _optimizer(*case, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own deprecations

@@ -20,6 +20,7 @@ import gradcentral
 from gradcentral import WeightVectors, weight_layout
 from gradcentral.attach import centering_of
 from gradcentral.local_shard import runs_of_axes
+from tests.distributed.sharding import shard_and_average
 from tests.distributed.workers import Workers
 
 BOTH = pytest.mark.parametrize("placement", ["gradient", "update"])
@@ -493,9 +494,8 @@ def train_while_parameters_change(placement: str, fused: bool) -> tuple[float, f
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
-    for layer in model:
-        fully_shard(layer, mesh=_mesh())
-    fully_shard(model, mesh=_mesh())
+    for part in (*model, model):
+        shard_and_average(part, _mesh())
     model[0].requires_grad_(False)
     optimizer = _optimizer(model, placement, fused)
     weights: list[Any] = [layer.weight for layer in model]

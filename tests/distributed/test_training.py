@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradcentral
 from gradcentral import distributed, kernels
+from tests.distributed.sharding import shard_and_average
 from tests.distributed.workers import Workers
 
 STEPS, BATCH = 20, 16
@@ -115,8 +115,8 @@ def _ddp_zero(net: Net) -> Scaled:
 
 
 def _shard_layers(net: Net, mesh: Any) -> None:
-    fully_shard([net.conv, net.up], mesh=mesh)
-    fully_shard(net, mesh=mesh)
+    shard_and_average([net.conv, net.up], mesh)
+    shard_and_average(net, mesh)
 
 
 def _fsdp2(net: Net) -> Scaled:

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import gradcentral
 from gradcentral import center, center_update_, centered_update, weight_layout
+from tests.distributed.sharding import shard_and_average
 from tests.distributed.test_placements import LAYOUTS, MESHES, Weights
 from tests.distributed.workers import Workers
 
@@ -82,7 +83,7 @@ def train_sharded(kind: str) -> dict[str, float]:
     expected = _model()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if kind == "FSDP2":
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        shard_and_average(model, mesh, reshard_after_forward=False)
     else:
         parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)

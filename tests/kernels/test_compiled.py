@@ -186,7 +186,7 @@ def test_attaching_adds_no_graph_breaks(kind: str, placement: str) -> None:
         step = _compile(lambda optimizer=optimizer: optimizer.step())
         _train(model, lambda _, step=step: step(), optimizer)  # type: ignore[misc]
         breaks.append(sum(counters["graph_break"].values()))
-    assert breaks[1] == breaks[0]
+    assert breaks[1] <= breaks[0]  # torch 2.14 counts one less with hooks
 
 
 @pytest.mark.parametrize("name", ["SGD", "attached AdamW"])

@@ -72,6 +72,16 @@ def _unflattened(model: nn.Module) -> nn.Module:
 
 
 CONVERSIONS = [_scripted, _traced, _reloaded, _exported, _unflattened]
+WITH_CLASS_OF_MODEL = [
+    *CONVERSIONS[:-1],
+    pytest.param(
+        _unflattened,
+        marks=pytest.mark.skipif(
+            not hasattr(torch.export.UnflattenedModule, "type_name"),
+            reason="torch 2.8 does not record the class of an unflattened model, only those of its layers",
+        ),
+    ),
+]
 
 
 def _converted(convert: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
@@ -96,6 +106,13 @@ def test_converted_layers_keep_the_rules_of_their_classes(
     assert "lookup" in found["embed.weight"].reason
     assert "normalization" in found["norm.weight"].reason
     assert [entry.name.removeprefix("inner.") for entry in layout.unknown] == ["project", "kernel.weight"]
+
+
+@pytest.mark.parametrize("convert", WITH_CLASS_OF_MODEL)
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_class_of_a_converted_model_is_reported(convert: Callable[[nn.Module], nn.Module], inside: bool) -> None:
+    model = _converted(convert, Net())
+    layout = weight_layout(nn.ModuleDict({"inner": model}) if inside else model)
     assert layout.unknown[0].reason == "no rule for Net.project"
 
 
@@ -113,7 +130,7 @@ def test_suggestions_for_converted_layers_name_no_class_of_torch(convert: Callab
     assert not any(name in line for line in lines for name in ("from torch", "Script", "Traced", "Interpreter"))
 
 
-@pytest.mark.parametrize("convert", CONVERSIONS)
+@pytest.mark.parametrize("convert", WITH_CLASS_OF_MODEL)
 def test_rules_registered_for_a_class_apply_to_its_converted_instances(
     convert: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:

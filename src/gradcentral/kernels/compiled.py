@@ -142,8 +142,9 @@ def _strength(strength: Strength) -> Tensor | None:
 
 def _are_served(pairs: Sequence[Pair]) -> list[bool]:
     # One call returns one tensor of means on one device; means are passed as real numbers in float64.
-    device = next((tensor.device for tensor, _ in pairs if tensor.device.type in ("cpu", "cuda")), None)
-    return [tensor.is_floating_point() and tensor.device == device for tensor, _ in pairs]
+    # Dynamo of torch 2.8 does not trace next() with a default.
+    devices = [tensor.device for tensor, _ in pairs if tensor.device.type in ("cpu", "cuda")]
+    return [tensor.is_floating_point() and tensor.device in devices[:1] for tensor, _ in pairs]
 
 
 def _served_and_rest(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
