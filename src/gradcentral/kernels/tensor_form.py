@@ -71,7 +71,7 @@ def _guard_of(tensors: Sequence[Tensor], sized: bool = True) -> Callable[..., bo
 @functools.cache
 def _guards_work() -> bool:
     """Return whether this version of torch has the guards, and they compare what a form consists of."""
-    tensor = torch.zeros(2, 3, device="cpu")
+    tensor = torch.zeros(2, 3, dtype=torch.float32, device="cpu")
     others = (
         tensor.double(),
         tensor.as_strided((2, 3), (1, 2)),
@@ -85,5 +85,5 @@ def _guards_work() -> bool:
     try:
         guard = _guard_of([tensor])
         return guard(tensor.clone()) is True and not any(map(guard, others))
-    except Exception:
+    except Exception:  # whatever a version of torch raises in which the guards have changed
         return False
