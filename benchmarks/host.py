@@ -40,7 +40,7 @@ class _NoKernel:
 class _NoStep(torch.optim.Optimizer):
     """Changes nothing, so that the hooks alone take time."""
 
-    def step(self, closure: object = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Do nothing."""
 
 

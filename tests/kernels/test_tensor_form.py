@@ -75,10 +75,8 @@ def test_differences_that_do_not_matter_are_accepted() -> None:
 def test_the_guards_alone_decide_about_equal_forms(comparison: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the step would take as long as without them."""
     form = TensorForm([_tensor()], OF_GRADIENTS)
-    read = []
-    monkeypatch.setattr(TensorForm, "_read", lambda form, tensors: read.append(len(tensors)) or form._values)
-    assert form.matches([_tensor()])
-    assert read == ([1] if comparison == "properties" else [])
+    monkeypatch.setattr(TensorForm, "_read", lambda form, tensors: "not read")
+    assert form.matches([_tensor()]) == (comparison == "guards")
 
 
 class _AcceptsEverything:
