@@ -118,7 +118,8 @@ def _center_if_planned_(targets: list[Pair], centering: Centering, strength: Str
     """
     if torch.compiler.is_compiling():
         return False
-    return centering.center_if_planned_([(p.grad, vectors) for p, vectors in targets if p.grad is not None], strength)
+    pairs = [(gradient, vectors) for p, vectors in targets if (gradient := p.grad) is not None]
+    return centering.center_if_planned_(pairs, strength)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from gradcentral.bench.timing import Call
 from gradcentral.kernels import native
 from gradcentral.layout import Entry, WeightLayout
 
-__all__ = ["OPTIMIZERS", "optimizer_steps"]
+__all__ = ["OPTIMIZERS", "create_layout", "optimizer_steps"]
 __all__ += ["ATTACHED", "ATTACHED_UPDATE", "BASELINE", "BASELINE_AGAIN", "LOOP", "OURS", "OURS_UPDATE", "TORCH_DEFAULT"]
 __all__ += ["STREAM", "STREAM_GRADIENTS"]
 
@@ -46,7 +46,7 @@ def optimizer_steps(
 
     The baseline is included twice: the ratio of the two shows the noise of the machine. ``peers`` adds other libraries.
     """
-    layout = _layout(shapes, dtype, device)
+    layout = create_layout(shapes, dtype, device)
     params = [entry.parameter for entry in layout.entries]
     options = OPTIMIZERS[optimizer]
     torch_class, own_class = getattr(torch.optim, optimizer), getattr(optim, optimizer)
@@ -87,7 +87,7 @@ def optimizer_steps(
     }
 
 
-def _layout(shapes: Iterable[ParameterShape], dtype: torch.dtype, device: str) -> WeightLayout:
+def create_layout(shapes: Iterable[ParameterShape], dtype: torch.dtype, device: str) -> WeightLayout:
     """Create parameters with gradients, and their layout."""
     generator = torch.Generator(device).manual_seed(0)
     entries = []

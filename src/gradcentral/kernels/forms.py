@@ -8,16 +8,17 @@ gradients are never cached: every call reads them from the tensors.
 from __future__ import annotations
 
 import operator
+import struct
 from array import array
 from collections.abc import Callable, Collection, Sequence
 from enum import IntEnum
-from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradcentral.kernels.loops import Loop
+from gradcentral.kernels.tensor_form import OF_CENTERED, OF_GRADIENTS, OF_LASTING, TensorForm
 from gradcentral.projection import Strength
 
 __all__ = [
@@ -148,30 +149,6 @@ def is_counter(tensor: object, device: torch.device, dtypes: Sequence[torch.dtyp
     )
 
 
-Property = Callable[[Tensor], Any]
-"""A property of a tensor that a plan relies on, such as ``Tensor.stride``."""
-
-# A step must not take the host longer than the device, so only properties that can differ are compared: torch itself
-# ensures that a gradient has the shape and the device of its parameter, but not that it is dense or has its strides.
-_OF_GRADIENTS: tuple[Property, ...] = (Tensor.stride, Tensor.numel, attrgetter("dtype"), type, Tensor.is_neg)
-_OF_OTHERS: tuple[Property, ...] = (
-    Tensor.stride,
-    Tensor.size,
-    attrgetter("dtype"),
-    type,
-    Tensor.is_neg,
-    attrgetter("device"),
-)
-
-
-def _form_of(tensors: Sequence[Tensor], properties: Sequence[Property]) -> list[Any] | None:
-    """Return the form that a plan relies on, one list per property, or None if a tensor has no strides."""
-    try:
-        return [[*map(get, tensors)] for get in properties]
-    except RuntimeError:  # sparse tensors have no strides
-        return None
-
-
 class BasePlan:
     """One kernel call for tensors of one device and the same dtypes: a fused step, or centering alone.
 
@@ -197,12 +174,13 @@ class BasePlan:
         self._lasting = [tensor for column in columns if column is not None for tensor in column]
         self._lasting_pointers = [*map(Tensor.data_ptr, self._lasting)]
         self._shaped = [tensor for column in columns[:-1] if column is not None for tensor in column]
-        self._strides = [*map(Tensor.stride, self._shaped)]
-        self._properties = _OF_GRADIENTS if params else _OF_OTHERS
-        self._gradient_form = _form_of(grads, self._properties)
+        self._lasting_form = TensorForm(self._shaped, OF_LASTING)
+        self._gradient_form = TensorForm(grads, OF_GRADIENTS if params else OF_CENTERED)
+        self._gradient_pointers: list[int] = []
         zeros = [0] * len(grads)
         filled = [zeros if column is None else [*map(Tensor.data_ptr, column)] for column in columns]
         self._columns = array("q", [pointer for column in filled for pointer in column])
+        self._write = struct.Struct(f"{len(grads)}q").pack_into
         self._vectors = sum(loop.groups * loop.units * loop.phases for loop, _ in loops)
         self._prepare(grads, loops)
 
@@ -217,9 +195,9 @@ class BasePlan:
         the original exists. Strides are compared too, because code may change the view of a tensor in place.
         """
         return (
-            _form_of(grads, self._properties) == self._gradient_form
+            self._gradient_form.matches(grads)
             and [*map(Tensor.data_ptr, self._lasting)] == self._lasting_pointers
-            and [*map(Tensor.stride, self._shaped)] == self._strides
+            and self._lasting_form.matches(self._shaped)
         )
 
     def _pointers(self, grads: list[Tensor]) -> array[int]:
@@ -228,11 +206,12 @@ class BasePlan:
         `fits` has just compared those to parameters and states. Tensors to be centered take the place of both
         parameters and gradients. The next call overwrites the result.
         """
-        count = len(grads)
-        gradients = array("q", map(Tensor.data_ptr, grads))
-        self._columns[count : 2 * count] = gradients
-        if not self.params:
-            self._columns[:count] = gradients
+        pointers = [*map(Tensor.data_ptr, grads)]
+        if pointers != self._gradient_pointers:
+            self._gradient_pointers = pointers
+            self._write(self._columns, self._columns.itemsize * len(grads), *pointers)
+            if not self.params:
+                self._write(self._columns, 0, *pointers)
         return self._columns
 
     def run(self, grads: list[Tensor], coefficients: Any, fresh: list[bool]) -> None:

@@ -173,6 +173,9 @@ class TritonPlan(BasePlan):
             TILE,
         )
         self._options = {"num_warps": WARPS, **({"maxnreg": REGISTERS} if device.type == "cuda" else {})}
+        # The coefficients of the last call, which rarely change, in the form that the kernel takes.
+        self._coefficients = Coefficients()
+        self._numbers, self._logarithms = _numbers(self._coefficients), _logarithms(self._coefficients)
         self._variants: dict[tuple[object, ...], Callable[..., None]] = {}
 
     def run(self, grads: list[Tensor], coefficients: DeviceCoefficients, fresh: list[bool]) -> None:
@@ -215,13 +218,16 @@ class TritonPlan(BasePlan):
                 _on(self.device, coefficients.found_inf),
                 _on(self.device, coefficients.strength),
             )
+            if coefficients.coefficients != self._coefficients:
+                self._coefficients = coefficients.coefficients
+                self._numbers, self._logarithms = _numbers(self._coefficients), _logarithms(self._coefficients)
             numbers = (
                 len(grads),
                 self._n_counters,
                 float(lr) if lr_at is None else 0.0,
-                coefficients.coefficients.strength,
-                _numbers(coefficients.coefficients),
-                _logarithms(coefficients.coefficients) if rule > UpdateRule.MOMENTUM else (0.0, 0.0, 0.0, 0.0),
+                self._coefficients.strength,
+                self._numbers,
+                self._logarithms,
             )
             constants = (int(rule), fresh is not None, aligned, *self._constants)
             self._start((table, *self._tables, *optional, *numbers, *constants), _specialization(optional, constants))
