@@ -12,7 +12,8 @@
 /* The position of column j's sum and mean. With bf16, a loop over words processes two columns
  * per iteration and vectorizes only if their sums are not interleaved: the sums of all lower halves
  * come first, then those of the upper halves. */
-#define SLOT(j, width) ((j) < 2 * PAIRS(width) ? (j) / 2 + ((j) % 2 ? PAIRS(width) : 0) : (j))
+#define SLOT(j, width) \
+    (DTYPE == BF16 && (j) < 2 * PAIRS(width) ? ((j) >> 1) + ((j) & 1) * PAIRS(width) : (j))
 
 INLINE PARTIAL NAME(sum_stretch)(const STORED *restrict x, int64_t n) {
     PARTIAL total = 0;
