@@ -12,7 +12,8 @@
 /* The position of column j's sum and mean. With bf16, a loop over words processes two columns
  * per iteration and vectorizes only if their sums are not interleaved: the sums of all lower halves
  * come first, then those of the upper halves. */
-#define SLOT(j, width) ((j) < 2 * PAIRS(width) ? (j) / 2 + ((j) % 2 ? PAIRS(width) : 0) : (j))
+#define SLOT(j, width) \
+    (DTYPE == BF16 && (j) < 2 * PAIRS(width) ? ((j) >> 1) + ((j) & 1) * PAIRS(width) : (j))
 
 INLINE PARTIAL NAME(sum_stretch)(const STORED *restrict x, int64_t n) {
     PARTIAL total = 0;
@@ -32,11 +33,12 @@ INLINE double NAME(sum)(const STORED *restrict x, int64_t n) {
     return total;
 }
 
-/* Add 4 rows to the column sums at once, so that the sums are read and written a quarter as often.
- */
-INLINE void NAME(add_4_rows)(const STORED *restrict x, int64_t width, double *restrict sums) {
-    const STORED *restrict x0 = x, *restrict x1 = x + width, *restrict x2 = x + 2 * width,
-                           *restrict x3 = x + 3 * width;
+/* Add 4 rows, `apart` elements from one another, to the column sums at once, so that the sums are
+ * read and written a quarter as often. */
+INLINE void NAME(add_4_rows)(const STORED *restrict x, int64_t apart, int64_t width,
+                             double *restrict sums) {
+    const STORED *restrict x0 = x, *restrict x1 = x + apart, *restrict x2 = x + 2 * apart,
+                           *restrict x3 = x + 3 * apart;
     const int64_t pairs = PAIRS(width);
 #pragma omp simd
     for (int64_t k = 0; k < pairs; k++) {
@@ -57,9 +59,12 @@ CLONES static void NAME(sum_block)(const Parameter *p, int64_t index, const Coef
     const STORED *x = (const STORED *)p->g + block.row * width;
     double *restrict sums = p->sums + index * width;
     memset(sums, 0, (size_t)width * sizeof *sums);
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) NAME(add_4_rows)(x + i * width, width, sums);
-    for (; i < rows; i++) {
+    /* Read each quarter of the block from its beginning to its end: the processor prefetches 4 long
+     * streams, but not 4 adjacent short rows. */
+    const int64_t quarter = rows / 4;
+    for (int64_t i = 0; i < quarter; i++)
+        NAME(add_4_rows)(x + i * width, quarter * width, width, sums);
+    for (int64_t i = 4 * quarter; i < rows; i++) {
         const STORED *restrict row = x + i * width;
 #pragma omp simd
         for (int64_t j = 0; j < width; j++) sums[SLOT(j, width)] += LOAD(row[j]);
@@ -76,24 +81,29 @@ CLONES static void NAME(sum_block)(const Parameter *p, int64_t index, const Coef
 /* Compute the mean of each weight vector of a group from the column sums of the group's blocks, and
  * write it, times the strength, to every column of the vector. In a step with placement "gradient",
  * it is the mean of the scaled gradient. Without coefficients, it is the mean itself. */
-static void NAME(finish_means)(const Parameter *p, int64_t group,
-                               const Coefficients *coefficients) {
+CLONES static void NAME(finish_means)(const Parameter *p, int64_t group,
+                                      const Coefficients *coefficients) {
     const double scale = p->placement == GRADIENT && coefficients ? coefficients->scale : 1;
     const double factor = coefficients ? scale * coefficients->strength : 1;
     const int64_t width = width_of(p);
     const double fan_in = (double)p->outer * (double)(p->inner / p->phases);
-    double *sums = p->sums + group * p->blocks * width;
-    REAL *means = (REAL *)p->means + group * width;
-    EACH_COLUMN(j, first, p) { /* the sum of a vector replaces that of its first column */
-        double total = j == first ? 0 : sums[SLOT(first, width)];
-        for (int64_t block = 0; block < p->blocks; block++)
-            total += sums[block * width + SLOT(j, width)];
-        sums[SLOT(first, width)] = total;
+    const int only_finite = p->placement == UPDATE;
+    double *restrict sums = p->sums + group * p->blocks * width;
+    REAL *restrict means = (REAL *)p->means + group * width;
+    for (int64_t block = 1; block < p->blocks; block++) {
+        const double *restrict more = sums + block * width;
+#pragma omp simd
+        for (int64_t j = 0; j < width; j++) sums[j] += more[j];
     }
-    EACH_COLUMN(j, first, p) {
-        REAL mean = (REAL)(factor * (sums[SLOT(first, width)] / fan_in));
-        if (p->placement == UPDATE) mean = OR_ZERO(mean);
-        means[SLOT(j, width)] = mean;
+    if (p->inner > 1) { /* the sum of a vector replaces those of all its columns */
+        EACH_COLUMN(j, first, p)
+        if (j != first) sums[SLOT(first, width)] += sums[SLOT(j, width)];
+        EACH_COLUMN(j, first, p) sums[SLOT(j, width)] = sums[SLOT(first, width)];
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < width; j++) {
+        const REAL mean = (REAL)(factor * (sums[j] / fan_in));
+        means[j] = only_finite ? OR_ZERO(mean) : mean;
     }
 }
 
