@@ -15,8 +15,7 @@
 
 INLINE double NAME(sum)(const STORED *restrict x, int64_t n) {
     double total = 0;
-    EACH_STRETCH(from, to, n)
-    {
+    EACH_STRETCH (from, to, n) {
         prefetch(x + from, x + to);
         PARTIAL sum = 0;
         if (DTYPE == BF16) {

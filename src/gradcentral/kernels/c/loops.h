@@ -17,8 +17,7 @@ INLINE double NAME(step_elements)(NAME(Tensors) t, int64_t n, const REAL *restri
                                   const int sum_next, NAME(Scalars) c) {
     const int64_t pairs = PAIRS(n);
     double total = 0;
-    EACH_STRETCH(from, to, n)
-    {
+    EACH_STRETCH (from, to, n) {
         NAME(prefetch)(t, from, to);
         if (sum_next)
             prefetch(next + from, next + to);
@@ -52,8 +51,7 @@ INLINE double NAME(step_elements)(NAME(Tensors) t, int64_t n, const REAL *restri
  * "regularized" and return the sum of g + λw. */
 INLINE double NAME(first_pass_over)(NAME(Tensors) t, int64_t n, const int update, NAME(Scalars) c) {
     double total = 0;
-    EACH_STRETCH(from, to, n)
-    {
+    EACH_STRETCH (from, to, n) {
         NAME(prefetch)(t, from, to);
         prefetch(t.g + from, t.g + to);
         PARTIAL sum = 0;
@@ -139,13 +137,20 @@ CLONES static void NAME(regularized_rows)(const Parameter *p, int64_t begin, int
     }
 }
 
+#include "row_blocks.h"
+
 static void NAME(rows)(const Parameter *p, int64_t begin, int64_t end,
                        const Coefficients *coefficients) {
-    switch (p->placement) {
-    case GRADIENT: NAME(gradient_rows)(p, begin, end, coefficients); break;
-    case UPDATE: NAME(update_rows)(p, begin, end, coefficients); break;
-    default: NAME(regularized_rows)(p, begin, end, coefficients);
-    }
+    const int is_ragged = p->outer <= SHORT_ROW && p->outer % (CACHE_LINE / sizeof(STORED)) != 0;
+    const int is_costly = DTYPE == BF16 && HAS_V && p->placement == UPDATE && p->outer <= BUFFER;
+    if (is_ragged || is_costly)
+        NAME(row_blocks)(p, begin, end, coefficients);
+    else if (p->placement == GRADIENT)
+        NAME(gradient_rows)(p, begin, end, coefficients);
+    else if (p->placement == UPDATE)
+        NAME(update_rows)(p, begin, end, coefficients);
+    else
+        NAME(regularized_rows)(p, begin, end, coefficients);
 }
 
 /* Add the results of the first pass over a block to its column sums. */
