@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import types
+from array import array
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 import gradcentral
 from gradcentral import WeightLayout, WeightVectors, center
 from gradcentral.kernels import Centering, native, unavailable_reasons
+from gradcentral.kernels.forms import Coefficients, UpdateRule
 from gradcentral.kernels.loops import Loop, loop_of_vectors
 from gradcentral.kernels.planner import loop_of
 from tests.strategies import Case, cases
@@ -83,6 +85,8 @@ PHASES = WeightVectors.parse("[i] o ([m] 2) ([m] 2)", (300, 120, 4, 4))
 LARGE = [
     ((3, 700_001), ROWS),
     ((40_000, 9), ROWS),
+    ((701, 27), ROWS),
+    ((7, 5001), ROWS),
     ((1030, 1031), COLUMNS),
     ((4000, 1100), COLUMNS),
     ((700, 2), COLUMNS),
@@ -212,6 +216,41 @@ def test_nan_and_inf_stay_in_their_weight_vector(bad: float, dtype: torch.dtype)
         index = torch.tensor(others)
         kept, expected = tensor.index_select(1 - axis, index), clean.index_select(1 - axis, index)
         torch.testing.assert_close(kept, expected, rtol=0, atol=float(8 * torch.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("factor", [2.0**-9, -(2.0**-9), 3 * 2.0**-9, 2.0**-10, 1.0, 0.0, 2.0**9])
+def test_bf16_rounds_like_torch(factor: float) -> None:
+    """Every bf16 number plus a fraction of it: halves, other fractions, denormals, overflow, Inf and NaN."""
+    w = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    g = (w.float() * factor).bfloat16()
+    expected = (w.float() - g.float()).bfloat16()
+    work = native.WorkList([(Loop(w.numel(), 1, 1, 1), 0)], native.DTYPES[torch.bfloat16])
+    pointers = array("Q", [w.data_ptr(), g.data_ptr(), 0, 0, 0, 0])
+    work.run(pointers, UpdateRule.SGD, Coefficients(lr=1.0))
+    torch.testing.assert_close(w, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", SERVED)
+@pytest.mark.parametrize("fan_in", [27, 32, 5001])  # in a block of rows, alone, and larger than a block
+def test_an_infinite_weight_leaves_the_other_rows_and_elements_alone(fan_in: int, dtype: torch.dtype) -> None:
+    """Placement "update" does not center a change whose mean does not exist: that row takes torch's step."""
+    start, gradient = torch.randn(6, fan_in).to(dtype), torch.randn(6, fan_in).to(dtype)
+    results = []
+    for infinite, placement in ((True, "update"), (False, "update"), (True, None)):
+        w = torch.nn.Parameter(start.clone())
+        if infinite:
+            w.data[2, 1] = -math.inf
+        w.grad = gradient.clone()
+        if placement is None:
+            torch.optim.AdamW([w], lr=0.1, weight_decay=0.0).step()
+        else:
+            layout = WeightLayout.from_shapes([w])
+            gradcentral.AdamW([w], lr=0.1, weight_decay=0.0, layout=layout, placement=placement).step()
+        results.append(w.detach())
+    found, finite, plain = results
+    rest = torch.tensor([0, 1, 3, 4, 5])
+    assert torch.equal(found[rest], finite[rest])
+    torch.testing.assert_close(found[2], plain[2], rtol=0, atol=float(4 * torch.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("dtype", SERVED)

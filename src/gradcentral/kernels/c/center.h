@@ -5,9 +5,8 @@
  * file is included once per dtype. */
 #define NAME(name) JOIN2(name, SUFFIX)
 
-#define EACH_STRETCH(from, count, n)                                    \
-    for (int64_t from = 0, count = n < STRETCH ? n : STRETCH; from < n; \
-         from += count, count = n - from < STRETCH ? n - from : STRETCH)
+#define EACH_STRETCH(from, to, n) \
+    for (int64_t from = 0, to; to = n - from < STRETCH ? n : from + STRETCH, from < n; from = to)
 
 /* The position of column j's sum and mean. With bf16, a loop over words processes two columns
  * per iteration and vectorizes only if their sums are not interleaved: the sums of all lower halves
@@ -15,21 +14,22 @@
 #define SLOT(j, width) \
     (DTYPE == BF16 && (j) < 2 * PAIRS(width) ? ((j) >> 1) + ((j) & 1) * PAIRS(width) : (j))
 
-INLINE PARTIAL NAME(sum_stretch)(const STORED *restrict x, int64_t n) {
-    PARTIAL total = 0;
-    const int64_t pairs = PAIRS(n);
-#pragma omp simd reduction(+ : total)
-    for (int64_t k = 0; k < pairs; k++)
-        total += lower(word_of(x + 2 * k)) + upper(word_of(x + 2 * k));
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 2 * pairs; i < n; i++) total += LOAD(x[i]);
-    return total;
-}
-
 INLINE double NAME(sum)(const STORED *restrict x, int64_t n) {
     double total = 0;
-    EACH_STRETCH(from, count, n)
-    total += NAME(sum_stretch)(x + from, count);
+    EACH_STRETCH (from, to, n) {
+        prefetch(x + from, x + to);
+        PARTIAL sum = 0;
+        if (DTYPE == BF16) {
+#pragma omp simd reduction(+ : sum)
+            for (int64_t k = from / 2; k < to / 2; k++)
+                sum += lower(word_of(x + 2 * k)) + upper(word_of(x + 2 * k));
+            if (to % 2) sum += LOAD(x[to - 1]);
+        } else {
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = from; i < to; i++) sum += LOAD(x[i]);
+        }
+        total += sum;
+    }
     return total;
 }
 

@@ -3,12 +3,12 @@
  * the file undefines it.
  *
  * Tensors hold STORED; arithmetic is in REAL; LOAD and STORE convert. Sums are accumulated in
- * PARTIAL over at most STRETCH elements, and in double beyond.
+ * PARTIAL over a stretch (see kernels.h), and in double beyond.
  *
  * Sums are not accumulated in REAL, because a mean in f32 over a fan-in of thousands would be off
  * by several rounding errors, and PΦ(g) = Φ(g) would hold only approximately. Accumulation in
  * double costs nothing here, since the loops are bound by memory. bf16 is the exception: two f32
- * lanes fit in place of one f64 lane, and a sum of 2048 numbers of 8 significant bits loses almost
+ * lanes fit in place of one f64 lane, and a sum of 256 numbers of 8 significant bits loses almost
  * nothing in the 24 bits of an f32.
  */
 #if DTYPE == F32
@@ -20,7 +20,6 @@
 #define STORE(x) (x)
 #define ROOT sqrtf
 #define PARTIAL double
-#define STRETCH n
 #elif DTYPE == F64
 #define STORED double
 #define REAL double
@@ -30,7 +29,6 @@
 #define STORE(x) (x)
 #define ROOT sqrt
 #define PARTIAL double
-#define STRETCH n
 #else
 #define STORED uint16_t
 #define REAL float
@@ -40,7 +38,6 @@
 #define STORE(x) float_to_bf16(x)
 #define ROOT sqrtf
 #define PARTIAL float
-#define STRETCH 2048
 #endif
 
 /* The number of two-element words of n bf16 elements that a loop reads and writes (see bf16.h); the
@@ -89,7 +86,6 @@ INLINE REAL JOIN2(choose, SUFFIX)(BITS mask, REAL x, REAL other) {
 #undef STORE
 #undef ROOT
 #undef PARTIAL
-#undef STRETCH
 #undef PAIRS
 #undef IS_FINITE
 #undef OR_ZERO

@@ -8,6 +8,7 @@
  *     step.h       the update rules and the steps     center.h     means and centering
  *     work_list.h  the division of the work           kernels.h    the structures
  *     dtype.h      definitions per dtype              bf16.h       two bf16 numbers in a word
+ *     loops.h      loops over memory                  row_blocks.h short rows, several at a time
  */
 #include "kernels.h"
 #include "bf16.h"

@@ -26,6 +26,25 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
+/*
+ * Loops over memory run in stretches of at most STRETCH elements. Before each, they request the
+ * memory AHEAD bytes further on in every tensor. The processor prefetches by itself, but only as
+ * far ahead as the instructions that it holds, and a step has many of them per byte, above all in
+ * bf16. Rows and pieces are contiguous, so that the requests run on into the next ones; a request
+ * beyond the end of a tensor has no effect. Longer stretches were slower: their requests exceed
+ * what the processor can have outstanding.
+ */
+enum { STRETCH = 256, AHEAD = 2048, CACHE_LINE = 64 };
+
+INLINE void prefetch(const void *begin, const void *end) {
+#if defined(__GNUC__)
+    for (uintptr_t at = (uintptr_t)begin; at < (uintptr_t)end; at += CACHE_LINE)
+        __builtin_prefetch((const void *)(at + AHEAD));
+#else
+    (void)begin, (void)end;
+#endif
+}
+
 /* One name per dtype and update rule: sum_f32, step_piece_adam_bf16. */
 #define JOIN2_(a, b) a##_##b
 #define JOIN2(a, b) JOIN2_(a, b)

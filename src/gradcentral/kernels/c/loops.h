@@ -2,62 +2,102 @@
  * includes this file once per dtype and update rule. Every INLINE function is compiled separately
  * for each constant argument, so that no loop contains a branch. */
 
+/* Prefetch the part of the tensors that follows a stretch at distance AHEAD. */
+INLINE void NAME(prefetch)(NAME(Tensors) t, int64_t from, int64_t to) {
+    prefetch(t.w + from, t.w + to);
+    if (HAS_M) prefetch(t.m + from, t.m + to);
+    if (HAS_V) prefetch(t.v + from, t.v + to);
+    if (HAS_X) prefetch(t.x + from, t.x + to);
+}
+
 /* Update n elements, with one shift per element (`many`, in the order of SLOT) or the same shift.
  * With `sum_next`, also return the sum over `next`, the gradient of the next row. */
-INLINE PARTIAL NAME(step_stretch)(NAME(Tensors) t, int64_t n, const REAL *restrict shifts,
+INLINE double NAME(step_elements)(NAME(Tensors) t, int64_t n, const REAL *restrict shifts,
                                   REAL shift, const int many, const STORED *restrict next,
                                   const int sum_next, NAME(Scalars) c) {
-    PARTIAL total = 0;
     const int64_t pairs = PAIRS(n);
-#pragma omp simd reduction(+ : total)
-    for (int64_t k = 0; k < pairs; k++) {
-        NAME(step_at_pair)(t, 2 * k, many ? shifts[k] : shift, many ? shifts[pairs + k] : shift, c);
-        if (sum_next) total += lower(word_of(next + 2 * k)) + upper(word_of(next + 2 * k));
-    }
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 2 * pairs; i < n; i++) {
-        NAME(step_at)(t, i, many ? shifts[i] : shift, c);
-        if (sum_next) total += LOAD(next[i]);
+    double total = 0;
+    EACH_STRETCH (from, to, n) {
+        NAME(prefetch)(t, from, to);
+        if (sum_next)
+            prefetch(next + from, next + to);
+        else
+            prefetch(t.g + from, t.g + to);
+        PARTIAL sum = 0;
+        if (DTYPE == BF16) {
+#pragma omp simd reduction(+ : sum)
+            for (int64_t k = from / 2; k < to / 2; k++) {
+                NAME(step_at_pair)(t, 2 * k, many ? shifts[k] : shift,
+                                   many ? shifts[pairs + k] : shift, c);
+                if (sum_next) sum += lower(word_of(next + 2 * k)) + upper(word_of(next + 2 * k));
+            }
+            if (to % 2) {
+                NAME(step_at)(t, to - 1, many ? shifts[to - 1] : shift, c);
+                if (sum_next) sum += LOAD(next[to - 1]);
+            }
+        } else {
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = from; i < to; i++) {
+                NAME(step_at)(t, i, many ? shifts[i] : shift, c);
+                if (sum_next) sum += LOAD(next[i]);
+            }
+        }
+        total += sum;
     }
     return total;
 }
 
 /* Make the first pass of placement "update" over n elements and return the sum of Δw, or that of
  * "regularized" and return the sum of g + λw. */
-INLINE PARTIAL NAME(first_stretch)(NAME(Tensors) t, int64_t n, const int update, NAME(Scalars) c) {
-    PARTIAL total = 0;
-    const int64_t pairs = PAIRS(n);
-#pragma omp simd reduction(+ : total)
-    for (int64_t k = 0; k < pairs; k++) {
-        REAL low, high;
-        if (update)
-            NAME(first_pass_at_pair)(t, 2 * k, &low, &high, c);
-        else
-            NAME(direction_at_pair)(t, 2 * k, &low, &high, c);
-        total += low + high;
+INLINE double NAME(first_pass_over)(NAME(Tensors) t, int64_t n, const int update, NAME(Scalars) c) {
+    double total = 0;
+    EACH_STRETCH (from, to, n) {
+        NAME(prefetch)(t, from, to);
+        prefetch(t.g + from, t.g + to);
+        PARTIAL sum = 0;
+        if (DTYPE == BF16) {
+#pragma omp simd reduction(+ : sum)
+            for (int64_t k = from / 2; k < to / 2; k++) {
+                REAL low, high;
+                if (update)
+                    NAME(first_pass_at_pair)(t, 2 * k, &low, &high, c);
+                else
+                    NAME(direction_at_pair)(t, 2 * k, &low, &high, c);
+                sum += low + high;
+            }
+            if (to % 2)
+                sum +=
+                    update ? NAME(first_pass_at)(t, to - 1, c) : NAME(direction_at)(t, to - 1, c);
+        } else {
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = from; i < to; i++)
+                sum += update ? NAME(first_pass_at)(t, i, c) : NAME(direction_at)(t, i, c);
+        }
+        total += sum;
     }
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 2 * pairs; i < n; i++)
-        total += update ? NAME(first_pass_at)(t, i, c) : NAME(direction_at)(t, i, c);
     return total;
 }
 
 /* Make the second pass over n elements, with one mean per element (`many`) or the same mean. */
-INLINE void NAME(second_stretch)(NAME(Tensors) t, int64_t n, const REAL *restrict means, REAL mean,
-                                 const int many, NAME(Scalars) c) {
+INLINE void NAME(second_pass_over)(NAME(Tensors) t, int64_t n, const REAL *restrict means,
+                                   REAL mean, const int many, NAME(Scalars) c) {
     const int64_t pairs = PAIRS(n);
+    if (DTYPE == BF16) {
 #pragma omp simd
-    for (int64_t k = 0; k < pairs; k++)
-        NAME(second_pass_at_pair)(t, 2 * k, many ? means[k] : mean, many ? means[pairs + k] : mean,
-                                  c);
+        for (int64_t k = 0; k < pairs; k++)
+            NAME(second_pass_at_pair)(t, 2 * k, many ? means[k] : mean,
+                                      many ? means[pairs + k] : mean, c);
+        if (n % 2) NAME(second_pass_at)(t, n - 1, many ? means[n - 1] : mean, c);
+    } else {
 #pragma omp simd
-    for (int64_t i = 2 * pairs; i < n; i++) NAME(second_pass_at)(t, i, many ? means[i] : mean, c);
+        for (int64_t i = 0; i < n; i++) NAME(second_pass_at)(t, i, many ? means[i] : mean, c);
+    }
 }
 
 CLONES static void NAME(plain_elements)(const Parameter *p, int64_t begin, int64_t end,
                                         const Coefficients *coefficients) {
-    NAME(step_stretch)(NAME(tensors)(p, begin), end - begin, NULL, 0, 0, NULL, 0,
-                       NAME(scalars)(p, coefficients));
+    NAME(step_elements)(NAME(tensors)(p, begin), end - begin, NULL, 0, 0, NULL, 0,
+                        NAME(scalars)(p, coefficients));
 }
 
 /* While row r is updated, the gradient of row r + 1 is summed in the same loop, so that no phase of
@@ -71,10 +111,7 @@ CLONES static void NAME(gradient_rows)(const Parameter *p, int64_t begin, int64_
     for (int64_t r = begin; r < end; r++) {
         const STORED *next = g + (r + 1 < end ? r + 1 : r) * n;
         const REAL shift = (REAL)(coefficients->strength * (coefficients->scale * (total / n)));
-        total = 0;
-        EACH_STRETCH(from, count, n)
-        total += NAME(step_stretch)(NAME(tensors)(p, r * n + from), count, NULL, shift, 0,
-                                    next + from, 1, c);
+        total = NAME(step_elements)(NAME(tensors)(p, r * n), n, NULL, shift, 0, next, 1, c);
     }
 }
 
@@ -83,11 +120,9 @@ CLONES static void NAME(update_rows)(const Parameter *p, int64_t begin, int64_t 
     const NAME(Scalars) c = NAME(scalars)(p, coefficients);
     const int64_t n = p->outer;
     for (int64_t r = begin; r < end; r++) {
-        double total = 0;
-        EACH_STRETCH(from, count, n)
-        total += NAME(first_stretch)(NAME(tensors)(p, r * n + from), count, 1, c);
-        NAME(second_stretch)(NAME(tensors)(p, r * n), n, NULL,
-                             OR_ZERO((REAL)(coefficients->strength * (total / n))), 0, c);
+        const double total = NAME(first_pass_over)(NAME(tensors)(p, r * n), n, 1, c);
+        NAME(second_pass_over)(NAME(tensors)(p, r * n), n, NULL,
+                               OR_ZERO((REAL)(coefficients->strength * (total / n))), 0, c);
     }
 }
 
@@ -96,21 +131,26 @@ CLONES static void NAME(regularized_rows)(const Parameter *p, int64_t begin, int
     const NAME(Scalars) c = NAME(scalars)(p, coefficients);
     const int64_t n = p->outer;
     for (int64_t r = begin; r < end; r++) {
-        double total = 0;
-        EACH_STRETCH(from, count, n)
-        total += NAME(first_stretch)(NAME(tensors)(p, r * n + from), count, 0, c);
-        NAME(step_stretch)(NAME(tensors)(p, r * n), n, NULL,
-                           (REAL)(coefficients->strength * (total / n)), 0, NULL, 0, c);
+        const double total = NAME(first_pass_over)(NAME(tensors)(p, r * n), n, 0, c);
+        NAME(step_elements)(NAME(tensors)(p, r * n), n, NULL,
+                            (REAL)(coefficients->strength * (total / n)), 0, NULL, 0, c);
     }
 }
 
+#include "row_blocks.h"
+
 static void NAME(rows)(const Parameter *p, int64_t begin, int64_t end,
                        const Coefficients *coefficients) {
-    switch (p->placement) {
-    case GRADIENT: NAME(gradient_rows)(p, begin, end, coefficients); break;
-    case UPDATE: NAME(update_rows)(p, begin, end, coefficients); break;
-    default: NAME(regularized_rows)(p, begin, end, coefficients);
-    }
+    const int is_ragged = p->outer <= SHORT_ROW && p->outer % (CACHE_LINE / sizeof(STORED)) != 0;
+    const int is_costly = DTYPE == BF16 && HAS_V && p->placement == UPDATE && p->outer <= BUFFER;
+    if (is_ragged || is_costly)
+        NAME(row_blocks)(p, begin, end, coefficients);
+    else if (p->placement == GRADIENT)
+        NAME(gradient_rows)(p, begin, end, coefficients);
+    else if (p->placement == UPDATE)
+        NAME(update_rows)(p, begin, end, coefficients);
+    else
+        NAME(regularized_rows)(p, begin, end, coefficients);
 }
 
 /* Add the results of the first pass over a block to its column sums. */
@@ -159,9 +199,9 @@ CLONES static void NAME(step_columns)(const Parameter *p, int64_t begin, int64_t
         const NAME(Tensors) t = NAME(tensors)(p, row * width);
         const REAL *means = (const REAL *)p->means + row / p->outer * width;
         if (p->placement == UPDATE)
-            NAME(second_stretch)(t, width, means, 0, 1, c);
+            NAME(second_pass_over)(t, width, means, 0, 1, c);
         else
-            NAME(step_stretch)(t, width, means, 0, 1, NULL, 0, c);
+            NAME(step_elements)(t, width, means, 0, 1, NULL, 0, c);
     }
 }
 

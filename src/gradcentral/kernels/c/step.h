@@ -120,7 +120,7 @@ INLINE REAL NAME(step)(REAL w, REAL g, NAME(State) * s, REAL shift, NAME(Scalars
  * that would round twice, and a mean smaller than the rounding error of w (8 bits) would be lost in
  * every weight. There the first pass does not change w, and the second computes the same Δw again,
  * from the state rounded for storage (which the first pass uses too, for the sum), and rounds
- * w + (Δw − mean(Δw)) once.
+ * w + (Δw − mean(Δw)) once. Where row_blocks.h keeps Δw in a buffer, it is not computed again.
  *
  * A weight vector with an infinite weight has no mean to keep: its sum becomes NaN, and the second
  * pass leaves such a vector as the first made it.
