@@ -23,7 +23,7 @@ test: lint types tests triton zoo cluster trainers jax docs without-compiler san
 lint: $(VENV)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(C)/*.[ch]
+	$(BIN)/clang-format --dry-run --Werror $(C)/*.[ch] tests/kernels/*.c
 
 types: $(VENV)/dev
 	$(BIN)/mypy
