@@ -169,6 +169,30 @@ def test_compiled_steps_of_any_strengths_equal_the_reference(route: str, drawn: 
     _check_against_the_reference(drawn, route)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("attach", [False, True])
+def test_compiled_groups_may_share_a_strength_and_part(attach: bool) -> None:
+    """Dynamo takes a tensor that two groups share for one input of the graph, and does not notice when they differ."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
+    shared = torch.tensor(1.0, dtype=torch.float64)
+    groups: list[dict[str, Any]] = [{"params": layer.parameters(), "centralize": shared} for layer in model]
+    optimizer = torch.optim.SGD(groups, lr=0.1) if attach else gradcentral.SGD(groups, lr=0.1, model=model)
+    if attach:
+        centralize(optimizer, model)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for strengths in ([shared, shared], [shared.new_tensor(0.5), shared.new_tensor(0.25)]):
+        expected = []
+        for group, strength in zip(optimizer.param_groups, strengths, strict=True):
+            group["centralize"] = strength
+            weight, bias = group["params"]
+            weight.grad, bias.grad = torch.randn_like(weight), torch.zeros_like(bias)
+            expected.append(weight.detach() - 0.1 * center(weight.grad, "o [i]", float(strength)))
+        step()
+        for group, weight in zip(optimizer.param_groups, expected, strict=True):
+            torch.testing.assert_close(group["params"][0].detach(), weight)
+
+
 @given(case=cases((torch.float64, torch.complex128), expanded=False), s=st.floats(0, 1))
 def test_center_subtracts_a_part_of_the_mean(case: Case, s: float) -> None:
     found = center(case.tensor, case.vectors, s)

@@ -112,12 +112,29 @@ class Targets:
 
     def strengths(self, optimizer: Optimizer) -> Strengths:
         """Return the strengths of the optimizer's parameters in this step."""
+        if torch.compiler.is_compiling() and self.share_a_strength(optimizer):
+            return self._strengths_of_groups(optimizer)
+        return self._read_strengths(optimizer)
+
+    def share_a_strength(self, optimizer: Optimizer) -> bool:
+        """Return whether parameter groups, or a group and this object, have one tensor as their strength.
+
+        Dynamo uses such a tensor for both, and does not guard that they are the same if it finds them in an optimizer.
+        A graph of one tensor would therefore stay in use after they have become two.
+        """
+        options = (self._strength, *(group.get(OPTION) for group in optimizer.param_groups))
+        tensors = [option for option in options if isinstance(option, Tensor)]
+        return any(one is other for at, one in enumerate(tensors) for other in tensors[:at])
+
+    def _read_strengths(self, optimizer: Optimizer) -> Strengths:
         default = _in_this_step(self._strength)
         own: dict[Tensor, Strength] = {}
         for group, option in zip(optimizer.param_groups, self._options, strict=True):
             if option is not None and not isinstance(option, bool):
                 own.update(dict.fromkeys(group["params"], self.strength_of(group)))
         return Strengths(default, own)
+
+    _strengths_of_groups = _disable_dynamo(_read_strengths)
 
     def current(self, optimizer: Optimizer, warn: bool = True) -> Shards:
         """Return the optimizer's centered parameters, each with the weight vectors that this rank holds.

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from gradcentral.groups import OPTION
@@ -154,13 +155,18 @@ class CentralizedOptimizer(TracedOptimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step, as torch's optimizer does, with Gradient Centralization. Returns the closure's loss."""
+        if torch.compiler.is_compiling() and self.targets.share_a_strength(self):
+            return self._eager_step(closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         traced = torch.compiler.is_compiling()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if traced and self._can_fuse(found_inf is not None):
+        if traced and _COMPILES_KERNELS and self._can_fuse(found_inf is not None):
             self._fused_step()
             return loss
         if traced and (found_inf is None or self._torch_reads_found_inf) and self._can_be_traced():
@@ -186,6 +192,8 @@ class CentralizedOptimizer(TracedOptimizer):
             with torch.no_grad():
                 held.shards.restore_split_means_(held.old_sums, self.targets.strengths(self))
         return loss
+
+    _eager_step = _disable_dynamo(_step)
 
     def _needs_found_inf(self, calls: list[KernelCall], complete: bool) -> bool:
         """Return whether the host must read found_inf: code that cannot read it runs, or a momentum buffer is new."""
@@ -355,6 +363,8 @@ class CentralizedOptimizer(TracedOptimizer):
 
 
 _grad_of = operator.attrgetter("grad")
+# Older versions were not tested with the operator of a whole step, and Dynamo of torch 2.8 cannot trace it.
+_COMPILES_KERNELS = torch.__version__ >= "2.13"
 
 
 def _unwrapped_step(torch_optimizer: type[Optimizer]) -> Callable[[Optimizer], Any]:
