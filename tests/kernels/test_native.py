@@ -202,6 +202,20 @@ def test_means_are_at_least_as_accurate_as_those_of_torch(fan_in: int, by: str) 
     assert ours <= max(torchs, 1.0)
 
 
+@pytest.mark.parametrize("dtype", SERVED)
+@pytest.mark.parametrize("placement", ["gradient", "update", "regularized"])
+def test_a_constant_gradient_is_centered_to_zero(placement: str, dtype: torch.dtype) -> None:
+    """Rows in blocks, rows alone and columns: a sum of ones, divided by the fan-in, is exactly one."""
+    for fan_in in (2, 49, 98, 103, 196, 300, 5000):
+        for vectors in (ROWS, COLUMNS):
+            shape = (5, fan_in) if vectors is ROWS else (fan_in, 5)
+            model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(shape, dtype=dtype))])
+            layout = gradcentral.weight_layout(model, overrides={"0": vectors})
+            model[0].grad = torch.ones_like(model[0])
+            gradcentral.SGD([*model], lr=1.0, layout=layout, placement=placement).step()
+            assert not model[0].any(), (fan_in, vectors)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", SERVED)
 def test_nan_and_inf_stay_in_their_weight_vector(bad: float, dtype: torch.dtype) -> None:

@@ -27,12 +27,13 @@
 #endif
 
 /*
- * Loops over memory run in stretches of at most STRETCH elements. Before each, they request the
- * memory AHEAD bytes further on in every tensor. The processor prefetches by itself, but only as
- * far ahead as the instructions that it holds, and a step has many of them per byte, above all in
- * bf16. Rows and pieces are contiguous, so that the requests run on into the next ones; a request
- * beyond the end of a tensor has no effect. Longer stretches were slower: their requests exceed
- * what the processor can have outstanding.
+ * Loops that read elements or rows from memory run in stretches of at most STRETCH elements. Before
+ * each, they request the memory AHEAD bytes further on in every tensor. The processor prefetches by
+ * itself, but only as far ahead as the instructions that it holds, and a step has many of them per
+ * byte, above all in bf16. Rows and pieces are contiguous, so the requests run on into the next
+ * ones; a request beyond the end of a tensor is harmless. Longer stretches were slower: their
+ * requests exceed what the processor can have outstanding. Loops that sum columns make no requests,
+ * and neither does the second pass of placement "update".
  */
 enum { STRETCH = 256, AHEAD = 2048, CACHE_LINE = 64 };
 

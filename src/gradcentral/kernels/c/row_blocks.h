@@ -14,9 +14,9 @@
 #ifndef GRADCENTRAL_ROW_BLOCKS_H
 #define GRADCENTRAL_ROW_BLOCKS_H
 enum {
-    BUFFER = 16384,   /* numbers in the buffer of one thread */
-    ROW_BLOCK = 2048, /* elements of a block of several rows */
-    SHORT_ROW = 256,  /* elements of a row for which single elements matter */
+    BUFFER = 16384,   /* most elements of a row that is a block by itself (Adam in bf16) */
+    ROW_BLOCK = 2048, /* most elements of a block of several rows */
+    SHORT_ROW = 256,  /* most elements of a row that shares a block with others */
 };
 #endif
 
@@ -81,15 +81,14 @@ INLINE REAL NAME(finite_mean)(REAL mean, NAME(Tensors) row, int64_t n, NAME(Scal
 
 CLONES static void NAME(row_blocks)(const Parameter *p, int64_t begin, int64_t end,
                                     const Coefficients *coefficients) {
-    REAL buffer[BUFFER];
+    REAL buffer[DTYPE == BF16 && HAS_V ? BUFFER : ROW_BLOCK];
     const NAME(Scalars) c = NAME(scalars)(p, coefficients);
     const int update = p->placement == UPDATE;
+    const double strength = coefficients->strength;
     const int64_t n = p->outer, most = n < ROW_BLOCK ? ROW_BLOCK / n : 1;
-    const double factor = coefficients->strength / n;
     for (int64_t r = begin; r < end; r += most) {
-        const int64_t rows = most < end - r ? most : end - r, pairs = PAIRS(rows * n);
-        const NAME(Tensors) t = NAME(tensors)(p, r * n);
-        if (update) NAME(first_pass_into)(buffer, t, rows * n, c);
+        const int64_t rows = most < end - r ? most : end - r, size = rows * n, pairs = PAIRS(size);
+        if (update) NAME(first_pass_into)(buffer, NAME(tensors)(p, r * n), size, c);
         for (int64_t i = 0; i < rows; i++) {
             const NAME(Tensors) row = NAME(tensors)(p, (r + i) * n);
             const NAME(Slots) s = NAME(slots)(i * n, (i + 1) * n, pairs);
@@ -97,22 +96,22 @@ CLONES static void NAME(row_blocks)(const Parameter *p, int64_t begin, int64_t e
             if (update) {
                 const double total =
                     NAME(sum_buffer)(low, s.n_lower) + NAME(sum_buffer)(rest, s.n_rest);
-                const REAL mean = (REAL)(factor * total);
+                const REAL mean = (REAL)(strength * (total / n));
                 const REAL shift = NAME(finite_mean)(mean, row, n, c);
                 const int subtract = DTYPE == BF16 && IS_FINITE(mean);
                 NAME(fill_buffer)(low, s.n_lower, shift, subtract);
                 NAME(fill_buffer)(rest, s.n_rest, shift, subtract);
             } else {
-                const double total = p->placement == GRADIENT
-                                         ? coefficients->scale * JOIN2(sum, SUFFIX)(row.g, n)
-                                         : NAME(first_pass_over)(row, n, 0, c);
-                NAME(fill_buffer)(low, s.n_lower, (REAL)(factor * total), 0);
-                NAME(fill_buffer)(rest, s.n_rest, (REAL)(factor * total), 0);
+                const double mean = p->placement == GRADIENT
+                                        ? coefficients->scale * (JOIN2(sum, SUFFIX)(row.g, n) / n)
+                                        : NAME(first_pass_over)(row, n, 0, c) / n;
+                NAME(fill_buffer)(low, s.n_lower, (REAL)(strength * mean), 0);
+                NAME(fill_buffer)(rest, s.n_rest, (REAL)(strength * mean), 0);
             }
         }
         if (update)
-            JOIN2(subtract, SUFFIX)(t.w, rows * n, buffer, 0, 1);
+            JOIN2(subtract, SUFFIX)((STORED *)p->w + r * n, size, buffer, 0, 1);
         else
-            NAME(step_elements)(t, rows * n, buffer, 0, 1, NULL, 0, c);
+            NAME(step_elements)(NAME(tensors)(p, r * n), size, buffer, 0, 1, NULL, 0, c);
     }
 }
