@@ -28,7 +28,7 @@ from gradcentral.kernels.forms import (
 )
 from gradcentral.kernels.planner import KernelGroup, group_by_kernels, kernels_for, loop_of
 from gradcentral.local_shard import any_sharded
-from gradcentral.optim.fused import FusedOptimizer
+from gradcentral.optim.fused import STATE_KEYS, FusedOptimizer
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["StepPlans", "TracedOptimizer", "may_fuse"]
@@ -85,11 +85,10 @@ class TracedOptimizer(FusedOptimizer):
         kernels = kernels_for(p)
         if kernels is None or loop_of(kernels, p, vectors) is None:
             return False
-        state = self.state.get(p, {})
-        buffers = [value for key, value in state.items() if key != "step" and value is not None]
-        counter = None
-        if self._update_rule(group) >= UpdateRule.ADAM:  # Dynamo moves the counter to the device of the parameter
-            counter = state.get("step", torch.tensor(0.0)).to(p.device)
+        state, keys = self.state.get(p, {}), STATE_KEYS[self._update_rule(group)].values()
+        buffers = [state[key] for key in keys if key != "step" and state.get(key) is not None]
+        # Dynamo moves the counter to the device of the parameter.
+        counter = state.get("step", torch.tensor(0.0)).to(p.device) if "step" in keys else None
         return _accepts(kernels, p, _with_strides_of(p, cast("Tensor", p.grad)), buffers, counter)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
