@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -23,13 +23,12 @@ from gradcentral.kernels.forms import (
     Placement,
     States,
     UpdateRule,
-    is_plain,
+    all_match,
     same_objects,
 )
-from gradcentral.kernels.planner import KernelGroup, group_by_kernels, kernels_for
+from gradcentral.kernels.planner import KernelGroup, group_by_kernels, kernels_for, loop_of
 from gradcentral.local_shard import any_sharded
-from gradcentral.optim.fused import FusedOptimizer
-from gradcentral.optim.reference import AdamState, adam_step, sgd_step
+from gradcentral.optim.fused import STATE_KEYS, FusedOptimizer
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["StepPlans", "TracedOptimizer", "may_fuse"]
@@ -50,8 +49,9 @@ class TracedOptimizer(FusedOptimizer):
 
     It follows `_fused_step` line by line, but calls the methods with assume_constant_result while it compiles and takes
     their results as constants. These may depend only on what is guarded in any case: the parameters and states, which
-    parameters have gradients, the options of the groups, and the arguments of the methods. The types and strides of
-    gradients are not guarded, so the operator accepts gradients of any form.
+    parameters have gradients, the options of the groups, and the arguments of the methods. The strides of gradients are
+    not guarded, so the operator accepts any; code that Inductor has generated refuses other strides than when it was
+    compiled, as it does with torch's optimizers.
     """
 
     _init_group: Callable[..., Any]
@@ -66,9 +66,11 @@ class TracedOptimizer(FusedOptimizer):
         Args:
             may_skip: whether a GradScaler decides if this step is skipped.
         """
+        if not all(map(may_fuse, self.param_groups)) or any_sharded(p for g in self.param_groups for p in g["params"]):
+            return False
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        params = [p for _, members in groups for p in members]
-        if not all(map(may_fuse, self.param_groups)) or any_sharded(params) or not all(map(_is_served, params)):
+        targets: dict[Tensor, WeightVectors] = dict(self.targets.current(self).whole)
+        if not all(self._is_served(group, p, targets.get(p)) for group, members in groups for p in members):
             return False
         # A first step that a GradScaler skips would still count as the first, and would not be dampened.
         return not may_skip or all(
@@ -77,6 +79,17 @@ class TracedOptimizer(FusedOptimizer):
             for p in members
             if group.get("dampening", 0) != 0
         )
+
+    def _is_served(self, group: dict[str, Any], p: Tensor, vectors: WeightVectors | None) -> bool:
+        """Return whether kernels can update a parameter; a state that it lacks will be created with its form."""
+        kernels = kernels_for(p)
+        if kernels is None or loop_of(kernels, p, vectors) is None:
+            return False
+        state, keys = self.state.get(p, {}), STATE_KEYS[self._update_rule(group)].values()
+        buffers = [state[key] for key in keys if key != "step" and state.get(key) is not None]
+        # Dynamo moves the counter to the device of the parameter.
+        counter = state.get("step", torch.tensor(0.0)).to(p.device) if "step" in keys else None
+        return _accepts(kernels, p, _with_strides_of(p, cast("Tensor", p.grad)), buffers, counter)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _layout_of(self, index: int) -> str:
@@ -143,12 +156,17 @@ class TracedOptimizer(FusedOptimizer):
                     self.state[p]["momentum_buffer"] = buffer
 
 
-def _is_served(p: Tensor) -> bool:
-    """Return whether kernels accept the type of a parameter and of its gradient; strides are left to the operator."""
-    kernels = kernels_for(p)
-    return kernels is not None and all(
-        tensor is not None and tensor.dtype in kernels.DTYPES and is_plain(tensor) for tensor in (p, p.grad)
-    )
+def _accepts(kernels: Any, p: Tensor, grad: Tensor, buffers: Sequence[Tensor], counter: Tensor | None) -> bool:
+    """Return whether these kernels can update a parameter with this gradient and state in one call."""
+    return kernels.accepts(p, grad, buffers, counter) and len({buffer.dtype for buffer in buffers}) <= 1
+
+
+def _with_strides_of(p: Tensor, grad: Tensor) -> Tensor:
+    """Return a gradient with the strides of its parameter, which is a copy if they were different."""
+    dense = type(grad) in (Tensor, torch.nn.Parameter) and grad.layout == torch.strided
+    if not dense or all_match(p, [grad], (grad.dtype,)):
+        return grad
+    return torch.empty_like(p, dtype=grad.dtype).copy_(grad)
 
 
 def _number(value: float | Tensor) -> float:
@@ -189,17 +207,14 @@ def _fused_step_(
     states = States(*(column or None for column in (momentum, squares, largest_squares, steps)))
     numbers = _Numbers.of(Coefficients(*coefficients), lr, strength, grad_scale, found_inf)
     placed = Placement.PLAIN if numbers.switched_off else Placement(placement)
-    planned = _planned(UpdateRule(rule), params, grads, states, placed, vectors)
-    if found_inf is not None and planned.reads_on_host and found_inf.item():
+    planned, grads = _planned(UpdateRule(rule), params, grads, states, placed, vectors)
+    on_host = any(isinstance(plan, native.Plan) for _, plan in planned.groups)
+    if found_inf is not None and on_host and found_inf.item():
         return
     is_fresh = fresh if any(fresh) else []
     for group, plan in planned.groups:
         call = numbers.on_host() if isinstance(plan, native.Plan) else numbers.on_device()
         plan.run([*group.select(grads)], call, [*group.select(is_fresh)] if is_fresh else [])
-    for at in planned.rest:
-        state = [None if column is None else column[at] for column in states]
-        centered = decode(vectors)[at] if placed else None
-        _reference_step_(params[at], grads[at], state, bool(is_fresh) and fresh[at], centered, placed, numbers)
 
 
 register(_fused_step_, writes=["params", "momentum", "squares", "largest_squares", "steps"])
@@ -261,22 +276,12 @@ class _Planned(NamedTuple):
     """The parameters and each kind of state."""
     groups: list[tuple[KernelGroup, Any]]
     """The kernel calls, each with its plan."""
-    rest: list[int]
-    """Positions of the parameters that no kernel can update."""
 
     def fits(self, columns: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]) -> bool:
         """Return whether these are the planned parameters and states, with gradients of the planned form."""
-        # Gradients that no kernel accepted may have other strides now.
-        return (
-            not self.rest
-            and all(map(same_objects, self.columns, columns))
-            and all(plan.fits([*group.select(grads)]) for group, plan in self.groups)
+        return all(map(same_objects, self.columns, columns)) and all(
+            plan.fits([*group.select(grads)]) for group, plan in self.groups
         )
-
-    @property
-    def reads_on_host(self) -> bool:
-        """Whether code on the host needs the results of a GradScaler."""
-        return bool(self.rest) or any(isinstance(plan, native.Plan) for _, plan in self.groups)
 
 
 class StepPlans:
@@ -293,24 +298,38 @@ _plans: WeakValueDictionary[int, StepPlans] = WeakValueDictionary()
 
 def _planned(
     rule: UpdateRule, params: list[Tensor], grads: list[Tensor], states: States, placement: Placement, vectors: str
-) -> _Planned:
+) -> tuple[_Planned, list[Tensor]]:
+    """Return the plans, and the gradients with the strides that they require.
+
+    Raises:
+        RuntimeError: the kernels that the compiled step calls can no longer update a parameter.
+    """
     kept = _plans.get(id(params[0]))
     key = rule, placement, vectors
     columns = [params, *(column for column in states if column is not None)]
     found = None if kept is None else kept.planned.get(key)
     if found is not None and found.fits(columns, grads):
-        return found
+        return found, grads
+    grads = [*map(_with_strides_of, params, grads)]
+    if found is not None and found.fits(columns, grads):
+        return found, grads
 
     def companions(kernels: ModuleType, position: int) -> list[Tensor] | None:
         kinds = (states.momentum, states.squares, states.largest_squares)
         buffers = [column[position] for column in kinds if column is not None]
         counter = None if states.steps is None else states.steps[position]
-        accepted = kernels.accepts(params[position], grads[position], buffers, counter)
-        return [grads[position], *buffers] if accepted and len({buffer.dtype for buffer in buffers}) <= 1 else None
+        accepted = _accepts(kernels, params[position], grads[position], buffers, counter)
+        return [grads[position], *buffers] if accepted else None
 
     centered = decode(vectors)
     groups, rest = group_by_kernels(params, centered, companions)
-    planned = _Planned(columns, [], rest)
+    if rest:
+        raise RuntimeError(
+            f"the compiled step cannot update a parameter of shape {tuple(params[rest[0]].shape)}: it, its gradient or "
+            "its state has another type or other strides than when the step was compiled; call torch.compiler.reset(), "
+            "so that the next call compiles it again"
+        )
+    planned = _Planned(columns, [])
     for group in groups:
         selected = States(*(None if column is None else [*group.select(column)] for column in states))
         placements = [Placement.PLAIN if each is None else placement for each in group.select(centered)]
@@ -319,57 +338,4 @@ def _planned(
         planned.groups.append((group, plan))
     if kept is not None:
         kept.planned[key] = planned
-    return planned
-
-
-def _reference_step_(
-    w: Tensor,
-    g: Tensor,
-    state: Sequence[Tensor | None],
-    fresh: bool,
-    vectors: WeightVectors | None,
-    placement: Placement,
-    numbers: _Numbers,
-) -> None:
-    """Update one parameter that no kernel can update, such as one whose gradient has other strides."""
-    m, v, largest_v, steps = state  # in the order of `States`
-    wide = torch.promote_types(w.dtype, torch.float32)
-    c = numbers.on_host()
-    old, gradient = w.to(wide), g.to(wide) * c.scale
-    target = vectors, placement.name.lower()
-    written: list[tuple[Tensor | None, Tensor | None]]
-    if v is None or m is None:
-        new, moved = sgd_step(
-            old,
-            gradient,
-            None if m is None or fresh else m.to(wide),
-            *target,
-            strength=c.strength,
-            lr=c.lr,
-            momentum=c.momentum,
-            dampening=1 - c.keep,
-            weight_decay=c.l2,
-            nesterov=bool(c.nesterov),
-        )
-        written = [(w, new), (m, moved)]
-    else:
-        assert steps is not None, "Adam counts its steps"
-        largest = v if largest_v is None else largest_v
-        new, after = adam_step(
-            old,
-            gradient,
-            AdamState(m.to(wide), v.to(wide), largest.to(wide), int(steps)),
-            *target,
-            strength=c.strength,
-            lr=c.lr,
-            betas=(c.beta1, c.beta2),
-            eps=c.epsilon,
-            weight_decay=numbers.of_unit_lr.decay or c.l2,
-            decoupled=numbers.of_unit_lr.decay != 0,
-            amsgrad=largest_v is not None,
-        )
-        steps += 1
-        written = [(w, new), (m, after.m), (v, after.v), (largest_v, after.largest_v)]
-    for tensor, value in written:
-        if tensor is not None and value is not None:
-            tensor.copy_(value)
+    return planned, grads

@@ -22,10 +22,10 @@ from gradcentral.projection import Strength
 from gradcentral.targets import Targets
 from gradcentral.weight_decay import l2_of_group
 
-__all__ = ["FusedOptimizer", "GroupPlan", "KernelCall", "LocalTensors"]
+__all__ = ["STATE_KEYS", "FusedOptimizer", "GroupPlan", "KernelCall", "LocalTensors"]
 
 _ADAM_KEYS = {"momentum": "exp_avg", "squares": "exp_avg_sq", "steps": "step"}
-_STATE_KEYS: dict[UpdateRule, dict[str, str]] = {
+STATE_KEYS: dict[UpdateRule, dict[str, str]] = {
     UpdateRule.SGD: {},
     UpdateRule.MOMENTUM: {"momentum": "momentum_buffer"},
     UpdateRule.ADAM: _ADAM_KEYS,
@@ -168,7 +168,7 @@ class GroupPlan(NamedTuple):
                 ]
                 held_states = _states_of(rule, states).map(local)
                 plan = chosen.kernels.Plan(rule, [*chosen.select(shards)], [*chosen.select(grads)], held_states, loops)
-                columns = [(itemgetter(key), getattr(held_states, field)) for field, key in _STATE_KEYS[rule].items()]
+                columns = [(itemgetter(key), getattr(held_states, field)) for field, key in STATE_KEYS[rule].items()]
                 calls.append(_PlannedCall(plan, owners, states, columns))
         layout = optimizer.targets.layout
         return cls([*params], rule, calls, [*optimizer.state.values()], layout, layout.revision)
@@ -204,7 +204,7 @@ def _gradient(p: Tensor, held: LocalTensors | None) -> Tensor:
 
 
 def _states_of(rule: UpdateRule, states: Sequence[dict[str, Any]]) -> States:
-    return States(**{field: [*map(itemgetter(key), states)] for field, key in _STATE_KEYS[rule].items()})
+    return States(**{field: [*map(itemgetter(key), states)] for field, key in STATE_KEYS[rule].items()})
 
 
 def _coefficients_for(
