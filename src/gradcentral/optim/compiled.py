@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -33,6 +33,8 @@ from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["StepPlans", "TracedOptimizer", "may_fuse"]
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
 
 def may_fuse(group: dict[str, Any]) -> bool:
     """Return whether no option of the group selects torch's own implementation."""
@@ -44,10 +46,19 @@ def may_fuse(group: dict[str, Any]) -> bool:
     )
 
 
+def _constant_result(method: _Method) -> _Method:
+    """Mark a method that Dynamo calls while it compiles, taking the result as a constant.
+
+    This is ``torch.compiler.assume_constant_result``, which would import the compiler, in about a second.
+    """
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
+
+
 class TracedOptimizer(FusedOptimizer):
     """The step that ``torch.compile`` traces.
 
-    It follows `_fused_step` line by line, but calls the methods with assume_constant_result while it compiles and takes
+    It follows `_fused_step` line by line, but calls the methods with _constant_result while it compiles and takes
     their results as constants. These may depend only on what is guarded in any case: the parameters and states, which
     parameters have gradients, the options of the groups, and the arguments of the methods. The strides of gradients are
     not guarded, so the operator accepts any; code that Inductor has generated refuses other strides than when it was
@@ -59,7 +70,7 @@ class TracedOptimizer(FusedOptimizer):
     _compiled: dict[int, StepPlans]
     """For each parameter group, the plans of its compiled steps."""
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @_constant_result
     def _can_fuse(self, may_skip: bool) -> bool:
         """Return whether `_fused_step` can update every parameter that has a gradient.
 
@@ -91,7 +102,7 @@ class TracedOptimizer(FusedOptimizer):
         counter = state.get("step", torch.tensor(0.0)).to(p.device) if "step" in keys else None
         return _accepts(kernels, p, _with_strides_of(p, cast("Tensor", p.grad)), buffers, counter)
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @_constant_result
     def _layout_of(self, index: int) -> str:
         """Return the weight vectors of the parameters of a group that have gradients, as `encode` writes them.
 
@@ -102,7 +113,7 @@ class TracedOptimizer(FusedOptimizer):
         _plans[id(params[0])] = self._compiled.setdefault(index, StepPlans())
         return encode(map(targets.get, params))
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @_constant_result
     def _current_revision(self) -> int:
         """Return the revision of the layout, after parameters that are new to it have been looked up."""
         self.targets.current(self)
