@@ -98,8 +98,9 @@ class TracedOptimizer(FusedOptimizer):
             return False
         state, keys = self.state.get(p, {}), STATE_KEYS[self._update_rule(group)].values()
         buffers = [state[key] for key in keys if key != "step" and state.get(key) is not None]
-        # Dynamo moves the counter to the device of the parameter.
-        counter = state.get("step", torch.tensor(0.0)).to(p.device) if "step" in keys else None
+        counter: Tensor | None = None
+        if "step" in keys:  # Dynamo moves the counter to the device of the parameter
+            counter = state["step"].to(p.device) if "step" in state else torch.tensor(0.0, device=p.device)
         return _accepts(kernels, p, _with_strides_of(p, cast("Tensor", p.grad)), buffers, counter)
 
     @_constant_result
