@@ -19,3 +19,14 @@ def _no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Let ``torch.compile`` begin without the graphs, and its counters without the counts, of other tests."""
+    import torch._dynamo.utils  # here, because few tests need the compiler
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()

@@ -113,7 +113,7 @@ class Targets:
     def strengths(self, optimizer: Optimizer) -> Strengths:
         """Return the strengths of the optimizer's parameters in this step."""
         if torch.compiler.is_compiling() and self.share_a_strength(optimizer):
-            return self._strengths_of_groups(optimizer)
+            return self._read_strengths_eagerly(optimizer)
         return self._read_strengths(optimizer)
 
     def share_a_strength(self, optimizer: Optimizer) -> bool:
@@ -134,7 +134,7 @@ class Targets:
                 own.update(dict.fromkeys(group["params"], self.strength_of(group)))
         return Strengths(default, own)
 
-    _strengths_of_groups = _disable_dynamo(_read_strengths)
+    _read_strengths_eagerly = _disable_dynamo(_read_strengths)
 
     def current(self, optimizer: Optimizer, warn: bool = True) -> Shards:
         """Return the optimizer's centered parameters, each with the weight vectors that this rank holds.

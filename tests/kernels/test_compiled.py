@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,7 +27,10 @@ from gradcentral.projection import unit_means
 from gradcentral.targets import PLACEMENTS
 
 # torch's compiler imports deprecated parts of torch.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+]
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
@@ -36,14 +39,6 @@ def with_inductor(*cases: tuple[str, ...]) -> list[Any]:
     """Return the cases with the backend appended, to be skipped without a C++ compiler."""
     needs = pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler: install g++, or set CXX")
     return [pytest.param(*case, "inductor", marks=needs) for case in cases]
-
-
-@pytest.fixture(autouse=True)
-def _reset_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 class Net(nn.Module):

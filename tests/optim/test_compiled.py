@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, ClassVar, cast
 
@@ -26,17 +26,10 @@ from tests.optim.test_fused import ALGORITHMS, needs_native, reference_path
 # torch's compiler imports deprecated parts of torch.
 pytestmark = [
     needs_native,
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.skipif(not _COMPILES_KERNELS, reason="needs torch 2.13: older versions compile torch's step instead"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _reset_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 class Net(nn.Module):
