@@ -193,6 +193,26 @@ def test_compiled_groups_may_share_a_strength_and_part(attach: bool) -> None:
             torch.testing.assert_close(group["params"][0].detach(), weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("attach", [False, True])
+def test_a_compiled_step_checks_the_value_of_a_tensor(attach: bool) -> None:
+    torch._dynamo.reset()
+    model, strength = nn.Linear(4, 3), torch.tensor(0.5)
+    optimizer: Optimizer = (
+        torch.optim.SGD(model.parameters(), lr=0.1) if attach else gradcentral.SGD(model, lr=0.1, strength=strength)
+    )
+    if attach:
+        centralize(optimizer, model, strength=strength)
+    step = torch.compile(lambda: optimizer.step(), backend="aot_eager")
+    model.weight.grad, model.bias.grad = torch.randn(3, 4), torch.randn(3)
+    step()
+    before = model.weight.detach().clone()
+    strength.fill_(3.0)
+    with pytest.raises(ValueError, match=r"strength must be between 0 and 1, not 3\.0"):
+        step()
+    assert torch.equal(model.weight, before)
+
+
 @given(case=cases((torch.float64, torch.complex128), expanded=False), s=st.floats(0, 1))
 def test_center_subtracts_a_part_of_the_mean(case: Case, s: float) -> None:
     found = center(case.tensor, case.vectors, s)

@@ -17,7 +17,15 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from gradcentral.kernels.centering import Centering, Means
-from gradcentral.projection import Pair, Strength, center_, center_regularized, restore_means_, unit_means
+from gradcentral.projection import (
+    Pair,
+    Strength,
+    center_,
+    center_regularized,
+    checked_strength,
+    restore_means_,
+    unit_means,
+)
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["TracedCentering", "decode", "encode", "on_graph", "register"]
@@ -195,7 +203,7 @@ def _fake_means(tensors: list[Tensor], vectors: str) -> Tensor:
 
 def _restore_means_(tensors: list[Tensor], means: Tensor | None, vectors: str, strength: Tensor | None = None) -> None:
     """Restore means; without any, shift each weight vector to mean zero, which is Φ."""
-    part = 1.0 if strength is None else strength
+    part = checked_strength(1.0 if strength is None else strength)
     cached, pairs = _cached(tensors, vectors)
     if means is None:
         with cached.lock:
@@ -220,7 +228,9 @@ def _center_regularized_(
 ) -> None:
     cached, pairs = _cached(gradients, vectors)
     with cached.lock:
-        cached.centering.center_regularized_(pairs, weights, l2, scale, 1.0 if strength is None else strength)
+        cached.centering.center_regularized_(
+            pairs, weights, l2, scale, checked_strength(1.0 if strength is None else strength)
+        )
 
 
 register(_means, fake=_fake_means)

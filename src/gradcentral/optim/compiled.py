@@ -29,6 +29,7 @@ from gradcentral.kernels.forms import (
 from gradcentral.kernels.planner import KernelGroup, group_by_kernels, kernels_for, loop_of
 from gradcentral.local_shard import any_sharded
 from gradcentral.optim.fused import STATE_KEYS, FusedOptimizer
+from gradcentral.projection import checked_strength
 from gradcentral.weight_vectors import WeightVectors
 
 __all__ = ["StepPlans", "TracedOptimizer", "may_fuse"]
@@ -58,11 +59,11 @@ def _constant_result(method: _Method) -> _Method:
 class TracedOptimizer(FusedOptimizer):
     """The step that ``torch.compile`` traces.
 
-    It follows `_fused_step` line by line, but calls the methods with _constant_result while it compiles and takes
-    their results as constants. These may depend only on what is guarded in any case: the parameters and states, which
-    parameters have gradients, the options of the groups, and the arguments of the methods. The strides of gradients are
-    not guarded, so the operator accepts any; code that Inductor has generated refuses other strides than when it was
-    compiled, as it does with torch's optimizers.
+    It traces `_fused_step` line by line, but calls the methods marked with `_constant_result` while it compiles and
+    takes their results as constants. These may depend only on what is guarded in any case: the parameters and states,
+    which parameters have gradients, the options of the groups, and the arguments of the methods. The strides of
+    gradients are not guarded, so the operator accepts any; code that Inductor has generated refuses other strides than
+    when it was compiled, as it does with torch's optimizers.
     """
 
     _init_group: Callable[..., Any]
@@ -256,9 +257,8 @@ class _Numbers(NamedTuple):
         def read(tensor: Tensor | None, number: float) -> float | Tensor:
             return number if tensor is None else float(tensor) if tensor.is_cpu else tensor
 
-        return cls(
-            coefficients, read(lr, coefficients.lr), read(strength, coefficients.strength), grad_scale, found_inf
-        )
+        s = checked_strength(read(strength, coefficients.strength))
+        return cls(coefficients, read(lr, coefficients.lr), s, grad_scale, found_inf)
 
     @property
     def switched_off(self) -> bool:
